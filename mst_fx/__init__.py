@@ -1,0 +1,26 @@
+"""mst-fx: ``torch.compile(model, backend="mst")`` trains transformers on very long sequences."""
+
+from __future__ import annotations
+
+from mst_fx.backend import mst
+from mst_fx.errors import OptionError, Refusal
+from mst_fx.explain import explain
+from mst_fx.options import Options
+from mst_fx.pipeline import rewrite
+from mst_fx.report import Refused, Report, Rewrite
+from mst_fx.version import __version__
+
+
+
+__all__ = [
+    "OptionError",
+    "Options",
+    "Refusal",
+    "Refused",
+    "Report",
+    "Rewrite",
+    "__version__",
+    "explain",
+    "mst",
+    "rewrite",
+]

@@ -1,0 +1,40 @@
+"""The backend: what ``torch.compile(model, backend="mst")`` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from mst_fx.compiler import compile_graph, mode_patches
+from mst_fx.logits import deferring
+from mst_fx.options import Options, make_options
+from mst_fx.pipeline import run_passes
+
+
+def mst(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Rewrites a graph that Dynamo captured and compiles it.
+
+    Found through the entry point group ``torch_dynamo_backends``; no import is needed.
+
+    Args:
+        gm, example_inputs: from Dynamo.
+        options: see :class:`~mst_fx.options.Options`.
+        mode: as of ``torch.compile``, passed on to Inductor.
+
+    Raises:
+        OptionError: for bad options.
+        Refusal: with ``strict=True``, for the first refusal.
+    """
+    checked = make_options(options)
+    patches = {**mode_patches(mode), **checked.inductor}
+    result = run_passes(gm, example_inputs, checked, mode)
+    compiled = compile_graph(result.gm, example_inputs, checked.inner, patches)
+    return deferring(compiled, result.deferrals, result.outputs)

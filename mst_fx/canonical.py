@@ -1,0 +1,254 @@
+"""Equal graphs that are easier to chunk: losses as sums of row losses, no writes in place.
+
+Every function here changes a copy of the user's graph; the runner throws the copy away when no
+pass rewrites anything.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from mst_fx.graph import add_call, tensor_value
+
+aten = torch.ops.aten
+
+CLONE_OF = "mst_clone_of"  # meta key: the node whose rows the marked node computes a part of
+
+# In-place form → out-of-place form.
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    "add_": torch.add,
+    "sub_": torch.sub,
+    "mul_": torch.mul,
+    "div_": torch.div,
+}
+_INPLACE_ACTIVATIONS = (F.relu, F.silu, F.elu, F.leaky_relu, F.hardtanh, F.relu6, F.mish, F.selu, F.celu)
+
+# Losses whose mean is the sum divided by the number of elements.
+_PLAIN_LOSSES = (
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.kl_div,
+    F.binary_cross_entropy_with_logits,
+    F.binary_cross_entropy,
+)
+_REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
+
+
+def make_functional(graph: fx.Graph) -> None:
+    """Replaces writes in place by new values where nobody else can see the written tensor."""
+    for node in list(graph.nodes):
+        target = _OUT_OF_PLACE.get(node.target)
+        if target is not None and _is_unseen_write(node):
+            with graph.inserting_before(node):
+                new = add_call(graph, target, *node.args, **node.kwargs)
+            if tensor_value(new).dtype != tensor_value(node).dtype:  # type: ignore[union-attr]
+                graph.erase_node(new)
+                continue
+            _replace(node, new)
+        elif node.target in _INPLACE_ACTIVATIONS and node.kwargs.get("inplace"):
+            if _is_unseen_write(node):
+                node.update_kwarg("inplace", False)
+
+
+def _is_unseen_write(node: fx.Node) -> bool:
+    """Whether ``node`` writes to a value nobody reads after it, whose storage is its own."""
+    written = node.args[0] if node.args else None
+    if not isinstance(written, fx.Node) or node.op == "placeholder":
+        return False
+    if written.op not in ("call_function", "call_method") or list(written.users) != [node]:
+        return False
+    out, other = tensor_value(node), node.args[1] if len(node.args) > 1 else None
+    fake = tensor_value(written)
+    if out is None or fake is None or other is written:
+        return False
+    return not any(_shares_storage(fake, source) for source in written.all_input_nodes)
+
+
+def _shares_storage(fake: torch.Tensor, node: fx.Node) -> bool:
+    source = tensor_value(node)
+    if source is None:  # a tuple, whose members the written tensor may be a view of
+        return True
+    return fake.untyped_storage()._cdata == source.untyped_storage()._cdata
+
+
+def _replace(node: fx.Node, new: fx.Node) -> None:
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in node.meta:
+            new.meta[key] = node.meta[key]
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def sum_losses(graph: fx.Graph) -> None:
+    """Writes means and sums of losses as a sum of row losses, divided by the global count.
+
+    A mean over chunks would weigh chunks by their number and not by their valid rows; a sum over
+    chunks divided once is the mean. All rows ignored gives 0 / 0 = NaN, as in eager.
+    """
+    for node in list(graph.nodes):
+        new = _as_sum(graph, node)
+        if new is not None:
+            _replace(node, new)
+
+
+def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    if node.target in (F.cross_entropy, F.nll_loss, aten.cross_entropy_loss.default):
+        return _sum_cross_entropy(graph, node)
+    if node.target in _PLAIN_LOSSES:
+        return _sum_plain_loss(graph, node)
+    if node.target in ("mean", torch.mean, aten.mean.default) and len(node.args) == 1:
+        source = node.args[0]
+        if not node.kwargs and isinstance(source, fx.Node) and tensor_value(source) is not None:
+            with graph.inserting_before(node):
+                return _sum_over(graph, source, add_call(graph, "numel", source))
+    return None
+
+
+def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    if node.target is aten.cross_entropy_loss.default:
+        names = ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing")
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        reduction = _REDUCTIONS[given.pop("reduction", 1)]
+        target: Any = F.cross_entropy
+    else:
+        target = node.target
+        bound = inspect.signature(target).bind(*node.args, **node.kwargs)
+        given = dict(bound.arguments)
+        reduction = given.pop("reduction", "mean")
+        if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
+            return None
+    logits, labels, weight = given["input"], given["target"], given.get("weight")
+    fake, fake_labels = tensor_value(logits), tensor_value(labels)
+    if reduction == "none" or fake is None or fake_labels is None or fake.ndim != 2:
+        return None
+    with graph.inserting_before(node):
+        losses = add_call(graph, target, **given, reduction="none")
+        if reduction == "sum":
+            return _sum_over(graph, losses, None)
+        if fake_labels.is_floating_point():  # probabilities: every row counts
+            return _sum_over(graph, losses, add_call(graph, "numel", losses))
+        ignore = given.get("ignore_index", -100)
+        valid = add_call(graph, torch.ne, labels, ignore)
+        if weight is None:
+            return _sum_over(graph, losses, add_call(graph, "sum", valid))
+        first = add_call(graph, torch.mul, labels, valid)  # class 0 where the row is ignored
+        weights = add_call(graph, torch.index_select, weight, 0, first)
+        return _sum_over(graph, losses, add_call(graph, "sum", add_call(graph, torch.mul, weights, valid)))
+
+
+def _sum_plain_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    given = dict(bound.arguments)
+    reduction = given.pop("reduction", "mean")
+    if reduction == "none" or given.get("size_average") is not None or given.get("reduce") is not None:
+        return None
+    with graph.inserting_before(node):
+        losses = add_call(graph, node.target, **given, reduction="none")
+        if reduction == "sum":
+            return _sum_over(graph, losses, None)
+        if reduction == "batchmean":
+            return _sum_over(graph, losses, add_call(graph, "size", given["input"], 0))
+        return _sum_over(graph, losses, add_call(graph, "numel", losses))
+
+
+def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | None) -> fx.Node:
+    """``losses.sum() / count``, the sum in float32 for 16-bit losses, as eager's kernels do.
+
+    With a count of 0 the value is NaN and the gradient 0, as in eager: hence not a plain division.
+    """
+    dtype = tensor_value(losses).dtype  # type: ignore[union-attr]
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    total = add_call(graph, "sum", losses, dtype=wide)
+    if count is not None:
+        if tensor_value(count) is None:  # a number of elements
+            total = add_call(graph, torch.div, total, count)
+        else:
+            empty = add_call(graph, torch.eq, count, 0)
+            safe = add_call(graph, torch.div, total, add_call(graph, torch.where, empty, 1, count))
+            total = add_call(graph, torch.where, empty, float("nan"), safe)
+    return total if wide == dtype else add_call(graph, "to", total, dtype)
+
+
+def hoist_row_slices(graph: fx.Graph) -> None:
+    """``linear(x, w)[:, :-1]`` → ``linear(x[:, :-1], w)``: losses that shift the logits.
+
+    Before: ``logits = linear(x, w).float(); loss(logits[:, :-1], ...)``. After: the same chain on
+    the sliced rows of ``x``, for this use of the logits only.
+    """
+    for node in list(graph.nodes):
+        if node.target is operator.getitem and (chain := _sliced_chain(node)):
+            head, index = chain[-1], node.args[1]
+            assert isinstance(index, tuple)
+            with graph.inserting_before(node):
+                current = add_call(graph, operator.getitem, head.args[0], _rows_only(index))
+                for link in reversed(chain):
+                    old = current
+                    current = add_call(graph, link.target, old, *link.args[1:], **link.kwargs)
+                    for key in ("nn_module_stack", "stack_trace"):
+                        if key in link.meta:
+                            current.meta[key] = link.meta[key]
+                    current.meta[CLONE_OF] = link
+            node.replace_all_uses_with(current)
+            graph.erase_node(node)
+
+
+_ROWWISE_LINKS = {
+    torch.tanh,
+    operator.mul,
+    operator.truediv,
+    torch.mul,
+    torch.div,
+    "float",
+    "to",
+    "tanh",
+    "contiguous",
+}
+_LINEAR = (F.linear, aten.linear.default)
+
+
+def _rows_only(index: tuple[Any, ...]) -> tuple[Any, ...]:
+    full = slice(None, None, None)
+    return tuple(full if part is Ellipsis else part for part in index)[:2]
+
+
+def _sliced_chain(node: fx.Node) -> list[fx.Node] | None:
+    """The links from a sliced 3-D tensor back to the linear that made it, last link first."""
+    source, index = node.args
+    fake = tensor_value(source) if isinstance(source, fx.Node) else None
+    if fake is None or fake.ndim != 3 or not isinstance(index, tuple):
+        return None
+    full = slice(None, None, None)
+    if index[0] is Ellipsis:  # [..., :-1, :]
+        index = (full, *index[1:])
+        if len(index) != 3:
+            return None
+    parts = [*index, *[full] * (3 - len(index))]
+    if not all(isinstance(part, slice) and part.step in (None, 1) for part in parts):
+        return None
+    if parts[0] != full or parts[2] != full or parts[1] in (full, slice(0, None, None)):
+        return None
+    chain: list[fx.Node] = []
+    current = source
+    while isinstance(current, fx.Node):
+        chain.append(current)
+        if current.target in _LINEAR:
+            return chain
+        if current.target not in _ROWWISE_LINKS or not current.args:
+            return None
+        if any(isinstance(arg, fx.Node) and arg is not current.args[0] for arg in current.all_input_nodes):
+            return None
+        current = current.args[0]
+    return None

@@ -1,0 +1,200 @@
+"""What the chunking passes share: the bulges of a graph, and a bulge's way into a loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import fx
+
+from mst_fx.body import Body, BodyConfig, body_text, trace_body
+from mst_fx.errors import Refusal
+from mst_fx.fold import RowAnalysis, State, row_counts
+from mst_fx.graph import hint
+from mst_fx.options import Options
+from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
+from mst_fx.plan import Plan
+from mst_fx.region import Region, RegionFinder, frontier, seeds
+from mst_fx.report import Refused, Report, Rewrite
+
+log = logging.getLogger("mst_fx")
+
+
+@dataclasses.dataclass
+class Shared:
+    """What the passes over the graphs of one capture know in common.
+
+    Attributes:
+        nodes: the analysis' results by the content of a node, for each number of rows.
+        bodies: bodies by the structure of their region.
+    """
+
+    nodes: dict[str, dict[Any, State]] = dataclasses.field(default_factory=dict)
+    bodies: dict[str, Body] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class PassContext:
+    """One pass over one graph.
+
+    Attributes:
+        gm: a copy that the pass may change.
+        is_top: the graph is the program's, not the body of a ``tag_activation_checkpoint``.
+        config: how bodies are compiled.
+        report: where rewrites and refusals go.
+        deferred: logits outputs that a loop's loss consumed and that must be deferred.
+    """
+
+    gm: fx.GraphModule
+    options: Options
+    config: BodyConfig
+    is_top: bool
+    shared: Shared
+    report: Report = dataclasses.field(default_factory=Report)
+    deferred: list[fx.Node] = dataclasses.field(default_factory=list)
+
+    def analyses(self) -> Iterator[RowAnalysis]:
+        """One for each number of rows in the graph."""
+        for rows in row_counts(self.gm.graph):
+            known = self.shared.nodes.setdefault(str(rows), {})
+            yield RowAnalysis(self.gm, rows, known)
+
+    def bulges(
+        self, analysis: RowAnalysis, free: Collection[fx.Node] = ()
+    ) -> tuple[list[Region], list[fx.Node]]:
+        """The bulges of a graph, last first, and the seeds of regions that are none.
+
+        Args:
+            free: values whose use as an output of the graph does not count.
+        """
+        finder = RegionFinder(analysis, free)
+        regions, others = [], []
+        for seed in seeds(analysis):
+            region = finder.grow(seed)
+            if region is None:
+                continue
+            if region.is_bulge:
+                finder.take(region)
+                regions.append(region)
+            else:
+                others.append(seed)
+        return regions, others
+
+    def refuse(self, kind: str, name: str, reason: str) -> None:
+        """Notes a refusal.
+
+        Raises:
+            Refusal: with ``strict=True``.
+        """
+        if self.options.strict:
+            raise Refusal(f"{kind} {name}: {reason}")
+        self.report.refusals.append(Refused(kind, name, reason))
+
+
+def chunk_regions(
+    context: PassContext,
+    analysis: RowAnalysis,
+    regions: list[Region],
+    kind: str,
+    plans: list[Plan],
+) -> list[Region]:
+    """Replaces regions by loops; those that cannot be are refused.
+
+    Returns:
+        The regions that were replaced.
+    """
+    replaced = []
+    renamed: dict[fx.Node, fx.Node] = {}
+    for region, plan in zip(regions, plans, strict=True):
+        region = _with_inputs_renamed(analysis, region, renamed)
+        if plan.chunks < 2:
+            log.debug("%s %s: %d rows fit in one chunk", kind, region.name, plan.rows)
+            continue
+        try:
+            renamed |= _chunk(context, analysis, region, kind, plan)
+        except Refusal as refusal:
+            context.refuse(kind, region.name, str(refusal))
+            continue
+        replaced.append(region)
+    return replaced
+
+
+def _chunk(
+    context: PassContext, analysis: RowAnalysis, region: Region, kind: str, plan: Plan
+) -> dict[fx.Node, fx.Node]:
+    body = trace_body(analysis, region, context.config, context.shared.bodies)
+    needs = needs_gradient(region)
+    gradient_of = scalar_with_gradient(region, body, needs) if any(needs) and context.is_top else None
+    is_convex = RegionFinder(analysis).is_convex(region)
+    if not is_convex:
+        raise Refusal("another rewrite would make a cycle through it")
+    before = tuple(node.format_node() or node.name for node in region.nodes)
+    known = set(context.gm.graph.nodes)
+    new = replace_region(analysis, region, body, plan, gradient_of)
+    after = tuple(n.format_node() or n.name for n in context.gm.graph.nodes if n not in known)
+    for old, node in new.items():
+        analysis.states[node] = dataclasses.replace(analysis.states[old], rowwise=False, reason="is a loop's")
+        analysis.contexts[node] = analysis.contexts[old]
+    inside = body.inside_bytes_a_row
+    gradient = "none" if not any(needs) else "recompute" if gradient_of is None else "forward"
+    context.report.rewrites.append(
+        Rewrite(
+            kind=kind,
+            name=region.name,
+            rows=plan.rows,
+            chunk_rows=plan.chunk_rows,
+            chunks=plan.chunks,
+            intermediate_bytes=inside * plan.rows,
+            chunk_bytes=inside * -(-plan.rows // plan.chunks),
+            gradient=gradient,
+            deferred=False,
+            body=body.key,
+            why=plan.why,
+            before=before,
+            after=after,
+        )
+    )
+    if body.key not in context.report.bodies:
+        context.report.bodies[body.key] = body_text(body)
+    return new
+
+
+def _with_inputs_renamed(
+    analysis: RowAnalysis, region: Region, renamed: dict[fx.Node, fx.Node]
+) -> Region:
+    """The region with inputs that an earlier rewrite replaced exchanged for their replacements."""
+    if not renamed:
+        return region
+    for node in region.nodes:
+        state = analysis.states[node]
+        roles = {renamed.get(operand, operand): role for operand, role in state.roles.items()}
+        analysis.states[node] = dataclasses.replace(state, roles=roles)
+    inputs = tuple(dataclasses.replace(i, node=renamed.get(i.node, i.node)) for i in region.inputs)
+    return dataclasses.replace(region, inputs=inputs)
+
+
+def rows_of(analysis: RowAnalysis) -> int:
+    return hint(analysis.rows)
+
+
+def refuse_blocked(context: PassContext, analysis: RowAnalysis, others: list[fx.Node], kind: str) -> None:
+    """Notes why wide matmuls were left alone, each under the pass it concerns.
+
+    A wide result that feeds attention (a fused QKV projection) is no bulge and not worth a word.
+    """
+    names = set()
+    for seed in others:
+        end = frontier(analysis, seed)
+        is_head = end.is_output or end.to_loss
+        if end.to_attention or is_head != (kind == "vocab"):
+            continue
+        if end.blocker is None and not end.is_output:
+            continue
+        region = RegionFinder(analysis).grow(seed)
+        name = region.name if region is not None else seed.name
+        if (name, end.reason) not in names:
+            names.add((name, end.reason))
+            context.refuse(kind, name, end.reason)
+

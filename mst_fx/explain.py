@@ -1,0 +1,50 @@
+"""``mst_fx.explain``: what the backend would do to a function, like ``torch._dynamo.explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.compiler import compile_graph
+
+from mst_fx.options import Options, make_options
+from mst_fx.pipeline import run_passes
+from mst_fx.report import Report
+
+
+def explain(
+    fn: Callable[..., Any], options: Mapping[str, Any] | Options | None = None
+) -> Callable[..., Report]:
+    """Says what ``torch.compile(fn, backend="mst", options=options)`` rewrites.
+
+    Args:
+        fn: a function or module; it is run once, un-compiled, on the arguments of the returned function.
+
+    Returns:
+        A function of the arguments of ``fn`` that returns a :class:`~mst_fx.report.Report` over all
+        graphs that Dynamo captures.
+
+    Raises:
+        OptionError: for bad options.
+    """
+    checked = make_options(options)
+    report = Report()
+
+    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        result = run_passes(gm, example_inputs, checked)
+        report.add(result.report)
+        # Runs as captured: the inner compiler is not what is asked about.
+        return compile_graph(gm, example_inputs, "aot_eager", {})
+
+    def run(*args: Any, **kwargs: Any) -> Report:
+        torch._dynamo.reset()
+        torch.compile(fn, backend=collect)(*args, **kwargs)
+        torch._dynamo.reset()
+        return report
+
+    return run
+
+

@@ -1,0 +1,490 @@
+"""The analysis of a graph: which nodes are row-wise, found by running them on folded fakes.
+
+The batch folds into the rows: ``[B, S, H]`` becomes ``[1, n, H]``, ``[B*S, H]`` becomes ``[n, H]``
+with ``n`` symbolic. A Dynamo node is understood by running it on such fakes under
+:class:`~mst_fx.rows.RowTracer`. Ranks are kept, so positive ``dim`` arguments stay valid; the
+sizes in views are taken from the fold of the result. Because ``n`` equals no other size, an operand
+that does not have exactly the rows cannot slip through a broadcast.
+
+The same :meth:`Folder.run_node` replays a region when its body is traced (:mod:`mst_fx.body`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    statically_known_true,
+)
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mst_fx.errors import Refusal
+from mst_fx.graph import call, hint, is_plain, row_bytes, subgraphs, tensor_value, tensors_of, value
+from mst_fx.rows import SUMMED, Matmul, Row, RowTracer, is_same_size
+
+aten = torch.ops.aten
+
+# Stands for the number of rows while tracing: a prime that no size of the region equals.
+_ROW_HINTS = (2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099)
+
+_RESHAPES = {
+    "view",
+    "reshape",
+    "view_as",
+    "reshape_as",
+    "unflatten",
+    torch.reshape,
+    torch.unflatten,
+    torch.Tensor.view,
+    torch.Tensor.reshape,
+    torch.Tensor.unflatten,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+}
+_EXPANDS = {"expand", "expand_as", torch.Tensor.expand, aten.expand.default}
+_DROPOUTS = {F.dropout: 0.5, torch.dropout: None, aten.dropout.default: None}
+
+Role = str  # how a node reads an operand: "row" (a chunk at a time) or "shared" (whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """What a region takes from outside: a node, read a chunk at a time or whole."""
+
+    node: fx.Node
+    role: Role
+
+
+@dataclasses.dataclass
+class State:
+    """What the analysis knows of a node.
+
+    Attributes:
+        rowwise: the node may be part of a region; otherwise ``reason`` says why not.
+        rows: the node's value holds the rows, so a region may take it as a row input.
+        summed: the value is a sum over rows.
+        constant: the value is computed from weights and constants alone.
+        roles: how the node reads each tensor operand.
+        matmuls: products of rows with shared matrices that the node runs.
+    """
+
+    rowwise: bool = False
+    rows: bool = False
+    summed: bool = False
+    constant: bool = False
+    reason: str = ""
+    roles: dict[fx.Node, Role] = dataclasses.field(default_factory=dict)
+    matmuls: list[Matmul] = dataclasses.field(default_factory=list)
+
+
+def fold_rank(shape: Sequence[Any], rows: Any) -> int:
+    """How many leading dimensions hold the rows; 0 if they do not."""
+    product: Any = 1
+    for rank, size in enumerate(shape, start=1):
+        product = product * size
+        if _equal(product, rows):
+            return rank
+    return 0
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        return hint(a) == hint(b) and bool(statically_known_true(a == b))
+    return bool(a == b)
+
+
+class Folder:
+    """Runs nodes on folded fakes in a private fake mode.
+
+    Args:
+        rows: the number of rows of the graph's tensors, an int or Dynamo's symbolic integer.
+        avoid: sizes that the stand-in for the number of rows must not equal.
+    """
+
+    def __init__(self, rows: Any, avoid: set[int] | None = None) -> None:
+        self.rows = rows
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        stand_in = next(size for size in _ROW_HINTS if size not in (avoid or ()))
+        with torch.device("meta"):
+            vector = torch.empty(stand_in)
+        dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        self.n = self.mode.from_tensor(vector, symbolic_context=dynamic).shape[0]
+
+    def folded_shape(self, tensor: torch.Tensor, n: Any = None) -> tuple[Any, ...] | None:
+        """``[B, S, H]`` → ``(1, n, H)``; None when the leading dimensions do not hold the rows."""
+        rank = fold_rank(tensor.shape, self.rows)
+        rest = tensor.shape[rank:]
+        if not rank or any(isinstance(size, torch.SymInt) for size in rest):
+            return None
+        return (*[1] * (rank - 1), self.n if n is None else n, *rest)
+
+    def folded(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        shape = self.folded_shape(tensor)
+        if shape is None or not is_plain(tensor):
+            return None
+        with self.mode:
+            return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+    def shared(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A private fake of an operand that all rows share.
+
+        Raises:
+            Refusal: for dynamic sizes and for tensor subclasses.
+        """
+        if any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *tensor.stride())):
+            raise Refusal(f"a shared operand has the dynamic shape {tuple(tensor.shape)}")
+        if not is_plain(tensor):
+            raise Refusal(f"an operand is a {_type_name(tensor)}")
+        with self.mode:
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+
+    def run_node(self, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+        """Runs ``node`` on folded operands; sizes in views follow from the node's own value."""
+
+        def arg(operand: fx.Node) -> Any:
+            found = value(operand)
+            if isinstance(found, (torch.SymFloat, torch.SymBool)):
+                # Adds a guard to Dynamo's shape environment: another value compiles anew.
+                return found.node.guard_float("", 0) if isinstance(found, torch.SymFloat) else bool(found)
+            return read(operand)
+
+        out = tensor_value(node)
+        if out is not None and node.target in _RESHAPES | _EXPANDS and not _is_dtype_view(node):
+            shape = self.folded_shape(out)
+            if shape is not None:
+                source = arg(node.args[0])  # type: ignore[arg-type]
+                return source.expand(shape) if node.target in _EXPANDS else torch.reshape(source, shape)
+        if node.target in _DROPOUTS and _keeps_all(node):
+            return arg(node.args[0])  # type: ignore[arg-type]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), arg)
+        return call(node.op, node.target, args, kwargs)
+
+
+def _type_name(tensor: torch.Tensor) -> str:
+    kind = type(tensor).__name__
+    return kind if kind != "FakeTensor" else f"{tensor.layout} tensor"
+
+
+def _is_dtype_view(node: fx.Node) -> bool:
+    return len(node.args) > 1 and isinstance(node.args[1], torch.dtype)
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """Whether a dropout is the identity: probability 0, or not training."""
+    default = _DROPOUTS[node.target]
+    p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", default)
+    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
+    return p == 0 or training is False
+
+
+@contextlib.contextmanager
+def autocast_contexts(contexts: Sequence[tuple[Any, ...]]) -> Iterator[None]:
+    """The autocast regions (``_enter_autocast`` nodes' arguments) a node lies in."""
+    with contextlib.ExitStack() as stack:
+        for device, dtype, enabled, cache in contexts:
+            stack.enter_context(torch.autocast(device, dtype, enabled, cache))
+        yield
+
+
+class RowAnalysis:
+    """The states of all nodes of a graph for one number of rows.
+
+    Args:
+        gm: the graph; its nodes know their fake values.
+        rows: the number of rows.
+        known: results of nodes by content, shared between the graphs of one capture.
+
+    Attributes:
+        states: a :class:`State` a node.
+        contexts: for each node the autocast regions and the grad mode it lies in.
+    """
+
+    def __init__(self, gm: fx.GraphModule, rows: Any, known: dict[Any, State] | None = None) -> None:
+        self.gm, self.graph, self.rows = gm, gm.graph, rows
+        sizes = {size for n in gm.graph.nodes for t in tensors_of(n) for size in t.shape}
+        self._avoid = {size for size in sizes if isinstance(size, int)}
+        self.folder = Folder(rows, self._avoid)
+        self.states: dict[fx.Node, State] = {}
+        self.contexts = _contexts(gm.graph)
+        self._mutated = _mutated_storages(gm.graph)
+        self._subgraphs = {name for name, _ in subgraphs(gm)}
+        self._known = {} if known is None else known
+        with torch.no_grad(), enable_python_dispatcher():
+            for node in gm.graph.nodes:
+                self.states[node] = self._analyse(node)
+
+    def _analyse(self, node: fx.Node) -> State:
+        if node.op in ("placeholder", "get_attr"):
+            return self._source(node, "is an input of the graph", constant=_is_weight(node))
+        if node.op == "output" or not tensors_of(node):
+            return State(reason="is not a tensor", constant=True)
+        operands = [n for n in node.all_input_nodes if tensors_of(n)]
+        if not any(self.states[n].rows for n in operands):
+            constant = all(self.states[n].constant for n in operands)
+            return self._source(node, "does not depend on rows", constant=constant)
+        try:
+            self._check(node)
+        except Refusal as refusal:
+            return self._source(node, str(refusal))
+        roles = {n: "row" if self.states[n].rows else "shared" for n in operands}
+        first: State | None = None
+        for flip in self._flips(operands):
+            state = self._run_known(node, {**roles, **flip})
+            if state.rowwise:
+                return state
+            first = first or state
+        assert first is not None
+        return self._source(node, first.reason)
+
+    def _flips(self, operands: list[fx.Node]) -> list[dict[fx.Node, Role]]:
+        """Other readings of operands that could be rows or shared, in the order they are tried."""
+        either = [n for n in operands if self.states[n].rows and not self.states[n].rowwise]
+        shared = [n for n in operands if not self.states[n].rows and self._has_rows(n)]
+        return [{}, *({n: "row"} for n in shared), *({n: "shared"} for n in reversed(either))]
+
+    def _check(self, node: fx.Node) -> None:
+        """Refuses nodes that no operator rule sees as they are."""
+        if node.op == "call_module":
+            raise Refusal(f"module {node.target} is opaque")
+        if any(n.target in self._subgraphs for n in node.all_input_nodes if n.op == "get_attr"):
+            raise Refusal(f"{node.target} calls a sub-graph")
+        for n in (node, *node.all_input_nodes):
+            for fake in tensors_of(n):
+                if not is_plain(fake):
+                    raise Refusal(f"{n.name} is a {_type_name(fake)}")
+                if fake.untyped_storage()._cdata in self._mutated:
+                    raise Refusal(f"{n.name} is written to in place")
+        if not self.contexts[node].grad and torch.is_grad_enabled():
+            raise Refusal("runs under no_grad")
+
+    def _run_known(self, node: fx.Node, roles: dict[fx.Node, Role]) -> State:
+        """:meth:`_run`, once for nodes of equal content."""
+
+        def described(operand: fx.Node) -> Any:
+            return _Description((roles.get(operand), _described(value(operand))))
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), described)
+        key = repr((node.op, node.target, args, kwargs, _described(value(node)), self.contexts[node]))
+        if key not in self._known:
+            try:
+                self._known[key] = self._run(node, roles)
+            except Refusal as refusal:
+                self._known[key] = State(reason=str(refusal))
+            if not isinstance(self.folder.n.node.expr, sympy.Symbol):
+                # The node fixed the number of rows: its result is void, and so is the stand-in.
+                self._known[key] = State(reason="depends on the number of rows")
+                self.folder = Folder(self.rows, self._avoid)
+        return dataclasses.replace(self._known[key], roles=roles)
+
+    def _run(self, node: fx.Node, roles: dict[fx.Node, Role]) -> State:
+        """Runs the node on folded fakes and checks that the result is the fold of its value."""
+        tracer = RowTracer(self.folder.n)
+        operands = {operand: self._read(operand, role, tracer) for operand, role in roles.items()}
+        read = functools.partial(read_operand, operands)
+        with self.folder.mode, autocast_contexts(self.contexts[node].autocast), tracer:
+            try:
+                folded = self.folder.run_node(node, read)
+            except Refusal:
+                raise
+            except Exception as error:
+                message = [*str(error).strip().splitlines(), repr(error)][0]
+                raise Refusal(f"does not run on folded rows: {message}") from None
+        summed = self._check_fold(node, folded, tracer)
+        return State(rowwise=True, rows=not summed, summed=summed, matmuls=tracer.matmuls)
+
+    def _check_fold(self, node: fx.Node, folded: Any, tracer: RowTracer) -> bool:
+        """Whether the result is a sum; refuses what is neither a sum nor the fold of the value."""
+        fakes, results = tree_leaves(value(node)), tree_leaves(folded)
+        if len(fakes) != len(results):
+            raise Refusal("gives another structure on folded rows")
+        summed = set()
+        for fake, result in zip(fakes, results, strict=True):
+            if not isinstance(fake, torch.Tensor):
+                raise Refusal("gives something else than tensors")
+            label = tracer.label(result)
+            shape = fake.shape if label is SUMMED else self.folder.folded_shape(fake)
+            if label is None or shape is None:
+                raise Refusal(f"moves the rows out of the leading dimensions of {tuple(fake.shape)}")
+            same = len(shape) == len(result.shape) and all(map(is_same_size, shape, result.shape))
+            if not same or fake.dtype != result.dtype or fake.device != result.device:
+                raise Refusal(f"gives {tuple(result.shape)} on folded rows, not {tuple(shape)}")
+            if isinstance(label, Row) and label.dim != fold_rank(fake.shape, self.rows) - 1:
+                raise Refusal("moves the rows")
+            summed.add(label is SUMMED)
+        if len(summed) != 1:
+            raise Refusal("gives rows and sums at once")
+        return summed.pop()
+
+    def _source(self, node: fx.Node, reason: str, constant: bool = False) -> State:
+        """The state of a node no region contains; its value may still be a region's row input.
+
+        A constant (a weight, a table of positions) that happens to have as many entries as there
+        are rows is read whole, unless only reading its rows works.
+        """
+        return State(reason=reason, rows=not constant and self._has_rows(node), constant=constant)
+
+    def _has_rows(self, node: fx.Node) -> bool:
+        fake = tensor_value(node)
+        return fake is not None and is_plain(fake) and self.folder.folded_shape(fake) is not None
+
+    def _read(self, operand: fx.Node, role: Role, tracer: RowTracer) -> Any:
+        """A fake of an operand, folded and labelled if its rows are read."""
+        if role == "shared":
+            return tree_map_only(torch.Tensor, self.folder.shared, value(operand))
+
+        def fold(fake: torch.Tensor) -> torch.Tensor:
+            folded = self.folder.folded(fake)
+            if folded is None:
+                raise Refusal(f"{operand.name} has no rows in its leading dimensions")
+            tracer.set_label(folded, Row(fold_rank(fake.shape, self.rows) - 1))
+            return folded
+
+        return tree_map_only(torch.Tensor, fold, value(operand))
+
+
+def read_operand(operands: Mapping[fx.Node, Any], node: fx.Node) -> Any:
+    """The value of an operand of a node that runs on folded fakes.
+
+    Raises:
+        Refusal: if it is an integer that Dynamo keeps dynamic (row counts in views are not read).
+    """
+    if node in operands:
+        return operands[node]
+    if isinstance(value(node), torch.SymInt):
+        raise Refusal(f"{node.name} is a dynamic integer")
+    return value(node)
+
+
+class _Description(tuple[Any, ...]):
+    """Stands for an operand in the key of a node; a tuple that ``map_arg`` leaves alone."""
+
+
+def _described(found: Any) -> Any:
+    """Type, shape, stride and device of every tensor in a value."""
+    return [
+        (str(leaf.dtype), str(leaf.shape), str(leaf.stride()), str(leaf.device))
+        if isinstance(leaf, torch.Tensor)
+        else str(leaf)
+        for leaf in tree_leaves(found)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The modes a node of a Dynamo graph runs in, beside the ambient ones."""
+
+    autocast: tuple[tuple[Any, ...], ...]
+    grad: bool
+
+
+def _contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
+    current = Context((), torch.is_grad_enabled())
+    contexts = {}
+    for node in graph.nodes:
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            current = dataclasses.replace(current, autocast=(*current.autocast, tuple(node.args)))
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            current = dataclasses.replace(current, autocast=current.autocast[:-1])
+        elif node.target is torch._C._set_grad_enabled:
+            current = dataclasses.replace(current, grad=bool(node.args[0]))
+        contexts[node] = current
+    return contexts
+
+
+_INPLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+} | {operator.setitem}
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node may write to one of its arguments."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None:
+        return True
+    if node.kwargs.get("inplace"):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
+
+
+def _mutated_storages(graph: fx.Graph) -> set[int]:
+    """The storages that some node writes to; what reads them depends on when it runs."""
+    storages = set()
+    for node in graph.nodes:
+        if not writes_in_place(node):
+            continue
+        written = node.all_input_nodes[:1] if node.kwargs.get("out") is None else node.all_input_nodes
+        for operand in written:
+            storages |= {fake.untyped_storage()._cdata for fake in tensors_of(operand)}
+    return storages
+
+
+def _is_weight(node: fx.Node) -> bool:
+    return node.op == "get_attr" or isinstance(value(node), torch.nn.Parameter)
+
+
+def row_counts(graph: fx.Graph) -> list[Any]:
+    """The numbers of rows in a graph: those of the tensors that meet a weight matrix."""
+    counts: list[Any] = []
+    for node in graph.nodes:
+        count = _rows_at_matrix(node)
+        if count is not None and hint(count) > 1 and not any(_equal(count, known) for known in counts):
+            counts.append(count)
+    return counts
+
+
+_MATRIX_PRODUCTS = {
+    F.linear: (0, 1),
+    aten.linear.default: (0, 1),
+    torch.matmul: (0, 1),
+    operator.matmul: (0, 1),
+    "matmul": (0, 1),
+    "mm": (0, 1),
+    torch.mm: (0, 1),
+    aten.matmul.default: (0, 1),
+    aten.mm.default: (0, 1),
+    torch.addmm: (1, 2),
+    aten.addmm.default: (1, 2),
+    "addmm": (1, 2),
+    torch.einsum: (1, 2),
+}
+
+
+def _rows_at_matrix(node: fx.Node) -> Any:
+    places = _MATRIX_PRODUCTS.get(node.target)
+    if places is None or len(node.args) <= max(places):
+        return None
+    source, matrix = (node.args[place] for place in places)
+    if not isinstance(source, fx.Node) or not isinstance(matrix, fx.Node):
+        return None
+    rows, weight = tensor_value(source), tensor_value(matrix)
+    if rows is None or weight is None or rows.ndim < 2 or weight.ndim != 2:
+        return None
+    count: Any = 1
+    for size in rows.shape[:-1]:
+        count = count * size
+    return count
+
+
+def bytes_a_row(node: fx.Node, rows: Any) -> int:
+    """Bytes a row of a node's value."""
+    return sum(row_bytes(fake, hint(rows)) for fake in tensors_of(node))

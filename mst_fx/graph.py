@@ -1,0 +1,178 @@
+"""FX helpers: values of nodes, copies, names, and new nodes that know their values."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves
+
+VALUE = "example_value"  # the meta key under which Dynamo keeps a node's fake value
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node: Dynamo's ``example_value``, or export's ``val``."""
+    if VALUE in node.meta:
+        return node.meta[VALUE]
+    return node.meta.get("val")
+
+
+def tensor_value(node: fx.Node) -> torch.Tensor | None:
+    found = value(node)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)]
+
+
+def row_bytes(tensor: torch.Tensor, rows: int) -> int:
+    """Bytes a row of a tensor that holds ``rows`` rows (sizes by hint)."""
+    return hint(tensor.numel()) * tensor.element_size() // max(1, rows)
+
+
+def hint(size: Any) -> int:
+    """The size that a symbolic integer has at capture."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint)
+    return int(size)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a fake stands for an ordinary strided tensor (a DTensor's does not)."""
+    plain_type = type(tensor) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
+    return plain_type and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a GraphModule and of the sub-GraphModules its graph names; parameters are shared."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    new.meta.update(gm.meta)
+    for old_node, node in zip(gm.graph.nodes, graph.nodes, strict=True):
+        node.meta = dict(old_node.meta)
+    for name, child in subgraphs(gm):
+        new.set_submodule(name, copy_tree(child))
+    return new
+
+
+def subgraphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The sub-GraphModules that a graph refers to (bodies of ``tag_activation_checkpoint``)."""
+    seen = set()
+    for node in gm.graph.nodes:
+        if node.op in ("get_attr", "call_module") and node.target not in seen:
+            seen.add(node.target)
+            child = attribute(gm, node.target)
+            if isinstance(child, fx.GraphModule):
+                yield node.target, child
+
+
+def attribute(gm: torch.nn.Module, name: str) -> Any:
+    found: Any = gm
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def add_call(graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
+    """Adds a ``call_function`` (or, for a string, ``call_method``) node with its fake value.
+
+    The node goes to the graph's insertion point.
+    """
+    op = "call_method" if isinstance(target, str) else "call_function"
+    node = graph.create_node(op, target, args, kwargs)
+    fakes, fake_kwargs = fx.node.map_arg((args, kwargs), value)
+    node.meta[VALUE] = call(op, target, fakes, fake_kwargs)
+    return node
+
+
+def call(op: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Runs a node's target on values, in the fake mode of the first fake among them."""
+    mode = fake_mode_of(tree_leaves((list(args), kwargs)))
+    function: Callable[..., Any] = target
+    if op == "call_method":
+        function = operator.methodcaller(target, *args[1:], **kwargs)
+        args, kwargs = args[:1], {}
+    if mode is None:
+        return function(*args, **kwargs)
+    with mode:
+        return function(*args, **kwargs)
+
+
+def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
+    for found in values:
+        if isinstance(found, FakeTensor):
+            return found.fake_mode
+    return None
+
+
+def fill_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Gives every node of a graph that Dynamo did not make its fake value.
+
+    Args:
+        gm: any GraphModule; sub-GraphModules are filled when they are called.
+        example_inputs: what ``gm`` is called with; tensors may be real or fake.
+    """
+    mode = fake_mode_of(example_inputs) or FakeTensorMode(
+        shape_env=ShapeEnv(), allow_non_fake_inputs=True
+    )
+
+    def fake(found: Any) -> Any:
+        if isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor):
+            return mode.from_tensor(found, static_shapes=True)
+        return found
+
+    class Fill(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            n.meta[VALUE] = result
+            return result
+
+        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return fake(super().get_attr(target, args, kwargs))
+
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            child = attribute(self.module, target)
+            if isinstance(child, fx.GraphModule):
+                return Fill(child).run(*args)
+            return super().call_module(target, args, kwargs)
+
+    with mode:
+        Fill(gm).run(*map(fake, example_inputs))
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module a node comes from, e.g. ``model.layers.0.mlp`` ('' if unknown)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return clean_path(path if isinstance(path, str) else "")
+
+
+def clean_path(path: str) -> str:
+    """``L['self'].model.layers[0]._modules['mlp']`` → ``model.layers.0.mlp``."""
+    path = re.sub(r"_modules\[['\"](\w+)['\"]\]", r"\1", path)
+    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
+    path = re.sub(r"^(L|G)?\.?(self|fn|mod|model__|_orig_mod)?(\.|$)", "", path)
+    return path.strip(".")
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """The deepest module that holds all of ``paths``."""
+    parts = [path.split(".") for path in paths if path]
+    if not parts:
+        return ""
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)

@@ -1,0 +1,312 @@
+"""The loop ops: a body run over chunks of rows, with weight gradients summed in place.
+
+Three ops stand in rewritten graphs (``torch.library``, opaque to Inductor and AOTAutograd):
+
+``mst_fx::loop(rows, shared, body, chunk_rows) -> outputs``
+    saves its inputs only; its derivative is
+``mst_fx::loop_backward(rows, shared, tangents, needs, body, chunk_rows) -> gradients``
+    which recomputes the inside of each chunk;
+``mst_fx::loop_with_grad(rows, shared, needs, output, body, chunk_rows) -> outputs + gradients``
+    computes the gradients of one scalar output in the forward loop (3 matmuls instead of 4);
+    its derivative scales them by the scalar's tangent.
+
+``rows`` are ``[N, ...]`` tensors, ``shared`` are read whole by every chunk, ``body`` is the key of a
+:class:`~mst_fx.body.Body`. Row outputs are ``[N, ...]``; sums over rows have no row dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mst_fx.body import Body, CompiledBody, GradientPlan, OutputMeta, Term, TensorMeta
+from mst_fx.body import body as body_of
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+def chunk_bounds(rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
+    """Splits rows into the fewest chunks of at most ``chunk_rows``, of near-equal size."""
+    chunks = -(-rows // chunk_rows)
+    small, larger = divmod(rows, chunks) if chunks else (0, 0)
+    start = 0
+    for index in range(chunks):
+        end = start + small + (index < larger)
+        yield start, end
+        start = end
+
+
+@contextlib.contextmanager
+def _plain_mode() -> Iterator[None]:
+    """Bodies are traced with all casts and modes in them: nothing ambient may act twice."""
+    with torch.no_grad(), torch._C._DisableAutocast():
+        yield
+
+
+def _chunk_inputs(
+    rows: Sequence[Tensor], shared: Sequence[Tensor], start: int, end: int, *more: Tensor
+) -> list[Any]:
+    # Rows may come with any strides; a chunk of contiguous rows is contiguous without a copy.
+    chunk = [row[start:end].contiguous() for row in rows]
+    return [end - start, *chunk, *shared, *more]
+
+
+def _as_traced(shared: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[Tensor]:
+    """Compiled bodies take the strides they were traced with."""
+    return [
+        tensor
+        if tensor.stride() == meta.stride
+        else torch.empty_strided(meta.shape, meta.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        for tensor, meta in zip(shared, metas, strict=True)
+    ]
+
+
+class _Outputs:
+    """Collects the outputs of chunks: rows into place, sums added up."""
+
+    def __init__(self, metas: Sequence[OutputMeta], rows: int) -> None:
+        self._metas = metas
+        self.tensors = [
+            torch.zeros(meta.shape, dtype=_sum_dtype(meta.dtype), device=meta.device)
+            if meta.is_sum
+            else torch.empty((rows, *meta.shape), dtype=meta.dtype, device=meta.device)
+            for meta in metas
+        ]
+
+    def put(self, values: Sequence[Tensor], start: int, end: int) -> None:
+        for tensor, meta, found in zip(self.tensors, self._metas, values, strict=True):
+            if meta.is_sum:
+                tensor.add_(found)
+            else:
+                tensor[start:end].copy_(found)
+
+    def result(self) -> list[Tensor]:
+        return [t.to(meta.dtype) for t, meta in zip(self.tensors, self._metas, strict=True)]
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _SIXTEEN_BITS else dtype
+
+
+class _Gradients:
+    """Row gradients, put into place, and one accumulator a weight."""
+
+    def __init__(self, body: Body, needs: Sequence[bool], rows: int) -> None:
+        self._row_grads = [
+            torch.empty((rows, *meta.shape), dtype=meta.dtype, device=meta.device)
+            for meta, need in zip(body.rows, needs, strict=False)
+            if need
+        ]
+        needed = [i for i, need in enumerate(needs[len(body.rows) :]) if need]
+        self._dtypes = [body.shared[i].dtype for i in needed]
+        self._sums = [
+            torch.zeros(body.shared[i].shape, dtype=body.accumulator_dtype(i), device=body.shared[i].device)
+            for i in needed
+        ]
+
+    def put(self, plan: GradientPlan, values: Sequence[Tensor], start: int, end: int) -> None:
+        row_grads = values[plan.first : plan.first + len(self._row_grads)]
+        for tensor, found in zip(self._row_grads, row_grads, strict=True):
+            tensor[start:end].copy_(found)
+        for accumulator, terms in zip(self._sums, plan.terms, strict=True):
+            for term in terms:
+                _add_term(accumulator, term, values)
+
+    def result(self) -> list[Tensor]:
+        sums = []
+        while self._sums:  # an accumulator is freed before the next one is rounded
+            sums.append(self._sums.pop(0).to(self._dtypes[len(sums)]))
+        return [*self._row_grads, *sums]
+
+
+def _add_term(accumulator: Tensor, term: Term, values: Sequence[Tensor]) -> None:
+    if term.value >= 0:
+        found = values[term.value]
+        accumulator.add_(found.t() if term.transposed else found)
+        return
+    left, right = values[term.left], values[term.right]
+    left = left.t() if term.left_transposed else left
+    right = right.t() if term.right_transposed else right
+    if left.dtype == accumulator.dtype:
+        accumulator.addmm_(left, right)
+    elif accumulator.is_cuda:
+        torch.ops.aten.addmm.dtype_out(
+            accumulator, left, right, accumulator.dtype, out=accumulator
+        )
+    else:  # no mixed-type product on a CPU; rounding the product would lose what float32 is for
+        accumulator.addmm_(left.to(accumulator.dtype), right.to(accumulator.dtype))
+
+
+def _run_with_gradients(
+    compiled: CompiledBody,
+    body: Body,
+    needs: Sequence[bool],
+    rows: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    chunk_rows: int,
+    row_tangents: Sequence[Tensor] = (),
+    tangent_order: Sequence[tuple[bool, Tensor]] = (),
+) -> list[Tensor]:
+    assert compiled.plan is not None
+    count = rows[0].shape[0]
+    outputs = _Outputs(body.outputs[: compiled.plan.first], count)
+    gradients = _Gradients(body, needs, count)
+    shared = _as_traced(shared, body.shared)
+    for start, end in chunk_bounds(count, chunk_rows):
+        tangents = [t if whole else t[start:end].contiguous() for whole, t in tangent_order]
+        values = compiled.run(_chunk_inputs(rows, shared, start, end, *tangents))
+        outputs.put(values[: compiled.plan.first], start, end)
+        gradients.put(compiled.plan, values, start, end)
+        del values, tangents  # before the next chunk makes its own
+    return [*outputs.result(), *gradients.result()]
+
+
+def _gradient_fakes(
+    rows: Sequence[Tensor], shared: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    inputs = [*rows, *shared]
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
+
+
+def _output_fakes(body: Body, rows: Sequence[Tensor]) -> list[Tensor]:
+    count = rows[0].shape[0]
+    return [
+        torch.empty(meta.shape if meta.is_sum else (count, *meta.shape), dtype=meta.dtype, device=meta.device)
+        for meta in body.outputs
+    ]
+
+
+@torch.library.custom_op(
+    "mst_fx::loop",
+    mutates_args=(),
+    schema="(Tensor[] rows, Tensor[] shared, str body, int chunk_rows) -> Tensor[]",
+)
+def loop(rows: list[Tensor], shared: list[Tensor], body: str, chunk_rows: int) -> list[Tensor]:
+    found = body_of(body)
+    count = rows[0].shape[0]
+    with _plain_mode():
+        outputs = _Outputs(found.outputs, count)
+        if count:
+            run = found.compiled_forward().run
+            traced = _as_traced(shared, found.shared)
+            for start, end in chunk_bounds(count, chunk_rows):
+                outputs.put(run(_chunk_inputs(rows, traced, start, end)), start, end)
+        return outputs.result()
+
+
+@loop.register_fake
+def _(rows: list[Tensor], shared: list[Tensor], body: str, chunk_rows: int) -> list[Tensor]:
+    return _output_fakes(body_of(body), rows)
+
+
+@torch.library.custom_op(
+    "mst_fx::loop_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] rows, Tensor[] shared, Tensor[] tangents, bool[] has_tangent, bool[] needs, "
+        "str body, int chunk_rows) -> Tensor[]"
+    ),
+)
+def loop_backward(
+    rows: list[Tensor],
+    shared: list[Tensor],
+    tangents: list[Tensor],
+    has_tangent: list[bool],
+    needs: list[bool],
+    body: str,
+    chunk_rows: int,
+) -> list[Tensor]:
+    found = body_of(body)
+    with _plain_mode():
+        if not rows[0].shape[0]:
+            return _Gradients(found, needs, 0).result()
+        compiled = found.compiled_backward(needs, has_tangent)
+        present = [meta for meta, has in zip(found.outputs, has_tangent, strict=True) if has]
+        order = [(meta.is_sum, tangent) for meta, tangent in zip(present, tangents, strict=True)]
+        return _run_with_gradients(
+            compiled, found, needs, rows, shared, chunk_rows, tangent_order=order
+        )
+
+
+@loop_backward.register_fake
+def _(
+    rows: list[Tensor],
+    shared: list[Tensor],
+    tangents: list[Tensor],
+    has_tangent: list[bool],
+    needs: list[bool],
+    body: str,
+    chunk_rows: int,
+) -> list[Tensor]:
+    return _gradient_fakes(rows, shared, needs)
+
+
+@torch.library.custom_op(
+    "mst_fx::loop_with_grad",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] rows, Tensor[] shared, bool[] needs, int output, str body, int chunk_rows) "
+        "-> Tensor[]"
+    ),
+)
+def loop_with_grad(
+    rows: list[Tensor], shared: list[Tensor], needs: list[bool], output: int, body: str, chunk_rows: int
+) -> list[Tensor]:
+    found = body_of(body)
+    with _plain_mode():
+        if not rows[0].shape[0]:
+            return [*_Outputs(found.outputs, 0).result(), *_Gradients(found, needs, 0).result()]
+        compiled = found.compiled_with_grad(needs, output)
+        return _run_with_gradients(compiled, found, needs, rows, shared, chunk_rows)
+
+
+@loop_with_grad.register_fake
+def _(
+    rows: list[Tensor], shared: list[Tensor], needs: list[bool], output: int, body: str, chunk_rows: int
+) -> list[Tensor]:
+    return [*_output_fakes(body_of(body), rows), *_gradient_fakes(rows, shared, needs)]
+
+
+def _setup_loop(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    rows, shared, ctx.body, ctx.chunk_rows = inputs
+    ctx.rows = len(rows)
+    ctx.save_for_backward(*rows, *shared)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_loop(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved = list(ctx.saved_tensors)
+    rows, shared = saved[: ctx.rows], saved[ctx.rows :]
+    needs = [bool(need) for needs in ctx.needs_input_grad[:2] for need in needs]
+    has_tangent = [grad is not None for grad in grads]
+    tangents = [grad for grad in grads if grad is not None]
+    if not tangents:
+        return None, None, None, None
+    found = iter(loop_backward(rows, shared, tangents, has_tangent, needs, ctx.body, ctx.chunk_rows))
+    filled = [next(found) if need else None for need in needs]
+    return filled[: ctx.rows], filled[ctx.rows :], None, None
+
+
+def _setup_loop_with_grad(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    rows, _, ctx.needs, ctx.output, body, _ = inputs
+    ctx.rows = len(rows)
+    ctx.save_for_backward(*output[len(body_of(body).outputs) :])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_loop_with_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    tangent = grads[ctx.output]
+    if tangent is None:
+        return (None,) * 6
+    saved = iter(ctx.saved_tensors)
+    filled = [next(saved) * tangent if need else None for need in ctx.needs]
+    filled = [None if grad is None else grad for grad in filled]
+    return filled[: ctx.rows], filled[ctx.rows :], None, None, None, None
+
+
+loop.register_autograd(_backward_loop, setup_context=_setup_loop)
+loop_with_grad.register_autograd(_backward_loop_with_grad, setup_context=_setup_loop_with_grad)

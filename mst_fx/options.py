@@ -1,0 +1,99 @@
+"""The options of ``torch.compile(model, backend="mst", options={...})``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mst_fx.errors import OptionError
+
+PASS_NAMES = ("mlp", "vocab")
+
+ChunkRows = int | Literal["auto"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Validated options; the defaults are what users get.
+
+    Attributes:
+        chunk_rows: rows a chunk in MLP loops: ``"auto"`` or an int ≥ 1.
+        vocab_chunk_rows: rows a chunk in vocabulary loops: ``"auto"`` or an int ≥ 1.
+        passes: the passes that run, a subset of :data:`PASS_NAMES`.
+        accumulate: type of weight-gradient accumulators: ``"auto"`` (float32 for 16-bit weights),
+            ``"float32"`` or ``"weight"`` (the weight's own type).
+        logits: whether a logits output may be deferred: ``"auto"`` (when gradients are on and the
+            loss of the same graph consumes the logits), ``"keep"`` (never) or ``"defer"`` (also
+            when gradients are off).
+        inner: compiler of the rewritten graph and of the loops' bodies.
+        strict: raise on a refusal or a failure of a pass instead of leaving the graph as it was.
+        inductor: patches of ``torch._inductor.config``.
+    """
+
+    chunk_rows: ChunkRows = "auto"
+    vocab_chunk_rows: ChunkRows = "auto"
+    passes: tuple[str, ...] = PASS_NAMES
+    accumulate: Literal["auto", "float32", "weight"] = "auto"
+    logits: Literal["auto", "keep", "defer"] = "auto"
+    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    strict: bool = False
+    inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_rows", "vocab_chunk_rows"):
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not is_count and value != "auto":
+                raise _bad(name, value, "'auto' or an int ≥ 1")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise _bad(name, value, "one of " + ", ".join(map(repr, allowed)))
+        if not isinstance(self.strict, bool):
+            raise _bad("strict", self.strict, "True or False")
+        if not isinstance(self.inductor, Mapping):
+            raise _bad("inductor", self.inductor, "a dict of Inductor config patches")
+        if isinstance(self.passes, str) or not _all_strings(self.passes):
+            raise _bad("passes", self.passes, f"a subset of {PASS_NAMES}")
+        unknown = [name for name in self.passes if name not in PASS_NAMES]
+        if unknown:
+            raise _bad("passes", self.passes, f"a subset of {PASS_NAMES}")
+        object.__setattr__(self, "passes", tuple(self.passes))
+
+
+_CHOICES = {
+    "accumulate": ("auto", "float32", "weight"),
+    "logits": ("auto", "keep", "defer"),
+    "inner": ("inductor", "aot_eager", "eager"),
+}
+
+
+def _all_strings(values: Any) -> bool:
+    try:
+        return all(isinstance(value, str) for value in values)
+    except TypeError:
+        return False
+
+
+def _bad(name: str, value: Any, allowed: str) -> OptionError:
+    return OptionError(f"mst option {name!r} is {value!r}; allowed: {allowed}")
+
+
+def make_options(options: Mapping[str, Any] | Options | None) -> Options:
+    """Checks a user's ``options`` and fills in the defaults.
+
+    Raises:
+        OptionError: for an unknown name, or for a value of the wrong kind.
+    """
+    if options is None:
+        return Options()
+    if isinstance(options, Options):
+        return options
+    if not isinstance(options, Mapping):
+        raise OptionError(f"mst options are {options!r}; allowed: a dict")
+    known = [field.name for field in dataclasses.fields(Options)]
+    for name in options:
+        if name not in known:
+            raise OptionError(f"mst has no option {name!r}; allowed: {', '.join(known)}")
+    return Options(**options)

@@ -1,0 +1,154 @@
+"""Puts a loop in the place of a region."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.body import Body
+from mst_fx.errors import Refusal
+from mst_fx.fold import RowAnalysis, fold_rank, writes_in_place
+from mst_fx.graph import add_call, tensor_value
+from mst_fx.plan import Plan
+from mst_fx.region import Region
+
+
+def needs_gradient(region: Region) -> list[bool]:
+    """Which inputs of a region need gradients: its row inputs, then its shared ones."""
+    operands = [i.node for role in ("row", "shared") for i in region.inputs if i.role == role]
+    fakes = [tensor_value(node) for node in operands]
+    return [torch.is_grad_enabled() and fake is not None and fake.requires_grad for fake in fakes]
+
+
+def scalar_with_gradient(region: Region, body: Body, needs: Sequence[bool]) -> int | None:
+    """The output whose tangent is one scalar, if it is the only one with a gradient.
+
+    float16 is left out: gradients of a sum over all rows, not yet scaled, may overflow.
+    """
+    differentiable = body.differentiable_for(needs)
+    found = [index for index, is_differentiable in enumerate(differentiable) if is_differentiable]
+    if len(found) != 1:
+        return None
+    meta = body.outputs[found[0]]
+    dtypes = {x.dtype for x in (*body.rows, *body.shared)}
+    if not meta.is_sum or meta.shape != () or torch.float16 in dtypes:
+        return None
+    return found[0]
+
+
+def replace_region(
+    analysis: RowAnalysis, region: Region, body: Body, plan: Plan, gradient_of: int | None
+) -> dict[fx.Node, fx.Node]:
+    """Replaces a region's nodes by a loop op and the views around it.
+
+    Before: ``x[B, S, H] → norm → linear → act → linear → add → y[B, S, H]``. After:
+    ``flatten(x) → mst_fx.loop → getitem → unflatten → y``.
+
+    Args:
+        gradient_of: the scalar output whose gradients the forward loop computes; None: recompute.
+
+    Returns:
+        The new node of each output of the region. The region's nodes are erased, but for those that
+        an output of the graph still names (logits that will be deferred).
+
+    Raises:
+        Refusal: before anything is changed, if the loop has no place in the graph's order.
+    """
+    graph = analysis.graph
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    last = region.nodes[-1]
+    late = _users_before(analysis, region, order, order[last])
+    outs = (*region.row_outputs, *region.sums)
+    shapes = {node: _leading_sizes(analysis, region, node) for node in region.row_outputs}
+
+    anchor = last
+    with graph.inserting_after(anchor):
+        cursor = graph.call_function(int, (0,))  # marks the place; erased below
+    with graph.inserting_before(cursor):
+        rows = [_flattened(graph, i.node, analysis.rows) for i in region.inputs if i.role == "row"]
+        shared = [i.node for i in region.inputs if i.role == "shared"]
+        if gradient_of is None:
+            args: tuple[Any, ...] = (rows, shared, body.key, plan.chunk_rows)
+            loop = add_call(graph, torch.ops.mst_fx.loop.default, *args)
+        else:
+            args = (rows, shared, needs_gradient(region), gradient_of, body.key, plan.chunk_rows)
+            loop = add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
+        new = {}
+        for index, node in enumerate(outs):
+            current = add_call(graph, operator.getitem, loop, index)
+            if node in shapes:
+                current = _unflattened(graph, current, shapes[node])
+            current.meta = {**node.meta, **current.meta}
+            new[node] = current
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in region.seed.meta:
+            loop.meta[key] = region.seed.meta[key]
+    for node in sorted(late, key=order.__getitem__):
+        cursor.prepend(node)
+    graph.erase_node(cursor)
+    inside = set(region.nodes)
+    for old, node in new.items():
+        old.replace_all_uses_with(node, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(region.nodes):
+        if not node.users:
+            graph.erase_node(node)
+    return new
+
+
+def _users_before(
+    analysis: RowAnalysis, region: Region, order: dict[fx.Node, int], last: int
+) -> set[fx.Node]:
+    """Nodes that use the region's results and stand before its last node: they must move."""
+    inside = set(region.nodes)
+    late: set[fx.Node] = set()
+    for node in list(analysis.graph.nodes):
+        if order[node] < last and node not in inside:
+            if any(operand in inside or operand in late for operand in node.all_input_nodes):
+                late.add(node)
+    context = analysis.contexts[region.seed]
+    for node in late:
+        if writes_in_place(node) or analysis.contexts.get(node) != context:
+            raise Refusal(f"{node.name} stands between the region's nodes and cannot be moved")
+    return late
+
+
+def _flattened(graph: fx.Graph, node: fx.Node, rows: Any) -> fx.Node:
+    fake = tensor_value(node)
+    assert fake is not None
+    rank = fold_rank(fake.shape, rows)
+    return node if rank == 1 else add_call(graph, torch.flatten, node, 0, rank - 1)
+
+
+def _leading_sizes(analysis: RowAnalysis, region: Region, node: fx.Node) -> list[Any]:
+    """The sizes the rows of an output unfold to: ints, or (node, dim) of an input with that size."""
+    fake = tensor_value(node)
+    assert fake is not None
+    rank = fold_rank(fake.shape, analysis.rows)
+    sizes: list[Any] = []
+    for dim, size in enumerate(fake.shape[:rank]):
+        if isinstance(size, torch.SymInt):
+            sizes.append(_input_with_size(region, rank, dim, size))
+        else:
+            sizes.append(size)
+    return sizes
+
+
+def _input_with_size(region: Region, rank: int, dim: int, size: torch.SymInt) -> tuple[fx.Node, int]:
+    for operand in region.inputs:
+        fake = tensor_value(operand.node)
+        if operand.role == "row" and fake is not None and fake.ndim >= rank:
+            other = fake.shape[dim]
+            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                return operand.node, dim
+    raise Refusal(f"no input of the region has the dynamic size {size}")
+
+
+def _unflattened(graph: fx.Graph, node: fx.Node, sizes: list[Any]) -> fx.Node:
+    if len(sizes) == 1:
+        return node
+    known = [s if isinstance(s, int) else add_call(graph, "size", s[0], s[1]) for s in sizes]
+    return add_call(graph, torch.unflatten, node, 0, known)

@@ -1,0 +1,274 @@
+"""Runs the passes over a graph and its sub-graphs, and keeps what they did in a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import mst_fx.loop  # noqa: F401  (registers the ops)
+from mst_fx.body import BodyConfig
+from mst_fx.chunking import PassContext, Shared
+from mst_fx.compiler import mode_patches
+from mst_fx.errors import Refusal
+from mst_fx.graph import VALUE, add_call, copy_tree, fill_values, subgraphs, tensor_value, value
+from mst_fx.logits import Deferral, defer_outputs
+from mst_fx.options import Options, make_options
+from mst_fx.passes import mlp, vocab
+from mst_fx.report import Refused, Report
+
+log = logging.getLogger("mst_fx")
+
+Pass = Callable[[PassContext], None]
+
+# MLPs first: a head's region may not take the last layer's MLP with it once that is a loop.
+PASSES: tuple[tuple[str, Pass], ...] = (("mlp", mlp.run), ("vocab", vocab.run))
+
+
+@dataclasses.dataclass
+class Result:
+    """A rewritten graph.
+
+    Attributes:
+        gm: the rewritten graph, or the very graph that was given if no pass rewrote anything.
+        report: what was done.
+        deferrals: outputs of ``gm`` that its caller must get in another form.
+        outputs: how many outputs the graph had.
+    """
+
+    gm: fx.GraphModule
+    report: Report
+    deferrals: tuple[Deferral, ...] = ()
+    outputs: int = 0
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | Options | None = None
+) -> tuple[fx.GraphModule, Report]:
+    """The passes alone, on any FX graph.
+
+    Args:
+        gm: from ``torch.fx.symbolic_trace``, ``torch.export.export(...).module()`` or Dynamo; weights
+            may be placeholders or attributes. It is not changed.
+        example_inputs: what ``gm`` is called with, real or fake.
+        options: as of ``torch.compile(..., backend="mst", options=...)``.
+
+    Returns:
+        The rewritten graph (``gm`` itself if nothing was rewritten) and the report. Where logits are
+        deferred, the module returns :class:`~mst_fx.logits.DeferredLogits` in their place.
+
+    Raises:
+        OptionError: for bad options.
+        Refusal: with ``strict=True``, for the first refusal.
+    """
+    result = run_passes(gm, example_inputs, make_options(options))
+    if result.deferrals:
+        deferrals, outputs = result.deferrals, result.outputs
+
+        def put_logits(module: Any, args: Any, results: Any) -> Any:
+            kept = [[args[i] if kind == "argument" else None for kind, i in d.inputs] for d in deferrals]
+            return defer_outputs(results, kept, deferrals, outputs)
+
+        result.gm.register_forward_hook(put_logits)
+    return result.gm, result.report
+
+
+def run_passes(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
+) -> Result:
+    """:func:`rewrite` for the backend: deferred outputs are left to the caller."""
+    start = time.perf_counter()
+    report = Report(graphs=1)
+    patches = {**mode_patches(mode), **options.inductor}
+    config = BodyConfig(options.inner, options.accumulate, tuple(sorted(patches.items())))
+    try:
+        prepared = _prepare(gm, example_inputs)
+        new, deferred = _rewrite_tree(prepared, options, config, Shared(), report, is_top=True)
+    except Exception as error:
+        if options.strict:
+            raise
+        # A defect of ours must not stop a training run: the graph stays as it was.
+        log.warning("mst-fx left a graph as it was: %s: %s", type(error).__name__, error, exc_info=True)
+        report = Report(graphs=1, refusals=[Refused("graph", "", f"{type(error).__name__}: {error}")])
+        new, deferred = gm, []
+    deferrals: tuple[Deferral, ...] = ()
+    outputs = 0
+    if report.rewrites:
+        outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
+        deferrals = tuple(_defer(new, node) for node in deferred)
+        new.graph.eliminate_dead_code(_is_impure)
+        new.graph.lint()
+        new.recompile()
+        report.before.append(_text(gm))
+        report.after.append(_text(new))
+    else:
+        new = gm
+        report.before.append("")
+        report.after.append("")
+    report.seconds = time.perf_counter() - start
+    _log(report)
+    return Result(new, report, deferrals, outputs)
+
+
+def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """A copy of the graph whose nodes know their values and hide nothing in leaf modules."""
+    new = copy_tree(gm)
+    if any(n.op == "call_module" and not _is_graph(gm, n) for n in new.graph.nodes):
+        new = _inlined(new)
+    nodes = [n for n in new.graph.nodes if n.op not in ("output", "get_attr")]
+    if any(value(n) is None and not _returns_nothing(n) for n in nodes) and not _knows_values(new):
+        fill_values(new, example_inputs)
+    for node in new.graph.nodes:
+        if node.op == "get_attr" and VALUE not in node.meta and "val" not in node.meta:
+            fill_values(new, example_inputs)
+            break
+    return new
+
+
+def _knows_values(gm: fx.GraphModule) -> bool:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+    known = [n for n in calls if VALUE in n.meta or "val" in n.meta]
+    return all(VALUE in n.meta or "val" in n.meta for n in placeholders) and 2 * len(known) > len(calls)
+
+
+def _returns_nothing(node: fx.Node) -> bool:
+    return VALUE in node.meta
+
+
+def _is_graph(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(gm.get_submodule(str(node.target)), fx.GraphModule)
+
+
+class _Inliner(fx.Tracer):
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, fx.GraphModule)
+
+
+def _inlined(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with leaf modules (``nn.Linear`` in symbolic traces) replaced by what they call."""
+    try:
+        return fx.GraphModule(gm, _Inliner().trace(gm))
+    except Exception as error:
+        raise Refusal(f"a module of the graph cannot be traced: {error}") from error
+
+
+def _rewrite_tree(
+    gm: fx.GraphModule,
+    options: Options,
+    config: BodyConfig,
+    shared: Shared,
+    report: Report,
+    is_top: bool,
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Runs every pass on the graph and on those of its sub-graphs."""
+    for name, child in subgraphs(gm):
+        new_child, _ = _rewrite_tree(child, options, config, shared, report, is_top=False)
+        gm.set_submodule(name, new_child)
+    deferred: list[fx.Node] = []
+    for name, run in PASSES:
+        if name not in options.passes:
+            continue
+        context = PassContext(copy_tree(gm), options, config, is_top, shared)
+        start = time.perf_counter()
+        try:
+            run(context)
+            context.gm.graph.lint()
+        except Refusal as refusal:
+            if options.strict:
+                raise
+            report.refusals.append(Refused(name, "", str(refusal)))
+            continue
+        log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), time.perf_counter() - start)
+        report.add(context.report)
+        if context.report.rewrites:
+            context.gm.recompile()
+            gm, deferred = context.gm, context.deferred
+    return gm, deferred
+
+
+def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
+    """Takes a logits output out of the graph and describes how its caller computes it.
+
+    The nodes that only the logits need become a graph of their own; what they read becomes an output,
+    unless it is an argument of the graph anyway.
+    """
+    output = gm.graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    position = results.index(logits)
+    chain = _only_for(logits, output)
+    arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    inputs: list[tuple[str, int]] = []
+    for node in (n for n in gm.graph.nodes if n in chain):
+        for operand in node.all_input_nodes:
+            if operand in env or operand in chain:
+                continue
+            if operand.op == "get_attr":
+                env[operand] = graph.node_copy(operand)
+                continue
+            env[operand] = graph.placeholder(operand.name)
+            if operand.op == "placeholder":
+                inputs.append(("argument", arguments.index(operand)))
+            else:
+                if operand not in results:
+                    results.append(operand)
+                inputs.append(("output", results.index(operand)))
+    for node in (n for n in gm.graph.nodes if n in chain):
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(env[logits])
+    shape = [_size(gm, results, arguments, size) for size in value(logits).shape]
+    results[position] = None
+    output.args = (tuple(results),)
+    fake = tensor_value(logits)
+    assert fake is not None
+    return Deferral(
+        position, fx.GraphModule(gm, graph), tuple(inputs), tuple(shape), fake.dtype, fake.device
+    )
+
+
+def _only_for(logits: fx.Node, output: fx.Node) -> set[fx.Node]:
+    """The nodes whose values reach nothing but the logits."""
+    chain = {logits}
+    for node in reversed(list(logits.graph.nodes)):
+        if node.op in ("call_function", "call_method") and node.users and all(u in chain for u in node.users):
+            chain.add(node)
+    return chain
+
+
+def _size(gm: fx.GraphModule, results: list[Any], arguments: list[fx.Node], size: Any) -> Any:
+    if isinstance(size, int):
+        return size
+    for index, node in enumerate(results):
+        fake = tensor_value(node) if isinstance(node, fx.Node) else None
+        for dim, other in enumerate(fake.shape if fake is not None else ()):
+            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                return ("output", index, dim)
+    raise AssertionError(f"no output has the size {size}")
+
+
+def _is_impure(node: fx.Node) -> bool:
+    from mst_fx.fold import writes_in_place
+
+    return node.is_impure() or writes_in_place(node)
+
+
+def _text(gm: fx.GraphModule) -> str:
+    return gm.print_readable(print_output=False)
+
+
+def _log(report: Report) -> None:
+    log.info("%s (%.2f s)", report.summary(), report.seconds)
+    for refused in report.refusals:
+        log.info("refused %s %s: %s", refused.kind, refused.name, refused.reason)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s\n%s", report, report.diff())
+
+
+__all__ = ["PASSES", "Result", "add_call", "rewrite", "run_passes"]

@@ -1,0 +1,346 @@
+"""Regions: the convex part of a graph around a widening matmul, with the narrowest boundary.
+
+The boundary is a minimum cut (networkx). A tensor costs its bytes a row if its producer and one of
+its consumers lie on different sides; that makes every tensor one hyperedge, modelled in the usual
+way with two extra nodes. So the norm before an MLP and the residual add after it are absorbed
+without being named: ``h = x + attn(x)`` is one H-wide tensor where everything beside it is wider.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+
+import networkx as nx
+from torch import fx
+
+from mst_fx.fold import Operand, RowAnalysis, bytes_a_row
+from mst_fx.graph import common_path, hint, module_path, tensor_value, tensors_of
+
+# A matmul costs a little, so that it is absorbed where that narrows the boundary, not on a tie:
+# the head's region must not swallow the last layer's MLP.
+_BYTE = 1024
+_MATMUL = 1
+_REACH = 120  # nodes before and after the seed, in graph order, that a cut looks at: some layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A convex set of row-wise nodes.
+
+    Attributes:
+        seed: the widening matmul it was grown from.
+        nodes: in graph order.
+        inputs: the operands from outside, each with the way it is read.
+        row_outputs: nodes whose rows are used outside.
+        sums: nodes whose sum over rows is used outside.
+        in_bytes, out_bytes, wide_bytes: bytes a row of the row inputs, of the row outputs, and of
+            the widest matmul result inside.
+        width, wide: elements a row that go into the seed (d_model) and come out of it (I, or V).
+    """
+
+    seed: fx.Node
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[Operand, ...]
+    row_outputs: tuple[fx.Node, ...]
+    sums: tuple[fx.Node, ...]
+    in_bytes: int
+    out_bytes: int
+    wide_bytes: int
+    width: int
+    wide: int
+
+    @property
+    def device(self) -> str:
+        """The type of the device, e.g. "cuda"."""
+        return tensors_of(self.seed)[0].device.type
+
+    @property
+    def name(self) -> str:
+        """The module the region computes, e.g. ``model.layers.0.mlp``."""
+        matmuls = [module_path(node) for node in self.nodes if is_matmul_name(node)]
+        return common_path(matmuls) or module_path(self.seed) or self.seed.name
+
+    @property
+    def is_bulge(self) -> bool:
+        leaves = bool(self.row_outputs or self.sums)
+        return leaves and self.wide_bytes > max(self.in_bytes, self.out_bytes)
+
+    @property
+    def ends_narrow(self) -> bool:
+        """Whether all that leaves is sums and narrow rows, as from a head with its loss."""
+        return 4 * self.out_bytes <= self.in_bytes
+
+
+def is_matmul_name(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return any(part in name for part in ("linear", "matmul", "mm", "einsum"))
+
+
+def seeds(analysis: RowAnalysis) -> list[fx.Node]:
+    """The matmuls that widen rows, last first.
+
+    A later seed may absorb an earlier matmul that narrows its boundary; an earlier one must not
+    absorb a later one, or the last MLP would take the head and its loss.
+    """
+    found = [
+        node
+        for node, state in analysis.states.items()
+        if state.rowwise and any(m.out_bytes > m.in_bytes for m in state.matmuls)
+    ]
+    return found[::-1]
+
+
+class RegionFinder:
+    """Grows regions from seeds; a node belongs to one region at most.
+
+    Args:
+        analysis: of the graph.
+        free: values whose use as an output of the graph costs nothing (logits that are deferred).
+    """
+
+    def __init__(self, analysis: RowAnalysis, free: Collection[fx.Node] = ()) -> None:
+        self.analysis = analysis
+        self.free = set(free)
+        self.taken: set[fx.Node] = set()
+        self.order = {node: index for index, node in enumerate(analysis.graph.nodes)}
+
+    def grow(self, seed: fx.Node) -> Region | None:
+        """The region around a seed; None if the seed lies in another region."""
+        if seed in self.taken:
+            return None
+        banned: set[fx.Node] = set()
+        while True:
+            chosen = self._cut(seed, banned)
+            intruder = self._find_detour(seed, chosen)
+            if intruder is None:
+                break
+            banned.add(intruder)
+        return self._region(seed, chosen)
+
+    def take(self, region: Region) -> None:
+        self.taken.update(region.nodes)
+
+    def _users(self, node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if not (user.op == "output" and node in self.free)]
+
+    def _may_join(self, node: fx.Node) -> bool:
+        return self.analysis.states[node].rowwise and node not in self.taken
+
+    def _neighbourhood(self, seed: fx.Node) -> set[fx.Node]:
+        """Row-wise nodes connected with the seed and near it."""
+        found, queue = {seed}, deque([seed])
+        while queue:
+            node = queue.popleft()
+            for other in (*node.all_input_nodes, *node.users):
+                near = abs(self.order.get(other, -_REACH) - self.order[seed]) <= _REACH
+                if near and other not in found and self._may_join(other):
+                    found.add(other)
+                    queue.append(other)
+        return found
+
+    def _cut(self, seed: fx.Node, banned: set[fx.Node]) -> set[fx.Node]:
+        """The largest of the minimum cuts around the seed."""
+        inside = self._neighbourhood(seed)
+        flow = nx.DiGraph()
+        source, sink = "source", "sink"
+        flow.add_edge(source, seed)  # no capacity: infinite
+        for node in inside:
+            if node in banned:
+                flow.add_edge(node, sink)
+            elif node is not seed and self.analysis.states[node].matmuls:
+                flow.add_edge(node, sink, capacity=_MATMUL)
+        tensors = inside | {
+            operand
+            for node in inside
+            for operand, role in self.analysis.states[node].roles.items()
+            if role == "row" or operand in inside
+        }
+        for tensor in tensors:
+            self._add_tensor(flow, tensor, inside, sink)
+        # networkx returns the smallest sink side, so the largest source side: ties are absorbed.
+        _, (chosen, _) = nx.minimum_cut(flow, source, sink)
+        return self._connected(seed, {node for node in chosen if node in inside})
+
+    def _add_tensor(self, flow: nx.DiGraph, tensor: fx.Node, inside: set[fx.Node], sink: str) -> None:
+        pins = {node if node in inside else sink for node in (tensor, *self._users(tensor))}
+        if len(pins) < 2:
+            return
+        state = self.analysis.states[tensor]
+        if tensor_value(tensor) is None and tensor in inside:
+            capacity = {}  # a tuple does not leave a region: its members do
+        elif state.summed:
+            capacity = {"capacity": 0}
+        else:
+            capacity = {"capacity": bytes_a_row(tensor, self.analysis.rows) * _BYTE}
+        enter, leave = ("enter", tensor), ("leave", tensor)
+        flow.add_edge(enter, leave, **capacity)
+        for pin in pins:
+            flow.add_edge(pin, enter)
+            flow.add_edge(leave, pin)
+
+    def _connected(self, seed: fx.Node, chosen: set[fx.Node]) -> set[fx.Node]:
+        found, queue = {seed}, deque([seed])
+        while queue:
+            node = queue.popleft()
+            for other in (*node.all_input_nodes, *node.users):
+                if other in chosen and other not in found:
+                    found.add(other)
+                    queue.append(other)
+        return found
+
+    def _find_detour(self, seed: fx.Node, chosen: set[fx.Node]) -> fx.Node | None:
+        """A node to leave out because a path from the region comes back to it from outside."""
+        back = _detours(chosen, self._users, self.order)
+        if not back:
+            return None
+        ancestors = _reachable(seed, lambda node: [n for n in node.all_input_nodes if n in chosen])
+        late = [node for node in back if node not in ancestors]
+        if late:
+            return min(late, key=self.order.__getitem__)
+        # The path leaves before the seed and comes back before it: leave out where it starts.
+        early = [node for node in chosen if node in ancestors and set(self._users(node)) - chosen]
+        return min(early, key=self.order.__getitem__)
+
+    def _region(self, seed: fx.Node, chosen: set[fx.Node]) -> Region:
+        nodes = sorted(chosen, key=self.order.__getitem__)
+        inputs: dict[Operand, None] = {}
+        for node in nodes:
+            for operand, role in self.analysis.states[node].roles.items():
+                if operand not in chosen or role == "shared":
+                    inputs[Operand(operand, role)] = None
+        outs = [node for node in nodes if set(self._users(node)) - chosen]
+        sums = tuple(node for node in outs if self.analysis.states[node].summed)
+        row_outputs = tuple(node for node in outs if not self.analysis.states[node].summed)
+        rows = self.analysis.rows
+        widest = max(self.analysis.states[seed].matmuls, key=lambda m: m.out_bytes)
+        itemsize = tensors_of(seed)[0].element_size()
+        widths = [
+            m.out_bytes
+            for node in nodes
+            if node not in outs
+            for m in self.analysis.states[node].matmuls
+        ]
+        return Region(
+            seed=seed,
+            nodes=tuple(nodes),
+            inputs=tuple(inputs),
+            row_outputs=row_outputs,
+            sums=sums,
+            in_bytes=sum(bytes_a_row(i.node, rows) for i in inputs if i.role == "row"),
+            out_bytes=sum(bytes_a_row(node, rows) for node in row_outputs),
+            wide_bytes=max(widths, default=0),
+            width=widest.in_bytes // itemsize,
+            wide=widest.out_bytes // itemsize,
+        )
+
+    def is_convex(self, region: Region) -> bool:
+        """Whether the region still is convex: rewrites of others may have joined nodes outside."""
+        order = {node: index for index, node in enumerate(self.analysis.graph.nodes)}
+        return not _detours(set(region.nodes), self._users, order)
+
+
+def _reachable(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    found, queue = {start}, deque([start])
+    while queue:
+        for other in step(queue.popleft()):
+            if other not in found:
+                found.add(other)
+                queue.append(other)
+    return found
+
+
+def _detours(
+    chosen: set[fx.Node], users: Callable[[fx.Node], Iterable[fx.Node]], order: dict[fx.Node, int]
+) -> set[fx.Node]:
+    """The nodes of a set at which a path that left the set comes back to it."""
+    last = max(order[node] for node in chosen)
+    outside = {user for node in chosen for user in users(node)} - chosen
+
+    def step(node: fx.Node) -> list[fx.Node]:
+        return [user for user in users(node) if order.get(user, last + 1) <= last]
+
+    reached: set[fx.Node] = set()
+    for start in outside:
+        if start not in reached:
+            reached |= _reachable(start, step)
+    return reached & chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """Where the wide result of a seed that is no bulge gets out.
+
+    Attributes:
+        blocker: the first consumer that is not row-wise; None if there is none.
+        reason: why not, in words that name it.
+        is_output: the wide result is an output of the graph.
+        to_attention: the blocker feeds attention, which mixes tokens by its nature.
+        to_loss: the blocker ends in less than a row's worth of values.
+    """
+
+    blocker: fx.Node | None
+    reason: str
+    is_output: bool
+    to_attention: bool
+    to_loss: bool
+
+
+def frontier(analysis: RowAnalysis, seed: fx.Node) -> Frontier:
+    """Follows the wide result of a seed to where it gets out of the row-wise part."""
+    wide = bytes_a_row(seed, analysis.rows)
+    found, queue = {seed}, deque([seed])
+    is_output = False
+    while queue:
+        for user in queue.popleft().users:
+            is_output |= user.op == "output"
+            if user in found or user.op == "output":
+                continue
+            found.add(user)
+            state = analysis.states[user]
+            if state.rowwise and 2 * bytes_a_row(user, analysis.rows) > wide:
+                queue.append(user)
+            elif not state.rowwise and tensors_of(user):
+                return _blocked(analysis, user, state.reason, is_output)
+    return Frontier(None, "the wide result is an output of the graph", is_output, False, False)
+
+
+def _blocked(analysis: RowAnalysis, blocker: fx.Node, reason: str, is_output: bool) -> Frontier:
+    reader = _first_computing(blocker)
+    text = f"{blocker.name} ({_target_name(blocker)}) {reason}"
+    if reader is not blocker:
+        text += f", for {reader.name} ({_target_name(reader)})"
+    count = sum(fake.numel() for fake in tensors_of(blocker))
+    return Frontier(
+        blocker=blocker,
+        reason=text,
+        is_output=is_output,
+        to_attention=any(part in _target_name(reader) for part in ("attention", "flex")),
+        to_loss=hint(count) < hint(analysis.rows),
+    )
+
+
+_MOVES = ("transpose", "permute", "view", "reshape", "contiguous", "unflatten", "chunk", "split", "getitem")
+
+
+def _first_computing(node: fx.Node) -> fx.Node:
+    """The first reader of a value that does more than to move it, attention first."""
+    found, queue, readers = {node}, deque([node]), []
+    while queue and len(found) < 4 * _REACH:
+        current = queue.popleft()
+        if any(part in _target_name(current) for part in ("attention", "flex")):
+            return current
+        if not any(part in _target_name(current) for part in _MOVES):
+            readers.append(current)
+            if len(readers) > 24:
+                break
+        for user in current.users:
+            if user.op != "output" and user not in found:
+                found.add(user)
+                queue.append(user)
+    return readers[0] if readers else node
+
+
+def _target_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

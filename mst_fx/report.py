@@ -1,0 +1,134 @@
+"""What mst-fx did to a program: rewrites, refusals, and the difference of the graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One region that became a loop over chunks of rows.
+
+    Attributes:
+        kind: "mlp" or "vocab".
+        name: path of the module, e.g. ``model.layers.0.mlp``.
+        rows: rows at capture (by hint, where the number is symbolic).
+        chunk_rows, chunks: rows a chunk has at most, and how many chunks that makes.
+        intermediate_bytes: what the inside takes un-chunked: all its values of all rows.
+        chunk_bytes: the same for one chunk.
+        gradient: how gradients are computed: "recompute", "forward" (in the forward loop) or "none".
+        deferred: the logits output is computed only if somebody looks.
+        body: key of the body; regions of equal structure share one.
+        why: the reason for the chunk size.
+        before, after: the nodes that went, and those that came.
+    """
+
+    kind: str
+    name: str
+    rows: int
+    chunk_rows: int
+    chunks: int
+    intermediate_bytes: int
+    chunk_bytes: int
+    gradient: str
+    deferred: bool
+    body: str
+    why: str
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A place that looked like a bulge and was left as it was."""
+
+    kind: str
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Report:
+    """The sum over all graphs of a program.
+
+    Attributes:
+        rewrites, refusals: in graph order.
+        bodies: the ATen text of each body, once, by key.
+        graphs: how many graphs were captured.
+        seconds: what the passes took.
+    """
+
+    rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
+    refusals: list[Refused] = dataclasses.field(default_factory=list)
+    bodies: dict[str, str] = dataclasses.field(default_factory=dict)
+    graphs: int = 0
+    seconds: float = 0.0
+    before: list[str] = dataclasses.field(default_factory=list)
+    after: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        self.rewrites += other.rewrites
+        self.refusals += other.refusals
+        self.bodies |= other.bodies
+        self.graphs += other.graphs
+        self.seconds += other.seconds
+        self.before += other.before
+        self.after += other.after
+
+    def diff(self) -> str:
+        """The unified diff of the graphs' code, before and after."""
+        texts = []
+        for index, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
+            lines = difflib.unified_diff(
+                before.splitlines(), after.splitlines(), f"graph {index}", f"graph {index} (mst)", lineterm=""
+            )
+            texts.append("\n".join(lines))
+        return "\n".join(text for text in texts if text)
+
+    def to_json(self) -> str:
+        parts: dict[str, Any] = {
+            "graphs": self.graphs,
+            "seconds": round(self.seconds, 3),
+            "rewrites": [dataclasses.asdict(rewrite) for rewrite in self.rewrites],
+            "refusals": [dataclasses.asdict(refused) for refused in self.refusals],
+        }
+        return json.dumps(parts, indent=2)
+
+    def summary(self) -> str:
+        """One line: how much of which kind."""
+        kinds = sorted({rewrite.kind for rewrite in self.rewrites})
+        counts = [f"{sum(r.kind == kind for r in self.rewrites)} {kind}" for kind in kinds]
+        saved = sum(r.intermediate_bytes - r.chunk_bytes for r in self.rewrites)
+        text = f"rewrote {', '.join(counts) or 'nothing'}; refused {len(self.refusals)}"
+        return f"{text}; un-chunked insides would take {human_bytes(saved)} more" if saved else text
+
+    def __str__(self) -> str:
+        rows = [("kind", "name", "rows", "chunks", "inside", "a chunk", "gradient")]
+        rows += [
+            (
+                r.kind,
+                r.name + (" (logits deferred)" if r.deferred else ""),
+                str(r.rows),
+                f"{r.chunks} x {r.chunk_rows}",
+                human_bytes(r.intermediate_bytes),
+                human_bytes(r.chunk_bytes),
+                r.gradient,
+            )
+            for r in self.rewrites
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"refused {r.kind} {r.name}: {r.reason}" for r in self.refusals]
+        return "\n".join([*lines, f"{self.graphs} graph(s): {self.summary()}"])
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` → ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,36 @@
+"""MLP loops.
+
+Before (any spelling; ``x`` is ``[B, S, H]``, the inside ``[B, S, I]``)::
+
+    n = norm(x); g = linear(n, gate); u = linear(n, up); d = linear(silu(g) * u, down); y = x + d
+
+After::
+
+    rows = flatten(x, 0, 1)
+    loop = mst_fx.loop([rows], [norm_weight, gate, up, down], body, chunk_rows)
+    y = unflatten(loop[0], 0, (B, S))
+
+A region is any convex set of row-wise nodes around a widening matmul whose inside is wider than what
+goes in and what comes out, and whose rows go on: nothing here knows a model, an activation or a norm.
+
+Not supported, and refused: operators without a row-wise rule inside (mixture-of-experts with grouped
+or batched expert matmuls, dropout with a probability above 0, tensors written in place).
+"""
+
+from __future__ import annotations
+
+from mst_fx.canonical import make_functional
+from mst_fx.chunking import PassContext, chunk_regions, refuse_blocked, rows_of
+from mst_fx.plan import plan_mlp
+
+
+def run(context: PassContext) -> None:
+    """Rewrites every MLP of a graph."""
+    make_functional(context.gm.graph)
+    for analysis in context.analyses():
+        regions, others = context.bulges(analysis)
+        regions = [region for region in regions if not region.ends_narrow]
+        rows, chosen = rows_of(analysis), context.options.chunk_rows
+        plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
+        refuse_blocked(context, analysis, others, "mlp")
+        chunk_regions(context, analysis, regions, "mlp", plans)

@@ -1,0 +1,86 @@
+"""Vocabulary loops: a projection to V-wide logits with whatever narrows them again.
+
+Before (``h`` is ``[B, S, H]``, the logits ``[B, S, V]``)::
+
+    logits = linear(norm(h), head); loss = cross_entropy(logits.float().view(-1, V), labels)
+    return loss, logits
+
+After::
+
+    loop = mst_fx.loop_with_grad([flatten(h, 0, 1), labels], [norm_weight, head], ...)
+    loss = loop[0] / (labels != -100).sum()
+    return loss, h        # the backend puts deferred logits in place of h
+
+Any row-wise function of the logits will do whose results are sums over rows or narrow rows:
+cross-entropies and what is added to them, log-probabilities, entropies, divergences from given
+targets. Means become sums divided by the global count first (:mod:`mst_fx.canonical`).
+
+The gradient is computed in the forward loop when it is that of one scalar, and recomputed in the
+backward loop when tangents are per row.
+
+Not supported, and refused: logits that are an output (``logits="keep"``, or no gradients: then
+somebody wants them), that cross a graph break, or that other rows look at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mst_fx.canonical import CLONE_OF, hoist_row_slices, make_functional, sum_losses
+from mst_fx.chunking import PassContext, chunk_regions, refuse_blocked, rows_of
+
+from mst_fx.fold import RowAnalysis
+from mst_fx.plan import plan_vocab
+from mst_fx.region import Region
+
+
+def run(context: PassContext) -> None:
+    """Rewrites every head whose loss is in the graph."""
+    graph = context.gm.graph
+    make_functional(graph)
+    hoist_row_slices(graph)
+    sum_losses(graph)
+    for analysis in context.analyses():
+        free = _deferrable(context, analysis)
+        regions, others = context.bulges(analysis, free)
+        regions = [region for region in regions if region.ends_narrow]
+        rows, chosen = rows_of(analysis), context.options.vocab_chunk_rows
+        plans = [
+            plan_vocab(rows, region.width, region.wide, region.device, chosen) for region in regions
+        ]
+        refuse_blocked(context, analysis, others, "vocab")
+        for region in chunk_regions(context, analysis, regions, "vocab", plans):
+            context.deferred += _outputs_of(region, free)
+
+
+def _deferrable(context: PassContext, analysis: RowAnalysis) -> set[fx.Node]:
+    """The logits among the outputs of the graph, if they may be deferred."""
+    mode = context.options.logits
+    if not context.is_top or mode == "keep" or (mode == "auto" and not torch.is_grad_enabled()):
+        return set()
+    outputs = context.gm.graph.output_node().args[0]
+    if not isinstance(outputs, (tuple, list)):
+        return set()
+    return {node for node in outputs if isinstance(node, fx.Node) and _is_logits(analysis, node)}
+
+
+def _is_logits(analysis: RowAnalysis, node: fx.Node) -> bool:
+    """Whether a value is a widening matmul's result, or a pointwise function of it alone."""
+    state = analysis.states[node]
+    if not state.rowwise or not state.rows:
+        return False
+    if state.matmuls:
+        return any(m.out_bytes > m.in_bytes for m in state.matmuls)
+    sources = [operand for operand, role in state.roles.items() if role == "row"]
+    return len(sources) == 1 and _is_logits(analysis, sources[0])
+
+
+def _outputs_of(region: Region, free: set[fx.Node]) -> list[fx.Node]:
+    """The outputs of the graph that lie inside a region, or whose sliced rows do."""
+    inside = set(region.nodes)
+    originals = {node.meta[CLONE_OF] for node in region.nodes if CLONE_OF in node.meta}
+    leaving = {*region.row_outputs, *region.sums}
+    return [node for node in free if (node in inside and node not in leaving) or node in originals]
+
+
