@@ -12,11 +12,11 @@ from torch import fx
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
 from mst_fx.errors import Refusal
 from mst_fx.fold import RowAnalysis, State, row_counts
-from mst_fx.graph import hint
+from mst_fx.graph import hint, module_path
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.plan import Plan
-from mst_fx.region import Region, RegionFinder, frontier, seeds
+from mst_fx.region import Region, RegionFinder, expert_matmuls, frontier, seeds, target_name
 from mst_fx.report import Refused, Report, Rewrite
 
 log = logging.getLogger("mst_fx")
@@ -177,6 +177,21 @@ def _with_inputs_renamed(
 
 def rows_of(analysis: RowAnalysis) -> int:
     return hint(analysis.rows)
+
+
+def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
+    """Notes expert matmuls: products with a slice, picked by routing, of a stack of weights."""
+    names = set()
+    for node in expert_matmuls(analysis):
+        name = module_path(node) or node.name
+        if name not in names:
+            names.add(name)
+            context.refuse(
+                "mlp",
+                name,
+                f"{node.name} ({target_name(node)}) multiplies rows with the weights of their experts, "
+                "and the routing is not proved row-wise",
+            )
 
 
 def refuse_blocked(context: PassContext, analysis: RowAnalysis, others: list[fx.Node], kind: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import CompileContext
 
 from mst_fx.compiler import compile_graph
 
@@ -31,11 +32,12 @@ def explain(
         OptionError: for bad options.
     """
     checked = make_options(options)
-    report = Report()
+    reports: dict[Any, Report] = {}
 
     def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         result = run_passes(gm, example_inputs, checked)
-        report.add(result.report)
+        # Dynamo may compile a frame again from the start: the last attempt counts.
+        reports[CompileContext.current_compile_id() or len(reports)] = result.report
         # Runs as captured: the inner compiler is not what is asked about.
         return compile_graph(gm, example_inputs, "aot_eager", {})
 
@@ -43,7 +45,11 @@ def explain(
         torch._dynamo.reset()
         torch.compile(fn, backend=collect)(*args, **kwargs)
         torch._dynamo.reset()
-        return report
+        total = Report()
+        for report in reports.values():
+            total.add(report)
+        reports.clear()
+        return total
 
     return run
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -195,6 +196,18 @@ def _keeps_all(node: fx.Node) -> bool:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Trying a node on folded rows may fail, which is an answer; torch logs it as an error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def autocast_contexts(contexts: Sequence[tuple[Any, ...]]) -> Iterator[None]:
     """The autocast regions (``_enter_autocast`` nodes' arguments) a node lies in."""
     with contextlib.ExitStack() as stack:
@@ -226,7 +239,7 @@ class RowAnalysis:
         self._mutated = _mutated_storages(gm.graph)
         self._subgraphs = {name for name, _ in subgraphs(gm)}
         self._known = {} if known is None else known
-        with torch.no_grad(), enable_python_dispatcher():
+        with torch.no_grad(), enable_python_dispatcher(), _quiet():
             for node in gm.graph.nodes:
                 self.states[node] = self._analyse(node)
 

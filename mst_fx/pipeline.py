@@ -185,6 +185,7 @@ def _rewrite_tree(
             report.refusals.append(Refused(name, "", str(refusal)))
             continue
         log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), time.perf_counter() - start)
+        context.report.rewrites.reverse()  # regions are found last first
         report.add(context.report)
         if context.report.rewrites:
             context.gm.recompile()

@@ -308,15 +308,15 @@ def frontier(analysis: RowAnalysis, seed: fx.Node) -> Frontier:
 
 def _blocked(analysis: RowAnalysis, blocker: fx.Node, reason: str, is_output: bool) -> Frontier:
     reader = _first_computing(blocker)
-    text = f"{blocker.name} ({_target_name(blocker)}) {reason}"
+    text = f"{blocker.name} ({target_name(blocker)}) {reason}"
     if reader is not blocker:
-        text += f", for {reader.name} ({_target_name(reader)})"
+        text += f", for {reader.name} ({target_name(reader)})"
     count = sum(fake.numel() for fake in tensors_of(blocker))
     return Frontier(
         blocker=blocker,
         reason=text,
         is_output=is_output,
-        to_attention=any(part in _target_name(reader) for part in ("attention", "flex")),
+        to_attention=any(part in target_name(reader) for part in ("attention", "flex")),
         to_loss=hint(count) < hint(analysis.rows),
     )
 
@@ -329,9 +329,9 @@ def _first_computing(node: fx.Node) -> fx.Node:
     found, queue, readers = {node}, deque([node]), []
     while queue and len(found) < 4 * _REACH:
         current = queue.popleft()
-        if any(part in _target_name(current) for part in ("attention", "flex")):
+        if any(part in target_name(current) for part in ("attention", "flex")):
             return current
-        if not any(part in _target_name(current) for part in _MOVES):
+        if not any(part in target_name(current) for part in _MOVES):
             readers.append(current)
             if len(readers) > 24:
                 break
@@ -342,5 +342,27 @@ def _first_computing(node: fx.Node) -> fx.Node:
     return readers[0] if readers else node
 
 
-def _target_name(node: fx.Node) -> str:
+def expert_matmuls(analysis: RowAnalysis) -> list[fx.Node]:
+    """Matmuls of values that vary with a stack of weight matrices (3-D), outside of any region."""
+    found = []
+    for stack in analysis.graph.nodes:
+        fake = tensor_value(stack)
+        if not analysis.states[stack].constant or stack.op not in ("placeholder", "get_attr"):
+            continue
+        if fake is None or fake.ndim != 3 or not fake.is_floating_point():
+            continue
+        queue, seen = deque([stack]), {stack}
+        while queue:
+            for user in queue.popleft().users:
+                if user in seen or user.op == "output" or analysis.states[user].rowwise:
+                    continue
+                seen.add(user)
+                if is_matmul_name(user):
+                    found.append(user)
+                elif any(part in target_name(user) for part in ("getitem", "index", "to", "transpose", "_mm")):
+                    queue.append(user)
+    return found
+
+
+def target_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
