@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.compiler import Compiled, compile_body, decompositions, in_fresh_thread
 from mst_fx.errors import Refusal
-from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand
+from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, static_sizes
 from mst_fx.graph import tensor_value, tensors_of, value
 from mst_fx.region import Region
 from mst_fx.rows import SUMMED, Row, RowTracer
@@ -497,8 +497,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
     if len(contexts) > 1:
         raise Refusal("lies in different autocast regions")
     (context,) = contexts
-    sizes = {s for node in region.nodes for t in tensors_of(node) for s in t.shape if isinstance(s, int)}
-    sizes |= {s for i in region.inputs for t in tensors_of(i.node) for s in t.shape if isinstance(s, int)}
+    sizes = static_sizes([*region.nodes, *(i.node for i in region.inputs)])
     folder = Folder(analysis.rows, sizes)
     tracer = RowTracer(folder.n)
     row_inputs = [i for i in region.inputs if i.role == "row"]

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -29,7 +29,6 @@ from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
     StatelessSymbolicContext,
-    statically_known_true,
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -95,18 +94,17 @@ class State:
 
 def fold_rank(shape: Sequence[Any], rows: Any) -> int:
     """How many leading dimensions hold the rows; 0 if they do not."""
-    product: Any = 1
+    product, wanted = sympy.Integer(1), expression(rows)
     for rank, size in enumerate(shape, start=1):
-        product = product * size
-        if _equal(product, rows):
+        product = product * expression(size)
+        if product == wanted or (not product.is_number and sympy.expand(product - wanted) == 0):
             return rank
     return 0
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
-        return hint(a) == hint(b) and bool(statically_known_true(a == b))
-    return bool(a == b)
+def expression(size: Any) -> Any:
+    """A size as a sympy expression: arithmetic on symbolic integers would be traced, or guarded."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 class Folder:
@@ -216,6 +214,11 @@ def autocast_contexts(contexts: Sequence[tuple[Any, ...]]) -> Iterator[None]:
         yield
 
 
+def static_sizes(nodes: Iterable[fx.Node]) -> set[int]:
+    """All sizes of the tensors of some nodes, but for symbolic ones."""
+    return {size for n in nodes for t in tensors_of(n) for size in t.shape if isinstance(size, int)}
+
+
 class RowAnalysis:
     """The states of all nodes of a graph for one number of rows.
 
@@ -231,8 +234,7 @@ class RowAnalysis:
 
     def __init__(self, gm: fx.GraphModule, rows: Any, known: dict[Any, State] | None = None) -> None:
         self.gm, self.graph, self.rows = gm, gm.graph, rows
-        sizes = {size for n in gm.graph.nodes for t in tensors_of(n) for size in t.shape}
-        self._avoid = {size for size in sizes if isinstance(size, int)}
+        self._avoid = static_sizes(gm.graph.nodes)
         self.folder = Folder(rows, self._avoid)
         self.states: dict[fx.Node, State] = {}
         self.contexts = _contexts(gm.graph)
@@ -460,7 +462,7 @@ def row_counts(graph: fx.Graph) -> list[Any]:
     counts: list[Any] = []
     for node in graph.nodes:
         count = _rows_at_matrix(node)
-        if count is not None and hint(count) > 1 and not any(_equal(count, known) for known in counts):
+        if count is not None and hint(count) > 1 and not any(fold_rank([count], known) for known in counts):
             counts.append(count)
     return counts
 

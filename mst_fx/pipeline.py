@@ -93,7 +93,8 @@ def run_passes(
         if options.strict:
             raise
         # A defect of ours must not stop a training run: the graph stays as it was.
-        log.warning("mst-fx left a graph as it was: %s: %s", type(error).__name__, error, exc_info=True)
+        log.warning("mst-fx left a graph as it was: %s: %s", type(error).__name__, error)
+        log.debug("the defect", exc_info=True)
         report = Report(graphs=1, refusals=[Refused("graph", "", f"{type(error).__name__}: {error}")])
         new, deferred = gm, []
     deferrals: tuple[Deferral, ...] = ()
