@@ -1,0 +1,1 @@
+"""What a developer or a user runs; not part of the wheel."""
