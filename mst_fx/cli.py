@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; those of the process if not given.
     """
     arguments = _parser().parse_args(argv)
-    if not arguments.verbose:
-        _silence()
-    else:
+    if arguments.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("mst_fx").setLevel(logging.DEBUG)
     try:
@@ -121,7 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--json", action="store_true", help="print the report as JSON")
     shared.add_argument("--verbose", action="store_true", help="log what the passes do; show tracebacks")
     parser = argparse.ArgumentParser(
-        "mst-fx", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "mst-fx",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mst-fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{explain,diff}")
@@ -190,9 +191,16 @@ def _diff_lines(report: Report) -> Iterator[Line]:
     for (kind, body), rewrites in alike.items():
         first = rewrites[0]
         yield "bold cyan", f"{kind} {', '.join(r.name for r in rewrites)}"
-        yield "cyan", f"  {first.rows:,} rows as {first.chunks} chunks of ≤ {first.chunk_rows:,} ({first.why})"
+        yield (
+            "cyan",
+            f"  {first.rows:,} rows as {first.chunks} chunks of ≤ {first.chunk_rows:,} ({first.why})",
+        )
         inside, chunk = human_bytes(first.intermediate_bytes), human_bytes(first.chunk_bytes)
-        gradient = {"forward": "in the forward loop", "recompute": "by recomputing the inside", "none": "none"}
+        gradient = {
+            "forward": "in the forward loop",
+            "recompute": "by recomputing the inside",
+            "none": "none",
+        }
         yield "cyan", f"  inside: {inside} before, {chunk} after; gradient: {gradient[first.gradient]}"
         for node in first.before:
             yield "red", f"- {_short(node)}"
@@ -211,7 +219,10 @@ def _diff_lines(report: Report) -> Iterator[Line]:
 
 def _hint_lines(report: Report) -> Iterator[Line]:
     if not report.rewrites and not report.refusals:
-        yield "", "What fits in one chunk is left alone: try a longer --seq, or a smaller --option chunk_rows=N."
+        yield (
+            "",
+            "What fits in one chunk is left alone: try a longer --seq, or a smaller --option chunk_rows=N.",
+        )
 
 
 def _short(node: str) -> str:
@@ -239,15 +250,6 @@ def _write(lines: Sequence[Line]) -> None:
     console = Console()
     for style, text in lines:
         console.print(Text(text, style=style), soft_wrap=True)
-
-
-def _silence() -> None:
-    """Keeps transformers' remarks on configs and torch's warnings off the terminal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("mst_fx").setLevel(logging.ERROR)
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addHandler(logging.NullHandler())
-    logging.getLogger("py.warnings").propagate = False
 
 
 def _fail(message: str, code: int) -> int:

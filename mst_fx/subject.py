@@ -127,17 +127,19 @@ def _from_transformers(name: str, shape: Shape) -> Subject:
             f"{name!r} needs transformers (pip install 'mst-fx[hf]'); models of your own are given as module:function"
         ) from error
     try:
-        named = getattr(transformers, name)
+        named: Any = getattr(transformers, name)
     except AttributeError:
         raise SubjectError(
-            f"transformers {transformers.__version__} has no class {name!r}" + _did_you_mean(name, dir(transformers))
+            f"transformers {transformers.__version__} has no class {name!r}"
+            + _did_you_mean(name, dir(transformers))
         ) from None
-    if inspect.isclass(named) and issubclass(named, transformers.PreTrainedModel):
+    model_class: Any = None
+    config_class: Any = None
+    is_class = isinstance(named, type)
+    if is_class and issubclass(named, transformers.PreTrainedModel):
         model_class, config_class = named, named.config_class
-    elif inspect.isclass(named) and issubclass(named, transformers.PreTrainedConfig):
+    elif is_class and issubclass(named, transformers.PreTrainedConfig):
         model_class, config_class = _model_of(transformers, named), named
-    else:
-        config_class = None
     if config_class is None:
         raise SubjectError(f"{name!r} of transformers is neither the class of one model nor that of a config")
     config, shrunk = _make_config(config_class, shape)
@@ -145,7 +147,9 @@ def _from_transformers(name: str, shape: Shape) -> Subject:
     try:
         model = model_class(config).to(shape.dtype).train()
         if shape.checkpointing:
-            model.gradient_checkpointing_enable()
+            # Its name in transformers 5.23 and on; the other one is deprecated there.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)()
     except Exception as error:
         raise SubjectError(f"cannot build {model_class.__name__}: {_one_line(error)}") from error
     kwargs = _make_inputs(model, shape)
@@ -177,14 +181,17 @@ def _make_config(config_class: Any, shape: Shape) -> tuple[Any, dict[str, tuple[
                 hint = _did_you_mean(name, [*known, *aliases])
                 raise SubjectError(f"{config_class.__name__} has no field {name!r}{hint}")
         small, shrunk = ({}, {}) if shape.full_size else _small_sizes(default, overrides)
-        return config_class(**{**_positions(default, shape.seq), **small, **overrides}), shrunk
+        required = {**_positions(default, shape.seq), **_decoder_start(default)}
+        return config_class(**{**required, **small, **overrides}), shrunk
     except SubjectError:
         raise
     except Exception as error:
         raise SubjectError(f"cannot build {config_class.__name__}: {_one_line(error)}") from error
 
 
-def _small_sizes(config: Any, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+def _small_sizes(
+    config: Any, overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """Constructor arguments that shrink a config (and those of its parts), and what they shrink."""
     small: dict[str, Any] = {}
     shrunk: dict[str, tuple[int, int]] = {}
@@ -203,7 +210,12 @@ def _small_sizes(config: Any, overrides: Mapping[str, Any]) -> tuple[dict[str, A
     vocabulary = overrides.get("vocab_size", small.get("vocab_size"))
     for name in _TOKENS:
         value = vars(config).get(name)
-        if vocabulary is not None and name not in overrides and isinstance(value, int) and value >= vocabulary:
+        if (
+            vocabulary is not None
+            and name not in overrides
+            and isinstance(value, int)
+            and value >= vocabulary
+        ):
             small[name] = vocabulary - 1
     for part in getattr(config, "sub_configs", {}):
         child = vars(config).get(part)
@@ -224,6 +236,14 @@ def _positions(config: Any, seq: int) -> dict[str, int]:
     needed = seq + _SPARE_POSITIONS
     values = {name: vars(config).get(name) for name in _POSITIONS}
     return {name: needed for name, value in values.items() if isinstance(value, int) and 0 < value < needed}
+
+
+def _decoder_start(config: Any) -> dict[str, int]:
+    """The token that decoders begin with, where the defaults leave it to a checkpoint (T5)."""
+    is_missing = getattr(config, "decoder_start_token_id", None) is None
+    if not (getattr(config, "is_encoder_decoder", False) and is_missing):
+        return {}
+    return {"decoder_start_token_id": config.pad_token_id or 0}
 
 
 def _make_inputs(model: Any, shape: Shape) -> dict[str, torch.Tensor]:

@@ -1,0 +1,41 @@
+# Every target makes its own .venv from constraints.txt; PYTHON=python3.12 chooses the interpreter,
+# VENV=... another place, VENV_READY=1 uses VENV as it is.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ifdef VENV_READY
+STAMP :=
+else
+STAMP := $(VENV)/.installed
+endif
+SOURCES := mst_fx passes tools tests
+
+.PHONY: venv demo test lint bench-cpu bench-gpu clean
+.DEFAULT_GOAL := test
+
+venv: $(STAMP)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy mst_fx tools tests
+
+bench-cpu: $(STAMP)
+	$(BIN)/python tools/bench_peak.py --device cpu
+
+bench-gpu: $(STAMP)
+	$(BIN)/python tools/bench_peak.py --device cuda
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info
