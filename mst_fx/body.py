@@ -526,7 +526,11 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
         fakes = [meta.empty(folder.n) for meta in row_metas]
         fakes += [folder.shared(tensor_value(i.node)) for i in shared_inputs]  # type: ignore[arg-type]
         with torch.no_grad(), enable_python_dispatcher(), autocast_contexts(context.autocast):
+            for fake in fakes:
+                tracer.protect(fake)
             gm = make_fx(_under(tracer, replay))(folder.n, *fakes)
+            if any(_writes(node) for node in gm.graph.nodes):  # to temporaries, as proved above
+                gm = make_fx(torch.func.functionalize(gm, remove="mutations"))(folder.n, *fakes)
     if any(node.op == "get_attr" for node in gm.graph.nodes):
         raise Refusal("makes a tensor from Python numbers")
     _check_guards(folder)
@@ -538,6 +542,10 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
     ]
     shared_metas = [_meta(tensor_value(i.node)) for i in shared_inputs]
     return Body(gm, row_metas, shared_metas, metas, config, sizes)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _under(tracer: RowTracer, function: Any) -> Any:

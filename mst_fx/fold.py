@@ -313,6 +313,9 @@ class RowAnalysis:
         tracer = RowTracer(self.folder.n)
         operands = {operand: self._read(operand, role, tracer) for operand, role in roles.items()}
         read = functools.partial(read_operand, operands)
+        for leaf in tree_leaves(list(operands.values())):
+            if isinstance(leaf, torch.Tensor):
+                tracer.protect(leaf)
         with self.folder.mode, autocast_contexts(self.contexts[node].autocast), tracer:
             try:
                 folded = self.folder.run_node(node, read)

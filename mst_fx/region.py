@@ -290,8 +290,12 @@ class Frontier:
 def frontier(analysis: RowAnalysis, seed: fx.Node) -> Frontier:
     """Follows the wide result of a seed to where it gets out of the row-wise part."""
     wide = bytes_a_row(seed, analysis.rows)
+
+    def is_wide(node: fx.Node) -> bool:
+        return analysis.states[node].rowwise and 2 * bytes_a_row(node, analysis.rows) > wide
+
     found, queue = {seed}, deque([seed])
-    is_output = False
+    is_output, total = False, None
     while queue:
         for user in queue.popleft().users:
             is_output |= user.op == "output"
@@ -299,14 +303,22 @@ def frontier(analysis: RowAnalysis, seed: fx.Node) -> Frontier:
                 continue
             found.add(user)
             state = analysis.states[user]
-            if state.rowwise and 2 * bytes_a_row(user, analysis.rows) > wide:
+            if is_wide(user):
                 queue.append(user)
+            elif state.summed:
+                total = user
             elif not state.rowwise and tensors_of(user):
-                return _blocked(analysis, user, state.reason, is_output)
+                comes_back = any(map(is_wide, user.users))
+                return _blocked(analysis, user, state.reason, is_output, comes_back)
+    if total is not None and not is_output:
+        reason = "sums over rows, and the inside needs the sum"
+        return _blocked(analysis, total, reason, is_output, comes_back=True)
     return Frontier(None, "the wide result is an output of the graph", is_output, False, False)
 
 
-def _blocked(analysis: RowAnalysis, blocker: fx.Node, reason: str, is_output: bool) -> Frontier:
+def _blocked(
+    analysis: RowAnalysis, blocker: fx.Node, reason: str, is_output: bool, comes_back: bool
+) -> Frontier:
     reader = _first_computing(blocker)
     text = f"{blocker.name} ({target_name(blocker)}) {reason}"
     if reader is not blocker:
@@ -317,7 +329,7 @@ def _blocked(analysis: RowAnalysis, blocker: fx.Node, reason: str, is_output: bo
         reason=text,
         is_output=is_output,
         to_attention=any(part in target_name(reader) for part in ("attention", "flex")),
-        to_loss=hint(count) < hint(analysis.rows),
+        to_loss=hint(count) < hint(analysis.rows) and not comes_back,
     )
 
 

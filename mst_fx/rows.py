@@ -79,6 +79,11 @@ class RowTracer(TorchDispatchMode):
         self.matmuls: list[Matmul] = []
         # Strong references: an id must not be reused while its label is kept.
         self._labels: dict[int, tuple[torch.Tensor, Label]] = {}
+        self._protected: set[int] = set()
+
+    def protect(self, tensor: torch.Tensor) -> None:
+        """Marks an operand: what writes to its storage is refused."""
+        self._protected.add(_storage(tensor))
 
     def set_label(self, tensor: torch.Tensor, label: Label) -> None:
         self._labels[id(tensor)] = (tensor, label)
@@ -112,13 +117,13 @@ class RowTracer(TorchDispatchMode):
         outs = _tensors(out)
         inputs = _tensors((args, kwargs))
         if all(self.label(tensor) is None for tensor in inputs):
-            return [self._label_of_constant(func, tensor) for tensor in outs]
+            return [self.label_of_constant(func, tensor) for tensor in outs]
         if any(self.label(tensor) is SUMMED for tensor in inputs):
             if func in _OF_SUMS:
                 return [SUMMED]
             raise Refusal(f"{func} works on a sum over rows")
         if func._schema.is_mutable:
-            raise Refusal(f"{func} writes to its argument")
+            self._check_write(func, args)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refusal(f"{func} draws random numbers")
         rule = _RULES.get(func)
@@ -132,7 +137,14 @@ class RowTracer(TorchDispatchMode):
             labels = [labels] * len(outs)
         return labels
 
-    def _label_of_constant(self, func: Any, tensor: torch.Tensor) -> Label:
+    def _check_write(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Only a composite operator's own temporary may be written to, and only by rows on rows."""
+        target = args[0] if args else None
+        pointwise = torch.Tag.pointwise in func.tags and isinstance(target, torch.Tensor)
+        if not pointwise or self.label(target) is None or _storage(target) in self._protected:
+            raise Refusal(f"{func} writes to its argument")
+
+    def label_of_constant(self, func: Any, tensor: torch.Tensor) -> Label:
         """The label of a result of operands without rows: constant fills may have n rows."""
         dims = [d for d, size in enumerate(tensor.shape) if is_same_size(size, self.rows)]
         if not dims:
@@ -180,6 +192,10 @@ Rule = Callable[[_Call], "Label | list[Label]"]
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _storage(tensor: Any) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _wrap(dim: int, ndim: int) -> int:
@@ -426,6 +442,11 @@ def _nll_loss(call: _Call) -> list[Label]:
     return [Row(0), None]
 
 
+def _constant_like(call: _Call) -> Label:
+    """new_zeros and the like take no values from their operand."""
+    return call.tracer.label_of_constant(call.func, _tensors(call.out)[0])
+
+
 def _pad(call: _Call) -> Label:
     source, pad = call.args[:2]
     dim = call.only_row_dim(source)
@@ -465,6 +486,9 @@ _RULES: dict[Any, Rule] = {
             aten.full_like.default,
         ),
         _same,
+    ),
+    **dict.fromkeys(
+        (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), _constant_like
     ),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,

@@ -1,0 +1,174 @@
+"""What the tests share: steps, errors relative to a norm, toy transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mst_fx
+
+EAGER_BODIES = {"inner": "aot_eager"}  # for tests that are not about Inductor
+SMALL_CHUNKS = {**EAGER_BODIES, "chunk_rows": 16, "vocab_chunk_rows": 20}
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """‖found − truth‖ / ‖truth‖ in float64; NaN where only one is NaN."""
+    found, truth = found.detach().double(), truth.detach().double()
+    assert torch.equal(torch.isnan(found), torch.isnan(truth)), "NaNs at different places"
+    norm = truth.nan_to_num().norm()
+    error = (found.nan_to_num() - truth.nan_to_num()).norm()
+    return float(error / norm) if norm > 0 else float(error)
+
+
+def step(
+    model: nn.Module, run: Callable[..., Any], batch: dict[str, Any], scale: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One forward and backward of ``run(**batch)``: the loss and every parameter's gradient."""
+    model.zero_grad(set_to_none=True)
+    loss = loss_of(run(**batch))
+    (loss * scale).backward()
+    return loss.detach(), gradients(model)
+
+
+def loss_of(out: Any) -> Tensor:
+    if isinstance(out, Tensor):
+        return out
+    found = out[0] if isinstance(out, tuple) else out.loss
+    assert isinstance(found, Tensor)
+    return found
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """The largest relative error of a gradient; the two must have the same gradients."""
+    assert found.keys() == truth.keys(), found.keys() ^ truth.keys()
+    return max(relative_error(found[name], truth[name]) for name in truth)
+
+
+def compile_mst(fn: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(fn, backend="mst", options=options or SMALL_CHUNKS, **kwargs)
+
+
+def check_parity(
+    model: nn.Module,
+    batch: dict[str, Any],
+    loss_bar: float,
+    gradient_bar: float,
+    options: dict[str, Any] | None = None,
+    **compile_options: Any,
+) -> None:
+    """Loss and all gradients under mst agree with eager's."""
+    loss, grads = step(model, model, batch)
+    found_loss, found = step(model, compile_mst(model, options, **compile_options), batch)
+    assert relative_error(found_loss, loss) <= loss_bar
+    assert worst_error(found, grads) <= gradient_bar
+
+
+def report_of(fn: Any, options: dict[str, Any] | None = None, /, *args: Any, **kwargs: Any) -> mst_fx.Report:
+    return mst_fx.explain(fn, options or SMALL_CHUNKS)(*args, **kwargs)
+
+
+def kinds(report: mst_fx.Report) -> dict[str, int]:
+    found = [rewrite.kind for rewrite in report.rewrites]
+    return {kind: found.count(kind) for kind in sorted(set(found))}
+
+
+class PlainMLP(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(attended.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """One layer: ``order`` is "pre", "post" or "parallel"."""
+
+    def __init__(self, order: str, mlp: type[nn.Module], width: int = 16, inner: int = 40) -> None:
+        super().__init__()
+        self.order = order
+        self.attention, self.mlp = Attention(width, 2), mlp(width, inner)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.RMSNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order == "pre":
+            x = x + self.attention(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        if self.order == "post":
+            x = self.norm1(x + self.attention(x))
+            return self.norm2(x + self.mlp(x))
+        return x + self.attention(self.norm1(x)) + self.mlp(self.norm2(x))
+
+
+class ToyLM(nn.Module):
+    """A causal LM in float64 throughout; returns the loss, or loss and logits."""
+
+    def __init__(
+        self, order: str = "pre", mlp: type[nn.Module] = GatedMLP, layers: int = 2, width: int = 16, vocab: int = 96
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList(Block(order, mlp, width) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+        self.double()
+
+    def forward(self, ids: Tensor, labels: Tensor, with_logits: bool = True) -> Any:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), shifted.flatten())
+        return (loss, logits) if with_logits else loss
+
+
+def token_batch(batch: int, length: int, vocab: int = 96, ignored: int = 2) -> dict[str, Tensor]:
+    """Random ids and labels; the first labels of every sequence are ignored."""
+    generator = torch.Generator().manual_seed(batch * 1000 + length)
+    ids = torch.randint(3, vocab, (batch, length), generator=generator)
+    labels = ids.clone()
+    labels[:, : min(ignored, length - 1)] = -100
+    return {"ids": ids, "labels": labels}
+
+
+def graph_calls(gm: torch.fx.GraphModule) -> Iterator[str]:
+    """The names of the mst-fx ops in a graph and its sub-graphs."""
+    for module in gm.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if str(node.target).startswith("mst_fx."):
+                    yield str(node.target).removesuffix(".default")
