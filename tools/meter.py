@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,8 @@ def measure_cpu() -> Iterator[Measurement]:
     with profiler:
         entry = time.time_ns()  # starting the profiler takes a while
         yield found
-    results = profiler.profiler and profiler.profiler.kineto_results
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
     assert results is not None
     events: list[tuple[int, int]] = []
     waiting = list(results.experimental_event_tree())
@@ -69,7 +71,7 @@ def measure_cpu() -> Iterator[Measurement]:
         event = waiting.pop()
         waiting += event.children
         if event.tag == torch._C._profiler._EventType.Allocation:
-            fields = event.extra_fields
+            fields: Any = event.extra_fields
             if fields.device.type == "cpu":
                 events.append((event.start_time_ns, fields.alloc_size))
     alive = 0
@@ -227,21 +229,28 @@ def call_apart(
         result = Path(folder) / "result.json"
         command = [sys.executable, str(Path(__file__).resolve()), json.dumps(request), str(result)]
         path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
-        try:
-            done = subprocess.run(
+        log = Path(folder) / "log.txt"
+        with log.open("w") as output:
+            process = subprocess.Popen(
                 command,
                 env={**os.environ, "PYTHONPATH": path, **(env or {})},
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                text=True,
-                timeout=timeout,
-                check=False,
+                start_new_session=True,  # so that compilers it has started can be stopped with it
             )
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{function.__qualname__} took more than {timeout:.0f} s") from error
-        if done.returncode or not result.exists():
-            tail = "\n".join(done.stdout.splitlines()[-30:])
-            raise RuntimeError(f"{function.__qualname__} failed with status {done.returncode}:\n{tail}")
+            try:
+                status = process.wait(timeout)
+            except subprocess.TimeoutExpired as error:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+                message = f"{function.__qualname__} took more than {timeout:.0f} s"
+                raise RuntimeError(f"{tail}\n{message}") from error
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if status or not result.exists():
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+            raise RuntimeError(f"{function.__qualname__} failed with status {status}:\n{tail}")
         return json.loads(result.read_text())
 
 
