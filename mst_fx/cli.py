@@ -209,8 +209,9 @@ def _diff_lines(report: Report) -> Iterator[Line]:
         yield "", ""
         yield "bold magenta", f"body {body}"
         for line in report.bodies[body].strip().splitlines():
-            if line.strip() and not line.strip().startswith("#"):
-                yield "", f"  {line}"
+            text = line.strip()
+            if text and not text.startswith(("#", "class ")):
+                yield "", f"  {text}" if text.startswith("def ") else f"      {text}"
         yield "", ""
     for refused in report.refusals:
         yield "yellow", f"refused {refused.kind} {refused.name}: {refused.reason}"
