@@ -1,0 +1,223 @@
+"""What training loops do: checkpointing, autocast, dynamic shapes, accumulation, scaling, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from tests.helpers import (
+    SMALL_CHUNKS,
+    check_parity,
+    compile_mst,
+    gradients,
+    kinds,
+    relative_error,
+    report_of,
+    step,
+    worst_error,
+)
+from tests.models import ACCEPTED, inputs_of
+
+_BAR = 1e-5
+LLAMA = ACCEPTED["llama"]
+INDUCTOR = {"chunk_rows": 16, "vocab_chunk_rows": 20}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_inductor(name: str) -> None:
+    entry = ACCEPTED[name]
+    check_parity(entry.build(), inputs_of(entry, 3, 35), _BAR, _BAR, INDUCTOR)
+
+
+@pytest.mark.slow
+def test_inductor_with_checkpointing_and_a_mode() -> None:
+    model = LLAMA.build()
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    options = {**INDUCTOR, "inductor": {"max_autotune": False}}
+    check_parity(model, inputs_of(LLAMA, 3, 35), _BAR, _BAR, options)
+
+
+def test_checkpointing() -> None:
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    report = report_of(model, SMALL_CHUNKS, **inputs)
+    assert kinds(report) == {"mlp": 2, "vocab": 1}
+    check_parity(model, inputs, _BAR, _BAR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SMALL_CHUNKS, INDUCTOR], ids=["aot_eager", "inductor"])
+def test_dynamic_sequence_lengths(options: dict[str, Any]) -> None:
+    """Every length is right, and none after the second compiles anew."""
+    model = LLAMA.build()
+    compiled = compile_mst(model, options, dynamic=True)
+    graphs = []
+    for length in (35, 48, 61, 128, 33):
+        inputs = inputs_of(LLAMA, 3, length)
+        loss, grads = step(model, model, inputs)
+        found_loss, found = step(model, compiled, inputs)
+        assert relative_error(found_loss, loss) <= _BAR
+        assert worst_error(found, grads) <= _BAR
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1]
+
+
+def _autocast_outside(model: nn.Module) -> Callable[..., Any]:
+    compiled = compile_mst(model)
+
+    def run(**inputs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return compiled(**inputs)
+
+    return run
+
+
+def _autocast_inside(model: nn.Module) -> Callable[..., Any]:
+    def run(**inputs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**inputs)
+
+    report = report_of(run, SMALL_CHUNKS, **inputs_of(LLAMA, 3, 35))
+    assert kinds(report) == {"mlp": 2, "vocab": 1}
+    return compile_mst(run)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", [_autocast_outside, _autocast_inside])
+def test_autocast(wrap: Callable[[nn.Module], Callable[..., Any]]) -> None:
+    """As near to the truth as eager under autocast is: both round to bfloat16, in another order."""
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    truth_loss, truth = step(model, model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager_loss, eager = step(model, model, inputs)
+    found_loss, found = step(model, wrap(model), inputs)
+    assert worst_error(found, truth) <= 1.1 * worst_error(eager, truth)
+    assert worst_error(found, truth) > 1e-4  # autocast was on
+    bar = max(1.1 * relative_error(eager_loss, truth_loss), 1e-5)
+    assert relative_error(found_loss, truth_loss) <= bar
+
+
+def test_train_eval_train() -> None:
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    compiled = compile_mst(model)
+    loss, grads = step(model, model, inputs)
+    assert worst_error(step(model, compiled, inputs)[1], grads) <= _BAR
+    model.eval()
+    with torch.no_grad():
+        eager, found = model(**inputs), compiled(**inputs)
+    assert type(found.logits) is Tensor  # nobody defers what evaluation reads
+    assert relative_error(found.logits, eager.logits) <= _BAR
+    assert relative_error(found.loss, eager.loss) <= _BAR
+    model.train()
+    again_loss, again = step(model, compiled, inputs)
+    assert relative_error(again_loss, loss) <= _BAR
+    assert worst_error(again, grads) <= _BAR
+
+
+def test_no_grad_runs_forward_loops_only() -> None:
+    model, inputs = LLAMA.build().eval(), inputs_of(LLAMA, 3, 35)
+    with torch.no_grad():
+        report = report_of(model, SMALL_CHUNKS, **inputs)
+    assert {r.gradient for r in report.rewrites} == {"none"}
+    assert kinds(report) == {"mlp": 2}
+
+
+def test_accumulation_over_micro_batches() -> None:
+    model = LLAMA.build()
+    batches = [inputs_of(LLAMA, 2, 35 + extra) for extra in (0, 0, 1)]
+
+    def accumulate(run: Callable[..., Any]) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        for batch in batches:
+            (run(**batch).loss / len(batches)).backward()
+        return gradients(model)
+
+    truth = accumulate(model)
+    assert worst_error(accumulate(compile_mst(model)), truth) <= _BAR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SMALL_CHUNKS, INDUCTOR], ids=["aot_eager", "inductor"])
+def test_retain_graph(options: dict[str, Any]) -> None:
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+
+    def thrice(run: Callable[..., Any]) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        loss = run(**inputs).loss
+        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return gradients(model)
+
+    truth = thrice(model)
+    assert worst_error(thrice(compile_mst(model, options)), truth) <= _BAR
+
+
+def test_loss_scaling() -> None:
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    _, truth = step(model, model, inputs, scale=2.0**16)
+    _, found = step(model, compile_mst(model), inputs, scale=2.0**16)
+    assert worst_error(found, truth) <= _BAR
+
+
+def test_all_labels_ignored() -> None:
+    """The mean of nothing is NaN and its gradient is 0, as in eager."""
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    inputs["labels"][:] = -100
+    loss, grads = step(model, model, inputs)
+    found_loss, found = step(model, compile_mst(model), inputs)
+    assert loss.isnan() and found_loss.isnan()
+    assert all(not grad.isnan().any() for grad in grads.values())
+    assert worst_error(found, grads) == 0
+
+
+def test_first_chunks_ignored() -> None:
+    inputs = inputs_of(LLAMA, 1, 64)
+    inputs["labels"][:, :45] = -100
+    check_parity(LLAMA.build(), inputs, _BAR, _BAR)
+
+
+def test_one_token() -> None:
+    inputs = inputs_of(LLAMA, 3, 1)
+    check_parity(LLAMA.build(), inputs, _BAR, _BAR)
+
+
+def test_checkpointing_under_autocast() -> None:
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    _, truth = step(model, model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, eager = step(model, model, inputs)
+        _, found = step(model, compile_mst(model), inputs)
+    assert worst_error(found, truth) <= 1.1 * worst_error(eager, truth)
+
+
+def test_hooks_see_one_gradient_a_step() -> None:
+    """DDP's reducer needs every parameter to be ready exactly once."""
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    seen: dict[str, int] = {}
+
+    def count(name: str) -> Callable[[Any], None]:
+        def hook(_: Any) -> None:
+            seen[name] = seen.get(name, 0) + 1
+
+        return hook
+
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(count(name))
+    compile_mst(model)(**inputs).loss.backward()
+    assert set(seen) == {name for name, _ in model.named_parameters()}
+    assert set(seen.values()) == {1}
+
+
+def test_autograd_grad() -> None:
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    parameters = dict(model.named_parameters())
+    truth = torch.autograd.grad(model(**inputs).loss, list(parameters.values()))
+    found = torch.autograd.grad(compile_mst(model)(**inputs).loss, list(parameters.values()))
+    assert max(relative_error(f, t) for f, t in zip(found, truth, strict=True)) <= _BAR
