@@ -1,0 +1,109 @@
+"""On a CUDA device: parity under real Inductor, precision of accumulators, memory by the allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.helpers import compile_mst, relative_error, report_of, step, worst_error
+from tests.models import ACCEPTED, inputs_of
+
+pytestmark = pytest.mark.gpu
+
+CHUNKS = {"chunk_rows": 64, "vocab_chunk_rows": 64}
+MIB = 2**20
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_parity(name: str, checkpointing: bool) -> None:
+    entry = ACCEPTED[name]
+    model = entry.build().cuda()
+    if checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    inputs = {key: value.cuda() for key, value in inputs_of(entry, 2, 101).items()}
+    loss, grads = step(model, model, inputs)
+    found_loss, found = step(model, compile_mst(model, CHUNKS), inputs)
+    assert relative_error(found_loss, loss) <= 1e-5
+    assert worst_error(found, grads) <= 1e-4
+
+
+@pytest.mark.parametrize("accumulate", ["auto", "weight"])
+def test_bf16_weight_gradients(accumulate: str) -> None:
+    """The float32 accumulator loses nothing to chunking; the bf16 one does."""
+    x = torch.randn(8192, 256, device="cuda", dtype=torch.bfloat16)
+    up = (torch.randn(1024, 256, device="cuda") / 16).bfloat16().requires_grad_()
+    down = (torch.randn(256, 1024, device="cuda") / 32).bfloat16().requires_grad_()
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, up)), down)
+
+    def grads(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        weights = [w.detach().to(dtype).requires_grad_() for w in (up, down)]
+        y = function(x.to(dtype), *weights)
+        tangent = torch.linspace(-1, 1, y.numel(), device="cuda", dtype=torch.float64).view_as(y).to(dtype)
+        return list(torch.autograd.grad(y, weights, tangent))
+
+    truth = grads(mlp, torch.float64)
+    eager = [relative_error(g, t) for g, t in zip(grads(mlp, torch.bfloat16), truth, strict=True)]
+    compiled = compile_mst(mlp, {"chunk_rows": 128, "accumulate": accumulate})
+    found = [relative_error(g, t) for g, t in zip(grads(compiled, torch.bfloat16), truth, strict=True)]
+    if accumulate == "auto":
+        assert all(f <= 1.1 * e for f, e in zip(found, eager, strict=True))
+    else:
+        assert max(found) > 1.1 * max(eager)
+
+
+def _peak(run: Callable[[], object]) -> int:
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = run()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_memory_of_an_mlp() -> None:
+    rows, width, inner = 32768, 512, 4096
+    x = torch.randn(1, rows, width, device="cuda", requires_grad=True)
+    gate, up, down = (
+        (torch.randn(*shape, device="cuda") / 32).requires_grad_()
+        for shape in ((inner, width), (inner, width), (width, inner))
+    )
+
+    def mlp(x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    (rewrite,) = report_of(mlp, {"chunk_rows": 1024}, x).rewrites
+    compiled = compile_mst(mlp, {"chunk_rows": 1024})
+
+    def run() -> object:
+        return torch.autograd.grad(compiled(x).sum(), [x, gate, up, down])
+
+    boundary = 3 * x.numel() * 4 + 3 * gate.numel() * 4  # out and its tangent, dx, dW
+    assert _peak(run) <= boundary + 1.3 * rewrite.chunk_bytes
+
+
+def test_memory_of_a_head() -> None:
+    rows, width, vocab = 16384, 512, 32000
+    x = torch.randn(1, rows, width, device="cuda", requires_grad=True)
+    head = (torch.randn(vocab, width, device="cuda") / 32).requires_grad_()
+    labels = torch.randint(0, vocab, (rows,), device="cuda")
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, head).view(-1, vocab), labels)
+
+    (rewrite,) = report_of(loss, {}, x).rewrites
+    compiled = compile_mst(loss, {})
+
+    def run() -> object:
+        return torch.autograd.grad(compiled(x), [x, head])
+
+    gradients = 2 * (x.numel() + head.numel()) * 4  # as computed in the forward loop, and scaled
+    assert _peak(run) <= gradients + 1.3 * rewrite.chunk_bytes
