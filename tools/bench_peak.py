@@ -32,7 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from tools.bench_support import GIB, MIB, Shape, make_llama, markdown_table, text_tokens, write_results
+from tools.bench_support import (
+    GIB,
+    MIB,
+    Head,
+    Shape,
+    SwiGLU,
+    make_llama,
+    markdown_table,
+    text_tokens,
+    write_results,
+)
 from tools.meter import call_apart, call_metered, is_available, malloc_meter
 
 
@@ -185,28 +195,7 @@ def measure_model(
     }
 
 
-class _SwiGLU(nn.Module):
-    def __init__(self, hidden: int, intermediate: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(hidden, intermediate, bias=False)
-        self.up = nn.Linear(hidden, intermediate, bias=False)
-        self.down = nn.Linear(intermediate, hidden, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
-
-
-class _Head(nn.Module):
-    def __init__(self, hidden: int, vocabulary: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(hidden, vocabulary, bias=False)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = self.head(x).float()
-        return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
-
-
-class _LigerHead(_Head):
+class _LigerHead(Head):
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -247,7 +236,7 @@ def measure_block(
         tangent, extra = torch.tensor(1.0), []
         module: nn.Module
         if kind == "head":
-            head = _LigerHead if way == "liger" else _Head
+            head = _LigerHead if way == "liger" else Head
             module = head(hidden, shape["vocabulary"])
             extra = [torch.randint(shape["vocabulary"], (1, rows))]
         elif way == "liger-tiled":
@@ -257,7 +246,7 @@ def measure_block(
             config = LlamaConfig(hidden_size=hidden, intermediate_size=shape["intermediate"])
             module = LigerTiledSwiGLUMLP(config)
         else:
-            module = _SwiGLU(hidden, shape["intermediate"])
+            module = SwiGLU(hidden, shape["intermediate"])
         if kind == "mlp":
             tangent = torch.randn(1, rows, hidden)
     torch.set_default_dtype(torch.float32)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB, MIB = 2**30, 2**20
@@ -36,6 +37,31 @@ class Shape:
     @classmethod
     def llama3_8b(cls, layers: int) -> Shape:
         return cls(4096, 14336, 32, 8, 128256, layers)
+
+
+class SwiGLU(nn.Module):
+    """``[..., H]`` → ``[..., H]``."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, intermediate, bias=False)
+        self.up = nn.Linear(hidden, intermediate, bias=False)
+        self.down = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+class Head(nn.Module):
+    """A vocabulary projection with its cross-entropy: ``[..., H]``, labels → a scalar."""
+
+    def __init__(self, hidden: int, vocabulary: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(hidden, vocabulary, bias=False)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x).float()
+        return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
 
 
 def text_tokens(count: int, vocabulary: int) -> torch.Tensor:
