@@ -25,6 +25,8 @@ from typing import cast
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Threads that spin while they wait make everything twice as slow where another program runs too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from rich.console import Console
