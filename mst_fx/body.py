@@ -27,7 +27,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.compiler import Compiled, compile_body, decompositions, in_fresh_thread
+from mst_fx.compiler import Compiled, compile_body, decompositions, outside_of_kernels
 from mst_fx.errors import Refusal
 from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, static_sizes
 from mst_fx.graph import tensor_value, tensors_of, value
@@ -203,7 +203,8 @@ class Body:
     def _once(self, key: Any, build: Callable[[], CompiledBody]) -> CompiledBody:
         with self._lock:
             if key not in self._compiled:
-                self._compiled[key] = in_fresh_thread(build, self.rows[0].device)
+                with outside_of_kernels():
+                    self._compiled[key] = build()
             return self._compiled[key]
 
     # Tracing

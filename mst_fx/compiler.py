@@ -14,9 +14,10 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,7 +31,6 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 Compiled = Callable[..., Any]
-T = TypeVar("T")
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:
@@ -81,21 +81,28 @@ def compile_body(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, patches:
         return compile_fx_inner(gm, list(inputs), cudagraphs=False, is_inference=True)  # type: ignore[arg-type]
 
 
-def in_fresh_thread(function: Callable[[], T], device: torch.device) -> T:
-    """Runs a function as if at the top of a program.
+@functools.cache
+def _neutral_keys() -> tuple[Any, Any]:
+    """The dispatch keys a thread starts with: autograd on, autocast off."""
 
-    Bodies are traced and compiled when a loop first runs, which is inside of an op's kernel: autograd
-    is excluded there, and autocast, dispatch modes and a compilation may be active. All of that state
-    is the thread's.
+    def read() -> tuple[Any, Any]:
+        return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(read).result()
+
+
+@contextlib.contextmanager
+def outside_of_kernels() -> Iterator[None]:
+    """Runs its block as if not called from inside of an op's kernel.
+
+    Bodies are traced and compiled when a loop first runs: below autograd, which must work in the trace.
+    Another thread would be cleaner, and would wait forever: on CUDA a backward kernel runs on the
+    device's autograd thread, which the gradient in the trace needs too. From that thread itself the
+    engine takes it as a reentrant backward pass.
     """
-
-    def run() -> T:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return function()
-
-    with ThreadPoolExecutor(1, thread_name_prefix="mst-fx") as pool:
-        return pool.submit(run).result()
+    with torch._C._ForceDispatchKeyGuard(*_neutral_keys()), torch.enable_grad():
+        yield
 
 
 @contextlib.contextmanager
