@@ -34,9 +34,9 @@ lint: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python tools/bench_peak.py --out benchmarks/peak
 
-# The same script at a tiny size: its own test, not a measurement.
 bench-cpu: $(STAMP)
-	$(BIN)/python tools/bench_peak.py --cpu-smoke
+	$(BIN)/python tools/bench_memory.py --out benchmarks/memory
+	$(BIN)/python tools/bench_compile.py --out benchmarks/compile
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info
