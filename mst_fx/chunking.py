@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -99,30 +99,34 @@ def chunk_regions(
     regions: list[Region],
     kind: str,
     plans: list[Plan],
-) -> list[Region]:
+    deferred: Sequence[bool] = (),
+) -> set[fx.Node]:
     """Replaces regions by loops; those that cannot be are refused.
 
+    Args:
+        deferred: for each region whether logits inside of it are an output to be deferred.
+
     Returns:
-        The regions that were replaced.
+        The seeds of the regions that were replaced.
     """
-    replaced = []
+    replaced = set()
     renamed: dict[fx.Node, fx.Node] = {}
-    for region, plan in zip(regions, plans, strict=True):
+    for region, plan, defers in zip(regions, plans, deferred or [False] * len(regions), strict=True):
         region = _with_inputs_renamed(analysis, region, renamed)
         if plan.chunks < 2:
             log.debug("%s %s: %d rows fit in one chunk", kind, region.name, plan.rows)
             continue
         try:
-            renamed |= _chunk(context, analysis, region, kind, plan)
+            renamed |= _chunk(context, analysis, region, kind, plan, defers)
         except Refusal as refusal:
             context.refuse(kind, region.name, str(refusal))
             continue
-        replaced.append(region)
+        replaced.add(region.seed)
     return replaced
 
 
 def _chunk(
-    context: PassContext, analysis: RowAnalysis, region: Region, kind: str, plan: Plan
+    context: PassContext, analysis: RowAnalysis, region: Region, kind: str, plan: Plan, defers: bool
 ) -> dict[fx.Node, fx.Node]:
     body = trace_body(analysis, region, context.config, context.shared.bodies)
     needs = needs_gradient(region)
@@ -149,7 +153,7 @@ def _chunk(
             intermediate_bytes=inside * plan.rows,
             chunk_bytes=inside * -(-plan.rows // plan.chunks),
             gradient=gradient,
-            deferred=False,
+            deferred=defers,
             body=body.key,
             why=plan.why,
             before=before,

@@ -15,8 +15,10 @@ import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import BodyConfig
 from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import mode_patches
+from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
-from mst_fx.graph import VALUE, add_call, copy_tree, fill_values, subgraphs, tensor_value, value
+from mst_fx.fold import writes_in_place
+from mst_fx.graph import VALUE, copy_tree, fill_values, subgraphs, tensor_value, value
 from mst_fx.logits import Deferral, defer_outputs
 from mst_fx.options import Options, make_options
 from mst_fx.passes import mlp, vocab
@@ -102,6 +104,7 @@ def run_passes(
     if report.rewrites:
         outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
         deferrals = tuple(_defer(new, node) for node in deferred)
+        keep_embeddings_whole(new.graph)
         new.graph.eliminate_dead_code(_is_impure)
         new.graph.lint()
         new.recompile()
@@ -190,7 +193,7 @@ def _rewrite_tree(
         report.add(context.report)
         if context.report.rewrites:
             context.gm.recompile()
-            gm, deferred = context.gm, context.deferred
+            gm, deferred = context.gm, context.deferred or deferred
     return gm, deferred
 
 
@@ -256,8 +259,6 @@ def _size(gm: fx.GraphModule, results: list[Any], arguments: list[fx.Node], size
 
 
 def _is_impure(node: fx.Node) -> bool:
-    from mst_fx.fold import writes_in_place
-
     return node.is_impure() or writes_in_place(node)
 
 
@@ -271,6 +272,3 @@ def _log(report: Report) -> None:
         log.info("refused %s %s: %s", refused.kind, refused.name, refused.reason)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s\n%s", report, report.diff())
-
-
-__all__ = ["PASSES", "Result", "add_call", "rewrite", "run_passes"]

@@ -94,6 +94,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "rewrites": [dataclasses.asdict(rewrite) for rewrite in self.rewrites],
             "refusals": [dataclasses.asdict(refused) for refused in self.refusals],
+            "bodies": self.bodies,
         }
         return json.dumps(parts, indent=2)
 

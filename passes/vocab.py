@@ -50,8 +50,11 @@ def run(context: PassContext) -> None:
             plan_vocab(rows, region.width, region.wide, region.device, chosen) for region in regions
         ]
         refuse_blocked(context, analysis, others, "vocab")
-        for region in chunk_regions(context, analysis, regions, "vocab", plans):
-            context.deferred += _outputs_of(region, free)
+        deferrals = [_outputs_of(region, free) for region in regions]
+        done = chunk_regions(context, analysis, regions, "vocab", plans, [bool(d) for d in deferrals])
+        for region, outputs in zip(regions, deferrals, strict=True):
+            if region.seed in done:
+                context.deferred += outputs
 
 
 def _deferrable(context: PassContext, analysis: RowAnalysis) -> set[fx.Node]:

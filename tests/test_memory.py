@@ -1,0 +1,59 @@
+"""Memory, by the exact malloc meter, with real Inductor in float32, in processes of their own.
+
+The sizes are a quarter of those of ``tools/bench_memory.py`` in every dimension, chunks included, so
+that all bytes are a sixteenth of them and all ratios the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tools.bench_memory import StepPeak, block_peaks, step_peak
+from tools.bench_support import MIB, Shape
+from tools.meter import is_available
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler"),
+]
+
+SEQ = 4096
+SHAPE = Shape(hidden=128, intermediate=1024, heads=4, kv_heads=4, vocabulary=8000, layers=4)
+CHUNKS: dict[str, Any] = {"chunk_rows": 128, "vocab_chunk_rows": 66}
+SLACK = MIB // 4  # rows' statistics and the like, which do not scale
+
+
+@pytest.mark.parametrize(("kind", "wide"), [("mlp", SHAPE.intermediate), ("head", SHAPE.vocabulary)])
+def test_the_inside_of_a_block_is_alive_for_one_chunk(kind: str, wide: int) -> None:
+    peaks = block_peaks(kind, "mst", SEQ, SHAPE.hidden, wide, **CHUNKS)
+    bar = peaks.left_bytes + 1.3 * peaks.chunk_bytes + SLACK
+    assert peaks.forward_peak <= bar, peaks.forward_alive
+    assert peaks.backward_peak <= bar, peaks.backward_alive
+
+
+def test_forward_of_an_mlp_keeps_no_more_than_its_live_set() -> None:
+    peaks = block_peaks("mlp", "mst", SEQ, SHAPE.hidden, SHAPE.intermediate, **CHUNKS)
+    assert peaks.forward_peak <= peaks.output_bytes + 1.3 * peaks.live_bytes + SLACK, peaks.forward_alive
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[tuple[str, str], StepPeak]:
+    return {
+        (way, returns): step_peak(way, returns, SHAPE, SEQ, **(CHUNKS if way == "mst" else {}))
+        for way in ("inductor", "mst")
+        for returns in ("model", "loss")
+    }
+
+
+def test_a_step_takes_a_fifth_of_inductors_memory(steps: dict[tuple[str, str], StepPeak]) -> None:
+    mst, plain = steps["mst", "model"], steps["inductor", "model"]
+    assert mst.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert mst.above <= 0.20 * plain.above, f"{mst.above / plain.above:.3f}; alive: {mst.alive}"
+
+
+def test_logits_among_the_outputs_cost_nothing(steps: dict[tuple[str, str], StepPeak]) -> None:
+    whole, loss_only = steps["mst", "model"], steps["mst", "loss"]
+    assert whole.loss == pytest.approx(loss_only.loss, rel=1e-6)
+    assert abs(whole.above - loss_only.above) <= 0.05 * loss_only.above, f"{whole.alive}; {loss_only.alive}"

@@ -1,0 +1,247 @@
+"""Losses over a vocabulary: every spelling is found, and agrees with eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.direct import check
+from tests.helpers import kinds
+
+WIDTH, VOCAB, ROWS = 8, 56, 41
+
+
+class Head(nn.Module):
+    """Hidden rows to logits to whatever ``loss`` makes of them."""
+
+    def __init__(self, loss: Callable[[Head, Tensor, Tensor], Tensor], bias: bool = False) -> None:
+        super().__init__()
+        self.loss, self.head = loss, nn.Linear(WIDTH, VOCAB, bias=bias)
+        self.other = nn.Linear(WIDTH, VOCAB)
+        self.register_buffer("class_weights", torch.rand(VOCAB) + 0.5)
+        self.register_buffer("targets", torch.rand(ROWS, VOCAB).softmax(-1))
+        self.double()
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self, hidden, labels)
+
+
+def _ce(**kwargs: object) -> Callable[[Head, Tensor, Tensor], Tensor]:
+    return lambda m, h, y: F.cross_entropy(m.head(h), y, **kwargs)  # type: ignore[arg-type]
+
+
+def _weighted(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(h), y, weight=m.class_weights)  # type: ignore[arg-type]
+
+
+def _weighted_sum(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(h), y, m.class_weights, reduction="sum")  # type: ignore[arg-type]
+
+
+def _weighted_rows(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(h), y, m.class_weights, reduction="none")  # type: ignore[arg-type]
+
+
+def _soft_targets(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(h), m.targets)  # type: ignore[arg-type]
+
+
+def _softcap(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(torch.tanh(m.head(h) / 3.0) * 3.0, y)
+
+
+def _z_loss(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(h)
+    return F.cross_entropy(logits, y) + 1e-2 * logits.logsumexp(-1).square().mean()
+
+
+def _masked_mean(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    valid = y != -100
+    picked = m.head(h).log_softmax(-1).gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
+    return -(picked * valid).sum() / valid.sum()
+
+
+def _teacher(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.kl_div(m.head(h).log_softmax(-1), m.targets, reduction="batchmean")  # type: ignore[arg-type]
+
+
+def _nll(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.nll_loss(m.head(h).log_softmax(-1), y)
+
+
+def _two_heads(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(h), y) + 0.3 * F.cross_entropy(m.other(h), y)
+
+
+def _head_twice(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(h), y) + 0.3 * F.cross_entropy(m.head(h.tanh()), y.flip(0))
+
+
+def _positional(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(h), y.where(y >= 0, 3), None, None, 3, None, "mean")
+
+
+def _module(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return nn.CrossEntropyLoss(ignore_index=-100)(m.head(h), y)  # type: ignore[no-any-return]
+
+
+def _upcast(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h.float(), m.head.weight.float()).double(), y)
+
+
+def _counted(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m.head(h), y, reduction="sum") / torch.tensor(17)
+
+
+SCALARS = {
+    "mean": _ce(),
+    "sum": _ce(reduction="sum"),
+    "ignore_index": lambda m, h, y: F.cross_entropy(m.head(h), y.where(y >= 0, 5), ignore_index=5),
+    "class_weights": _weighted,
+    "class_weights_sum": _weighted_sum,
+    "softcap": _softcap,
+    "logit_scale": lambda m, h, y: F.cross_entropy(m.head(h) * 0.25, y),
+    "z_loss": _z_loss,
+    "masked_mean": _masked_mean,
+    "nll": _nll,
+    "positional": _positional,
+    "module": _module,
+    "upcast": _upcast,
+    "num_items": _counted,
+}
+
+PER_ROW = {
+    "losses": _ce(reduction="none"),
+    "weighted_losses": _weighted_rows,
+    "log_probabilities": lambda m, h, y: (
+        m.head(h).log_softmax(-1).gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
+    ),
+    "selected_minus_logsumexp": lambda m, h, y: (
+        (logits := m.head(h)).gather(-1, y.clamp(min=0)[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    ),
+    "entropy": lambda m, h, y: -((logp := m.head(h).log_softmax(-1)).exp() * logp).sum(-1),
+}
+
+
+OTHERS = {
+    "label_smoothing": _ce(label_smoothing=0.1),
+    "label_smoothing_sum": _ce(label_smoothing=0.1, reduction="sum"),
+    "label_smoothing_rows": _ce(label_smoothing=0.1, reduction="none"),
+    "soft_targets": _soft_targets,
+    "teacher": _teacher,
+}
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    hidden = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (ROWS,))
+    labels[::6] = -100
+    return hidden, labels
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_scalar_losses(name: str) -> None:
+    report = check(Head(SCALARS[name]), _batch(), 1e-5 if name == "upcast" else 1e-9)
+    assert kinds(report) == {"vocab": 1} and not report.refusals
+    # Two sums, one of losses and one of squares, have two tangents.
+    assert report.rewrites[0].gradient == ("recompute" if name == "z_loss" else "forward")
+    assert report.rewrites[0].chunks == 5
+
+
+@pytest.mark.parametrize("name", PER_ROW)
+def test_losses_per_row(name: str) -> None:
+    report = check(Head(PER_ROW[name]), _batch())
+    assert kinds(report) == {"vocab": 1} and not report.refusals
+    assert report.rewrites[0].gradient == "recompute"
+
+
+@pytest.mark.parametrize("name", ["mean", "class_weights", "softcap", "z_loss"])
+def test_head_bias(name: str) -> None:
+    assert kinds(check(Head(SCALARS[name], bias=True), _batch())) == {"vocab": 1}
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_other_losses_are_right(name: str) -> None:
+    """Right, whether they are rewritten or not."""
+    check(Head(OTHERS[name]), _batch())
+
+
+def test_weighted_rows_of_a_policy() -> None:
+    """What RL trainers compute: log-probabilities times advantages, clipped, averaged."""
+
+    def policy(m: Head, h: Tensor, y: Tensor) -> Tensor:
+        logp = PER_ROW["log_probabilities"](m, h, y)
+        ratio = (logp - logp.detach()).exp()
+        advantage = torch.linspace(-1, 1, ROWS, dtype=h.dtype)
+        return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+
+    assert kinds(check(Head(policy), _batch())) == {"vocab": 1}
+
+
+def test_two_heads() -> None:
+    assert kinds(check(Head(_two_heads), _batch()))["vocab"] >= 1
+
+
+def test_head_used_twice() -> None:
+    assert kinds(check(Head(_head_twice), _batch()))["vocab"] >= 1
+
+
+def test_losses_without_a_batch_dimension_to_flatten() -> None:
+    """``[B, V, S]`` logits, as ``cross_entropy`` takes them for sequences: right or refused."""
+
+    def loss(m: Head, h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(m.head(h).transpose(1, 2), y)
+
+    hidden, labels = _batch()
+    hidden = hidden[:40].detach().view(2, 20, WIDTH).requires_grad_()
+    check(Head(loss), (hidden, labels[:40].view(2, 20)))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_shifted_loss_of_a_batch(batch: int) -> None:
+    """``logits[:, :-1]`` against ``labels[:, 1:]``: the loss that everybody writes by hand."""
+
+    def loss(m: Head, h: Tensor, y: Tensor) -> Tensor:
+        logits = m.head(h)[:, :-1].reshape(-1, VOCAB)
+        return F.cross_entropy(logits, y[:, 1:].reshape(-1))
+
+    hidden, labels = _batch()
+    hidden = hidden[:40].detach().view(batch, -1, WIDTH).requires_grad_()
+    report = check(Head(loss), (hidden, labels[:40].view(batch, -1)))
+    assert kinds(report) == {"vocab": 1}
+
+
+@pytest.mark.parametrize("name", ["mean", "masked_mean"])
+def test_nothing_but_ignored_rows(name: str) -> None:
+    hidden, labels = _batch()
+    labels[:] = -100
+    check(Head(SCALARS[name]), (hidden, labels))
+
+
+def test_frozen_head() -> None:
+    model = Head(_ce(), bias=True)
+    model.head.requires_grad_(False)
+    assert kinds(check(model, _batch())) == {"vocab": 1}
+
+
+def test_frozen_rows() -> None:
+    hidden, labels = _batch()
+    assert kinds(check(Head(_ce()), (hidden.detach(), labels))) == {"vocab": 1}
+
+
+def test_wide_results_are_left_alone() -> None:
+    """Logits that leave the graph, and a softmax that does: nothing is narrow again."""
+    assert not check(Head(lambda m, h, y: m.head(h).softmax(-1)), _batch()).rewrites
+
+
+def test_losses_that_mix_rows_are_refused() -> None:
+    def contrastive(m: Head, h: Tensor, y: Tensor) -> Tensor:
+        return m.head(h).softmax(0).square().sum()
+
+    report = check(Head(contrastive), _batch())
+    assert not report.rewrites
+    assert report.refusals and all("softmax" in refused.reason for refused in report.refusals)
