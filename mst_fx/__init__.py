@@ -10,8 +10,6 @@ from mst_fx.pipeline import rewrite
 from mst_fx.report import Refused, Report, Rewrite
 from mst_fx.version import __version__
 
-
-
 __all__ = [
     "OptionError",
     "Options",

@@ -17,7 +17,6 @@ import hashlib
 import math
 import operator
 import threading
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -245,15 +244,15 @@ class Body:
     def _compile(self, gm: fx.GraphModule, *inputs: Any) -> Compiled:
         return compile_body(gm, inputs, self.config.inner, dict(self.config.inductor))
 
-    def _compile_gradient(self, function: Any, needs: Sequence[bool], kept: int, *inputs: Any) -> CompiledBody:
+    def _compile_gradient(
+        self, function: Any, needs: Sequence[bool], kept: int, *inputs: Any
+    ) -> CompiledBody:
         with torch.enable_grad():
             gm = self._trace(function, *inputs)
         row_grads = sum(needs[: len(self.rows)])
         wide = [
             self.accumulator_dtype(index) != meta.dtype
-            for index, (meta, need) in enumerate(
-                zip(self.shared, needs[len(self.rows) :], strict=True)
-            )
+            for index, (meta, need) in enumerate(zip(self.shared, needs[len(self.rows) :], strict=True))
             if need
         ]
         terms = _split_into_terms(gm, kept + row_grads, wide)
@@ -447,9 +446,7 @@ def body(key: str) -> Body:
         ) from None
 
 
-def trace_body(
-    analysis: RowAnalysis, region: Region, config: BodyConfig, known: dict[str, Body]
-) -> Body:
+def trace_body(analysis: RowAnalysis, region: Region, config: BodyConfig, known: dict[str, Body]) -> Body:
     """Traces a region to ATen on folded rows and proves it row-wise on the way.
 
     Args:
@@ -512,7 +509,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
             tracer.set_label(x, Row(0))
             fake = tensor_value(operand.node)
             assert fake is not None
-            env[operand.node, "row"] = torch.reshape(x, folder.folded_shape(fake, n))
+            env[operand.node, "row"] = torch.reshape(x, folder.folded_shape(fake, n))  # type: ignore[arg-type]
         env |= {(i.node, "shared"): x for i, x in zip(shared_inputs, flat[len(row_inputs) :], strict=True)}
         for node in region.nodes:
             roles = analysis.states[node].roles
@@ -599,5 +596,3 @@ def _check_guards(folder: Folder) -> None:
 def body_text(traced: Body) -> str:
     """The forward graph of a body, with shapes."""
     return traced.forward.print_readable(print_output=False)
-
-

@@ -58,9 +58,8 @@ def make_functional(graph: fx.Graph) -> None:
                 graph.erase_node(new)
                 continue
             _replace(node, new)
-        elif node.target in _INPLACE_ACTIVATIONS and node.kwargs.get("inplace"):
-            if _is_unseen_write(node):
-                node.update_kwarg("inplace", False)
+        elif node.target in _INPLACE_ACTIVATIONS and node.kwargs.get("inplace") and _is_unseen_write(node):
+            node.update_kwarg("inplace", False)
 
 
 def _is_unseen_write(node: fx.Node) -> bool:
@@ -81,7 +80,7 @@ def _shares_storage(fake: torch.Tensor, node: fx.Node) -> bool:
     source = tensor_value(node)
     if source is None:  # a tuple, whose members the written tensor may be a view of
         return True
-    return fake.untyped_storage()._cdata == source.untyped_storage()._cdata
+    return bool(fake.untyped_storage()._cdata == source.untyped_storage()._cdata)
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:
@@ -120,7 +119,7 @@ def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if node.target is aten.cross_entropy_loss.default:
         names = ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing")
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         reduction = _REDUCTIONS[given.pop("reduction", 1)]
         target: Any = F.cross_entropy
     else:

@@ -165,9 +165,7 @@ def _chunk(
     return new
 
 
-def _with_inputs_renamed(
-    analysis: RowAnalysis, region: Region, renamed: dict[fx.Node, fx.Node]
-) -> Region:
+def _with_inputs_renamed(analysis: RowAnalysis, region: Region, renamed: dict[fx.Node, fx.Node]) -> Region:
     """The region with inputs that an earlier rewrite replaced exchanged for their replacements."""
     if not renamed:
         return region
@@ -216,4 +214,3 @@ def refuse_blocked(context: PassContext, analysis: RowAnalysis, others: list[fx.
         if (name, end.reason) not in names:
             names.add((name, end.reason))
             context.refuse(kind, name, end.reason)
-

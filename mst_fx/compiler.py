@@ -56,7 +56,7 @@ def compile_graph(
     with torch._functorch.config.patch(donated_buffer=False):
         if inner == "aot_eager":
             return aot_eager(gm, list(example_inputs))
-        return compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+        return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[return-value]
 
 
 def decompositions(inner: str) -> dict[Any, Any]:
@@ -64,7 +64,9 @@ def decompositions(inner: str) -> dict[Any, Any]:
     return dict(select_decomp_table()) if inner == "inductor" else {}
 
 
-def compile_body(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, patches: Mapping[str, Any]) -> Compiled:
+def compile_body(
+    gm: fx.GraphModule, inputs: Sequence[Any], inner: str, patches: Mapping[str, Any]
+) -> Compiled:
     """Compiles an ATen graph with a symbolic number of rows.
 
     Args:

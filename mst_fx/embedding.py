@@ -22,7 +22,9 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 @torch.library.custom_op("mst_fx::embedding", mutates_args=())
 def embedding(weight: Tensor, indices: Tensor, padding_idx: int) -> Tensor:
     """``weight[indices]``: [V, H] and any shape of int → [..., H]."""
-    return torch.ops.aten.embedding.default(weight, indices, padding_idx)
+    return torch.ops.aten.embedding.default(  # type: ignore[no-any-return]
+        weight, indices, padding_idx
+    )
 
 
 @embedding.register_fake
@@ -33,7 +35,7 @@ def _(weight: Tensor, indices: Tensor, padding_idx: int) -> Tensor:
 @torch.library.custom_op("mst_fx::embedding_backward", mutates_args=())
 def embedding_backward(tangent: Tensor, indices: Tensor, vocabulary: int, padding_idx: int) -> Tensor:
     """The gradient [V, H] of the weight."""
-    return torch.ops.aten.embedding_dense_backward.default(
+    return torch.ops.aten.embedding_dense_backward.default(  # type: ignore[no-any-return]
         tangent.contiguous(), indices, vocabulary, padding_idx, False
     )
 
@@ -63,7 +65,13 @@ def keep_embeddings_whole(graph: fx.Graph) -> None:
         if node.target is not F.embedding or len(node.args) < 2:
             continue
         indices, weight = node.args[:2]
-        given = dict(zip(("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"), node.args[2:], strict=False))
+        given = dict(
+            zip(
+                ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+                node.args[2:],
+                strict=False,
+            )
+        )
         given |= node.kwargs
         fake = tensor_value(weight) if isinstance(weight, fx.Node) else None
         if fake is None or fake.dtype not in _SIXTEEN_BITS or not fake.requires_grad:

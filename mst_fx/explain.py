@@ -10,7 +10,6 @@ from torch import fx
 from torch._guards import CompileContext
 
 from mst_fx.compiler import compile_graph
-
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 from mst_fx.report import Report
@@ -52,5 +51,3 @@ def explain(
         return total
 
     return run
-
-

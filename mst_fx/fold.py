@@ -121,8 +121,8 @@ class Folder:
         stand_in = next(size for size in _ROW_HINTS if size not in (avoid or ()))
         with torch.device("meta"):
             vector = torch.empty(stand_in)
-        dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        self.n = self.mode.from_tensor(vector, symbolic_context=dynamic).shape[0]
+        dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        self.n: Any = self.mode.from_tensor(vector, symbolic_context=dynamic).shape[0]
 
     def folded_shape(self, tensor: torch.Tensor, n: Any = None) -> tuple[Any, ...] | None:
         """``[B, S, H]`` → ``(1, n, H)``; None when the leading dimensions do not hold the rows."""
@@ -189,8 +189,10 @@ def _keeps_all(node: fx.Node) -> bool:
     """Whether a dropout is the identity: probability 0, or not training."""
     default = _DROPOUTS[node.target]
     p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", default)
-    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
-    return p == 0 or training is False
+    training = (
+        node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
+    )
+    return bool(p == 0) or training is False
 
 
 @contextlib.contextmanager
@@ -428,7 +430,19 @@ def _contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
 
 _INPLACE_OPERATORS = {
     getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+    for name in (
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "imatmul",
+    )
 } | {operator.setitem}
 
 

@@ -120,9 +120,7 @@ def fill_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         gm: any GraphModule; sub-GraphModules are filled when they are called.
         example_inputs: what ``gm`` is called with; tensors may be real or fake.
     """
-    mode = fake_mode_of(example_inputs) or FakeTensorMode(
-        shape_env=ShapeEnv(), allow_non_fake_inputs=True
-    )
+    mode = fake_mode_of(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
     def fake(found: Any) -> Any:
         if isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor):

@@ -66,6 +66,9 @@ class DeferredLogits(torch.Tensor):
     _compute: Callable[..., torch.Tensor] | None
     _inputs: tuple[torch.Tensor, ...]
     _value: torch.Tensor | None
+    _versions: list[int]
+    _grad_enabled: bool
+    _autocast: tuple[str, torch.dtype, bool]
 
     @staticmethod
     def __new__(
@@ -110,10 +113,12 @@ class DeferredLogits(torch.Tensor):
                     "optimizer step does; use them before, or set the mst option logits='keep'"
                 )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             state = "" if self._value is None else ", computed"
-            return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{state})"
+            return (
+                f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{state})"
+            )
 
     @classmethod
     def __torch_function__(
@@ -126,7 +131,7 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = _materialized((args, kwargs or {}))
@@ -163,7 +168,9 @@ class Deferral:
     device: torch.device
 
 
-def deferring(function: Callable[..., Any], deferrals: Sequence[Deferral], outputs: int) -> Callable[..., Any]:
+def deferring(
+    function: Callable[..., Any], deferrals: Sequence[Deferral], outputs: int
+) -> Callable[..., Any]:
     """Wraps a compiled graph: puts deferred logits in place and drops the extra outputs.
 
     Args:
@@ -199,5 +206,3 @@ def defer_outputs(
             deferral.compute, inputs, shape, deferral.dtype, deferral.device
         )
     return tuple(new)
-
-

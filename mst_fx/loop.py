@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_fx.body import Body, CompiledBody, GradientPlan, OutputMeta, Term, TensorMeta
+from mst_fx.body import Body, CompiledBody, GradientPlan, OutputMeta, TensorMeta, Term
 from mst_fx.body import body as body_of
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -60,7 +60,9 @@ def _as_traced(shared: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[Te
     return [
         tensor
         if tensor.stride() == meta.stride
-        else torch.empty_strided(meta.shape, meta.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        else torch.empty_strided(meta.shape, meta.stride, dtype=tensor.dtype, device=tensor.device).copy_(
+            tensor
+        )
         for tensor, meta in zip(shared, metas, strict=True)
     ]
 
@@ -117,7 +119,7 @@ class _Gradients:
                 _add_term(accumulator, term, values)
 
     def result(self) -> list[Tensor]:
-        sums = []
+        sums: list[Tensor] = []
         while self._sums:  # an accumulator is freed before the next one is rounded
             sums.append(self._sums.pop(0).to(self._dtypes[len(sums)]))
         return [*self._row_grads, *sums]
@@ -134,9 +136,7 @@ def _add_term(accumulator: Tensor, term: Term, values: Sequence[Tensor]) -> None
     if left.dtype == accumulator.dtype:
         accumulator.addmm_(left, right)
     elif accumulator.is_cuda:
-        torch.ops.aten.addmm.dtype_out(
-            accumulator, left, right, accumulator.dtype, out=accumulator
-        )
+        torch.ops.aten.addmm.dtype_out(accumulator, left, right, accumulator.dtype, out=accumulator)
     else:  # no mixed-type product on a CPU; rounding the product would lose what float32 is for
         accumulator.addmm_(left.to(accumulator.dtype), right.to(accumulator.dtype))
 
@@ -165,9 +165,7 @@ def _run_with_gradients(
     return [*outputs.result(), *gradients.result()]
 
 
-def _gradient_fakes(
-    rows: Sequence[Tensor], shared: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor]:
+def _gradient_fakes(rows: Sequence[Tensor], shared: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
     inputs = [*rows, *shared]
     return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
 
@@ -227,9 +225,7 @@ def loop_backward(
         compiled = found.compiled_backward(needs, has_tangent)
         present = [meta for meta, has in zip(found.outputs, has_tangent, strict=True) if has]
         order = [(meta.is_sum, tangent) for meta, tangent in zip(present, tangents, strict=True)]
-        return _run_with_gradients(
-            compiled, found, needs, rows, shared, chunk_rows, tangent_order=order
-        )
+        return _run_with_gradients(compiled, found, needs, rows, shared, chunk_rows, tangent_order=order)
 
 
 @loop_backward.register_fake
@@ -249,8 +245,7 @@ def _(
     "mst_fx::loop_with_grad",
     mutates_args=(),
     schema=(
-        "(Tensor[] rows, Tensor[] shared, bool[] needs, int output, str body, int chunk_rows) "
-        "-> Tensor[]"
+        "(Tensor[] rows, Tensor[] shared, bool[] needs, int output, str body, int chunk_rows) -> Tensor[]"
     ),
 )
 def loop_with_grad(

@@ -106,9 +106,9 @@ def _users_before(
     inside = set(region.nodes)
     late: set[fx.Node] = set()
     for node in list(analysis.graph.nodes):
-        if order[node] < last and node not in inside:
-            if any(operand in inside or operand in late for operand in node.all_input_nodes):
-                late.add(node)
+        depends = any(operand in inside or operand in late for operand in node.all_input_nodes)
+        if depends and order[node] < last and node not in inside:
+            late.add(node)
     context = analysis.contexts[region.seed]
     for node in late:
         if writes_in_place(node) or analysis.contexts.get(node) != context:

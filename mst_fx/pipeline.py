@@ -188,7 +188,9 @@ def _rewrite_tree(
                 raise
             report.refusals.append(Refused(name, "", str(refusal)))
             continue
-        log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), time.perf_counter() - start)
+        log.debug(
+            "pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), time.perf_counter() - start
+        )
         context.report.rewrites.reverse()  # regions are found last first
         report.add(context.report)
         if context.report.rewrites:
@@ -233,9 +235,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
     output.args = (tuple(results),)
     fake = tensor_value(logits)
     assert fake is not None
-    return Deferral(
-        position, fx.GraphModule(gm, graph), tuple(inputs), tuple(shape), fake.dtype, fake.device
-    )
+    return Deferral(position, fx.GraphModule(gm, graph), tuple(inputs), tuple(shape), fake.dtype, fake.device)
 
 
 def _only_for(logits: fx.Node, output: fx.Node) -> set[fx.Node]:

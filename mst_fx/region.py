@@ -217,10 +217,7 @@ class RegionFinder:
         widest = max(self.analysis.states[seed].matmuls, key=lambda m: m.out_bytes)
         itemsize = tensors_of(seed)[0].element_size()
         widths = [
-            m.out_bytes
-            for node in nodes
-            if node not in outs
-            for m in self.analysis.states[node].matmuls
+            m.out_bytes for node in nodes if node not in outs for m in self.analysis.states[node].matmuls
         ]
         return Region(
             seed=seed,
@@ -371,7 +368,9 @@ def expert_matmuls(analysis: RowAnalysis) -> list[fx.Node]:
                 seen.add(user)
                 if is_matmul_name(user):
                     found.append(user)
-                elif any(part in target_name(user) for part in ("getitem", "index", "to", "transpose", "_mm")):
+                elif any(
+                    part in target_name(user) for part in ("getitem", "index", "to", "transpose", "_mm")
+                ):
                     queue.append(user)
     return found
 

@@ -121,7 +121,9 @@ class Report:
             for r in self.rewrites
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         lines += [f"refused {r.kind} {r.name}: {r.reason}" for r in self.refusals]
         return "\n".join([*lines, f"{self.graphs} graph(s): {self.summary()}"])
 

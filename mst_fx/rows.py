@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,9 +111,7 @@ class RowTracer(TorchDispatchMode):
                 self.set_label(tensor, label)
         return out
 
-    def _apply_rule(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> list[Label]:
+    def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
         outs = _tensors(out)
         inputs = _tensors((args, kwargs))
         if all(self.label(tensor) is None for tensor in inputs):
@@ -202,6 +200,21 @@ def _wrap(dim: int, ndim: int) -> int:
     return dim + ndim if dim < 0 else dim
 
 
+def _check_along(call: _Call, source: torch.Tensor, dims: Iterable[int]) -> int:
+    """The row dimension of an operator that works along ``dims``, none of which may hold rows.
+
+    Nor may one lie before the rows: the batch was folded away there, and a size of 1 stands for it. A
+    composite operator may have moved that size elsewhere, so no dimension of size 1 is trusted.
+    """
+    row_dim = call.only_row_dim(source)
+    for dim in dims:
+        if dim == row_dim:
+            raise call.refusal("works along the rows")
+        if dim < row_dim or is_same_size(source.shape[dim], 1):
+            raise call.refusal("may work along the batch")
+    return row_dim
+
+
 def _pointwise(call: _Call) -> Label:
     """Operands broadcast from the right: the rows must lie at one place, counted from the right."""
     inputs = _tensors((call.args, call.kwargs))
@@ -282,39 +295,29 @@ def _along(position: int, default: int = 0) -> Rule:
 
     def rule(call: _Call) -> Label:
         source = call.args[0]
-        dim = call.only_row_dim(source)
         along = _wrap(call.arg(position, "dim", default), source.ndim)
-        if along == dim:
-            raise call.refusal("works along the rows")
-        return Row(dim)
+        return Row(_check_along(call, source, [along]))
 
     return rule
 
 
 def _slice(call: _Call) -> Label:
     source, out = call.args[0], _tensors(call.out)[0]
-    dim = call.only_row_dim(source)
-    if _wrap(call.arg(1, "dim", 0), source.ndim) == dim and not (
-        is_same_size(source.shape[dim], out.shape[dim]) and call.arg(4, "step", 1) == 1
-    ):
-        raise call.refusal("picks some of the rows")
-    return Row(dim)
+    along = _wrap(call.arg(1, "dim", 0), source.ndim)
+    whole = is_same_size(source.shape[along], out.shape[along]) and call.arg(4, "step", 1) == 1
+    if whole and call.arg(2, "start", 0) in (0, None):
+        return Row(call.only_row_dim(source))
+    return Row(_check_along(call, source, [along]))
 
 
 def _select(call: _Call) -> Label:
     source = call.args[0]
-    dim, along = call.only_row_dim(source), _wrap(call.args[1], source.ndim)
-    if along == dim:
-        raise call.refusal("picks one of the rows")
-    return Row(dim - (along < dim))
+    return Row(_check_along(call, source, [_wrap(call.args[1], source.ndim)]))
 
 
 def _unbind(call: _Call) -> Label:
     source = call.args[0]
-    dim, along = call.only_row_dim(source), _wrap(call.arg(1, "dim", 0), source.ndim)
-    if along == dim:
-        raise call.refusal("works along the rows")
-    return Row(dim - (along < dim))
+    return Row(_check_along(call, source, [_wrap(call.arg(1, "dim", 0), source.ndim)]))
 
 
 def _cat(call: _Call) -> Label:
@@ -335,15 +338,11 @@ def _cat(call: _Call) -> Label:
 def _reduction(call: _Call) -> Label:
     """Reductions over given dimensions; all of them when none is given."""
     source = call.args[0]
-    dim = call.only_row_dim(source)
     which = call.arg(2 if call.func is aten.linalg_vector_norm.default else 1, "dim")
     if which is None or which == []:
         which = range(source.ndim)
     dims = {_wrap(d, source.ndim) for d in ([which] if isinstance(which, int) else which)}
-    if dim in dims:
-        raise call.refusal("reduces over the rows")
-    out = _tensors(call.out)[0]
-    return Row(dim if out.ndim == source.ndim else dim - sum(d < dim for d in dims))
+    return Row(_check_along(call, source, sorted(dims, reverse=True)))
 
 
 def _sum(call: _Call) -> Label:
@@ -418,8 +417,10 @@ def _layer_norm(call: _Call) -> list[Label]:
 def _gather(call: _Call) -> Label:
     source, along, index = call.args[:3]
     dim = call.row_dim(source)
-    if dim is None or call.row_dim(index) != dim or _wrap(along, source.ndim) == dim:
+    if dim is None or call.row_dim(index) != dim:
         raise call.refusal("picks from other rows")
+    if _wrap(along, source.ndim) <= dim:
+        raise call.refusal("works along the rows or the batch")
     return Row(dim)
 
 
@@ -427,7 +428,7 @@ def _scatter(call: _Call) -> Label:
     source, along, index, value = call.args[:4]
     dim = call.row_dim(source)
     rows = {call.row_dim(t) for t in (index, value) if isinstance(t, torch.Tensor) and t.ndim}
-    if dim is None or rows != {dim} or _wrap(along, source.ndim) == dim:
+    if dim is None or rows != {dim} or _wrap(along, source.ndim) <= dim:
         raise call.refusal("writes to other rows")
     return Row(dim)
 
@@ -450,8 +451,8 @@ def _constant_like(call: _Call) -> Label:
 def _pad(call: _Call) -> Label:
     source, pad = call.args[:2]
     dim = call.only_row_dim(source)
-    place = 2 * (source.ndim - 1 - dim)
-    if any(amount != 0 for amount in pad[place : place + 2]):
+    after = 2 * (source.ndim - 1 - dim)  # pads of the dimensions after the rows come first
+    if any(amount != 0 for amount in pad[after:]):
         raise call.refusal("pads the rows")
     return Row(dim)
 
@@ -459,12 +460,10 @@ def _pad(call: _Call) -> Label:
 def _along_given(call: _Call) -> Label:
     """flip, roll: the dimensions are a list."""
     source = call.args[0]
-    dim = call.only_row_dim(source)
-    position = 2 if call.func is aten.roll.default else 1
-    dims = call.arg(position, "dims", [])
-    if not dims or dim in {_wrap(d, source.ndim) for d in dims}:
+    dims = call.arg(2 if call.func is aten.roll.default else 1, "dims", [])
+    if not dims:
         raise call.refusal("works along the rows")
-    return Row(dim)
+    return Row(_check_along(call, source, [_wrap(d, source.ndim) for d in dims]))
 
 
 _RULES: dict[Any, Rule] = {
@@ -487,9 +486,7 @@ _RULES: dict[Any, Rule] = {
         ),
         _same,
     ),
-    **dict.fromkeys(
-        (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), _constant_like
-    ),
+    **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), _constant_like),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.unbind.int: _unbind,

@@ -29,7 +29,6 @@ from torch import fx
 
 from mst_fx.canonical import CLONE_OF, hoist_row_slices, make_functional, sum_losses
 from mst_fx.chunking import PassContext, chunk_regions, refuse_blocked, rows_of
-
 from mst_fx.fold import RowAnalysis
 from mst_fx.plan import plan_vocab
 from mst_fx.region import Region
@@ -46,9 +45,7 @@ def run(context: PassContext) -> None:
         regions, others = context.bulges(analysis, free)
         regions = [region for region in regions if region.ends_narrow]
         rows, chosen = rows_of(analysis), context.options.vocab_chunk_rows
-        plans = [
-            plan_vocab(rows, region.width, region.wide, region.device, chosen) for region in regions
-        ]
+        plans = [plan_vocab(rows, region.width, region.wide, region.device, chosen) for region in regions]
         refuse_blocked(context, analysis, others, "vocab")
         deferrals = [_outputs_of(region, free) for region in regions]
         done = chunk_regions(context, analysis, regions, "vocab", plans, [bool(d) for d in deferrals])
@@ -85,5 +82,3 @@ def _outputs_of(region: Region, free: set[fx.Node]) -> list[fx.Node]:
     originals = {node.meta[CLONE_OF] for node in region.nodes if CLONE_OF in node.meta}
     leaving = {*region.row_outputs, *region.sums}
     return [node for node in free if (node in inside and node not in leaving) or node in originals]
-
-

@@ -64,7 +64,8 @@ def worst_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 def compile_mst(fn: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     torch._dynamo.reset()
-    return torch.compile(fn, backend="mst", options=options or SMALL_CHUNKS, **kwargs)
+    chosen: Any = options or SMALL_CHUNKS
+    return torch.compile(fn, backend="mst", options=chosen, **kwargs)
 
 
 def check_parity(
@@ -148,7 +149,12 @@ class ToyLM(nn.Module):
     """A causal LM in float64 throughout; returns the loss, or loss and logits."""
 
     def __init__(
-        self, order: str = "pre", mlp: type[nn.Module] = GatedMLP, layers: int = 2, width: int = 16, vocab: int = 96
+        self,
+        order: str = "pre",
+        mlp: type[nn.Module] = GatedMLP,
+        layers: int = 2,
+        width: int = 16,
+        vocab: int = 96,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, width)

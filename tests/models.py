@@ -110,7 +110,9 @@ ACCEPTED = {
         },
         mlps=4,
     ),
-    "vit": Entry("ViTConfig", "ViTForImageClassification", {**_BERT, "image_size": 32, "patch_size": 4}, vocab=0),
+    "vit": Entry(
+        "ViTConfig", "ViTForImageClassification", {**_BERT, "image_size": 32, "patch_size": 4}, vocab=0
+    ),
 }
 
 # Nobody listed these: the analysis must carry them.

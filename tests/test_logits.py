@@ -29,7 +29,9 @@ _BAR = 1e-9
 VOCAB, BATCH, LENGTH = 96, 2, 33
 
 
-def _deferred(options: dict[str, Any] | None = None) -> tuple[ToyLM, dict[str, Tensor], Tensor, DeferredLogits]:
+def _deferred(
+    options: dict[str, Any] | None = None,
+) -> tuple[ToyLM, dict[str, Tensor], Tensor, DeferredLogits]:
     model, inputs = ToyLM(layers=1), token_batch(BATCH, LENGTH)
     loss, logits = compile_mst(model, options)(**inputs)
     assert type(logits) is DeferredLogits

@@ -176,7 +176,9 @@ class TestGolden(expecttest.TestCase):
     def test_code(self) -> None:
         model = PlainMLP(8, 24)
         new, report = mst_fx.rewrite(fx.symbolic_trace(model), [torch.randn(2, 20, 8)], DIRECT)
-        self.assertExpectedInline(_nodes(new, report), """\
+        self.assertExpectedInline(
+            _nodes(new, report),
+            """\
 %x : 'Tensor' [num_users=1] = placeholder[target=x]
 %up_weight : [num_users=1] = get_attr[target=up.weight]
 %up_bias : [num_users=1] = get_attr[target=up.bias]
@@ -186,7 +188,8 @@ class TestGolden(expecttest.TestCase):
 %loop_default : [num_users=1] = call_function[target=torch.ops.mst_fx.loop.default](args = ([%flatten], [%up_weight, %up_bias, %down_weight, %down_bias], <body 0>, 7), kwargs = {})
 %getitem : [num_users=1] = call_function[target=operator.getitem](args = (%loop_default, 0), kwargs = {})
 %unflatten : [num_users=1] = call_function[target=torch.unflatten](args = (%getitem, 0, [2, 20]), kwargs = {})
-return unflatten""")
+return unflatten""",
+        )
 
 
 def _nodes(gm: fx.GraphModule, report: mst_fx.Report) -> str:
