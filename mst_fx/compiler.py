@@ -53,10 +53,11 @@ def compile_graph(
     """
     if inner == "eager":
         return gm.forward
-    with torch._functorch.config.patch(donated_buffer=False):
-        if inner == "aot_eager":
-            return aot_eager(gm, list(example_inputs))
-        return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[return-value]
+    # Set for good, not for this compilation: the check for retain_graph reads it in the backward pass.
+    torch._functorch.config.donated_buffer = False
+    if inner == "aot_eager":
+        return aot_eager(gm, list(example_inputs))
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[return-value]
 
 
 def decompositions(inner: str) -> dict[Any, Any]:
