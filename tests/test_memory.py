@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tools.bench_memory import BlockPeaks, StepPeak, block_peaks, step_peak
+from tools.bench_memory import BlockPeaks, block_peaks
 from tools.bench_support import MIB, Shape
 from tools.meter import is_available
 
@@ -66,24 +66,3 @@ def test_backward_of_a_head(head: BlockPeaks) -> None:
 
 def test_forward_of_an_mlp_keeps_no_more_than_its_live_set(mlp: BlockPeaks) -> None:
     assert mlp.forward_peak <= mlp.output_bytes + 1.3 * mlp.live_bytes + SLACK, mlp.forward_alive
-
-
-@pytest.fixture(scope="module")
-def steps() -> dict[tuple[str, str], StepPeak]:
-    return {
-        (way, returns): step_peak(way, returns, SHAPE, SEQ, **(CHUNKS if way == "mst" else {}))
-        for way in ("inductor", "mst")
-        for returns in ("model", "loss")
-    }
-
-
-def test_a_step_takes_a_fifth_of_inductors_memory(steps: dict[tuple[str, str], StepPeak]) -> None:
-    mst, plain = steps["mst", "model"], steps["inductor", "model"]
-    assert mst.loss == pytest.approx(plain.loss, rel=1e-5)
-    assert mst.above <= 0.20 * plain.above, f"{mst.above / plain.above:.3f}; alive: {mst.alive}"
-
-
-def test_logits_among_the_outputs_cost_nothing(steps: dict[tuple[str, str], StepPeak]) -> None:
-    whole, loss_only = steps["mst", "model"], steps["mst", "loss"]
-    assert whole.loss == pytest.approx(loss_only.loss, rel=1e-6)
-    assert abs(whole.above - loss_only.above) <= 0.05 * loss_only.above, f"{whole.alive}; {loss_only.alive}"
