@@ -1,22 +1,31 @@
 """The loop ops: a body run over chunks of rows, with weight gradients summed in place.
 
-Three ops stand in rewritten graphs (``torch.library``, opaque to Inductor and AOTAutograd):
+These ops stand in rewritten graphs (``torch.library``, opaque to Inductor and AOTAutograd):
 
-``mst_fx::loop(rows, shared, body, chunk_rows) -> outputs``
-    saves its inputs only; its derivative is
-``mst_fx::loop_backward(rows, shared, tangents, needs, body, chunk_rows) -> gradients``
-    which recomputes the inside of each chunk;
-``mst_fx::loop_with_grad(rows, shared, needs, output, body, chunk_rows) -> outputs + gradients``
+``mst_fx::loop(rows, shared, body, chunk_rows, backward_rows, lead) -> output``
+    for bodies with one output, ``mst_fx::loop_list(...) -> outputs`` for others. It saves its inputs
+    only; its derivative is
+``mst_fx::loop_backward(rows, shared, tangents, has_tangent, needs, body, chunk_rows) -> gradients``
+    which recomputes the inside of each chunk, with ``backward_rows`` a chunk;
+``mst_fx::loop_with_grad(rows, shared, needs, output, body, chunk_rows, lead) -> outputs + gradients``
     computes the gradients of one scalar output in the forward loop (3 matmuls instead of 4);
-    its derivative scales them by the scalar's tangent.
+    its derivative scales them by the scalar's tangent, with ``mst_fx::scaled``.
 
-``rows`` are ``[N, ...]`` tensors, ``shared`` are read whole by every chunk, ``body`` is the key of a
-:class:`~mst_fx.body.Body`. Row outputs are ``[N, ...]``; sums over rows have no row dimension.
+``rows`` are tensors whose leading dimensions make up the ``N`` rows (``[B, S, ...]`` or ``[N, ...]``),
+``shared`` are read whole by every chunk, ``body`` is the key of a :class:`~mst_fx.body.Body`. Output
+``i`` has the leading dimensions of ``rows[lead[i]]``, or ``N`` where ``lead[i]`` is -1; sums over rows
+have none.
+
+That ``loop`` gives one tensor, of its final shape, is no matter of taste. Between two checkpointed
+layers AOTAutograd's partitioner saves the last value of the first one, but never a view, nor a member
+of a list (``solve_min_cut`` in torch/_functorch/partitioners.py). It would recompute the loop instead,
+for that the layers before it, and so hold the values of all layers at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,27 +76,57 @@ def _as_traced(shared: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[Te
     ]
 
 
+def _rank(row: Tensor, meta: TensorMeta | OutputMeta) -> int:
+    """How many leading dimensions of a tensor make up the rows."""
+    return row.ndim - len(meta.shape)
+
+
+def _flat(rows: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[Tensor]:
+    """``[B, S, ...]`` → ``[N, ...]``."""
+    return [row.flatten(0, _rank(row, meta) - 1) for row, meta in zip(rows, metas, strict=True)]
+
+
+def _count(rows: Sequence[Tensor], body: Body) -> Any:
+    return math.prod(rows[0].shape[: _rank(rows[0], body.rows[0])])
+
+
+def _output_shapes(body: Body, rows: Sequence[Tensor], lead: Sequence[int]) -> list[Sequence[Any]]:
+    shapes: list[Sequence[Any]] = []
+    for meta, like in zip(body.outputs, lead, strict=True):
+        if meta.is_sum:
+            shapes.append(meta.shape)
+        elif like < 0:
+            shapes.append((_count(rows, body), *meta.shape))
+        else:
+            shapes.append((*rows[like].shape[: _rank(rows[like], body.rows[like])], *meta.shape))
+    return shapes
+
+
 class _Outputs:
     """Collects the outputs of chunks: rows into place, sums added up."""
 
-    def __init__(self, metas: Sequence[OutputMeta], rows: int) -> None:
+    def __init__(self, metas: Sequence[OutputMeta], shapes: Sequence[Sequence[int]]) -> None:
         self._metas = metas
-        self.tensors = [
-            torch.zeros(meta.shape, dtype=_sum_dtype(meta.dtype), device=meta.device)
+        self._tensors = [
+            torch.zeros(shape, dtype=_sum_dtype(meta.dtype), device=meta.device)
             if meta.is_sum
-            else torch.empty((rows, *meta.shape), dtype=meta.dtype, device=meta.device)
-            for meta in metas
+            else torch.empty(shape, dtype=meta.dtype, device=meta.device)
+            for meta, shape in zip(metas, shapes, strict=True)
+        ]
+        self._flat = [
+            tensor if meta.is_sum else tensor.flatten(0, _rank(tensor, meta) - 1)
+            for meta, tensor in zip(metas, self._tensors, strict=True)
         ]
 
     def put(self, values: Sequence[Tensor], start: int, end: int) -> None:
-        for tensor, meta, found in zip(self.tensors, self._metas, values, strict=True):
+        for tensor, meta, found in zip(self._flat, self._metas, values, strict=True):
             if meta.is_sum:
                 tensor.add_(found)
             else:
                 tensor[start:end].copy_(found)
 
     def result(self) -> list[Tensor]:
-        return [t.to(meta.dtype) for t, meta in zip(self.tensors, self._metas, strict=True)]
+        return [t.to(meta.dtype) for t, meta in zip(self._tensors, self._metas, strict=True)]
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -97,12 +136,10 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Gradients:
     """Row gradients, put into place, and one accumulator a weight."""
 
-    def __init__(self, body: Body, needs: Sequence[bool], rows: int) -> None:
-        self._row_grads = [
-            torch.empty((rows, *meta.shape), dtype=meta.dtype, device=meta.device)
-            for meta, need in zip(body.rows, needs, strict=False)
-            if need
-        ]
+    def __init__(self, body: Body, needs: Sequence[bool], rows: Sequence[Tensor]) -> None:
+        differentiated = [(x, meta) for x, meta, need in zip(rows, body.rows, needs, strict=False) if need]
+        self._row_grads = [x.new_empty(x.shape) for x, _ in differentiated]
+        self._flat = _flat(self._row_grads, [meta for _, meta in differentiated])
         needed = [i for i, need in enumerate(needs[len(body.rows) :]) if need]
         self._dtypes = [body.shared[i].dtype for i in needed]
         self._sums = [
@@ -111,8 +148,8 @@ class _Gradients:
         ]
 
     def put(self, plan: GradientPlan, values: Sequence[Tensor], start: int, end: int) -> None:
-        row_grads = values[plan.first : plan.first + len(self._row_grads)]
-        for tensor, found in zip(self._row_grads, row_grads, strict=True):
+        row_grads = values[plan.first : plan.first + len(self._flat)]
+        for tensor, found in zip(self._flat, row_grads, strict=True):
             tensor[start:end].copy_(found)
         for accumulator, terms in zip(self._sums, plan.terms, strict=True):
             for term in terms:
@@ -148,17 +185,15 @@ def _run_with_gradients(
     rows: Sequence[Tensor],
     shared: Sequence[Tensor],
     chunk_rows: int,
-    row_tangents: Sequence[Tensor] = (),
+    outputs: _Outputs,
     tangent_order: Sequence[tuple[bool, Tensor]] = (),
 ) -> list[Tensor]:
     assert compiled.plan is not None
-    count = rows[0].shape[0]
-    outputs = _Outputs(body.outputs[: compiled.plan.first], count)
-    gradients = _Gradients(body, needs, count)
-    shared = _as_traced(shared, body.shared)
-    for start, end in chunk_bounds(count, chunk_rows):
+    gradients = _Gradients(body, needs, rows)
+    flat, shared = _flat(rows, body.rows), _as_traced(shared, body.shared)
+    for start, end in chunk_bounds(_count(rows, body), chunk_rows):
         tangents = [t if whole else t[start:end].contiguous() for whole, t in tangent_order]
-        values = compiled.run(_chunk_inputs(rows, shared, start, end, *tangents))
+        values = compiled.run(_chunk_inputs(flat, shared, start, end, *tangents))
         outputs.put(values[: compiled.plan.first], start, end)
         gradients.put(compiled.plan, values, start, end)
         del values, tangents  # before the next chunk makes its own
@@ -170,35 +205,82 @@ def _gradient_fakes(rows: Sequence[Tensor], shared: Sequence[Tensor], needs: Seq
     return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
 
 
-def _output_fakes(body: Body, rows: Sequence[Tensor]) -> list[Tensor]:
-    count = rows[0].shape[0]
+def _output_fakes(body: Body, rows: Sequence[Tensor], lead: Sequence[int]) -> list[Tensor]:
+    shapes = _output_shapes(body, rows, lead)
     return [
-        torch.empty(meta.shape if meta.is_sum else (count, *meta.shape), dtype=meta.dtype, device=meta.device)
-        for meta in body.outputs
+        torch.empty(shape, dtype=meta.dtype, device=meta.device)
+        for meta, shape in zip(body.outputs, shapes, strict=True)
     ]
+
+
+_LOOP_SCHEMA = "(Tensor[] rows, Tensor[] shared, str body, int chunk_rows, int backward_rows, int[] lead)"
+
+
+@torch.library.custom_op(
+    "mst_fx::loop_list",
+    mutates_args=(),
+    schema=_LOOP_SCHEMA + " -> Tensor[]",
+)
+def loop_list(
+    rows: list[Tensor],
+    shared: list[Tensor],
+    body: str,
+    chunk_rows: int,
+    backward_rows: int,
+    lead: list[int],
+) -> list[Tensor]:
+    found = body_of(body)
+    count = _count(rows, found)
+    with _plain_mode():
+        outputs = _Outputs(found.outputs, _output_shapes(found, rows, lead))
+        if count:
+            run = found.compiled_forward().run
+            flat, traced = _flat(rows, found.rows), _as_traced(shared, found.shared)
+            for start, end in chunk_bounds(count, chunk_rows):
+                outputs.put(run(_chunk_inputs(flat, traced, start, end)), start, end)
+        return outputs.result()
+
+
+@loop_list.register_fake
+def _(
+    rows: list[Tensor],
+    shared: list[Tensor],
+    body: str,
+    chunk_rows: int,
+    backward_rows: int,
+    lead: list[int],
+) -> list[Tensor]:
+    return _output_fakes(body_of(body), rows, lead)
 
 
 @torch.library.custom_op(
     "mst_fx::loop",
     mutates_args=(),
-    schema="(Tensor[] rows, Tensor[] shared, str body, int chunk_rows) -> Tensor[]",
+    schema=_LOOP_SCHEMA + " -> Tensor",
 )
-def loop(rows: list[Tensor], shared: list[Tensor], body: str, chunk_rows: int) -> list[Tensor]:
-    found = body_of(body)
-    count = rows[0].shape[0]
-    with _plain_mode():
-        outputs = _Outputs(found.outputs, count)
-        if count:
-            run = found.compiled_forward().run
-            traced = _as_traced(shared, found.shared)
-            for start, end in chunk_bounds(count, chunk_rows):
-                outputs.put(run(_chunk_inputs(rows, traced, start, end)), start, end)
-        return outputs.result()
+def loop(
+    rows: list[Tensor],
+    shared: list[Tensor],
+    body: str,
+    chunk_rows: int,
+    backward_rows: int,
+    lead: list[int],
+) -> Tensor:
+    (output,) = loop_list(rows, shared, body, chunk_rows, backward_rows, lead)
+    return output
 
 
 @loop.register_fake
-def _(rows: list[Tensor], shared: list[Tensor], body: str, chunk_rows: int) -> list[Tensor]:
-    return _output_fakes(body_of(body), rows)
+def _(
+    rows: list[Tensor],
+    shared: list[Tensor],
+    body: str,
+    chunk_rows: int,
+    backward_rows: int,
+    lead: list[int],
+) -> Tensor:
+    (output,) = _output_fakes(body_of(body), rows, lead)
+    return output
 
 
 @torch.library.custom_op(
@@ -220,12 +302,17 @@ def loop_backward(
 ) -> list[Tensor]:
     found = body_of(body)
     with _plain_mode():
-        if not rows[0].shape[0]:
-            return _Gradients(found, needs, 0).result()
+        if not _count(rows, found):
+            return _Gradients(found, needs, rows).result()
         compiled = found.compiled_backward(needs, has_tangent)
         present = [meta for meta, has in zip(found.outputs, has_tangent, strict=True) if has]
-        order = [(meta.is_sum, tangent) for meta, tangent in zip(present, tangents, strict=True)]
-        return _run_with_gradients(compiled, found, needs, rows, shared, chunk_rows, tangent_order=order)
+        order = [
+            (True, tangent) if meta.is_sum else (False, tangent.flatten(0, _rank(tangent, meta) - 1))
+            for meta, tangent in zip(present, tangents, strict=True)
+        ]
+        return _run_with_gradients(
+            compiled, found, needs, rows, shared, chunk_rows, _Outputs((), ()), tangent_order=order
+        )
 
 
 @loop_backward.register_fake
@@ -242,52 +329,83 @@ def _(
 
 
 @torch.library.custom_op(
+    "mst_fx::scaled", mutates_args=(), schema="(Tensor gradient, Tensor tangent) -> Tensor"
+)
+def scaled(gradient: Tensor, tangent: Tensor) -> Tensor:
+    """``gradient * tangent``, as an op of its own.
+
+    Inductor would make one kernel of all such products and hold every gradient twice at once. One call
+    a gradient holds one twice: the saved one is freed before the next call.
+    """
+    return gradient * tangent
+
+
+@scaled.register_fake
+def _(gradient: Tensor, tangent: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+@torch.library.custom_op(
     "mst_fx::loop_with_grad",
     mutates_args=(),
     schema=(
-        "(Tensor[] rows, Tensor[] shared, bool[] needs, int output, str body, int chunk_rows) -> Tensor[]"
+        "(Tensor[] rows, Tensor[] shared, bool[] needs, int output, str body, int chunk_rows, int[] lead)"
+        " -> Tensor[]"
     ),
 )
 def loop_with_grad(
-    rows: list[Tensor], shared: list[Tensor], needs: list[bool], output: int, body: str, chunk_rows: int
+    rows: list[Tensor],
+    shared: list[Tensor],
+    needs: list[bool],
+    output: int,
+    body: str,
+    chunk_rows: int,
+    lead: list[int],
 ) -> list[Tensor]:
     found = body_of(body)
     with _plain_mode():
-        if not rows[0].shape[0]:
-            return [*_Outputs(found.outputs, 0).result(), *_Gradients(found, needs, 0).result()]
+        outputs = _Outputs(found.outputs, _output_shapes(found, rows, lead))
+        if not _count(rows, found):
+            return [*outputs.result(), *_Gradients(found, needs, rows).result()]
         compiled = found.compiled_with_grad(needs, output)
-        return _run_with_gradients(compiled, found, needs, rows, shared, chunk_rows)
+        return _run_with_gradients(compiled, found, needs, rows, shared, chunk_rows, outputs)
 
 
 @loop_with_grad.register_fake
 def _(
-    rows: list[Tensor], shared: list[Tensor], needs: list[bool], output: int, body: str, chunk_rows: int
+    rows: list[Tensor],
+    shared: list[Tensor],
+    needs: list[bool],
+    output: int,
+    body: str,
+    chunk_rows: int,
+    lead: list[int],
 ) -> list[Tensor]:
-    return [*_output_fakes(body_of(body), rows), *_gradient_fakes(rows, shared, needs)]
+    return [*_output_fakes(body_of(body), rows, lead), *_gradient_fakes(rows, shared, needs)]
 
 
-def _setup_loop(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    rows, shared, ctx.body, ctx.chunk_rows = inputs
+def _setup_loop(ctx: Any, inputs: tuple[Any, ...], output: Tensor | list[Tensor]) -> None:
+    rows, shared, ctx.body, _, ctx.chunk_rows, _ = inputs
     ctx.rows = len(rows)
     ctx.save_for_backward(*rows, *shared)
     ctx.set_materialize_grads(False)
 
 
-def _backward_loop(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _backward_loop_list(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     rows, shared = saved[: ctx.rows], saved[ctx.rows :]
     needs = [bool(need) for needs in ctx.needs_input_grad[:2] for need in needs]
     has_tangent = [grad is not None for grad in grads]
     tangents = [grad for grad in grads if grad is not None]
     if not tangents:
-        return None, None, None, None
+        return (None,) * 6
     found = iter(loop_backward(rows, shared, tangents, has_tangent, needs, ctx.body, ctx.chunk_rows))
     filled = [next(found) if need else None for need in needs]
-    return filled[: ctx.rows], filled[ctx.rows :], None, None
+    return filled[: ctx.rows], filled[ctx.rows :], None, None, None, None
 
 
 def _setup_loop_with_grad(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    rows, _, ctx.needs, ctx.output, body, _ = inputs
+    rows, _, ctx.needs, ctx.output, body, _, _ = inputs
     ctx.rows = len(rows)
     ctx.save_for_backward(*output[len(body_of(body).outputs) :])
     ctx.set_materialize_grads(False)
@@ -296,12 +414,16 @@ def _setup_loop_with_grad(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor
 def _backward_loop_with_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     tangent = grads[ctx.output]
     if tangent is None:
-        return (None,) * 6
+        return (None,) * 7
     saved = iter(ctx.saved_tensors)
-    filled = [next(saved) * tangent if need else None for need in ctx.needs]
-    filled = [None if grad is None else grad for grad in filled]
-    return filled[: ctx.rows], filled[ctx.rows :], None, None, None, None
+    filled = [scaled(next(saved), tangent) if need else None for need in ctx.needs]
+    return filled[: ctx.rows], filled[ctx.rows :], None, None, None, None, None
 
 
+def _backward_loop(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    return _backward_loop_list(ctx, [grad])
+
+
+loop_list.register_autograd(_backward_loop_list, setup_context=_setup_loop)
 loop.register_autograd(_backward_loop, setup_context=_setup_loop)
 loop_with_grad.register_autograd(_backward_loop_with_grad, setup_context=_setup_loop_with_grad)

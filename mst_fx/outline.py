@@ -11,7 +11,7 @@ from torch import fx
 
 from mst_fx.body import Body
 from mst_fx.errors import Refusal
-from mst_fx.fold import RowAnalysis, fold_rank, writes_in_place
+from mst_fx.fold import RowAnalysis, expression, fold_rank, writes_in_place
 from mst_fx.graph import add_call, tensor_value
 from mst_fx.plan import Plan
 from mst_fx.region import Region
@@ -46,7 +46,7 @@ def replace_region(
     """Replaces a region's nodes by a loop op and the views around it.
 
     Before: ``x[B, S, H] → norm → linear → act → linear → add → y[B, S, H]``. After:
-    ``flatten(x) → mst_fx.loop → getitem → unflatten → y``.
+    ``x[B, S, H] → mst_fx.loop → y[B, S, H]``.
 
     Args:
         gradient_of: the scalar output whose gradients the forward loop computes; None: recompute.
@@ -63,23 +63,30 @@ def replace_region(
     last = region.nodes[-1]
     late = _users_before(analysis, region, order, order[last])
     outs = (*region.row_outputs, *region.sums)
-    shapes = {node: _leading_sizes(analysis, region, node) for node in region.row_outputs}
+    row_inputs = [i.node for i in region.inputs if i.role == "row"]
+    lead = [_with_leading_sizes(row_inputs, node, analysis.rows) for node in outs]
+    shapes = {
+        node: _leading_sizes(analysis, region, node)
+        for node, like in zip(outs, lead, strict=True)
+        if like < 0 and node in region.row_outputs
+    }
 
     anchor = last
     with graph.inserting_after(anchor):
         cursor = graph.call_function(int, (0,))  # marks the place; erased below
     with graph.inserting_before(cursor):
-        rows = [_flattened(graph, i.node, analysis.rows) for i in region.inputs if i.role == "row"]
         shared = [i.node for i in region.inputs if i.role == "shared"]
         if gradient_of is None:
-            args: tuple[Any, ...] = (rows, shared, body.key, plan.chunk_rows)
-            loop = add_call(graph, torch.ops.mst_fx.loop.default, *args)
+            args: tuple[Any, ...] = (row_inputs, shared, body.key, plan.chunk_rows, plan.backward_rows, lead)
+            op = torch.ops.mst_fx.loop if len(outs) == 1 else torch.ops.mst_fx.loop_list
+            loop = add_call(graph, op.default, *args)
         else:
-            args = (rows, shared, needs_gradient(region), gradient_of, body.key, plan.chunk_rows)
+            args = (row_inputs, shared, needs_gradient(region), gradient_of, body.key, plan.chunk_rows, lead)
             loop = add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
         new = {}
         for index, node in enumerate(outs):
-            current = add_call(graph, operator.getitem, loop, index)
+            is_single = gradient_of is None and len(outs) == 1
+            current = loop if is_single else add_call(graph, operator.getitem, loop, index)
             if node in shapes:
                 current = _unflattened(graph, current, shapes[node])
             current.meta = {**node.meta, **current.meta}
@@ -116,11 +123,16 @@ def _users_before(
     return late
 
 
-def _flattened(graph: fx.Graph, node: fx.Node, rows: Any) -> fx.Node:
-    fake = tensor_value(node)
-    assert fake is not None
-    rank = fold_rank(fake.shape, rows)
-    return node if rank == 1 else add_call(graph, torch.flatten, node, 0, rank - 1)
+def _with_leading_sizes(inputs: Sequence[fx.Node], node: fx.Node, rows: Any) -> int:
+    """The first of the inputs whose rows unfold as those of a node; -1 if none does."""
+
+    def leading(node: fx.Node) -> list[Any]:
+        fake = tensor_value(node)
+        assert fake is not None
+        return [expression(size) for size in fake.shape[: fold_rank(fake.shape, rows)]]
+
+    wanted = leading(node)
+    return next((index for index, other in enumerate(inputs) if leading(other) == wanted), -1)
 
 
 def _leading_sizes(analysis: RowAnalysis, region: Region, node: fx.Node) -> list[Any]:

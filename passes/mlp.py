@@ -6,9 +6,7 @@ Before (any spelling; ``x`` is ``[B, S, H]``, the inside ``[B, S, I]``)::
 
 After::
 
-    rows = flatten(x, 0, 1)
-    loop = mst_fx.loop([rows], [norm_weight, gate, up, down], body, chunk_rows)
-    y = unflatten(loop[0], 0, (B, S))
+    y = mst_fx.loop([x], [norm_weight, gate, up, down], body, chunk_rows, backward_rows, lead)
 
 A region is any convex set of row-wise nodes around a widening matmul whose inside is wider than what
 goes in and what comes out, and whose rows go on: nothing here knows a model, an activation or a norm.

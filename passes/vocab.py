@@ -7,7 +7,7 @@ Before (``h`` is ``[B, S, H]``, the logits ``[B, S, V]``)::
 
 After::
 
-    loop = mst_fx.loop_with_grad([flatten(h, 0, 1), labels], [norm_weight, head], ...)
+    loop = mst_fx.loop_with_grad([h, labels], [norm_weight, head], ...)
     loss = loop[0] / (labels != -100).sum()
     return loss, h        # the backend puts deferred logits in place of h
 

@@ -184,11 +184,8 @@ class TestGolden(expecttest.TestCase):
 %up_bias : [num_users=1] = get_attr[target=up.bias]
 %down_weight : [num_users=1] = get_attr[target=down.weight]
 %down_bias : [num_users=1] = get_attr[target=down.bias]
-%flatten : [num_users=1] = call_function[target=torch.flatten](args = (%x, 0, 1), kwargs = {})
-%loop_default : [num_users=1] = call_function[target=torch.ops.mst_fx.loop.default](args = ([%flatten], [%up_weight, %up_bias, %down_weight, %down_bias], <body 0>, 7), kwargs = {})
-%getitem : [num_users=1] = call_function[target=operator.getitem](args = (%loop_default, 0), kwargs = {})
-%unflatten : [num_users=1] = call_function[target=torch.unflatten](args = (%getitem, 0, [2, 20]), kwargs = {})
-return unflatten""",
+%loop_default : [num_users=1] = call_function[target=torch.ops.mst_fx.loop.default](args = ([%x], [%up_weight, %up_bias, %down_weight, %down_bias], <body 0>, 7, 7, [0]), kwargs = {})
+return loop_default""",
         )
 
 

@@ -16,6 +16,7 @@ from tests.helpers import (
     compile_mst,
     gradients,
     kinds,
+    loss_of,
     relative_error,
     report_of,
     step,
@@ -221,3 +222,19 @@ def test_autograd_grad() -> None:
     truth = torch.autograd.grad(model(**inputs).loss, list(parameters.values()))
     found = torch.autograd.grad(compile_mst(model)(**inputs).loss, list(parameters.values()))
     assert max(relative_error(f, t) for f, t in zip(found, truth, strict=True)) <= _BAR
+
+
+def test_checkpointed_layers_keep_their_inputs() -> None:
+    """No loop runs again in the backward pass: what a layer starts from was saved.
+
+    Recomputed, the loops of all layers run before the first gradient, and all their values are alive.
+    """
+    model = LLAMA.build()
+    model.config.use_cache = False  # type: ignore[union-attr]  # the warning would break the graph
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    loss = loss_of(compile_mst(model)(**inputs_of(LLAMA, 1, 35)))
+    with torch.profiler.profile() as profile:
+        loss.backward()
+    calls = [event.name for event in profile.events() if event.name.startswith("mst_fx::loop")]
+    assert calls.count("mst_fx::loop_backward") == 2
+    assert calls.count("mst_fx::loop") == 0
