@@ -100,7 +100,11 @@ def sum_losses(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         new = _as_sum(graph, node)
         if new is not None:
+            sources = node.all_input_nodes
             _replace(node, new)
+            for source in sources:  # a transpose that only the mean needed
+                if not source.users and source.op != "placeholder":
+                    graph.erase_node(source)
 
 
 def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -112,7 +116,7 @@ def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         source = node.args[0]
         if not node.kwargs and isinstance(source, fx.Node) and tensor_value(source) is not None:
             with graph.inserting_before(node):
-                return _sum_over(graph, source, add_call(graph, "numel", source))
+                return _sum_over(graph, source, _numel(graph, source))
     return None
 
 
@@ -131,14 +135,20 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
             return None
     logits, labels, weight = given["input"], given["target"], given.get("weight")
     fake, fake_labels = tensor_value(logits), tensor_value(labels)
-    if reduction == "none" or fake is None or fake_labels is None or fake.ndim != 2:
+    if reduction == "none" or fake is None or fake_labels is None:
+        return None
+    if fake.ndim == 3 and (source := _class_last(logits)) is not None and fake_labels.ndim == 2:
+        with graph.inserting_before(node):
+            given["input"] = logits = add_call(graph, "flatten", source, 0, 1)
+            given["target"] = labels = add_call(graph, "flatten", labels, 0, 1)
+    elif fake.ndim != 2:
         return None
     with graph.inserting_before(node):
         losses = add_call(graph, target, **given, reduction="none")
         if reduction == "sum":
             return _sum_over(graph, losses, None)
         if fake_labels.is_floating_point():  # probabilities: every row counts
-            return _sum_over(graph, losses, add_call(graph, "numel", losses))
+            return _sum_over(graph, losses, _numel(graph, losses))
         ignore = given.get("ignore_index", -100)
         valid = add_call(graph, torch.ne, labels, ignore)
         if weight is None:
@@ -146,6 +156,20 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         first = add_call(graph, torch.mul, labels, valid)  # class 0 where the row is ignored
         weights = add_call(graph, torch.index_select, weight, 0, first)
         return _sum_over(graph, losses, add_call(graph, "sum", add_call(graph, torch.mul, weights, valid)))
+
+
+def _class_last(logits: fx.Node) -> fx.Node | None:
+    """``x`` of ``x.transpose(1, 2)``: ``[B, S, V]`` logits, written as ``[B, V, S]`` for cross_entropy."""
+    source = logits.args[0] if logits.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    dims: Any = logits.args[1:]
+    order = tuple(dims[0]) if dims and isinstance(dims[0], (tuple, list)) else dims
+    if logits.target in ("transpose", torch.transpose, aten.transpose.int):
+        swaps = {dim % 3 for dim in order if isinstance(dim, int)} == {1, 2}
+    else:
+        swaps = logits.target in ("permute", torch.permute, aten.permute.default) and order == (0, 2, 1)
+    return source if swaps else None
 
 
 def _sum_plain_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -159,11 +183,29 @@ def _sum_plain_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         if reduction == "sum":
             return _sum_over(graph, losses, None)
         if reduction == "batchmean":
-            return _sum_over(graph, losses, add_call(graph, "size", given["input"], 0))
-        return _sum_over(graph, losses, add_call(graph, "numel", losses))
+            return _sum_over(graph, losses, _size(graph, given["input"], 0))
+        return _sum_over(graph, losses, _numel(graph, losses))
 
 
-def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | None) -> fx.Node:
+def _numel(graph: fx.Graph, losses: fx.Node) -> fx.Node | int:
+    """The number of elements, not read from the losses themselves, which would have to outlive their loop."""
+    wanted = tensor_value(losses).numel()  # type: ignore[union-attr]
+    if isinstance(wanted, int):
+        return wanted
+    for node in graph.find_nodes(op="placeholder"):
+        fake = tensor_value(node)
+        found = fake.numel() if fake is not None else 0
+        if isinstance(found, torch.SymInt) and found.node.expr == wanted.node.expr:
+            return add_call(graph, "numel", node)
+    return add_call(graph, "numel", losses)
+
+
+def _size(graph: fx.Graph, source: fx.Node, dim: int) -> fx.Node | int:
+    size = tensor_value(source).shape[dim]  # type: ignore[union-attr]
+    return size if isinstance(size, int) else add_call(graph, "size", source, dim)
+
+
+def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | int | None) -> fx.Node:
     """``losses.sum() / count``, the sum in float32 for 16-bit losses, as eager's kernels do.
 
     With a count of 0 the value is NaN and the gradient 0, as in eager: hence not a plain division.
@@ -172,7 +214,7 @@ def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | None) -> fx.Nod
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     total = add_call(graph, "sum", losses, dtype=wide)
     if count is not None:
-        if tensor_value(count) is None:  # a number of elements
+        if isinstance(count, int) or tensor_value(count) is None:  # a number of elements
             total = add_call(graph, torch.div, total, count)
         else:
             empty = add_call(graph, torch.eq, count, 0)

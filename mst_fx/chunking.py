@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -81,6 +81,10 @@ class PassContext:
             else:
                 others.append(seed)
         return regions, others
+
+    def refuse_all(self, refusals: Iterable[Refused]) -> None:
+        for refused in refusals:
+            self.refuse(refused.kind, refused.name, refused.reason)
 
     def refuse(self, kind: str, name: str, reason: str) -> None:
         """Notes a refusal.
@@ -196,12 +200,12 @@ def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
             )
 
 
-def refuse_blocked(context: PassContext, analysis: RowAnalysis, others: list[fx.Node], kind: str) -> None:
-    """Notes why wide matmuls were left alone, each under the pass it concerns.
+def blocked(analysis: RowAnalysis, others: list[fx.Node], kind: str) -> list[Refused]:
+    """Why wide matmuls were left alone, each under the pass it concerns.
 
     A wide result that feeds attention (a fused QKV projection) is no bulge and not worth a word.
     """
-    names = set()
+    found: dict[Refused, None] = {}
     for seed in others:
         end = frontier(analysis, seed)
         is_head = end.is_output or end.to_loss
@@ -211,6 +215,5 @@ def refuse_blocked(context: PassContext, analysis: RowAnalysis, others: list[fx.
             continue
         region = RegionFinder(analysis).grow(seed)
         name = region.name if region is not None else seed.name
-        if (name, end.reason) not in names:
-            names.add((name, end.reason))
-            context.refuse(kind, name, end.reason)
+        found[Refused(kind, name, end.reason)] = None
+    return list(found)

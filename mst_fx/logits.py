@@ -38,7 +38,6 @@ _METADATA = {
             "requires_grad",
             "is_cuda",
             "is_cpu",
-            "is_leaf",
             "is_sparse",
             "is_quantized",
             "is_nested",
@@ -50,6 +49,9 @@ _METADATA = {
         )
     ),
 }
+
+
+_IS_LEAF = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 
 
 class DeferredLogits(torch.Tensor):
@@ -124,6 +126,9 @@ class DeferredLogits(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _IS_LEAF:
+            (self,) = args
+            return not self.requires_grad
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

@@ -122,6 +122,7 @@ def run_passes(
 def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """A copy of the graph whose nodes know their values and hide nothing in leaf modules."""
     new = copy_tree(gm)
+    new.graph.eliminate_dead_code(_is_impure)  # a loss that nobody returns is not worth a loop
     if any(n.op == "call_module" and not _is_graph(gm, n) for n in new.graph.nodes):
         new = _inlined(new)
     nodes = [n for n in new.graph.nodes if n.op not in ("output", "get_attr")]

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 import networkx as nx
+import torch
 from torch import fx
 
 from mst_fx.fold import Operand, RowAnalysis, bytes_a_row
@@ -35,9 +36,10 @@ class Region:
         inputs: the operands from outside, each with the way it is read.
         row_outputs: nodes whose rows are used outside.
         sums: nodes whose sum over rows is used outside.
-        in_bytes, out_bytes, wide_bytes: bytes a row of the row inputs, of the row outputs, and of
-            the widest matmul result inside.
+        in_bytes, out_bytes, wide_bytes: bytes a row of the row inputs (but for given data, such as soft
+            targets), of the row outputs, and of the widest matmul result inside.
         width, wide: elements a row that go into the seed (d_model) and come out of it (I, or V).
+        out_width: elements a row of the row outputs.
     """
 
     seed: fx.Node
@@ -50,6 +52,7 @@ class Region:
     wide_bytes: int
     width: int
     wide: int
+    out_width: int
 
     @property
     def device(self) -> str:
@@ -65,7 +68,8 @@ class Region:
     @property
     def is_bulge(self) -> bool:
         leaves = bool(self.row_outputs or self.sums)
-        return leaves and self.wide_bytes > max(self.in_bytes, self.out_bytes)
+        # In elements too: logits cast to a narrower type are no bulge.
+        return leaves and self.wide_bytes > max(self.in_bytes, self.out_bytes) and self.wide > self.out_width
 
     @property
     def ends_narrow(self) -> bool:
@@ -170,7 +174,7 @@ class RegionFinder:
         state = self.analysis.states[tensor]
         if tensor_value(tensor) is None and tensor in inside:
             capacity = {}  # a tuple does not leave a region: its members do
-        elif state.summed:
+        elif state.summed or (tensor not in inside and _is_given(tensor)):
             capacity = {"capacity": 0}
         else:
             capacity = {"capacity": bytes_a_row(tensor, self.analysis.rows) * _BYTE}
@@ -225,17 +229,30 @@ class RegionFinder:
             inputs=tuple(inputs),
             row_outputs=row_outputs,
             sums=sums,
-            in_bytes=sum(bytes_a_row(i.node, rows) for i in inputs if i.role == "row"),
+            in_bytes=sum(
+                bytes_a_row(i.node, rows) for i in inputs if i.role == "row" and not _is_given(i.node)
+            ),
             out_bytes=sum(bytes_a_row(node, rows) for node in row_outputs),
             wide_bytes=max(widths, default=0),
             width=widest.in_bytes // itemsize,
             wide=widest.out_bytes // itemsize,
+            out_width=sum(
+                bytes_a_row(node, rows) // tensors_of(node)[0].element_size() for node in row_outputs
+            ),
         )
 
     def is_convex(self, region: Region) -> bool:
         """Whether the region still is convex: rewrites of others may have joined nodes outside."""
         order = {node: index for index, node in enumerate(self.analysis.graph.nodes)}
         return not _detours(set(region.nodes), self._users, order)
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Data that exists whoever reads it: soft targets, a teacher's logits, positions."""
+    fake = tensor_value(node)
+    if fake is None or fake.requires_grad:
+        return False
+    return node.op in ("placeholder", "get_attr") or torch.is_grad_enabled()
 
 
 def _reachable(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
@@ -263,6 +280,9 @@ def _detours(
         if start not in reached:
             reached |= _reachable(start, step)
     return reached & chosen
+
+
+IS_OUTPUT = "the wide result is an output of the graph"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +330,7 @@ def frontier(analysis: RowAnalysis, seed: fx.Node) -> Frontier:
     if total is not None and not is_output:
         reason = "sums over rows, and the inside needs the sum"
         return _blocked(analysis, total, reason, is_output, comes_back=True)
-    return Frontier(None, "the wide result is an output of the graph", is_output, False, False)
+    return Frontier(None, IS_OUTPUT, is_output, False, False)
 
 
 def _blocked(
@@ -326,7 +346,8 @@ def _blocked(
         reason=text,
         is_output=is_output,
         to_attention=any(part in target_name(reader) for part in ("attention", "flex")),
-        to_loss=hint(count) < hint(analysis.rows) and not comes_back,
+        to_loss=(hint(count) <= hint(analysis.rows) and not comes_back)
+        or any(part in target_name(reader) for part in ("loss", "cross_entropy")),
     )
 
 
@@ -334,7 +355,7 @@ _MOVES = ("transpose", "permute", "view", "reshape", "contiguous", "unflatten", 
 
 
 def _first_computing(node: fx.Node) -> fx.Node:
-    """The first reader of a value that does more than to move it, attention first."""
+    """The first reader of a value that does more than to move it; attention first, if no matmul is between."""
     found, queue, readers = {node}, deque([node]), []
     while queue and len(found) < 4 * _REACH:
         current = queue.popleft()
@@ -344,6 +365,8 @@ def _first_computing(node: fx.Node) -> fx.Node:
             readers.append(current)
             if len(readers) > 24:
                 break
+        if is_matmul_name(current):
+            continue
         for user in current.users:
             if user.op != "output" and user not in found:
                 found.add(user)

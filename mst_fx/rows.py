@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -125,7 +126,7 @@ class RowTracer(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refusal(f"{func} draws random numbers")
         rule = _RULES.get(func)
-        if rule is None and torch.Tag.pointwise in func.tags:
+        if rule is None and _is_pointwise(func):
             rule = _pointwise
         if rule is None:
             raise Refusal(f"{func} has no row-wise rule")
@@ -138,8 +139,9 @@ class RowTracer(TorchDispatchMode):
     def _check_write(self, func: Any, args: tuple[Any, ...]) -> None:
         """Only a composite operator's own temporary may be written to, and only by rows on rows."""
         target = args[0] if args else None
-        pointwise = torch.Tag.pointwise in func.tags and isinstance(target, torch.Tensor)
-        if not pointwise or self.label(target) is None or _storage(target) in self._protected:
+        if not (_is_pointwise(func) and isinstance(target, torch.Tensor)):
+            raise Refusal(f"{func} writes to its argument")
+        if self.label(target) is None or _storage(target) in self._protected:
             raise Refusal(f"{func} writes to its argument")
 
     def label_of_constant(self, func: Any, tensor: torch.Tensor) -> Label:
@@ -150,6 +152,17 @@ class RowTracer(TorchDispatchMode):
         if func in _CONSTANT_FILLS and len(dims) == 1:
             return Row(dims[0])
         raise Refusal(f"{func} makes a tensor whose rows are not alike")
+
+
+@functools.cache
+def _is_pointwise(func: Any) -> bool:
+    """By tag; of an in-place form also by the tag of the other form (``masked_fill_`` has none itself)."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    name = func.overloadpacket.__name__
+    packet = getattr(aten, name[:-1], None) if func.namespace == "aten" and name.endswith("_") else None
+    other = getattr(packet, func._overloadname, None)
+    return other is not None and torch.Tag.pointwise in other.tags
 
 
 @dataclasses.dataclass(frozen=True)

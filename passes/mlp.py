@@ -18,7 +18,7 @@ or batched expert matmuls, dropout with a probability above 0, tensors written i
 from __future__ import annotations
 
 from mst_fx.canonical import make_functional
-from mst_fx.chunking import PassContext, chunk_regions, refuse_blocked, refuse_experts, rows_of
+from mst_fx.chunking import PassContext, blocked, chunk_regions, refuse_experts, rows_of
 from mst_fx.plan import plan_mlp
 
 
@@ -30,6 +30,6 @@ def run(context: PassContext) -> None:
         regions = [region for region in regions if not region.ends_narrow]
         rows, chosen = rows_of(analysis), context.options.chunk_rows
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
-        refuse_blocked(context, analysis, others, "mlp")
+        context.refuse_all(blocked(analysis, others, "mlp"))
         refuse_experts(context, analysis)
         chunk_regions(context, analysis, regions, "mlp", plans)

@@ -28,10 +28,12 @@ import torch
 from torch import fx
 
 from mst_fx.canonical import CLONE_OF, hoist_row_slices, make_functional, sum_losses
-from mst_fx.chunking import PassContext, chunk_regions, refuse_blocked, rows_of
+from mst_fx.chunking import PassContext, blocked, chunk_regions, rows_of
 from mst_fx.fold import RowAnalysis
+from mst_fx.graph import tensor_value
 from mst_fx.plan import plan_vocab
-from mst_fx.region import Region
+from mst_fx.region import IS_OUTPUT, Region
+from mst_fx.report import Refused
 
 
 def run(context: PassContext) -> None:
@@ -40,29 +42,37 @@ def run(context: PassContext) -> None:
     make_functional(graph)
     hoist_row_slices(graph)
     sum_losses(graph)
+    free = _deferrable(context)
+    refusals: list[Refused] = []
     for analysis in context.analyses():
-        free = _deferrable(context, analysis)
         regions, others = context.bulges(analysis, free)
         regions = [region for region in regions if region.ends_narrow]
         rows, chosen = rows_of(analysis), context.options.vocab_chunk_rows
         plans = [plan_vocab(rows, region.width, region.wide, region.device, chosen) for region in regions]
-        refuse_blocked(context, analysis, others, "vocab")
+        refusals += blocked(analysis, others, "vocab")
         deferrals = [_outputs_of(region, free) for region in regions]
         done = chunk_regions(context, analysis, regions, "vocab", plans, [bool(d) for d in deferrals])
         for region, outputs in zip(regions, deferrals, strict=True):
             if region.seed in done:
                 context.deferred += outputs
+    # A head whose rows are one more than those of its loss is no bulge by itself.
+    done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
+    context.refuse_all(r for r in refusals if not (r.reason == IS_OUTPUT and r.name in done_for))
 
 
-def _deferrable(context: PassContext, analysis: RowAnalysis) -> set[fx.Node]:
-    """The logits among the outputs of the graph, if they may be deferred."""
+def _deferrable(context: PassContext) -> set[fx.Node]:
+    """The logits among the outputs of the graph, if they may be deferred.
+
+    Their rows may be more than the loss reads, which shifts them by one.
+    """
     mode = context.options.logits
     if not context.is_top or mode == "keep" or (mode == "auto" and not torch.is_grad_enabled()):
         return set()
     outputs = context.gm.graph.output_node().args[0]
     if not isinstance(outputs, (tuple, list)):
         return set()
-    return {node for node in outputs if isinstance(node, fx.Node) and _is_logits(analysis, node)}
+    candidates = [node for node in outputs if isinstance(node, fx.Node) and tensor_value(node) is not None]
+    return {node for analysis in context.analyses() for node in candidates if _is_logits(analysis, node)}
 
 
 def _is_logits(analysis: RowAnalysis, node: fx.Node) -> bool:
