@@ -458,6 +458,11 @@ def writes_in_place(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
 
 
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node without readers must stay."""
+    return node.is_impure() or writes_in_place(node)
+
+
 def _mutated_storages(graph: fx.Graph) -> set[int]:
     """The storages that some node writes to; what reads them depends on when it runs."""
     storages = set()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mst_fx.errors import OptionError
 
-PASS_NAMES = ("mlp", "vocab")
+PASS_NAMES = ("attention", "mlp", "vocab")
 
 ChunkRows = int | Literal["auto"]
 
@@ -20,6 +20,8 @@ class Options:
     Attributes:
         chunk_rows: rows a chunk in MLP loops: ``"auto"`` or an int ≥ 1.
         vocab_chunk_rows: rows a chunk in vocabulary loops: ``"auto"`` or an int ≥ 1.
+        attention_chunk_rows: queries a chunk where attention runs in chunks: ``"auto"`` or an int ≥ 1.
+            Attention of no more queries is left alone.
         passes: the passes that run, a subset of :data:`PASS_NAMES`.
         accumulate: type of weight-gradient accumulators: ``"auto"`` (float32 for 16-bit weights),
             ``"float32"`` or ``"weight"`` (the weight's own type).
@@ -33,6 +35,7 @@ class Options:
 
     chunk_rows: ChunkRows = "auto"
     vocab_chunk_rows: ChunkRows = "auto"
+    attention_chunk_rows: ChunkRows = "auto"
     passes: tuple[str, ...] = PASS_NAMES
     accumulate: Literal["auto", "float32", "weight"] = "auto"
     logits: Literal["auto", "keep", "defer"] = "auto"
@@ -41,7 +44,7 @@ class Options:
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("chunk_rows", "vocab_chunk_rows"):
+        for name in ("chunk_rows", "vocab_chunk_rows", "attention_chunk_rows"):
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not is_count and value != "auto":

@@ -17,19 +17,24 @@ from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
-from mst_fx.fold import writes_in_place
+from mst_fx.fold import is_impure
 from mst_fx.graph import VALUE, copy_tree, fill_values, subgraphs, tensor_value, value
 from mst_fx.logits import Deferral, defer_outputs
 from mst_fx.options import Options, make_options
-from mst_fx.passes import mlp, vocab
+from mst_fx.passes import attention, mlp, vocab
 from mst_fx.report import Refused, Report
 
 log = logging.getLogger("mst_fx")
 
 Pass = Callable[[PassContext], None]
 
-# MLPs first: a head's region may not take the last layer's MLP with it once that is a loop.
-PASSES: tuple[tuple[str, Pass], ...] = (("mlp", mlp.run), ("vocab", vocab.run))
+# Attention first, on the program with all its checkpointed layers: masks are made outside of them. The
+# others run graph by graph. MLPs before the head, whose region may not take the last layer's MLP with it.
+PASSES: tuple[tuple[str, Pass, str], ...] = (
+    ("attention", attention.run, "program"),
+    ("mlp", mlp.run, "graph"),
+    ("vocab", vocab.run, "graph"),
+)
 
 
 @dataclasses.dataclass
@@ -90,7 +95,9 @@ def run_passes(
     config = BodyConfig(options.inner, options.accumulate, tuple(sorted(patches.items())))
     try:
         prepared = _prepare(gm, example_inputs)
-        new, deferred = _rewrite_tree(prepared, options, config, Shared(), report, is_top=True)
+        runner = _Runner(options, config, report, Shared())
+        new, _ = runner.run(prepared, "program", is_top=True)
+        new, deferred = runner.run_tree(new, is_top=True)
     except Exception as error:
         if options.strict:
             raise
@@ -105,7 +112,7 @@ def run_passes(
         outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
         deferrals = tuple(_defer(new, node) for node in deferred)
         keep_embeddings_whole(new.graph)
-        new.graph.eliminate_dead_code(_is_impure)
+        new.graph.eliminate_dead_code(is_impure)
         new.graph.lint()
         new.recompile()
         report.before.append(_text(gm))
@@ -122,7 +129,7 @@ def run_passes(
 def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """A copy of the graph whose nodes know their values and hide nothing in leaf modules."""
     new = copy_tree(gm)
-    new.graph.eliminate_dead_code(_is_impure)  # a loss that nobody returns is not worth a loop
+    new.graph.eliminate_dead_code(is_impure)  # a loss that nobody returns is not worth a loop
     if any(n.op == "call_module" and not _is_graph(gm, n) for n in new.graph.nodes):
         new = _inlined(new)
     nodes = [n for n in new.graph.nodes if n.op not in ("output", "get_attr")]
@@ -163,41 +170,47 @@ def _inlined(gm: fx.GraphModule) -> fx.GraphModule:
         raise Refusal(f"a module of the graph cannot be traced: {error}") from error
 
 
-def _rewrite_tree(
-    gm: fx.GraphModule,
-    options: Options,
-    config: BodyConfig,
-    shared: Shared,
-    report: Report,
-    is_top: bool,
-) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """Runs every pass on the graph and on those of its sub-graphs."""
-    for name, child in subgraphs(gm):
-        new_child, _ = _rewrite_tree(child, options, config, shared, report, is_top=False)
-        gm.set_submodule(name, new_child)
-    deferred: list[fx.Node] = []
-    for name, run in PASSES:
-        if name not in options.passes:
-            continue
-        context = PassContext(copy_tree(gm), options, config, is_top, shared)
-        start = time.perf_counter()
-        try:
-            run(context)
-            context.gm.graph.lint()
-        except Refusal as refusal:
-            if options.strict:
-                raise
-            report.refusals.append(Refused(name, "", str(refusal)))
-            continue
-        log.debug(
-            "pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), time.perf_counter() - start
-        )
-        context.report.rewrites.reverse()  # regions are found last first
-        report.add(context.report)
-        if context.report.rewrites:
-            context.gm.recompile()
-            gm, deferred = context.gm, context.deferred or deferred
-    return gm, deferred
+@dataclasses.dataclass
+class _Runner:
+    """Runs passes and keeps what they did."""
+
+    options: Options
+    config: BodyConfig
+    report: Report
+    shared: Shared
+
+    def run_tree(self, gm: fx.GraphModule, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
+        """The passes over single graphs, on the graph and on those of its sub-graphs."""
+        for name, child in subgraphs(gm):
+            new_child, _ = self.run_tree(child, is_top=False)
+            gm.set_submodule(name, new_child)
+        return self.run(gm, "graph", is_top)
+
+    def run(self, gm: fx.GraphModule, scope: str, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
+        """Every pass of a scope; returns the graph and the logits to defer."""
+        deferred: list[fx.Node] = []
+        for name, run, its_scope in PASSES:
+            if name not in self.options.passes or its_scope != scope:
+                continue
+            context = PassContext(copy_tree(gm), self.options, self.config, is_top, self.shared)
+            start = time.perf_counter()
+            try:
+                run(context)
+                context.gm.graph.lint()
+            except Refusal as refusal:
+                if self.options.strict:
+                    raise
+                self.report.refusals.append(Refused(name, "", str(refusal)))
+                continue
+            seconds = time.perf_counter() - start
+            log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), seconds)
+            context.report.rewrites.reverse()  # regions are found last first
+            self.report.add(context.report)
+            if context.report.rewrites:
+                context.gm.graph.eliminate_dead_code(is_impure)
+                context.gm.recompile()
+                gm, deferred = context.gm, context.deferred or deferred
+        return gm, deferred
 
 
 def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
@@ -257,10 +270,6 @@ def _size(gm: fx.GraphModule, results: list[Any], arguments: list[fx.Node], size
             if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
                 return ("output", index, dim)
     raise AssertionError(f"no output has the size {size}")
-
-
-def _is_impure(node: fx.Node) -> bool:
-    return node.is_impure() or writes_in_place(node)
 
 
 def _text(gm: fx.GraphModule) -> str:

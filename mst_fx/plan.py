@@ -8,6 +8,8 @@ Vocabulary: M = ceil(V / d) chunks, so that one chunk's logits take as much as t
 Floors: fewer rows do not keep the device busy. On an H200 a bf16 matmul is near its peak from 1,024
 rows on (benchmarks of the loops: 512 rows cost 10 % and more, 4,096 rows 1 %); a CPU core from 256.
 
+Attention: a chunk of queries makes a mask of chunk x reach, and reads up to a chunk too many keys.
+
 Backward: a chunk holds about twice the values that the forward pass holds of it (of SwiGLU six times
 C·I, not three), so it gets half the rows, unless those are too few. There the floor on a GPU is higher:
 halving 4,096 rows costs 5 % of an MLP's backward time, as the accumulators are read and written twice
@@ -57,6 +59,11 @@ def plan_mlp(rows: int, width: int, device: str, chosen: ChunkRows = "auto") -> 
     if width >= least:
         return _plan(rows, width, f"d_model = {width} rows", device)
     return _plan(rows, least, f"the least rows that keep a {device} busy", device)
+
+
+def plan_attention(device: str, chosen: ChunkRows = "auto") -> int:
+    """Queries a chunk."""
+    return chosen if chosen != "auto" else _LEAST_ROWS.get(device, 1024)
 
 
 def plan_vocab(rows: int, width: int, vocabulary: int, device: str, chosen: ChunkRows = "auto") -> Plan:

@@ -13,7 +13,7 @@ class Rewrite:
     """One region that became a loop over chunks of rows.
 
     Attributes:
-        kind: "mlp" or "vocab".
+        kind: "attention", "mlp" or "vocab".
         name: path of the module, e.g. ``model.layers.0.mlp``.
         rows: rows at capture (by hint, where the number is symbolic).
         chunk_rows, chunks: rows a chunk has at most, and how many chunks that makes.
@@ -24,6 +24,8 @@ class Rewrite:
         body: key of the body; regions of equal structure share one.
         why: the reason for the chunk size.
         before, after: the nodes that went, and those that came.
+        form: of an attention's mask: "causal", "full", "window 4096", "documents", or "general: " with
+            the formula. Its ``intermediate_bytes`` are those of the mask (and scores) not made any more.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class Rewrite:
     why: str
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    form: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Report:
         rows += [
             (
                 r.kind,
-                r.name + (" (logits deferred)" if r.deferred else ""),
+                r.name + (" (logits deferred)" if r.deferred else f" ({r.form})" if r.form else ""),
                 str(r.rows),
                 f"{r.chunks} x {r.chunk_rows}",
                 human_bytes(r.intermediate_bytes),

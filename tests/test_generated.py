@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -97,6 +97,8 @@ _REFUSED_ALWAYS = {
     "sort",
     "gram",
 }
+# A bulge by itself, wherever the mixing is.
+_WIDENS_AGAIN = {"narrow_wide"}
 
 
 class Body(nn.Module):
@@ -151,7 +153,8 @@ class Example:
         assert (new is gm) == (not self.fired)
         if self.fired:  # otherwise it is the graph that was given
             assert worst(results(new, [x], new), results(gm, [x], gm)) <= _BAR
-        if mixing in _REFUSED_ALWAYS and shape[1] > 1:
+        others = {*before, *after}
+        if mixing in _REFUSED_ALWAYS and shape[1] > 1 and not others & _WIDENS_AGAIN:
             assert not self.fired
 
 
@@ -159,14 +162,31 @@ SHAPES = [(1, 12), (2, 7), (3, 6), (6, 6), (1, 24), (24, 1), (4, 24)]
 _chain = st.lists(st.sampled_from(sorted(ROWWISE)), min_size=0, max_size=3)
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+_settings = settings(
+    max_examples=160,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],  # bodies are short: shrinking them takes minutes for nothing
+)
+
+
+@_settings
+@given(shape=st.sampled_from(SHAPES), before=_chain, after=_chain)
+def test_generated_bodies(shape: tuple[int, int], before: list[str], after: list[str]) -> None:
+    Example(shape, before, "", after)
+
+
+@_settings
 @given(
     shape=st.sampled_from(SHAPES),
     before=_chain,
-    mixing=st.one_of(st.just(""), st.sampled_from(sorted(MIXING))),
+    mixing=st.sampled_from(sorted(MIXING)),
     after=_chain,
 )
-def test_generated_bodies(shape: tuple[int, int], before: list[str], mixing: str, after: list[str]) -> None:
+def test_generated_bodies_that_mix_tokens(
+    shape: tuple[int, int], before: list[str], mixing: str, after: list[str]
+) -> None:
     Example(shape, before, mixing, after)
 
 

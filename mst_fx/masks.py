@@ -1,0 +1,600 @@
+"""Attention masks by structure: what a mask node says, and which keys each query may see.
+
+A mask ``[B, 1, Q, K]`` is read as a Boolean formula (:data:`Mask`) of comparisons between a *key vector*
+``[.., 1, K]``, a *query vector* ``[.., Q, 1]`` and numbers. The vectors stay in the graph, at O(S); the
+formula is data, so nothing of S² elements is left. From formula and vectors follow
+
+:func:`allowed`
+    the mask of some queries and some keys, when a chunk needs it;
+:func:`reach`
+    which keys each chunk of queries can see at all, and whether the whole mask is causal or all true:
+    by sorting and searching in the vectors, in O(S log S).
+
+Forms, with ``k0``, ``q0`` … the vectors (and an offset that is added to the second operand)::
+
+    ("compare", "le", "k0", "q0", 0)     k0 <= q0                  causal, if both count tokens
+    ("compare", "gt", "k0", "q0", -4096) k0 > q0 - 4096            a sliding window
+    ("compare", "eq", "k1", "q1", 0)     k1 == q1                  the same document
+    ("compare", "lt", "k0", "", 7)       k0 < 7                    a prefix
+    ("true", "k2")                       k2                        key padding
+    ("not", mask)  ("and", mask, …)  ("or", mask, …)  ("constant", True)
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mst_fx.errors import Refusal
+from mst_fx.fold import expression
+from mst_fx.graph import tensor_value, value
+
+aten = torch.ops.aten
+
+Mask = tuple[Any, ...]
+
+TRUE: Mask = ("constant", True)
+
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "le": operator.le,
+    "lt": operator.lt,
+    "ge": operator.ge,
+    "gt": operator.gt,
+    "eq": operator.eq,
+    "ne": operator.ne,
+}
+_MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}
+_NEGATED = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le", "eq": "ne", "ne": "eq"}
+
+
+def negated(mask: Mask) -> Mask:
+    kind = mask[0]
+    if kind == "constant":
+        return ("constant", not mask[1])
+    if kind == "not":
+        inner: Mask = mask[1]
+        return inner
+    if kind == "compare":
+        return ("compare", _NEGATED[mask[1]], *mask[2:])
+    if kind in ("and", "or"):
+        return ("or" if kind == "and" else "and", *(negated(part) for part in mask[1:]))
+    return ("not", mask)
+
+
+def joined(kind: str, parts: Sequence[Mask]) -> Mask:
+    """The conjunction or disjunction of masks, flat and without constants."""
+    neutral = kind == "and"
+    flat: dict[Mask, None] = {}
+    for part in parts:
+        for inner in part[1:] if part[0] == kind else (part,):
+            if inner == ("constant", not neutral):
+                return inner  # type: ignore[no-any-return]
+            if inner != ("constant", neutral):
+                flat[inner] = None
+    if not flat:
+        return ("constant", neutral)
+    return next(iter(flat)) if len(flat) == 1 else (kind, *flat)
+
+
+def describe(mask: Mask) -> str:
+    """``k0 <= q0 and k1 == q1``."""
+    kind = mask[0]
+    if kind == "constant":
+        return str(mask[1]).lower()
+    if kind == "true":
+        return str(mask[1])
+    if kind == "not":
+        return f"not {describe(mask[1])}"
+    if kind == "compare":
+        _, op, left, right, offset = mask
+        sign = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "eq": "==", "ne": "!="}[op]
+        other = right if right and not offset else f"{right} {offset:+}" if right else str(offset)
+        return f"{left or '0'} {sign} {other}"
+    inner = f" {kind} ".join(f"({describe(p)})" if p[0] in ("and", "or") else describe(p) for p in mask[1:])
+    return inner
+
+
+def parse(text: str) -> Mask:
+    """The mask whose ``repr`` an op carries."""
+    found: Mask = ast.literal_eval(text)
+    return found
+
+
+# Values. Key vectors are [b, K], query vectors [b, Q], with b = 1 or B.
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """The vectors a formula names."""
+
+    keys: Sequence[Tensor]
+    queries: Sequence[Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return (self.keys if name[0] == "k" else self.queries)[int(name[1:])]
+
+
+def allowed(
+    mask: Mask, vectors: Vectors, start: int, end: int, first: int, last: int, device: torch.device
+) -> Tensor:
+    """``[b, end - start, last - first]``: which of some keys some queries may see."""
+
+    def read(name: str) -> Any:
+        if not name:
+            return 0
+        vector = vectors[name]
+        return vector[:, None, first:last] if name[0] == "k" else vector[:, start:end, None]
+
+    def evaluate(part: Mask) -> Tensor:
+        kind = part[0]
+        if kind == "compare":
+            _, op, left, right, offset = part
+            found = _COMPARE[op](read(left), read(right) + offset)
+        elif kind == "true":
+            found = read(part[1])
+        elif kind == "not":
+            found = ~evaluate(part[1])
+        elif kind == "constant":
+            found = torch.tensor(part[1], device=device)
+        else:
+            combine = operator.and_ if kind == "and" else operator.or_
+            found = functools.reduce(combine, map(evaluate, part[1:]))
+        return found if isinstance(found, Tensor) else torch.tensor(found, device=device)
+
+    return evaluate(mask)
+
+
+@dataclasses.dataclass
+class _Interval:
+    """Keys ``lo <= k < hi`` of each query, ``[b, Q or 1]``; all of them are allowed if ``exact``."""
+
+    lo: Tensor
+    hi: Tensor
+    exact: Tensor
+
+
+def _interval(mask: Mask, vectors: Vectors, queries: int, keys: int, device: torch.device) -> _Interval:
+    def filled(number: int) -> Tensor:
+        return torch.full((1, 1), number, dtype=torch.int64, device=device)
+
+    def certain(flag: bool) -> Tensor:
+        return torch.tensor(flag, device=device)
+
+    kind = mask[0]
+    if kind == "constant":
+        return _Interval(filled(0), filled(keys if mask[1] else 0), certain(True))
+    if kind == "compare":
+        _, op, left, right, offset = mask
+        if left and right:
+            return _compared(op, vectors[left], vectors[right] + offset, keys)
+        if left:
+            return _of_keys(_COMPARE[op](vectors[left], offset))
+        return _of_queries(_COMPARE[op](0, vectors[right] + offset), keys)
+    if kind == "true":
+        vector = vectors[mask[1]].bool()
+        return _of_keys(vector) if mask[1][0] == "k" else _of_queries(vector, keys)
+    if kind == "not":
+        vector = ~vectors[mask[1][1]].bool()
+        return _of_keys(vector) if mask[1][1][0] == "k" else _of_queries(vector, keys)
+    parts = [_interval(part, vectors, queries, keys, device) for part in mask[1:]]
+    return functools.reduce(_both if kind == "and" else _either, parts)
+
+
+def _compared(op: str, key: Tensor, query: Tensor, keys: int) -> _Interval:
+    """By binary search, where the key vector is sorted; otherwise all keys are in reach."""
+    batch = max(key.shape[0], query.shape[0])
+    key, query = key.expand(batch, -1).contiguous(), query.expand(batch, -1).contiguous()
+    key, query = key.to(torch.int64), query.to(torch.int64)
+    is_sorted = (key[:, 1:] >= key[:, :-1]).all()
+    left = torch.searchsorted(key, query, right=False)
+    right = torch.searchsorted(key, query, right=True)
+    none, all_ = torch.zeros_like(left), torch.full_like(left, keys)
+    lo, hi = {
+        "le": (none, right),
+        "lt": (none, left),
+        "ge": (left, all_),
+        "gt": (right, all_),
+        "eq": (left, right),
+        "ne": (none, all_),
+    }[op]
+    exact = is_sorted if op != "ne" else ((left == right).all() & is_sorted)
+    return _Interval(torch.where(is_sorted, lo, none), torch.where(is_sorted, hi, all_), exact)
+
+
+def _of_keys(vector: Tensor) -> _Interval:
+    vector = vector.bool()
+    keys = vector.shape[-1]
+    place = torch.arange(keys, device=vector.device)
+    first = torch.where(vector, place, keys).amin(-1, keepdim=True)
+    last = torch.where(vector, place + 1, 0).amax(-1, keepdim=True)
+    lo, hi = torch.minimum(first, last), last
+    return _Interval(lo, hi, (vector.sum(-1, keepdim=True) == hi - lo).all())
+
+
+def _of_queries(vector: Tensor, keys: int) -> _Interval:
+    hi = torch.where(vector.bool(), keys, 0)
+    return _Interval(torch.zeros_like(hi), hi, torch.ones((), dtype=torch.bool, device=vector.device))
+
+
+def _both(a: _Interval, b: _Interval) -> _Interval:
+    lo, hi = torch.maximum(a.lo, b.lo), torch.minimum(a.hi, b.hi)
+    return _Interval(lo, torch.maximum(lo, hi), a.exact & b.exact)
+
+
+def _either(a: _Interval, b: _Interval) -> _Interval:
+    a_empty, b_empty = a.lo >= a.hi, b.lo >= b.hi
+    lo = torch.where(a_empty, b.lo, torch.where(b_empty, a.lo, torch.minimum(a.lo, b.lo)))
+    hi = torch.where(a_empty, b.hi, torch.where(b_empty, a.hi, torch.maximum(a.hi, b.hi)))
+    touch = a_empty | b_empty | ((a.lo <= b.hi) & (b.lo <= a.hi))
+    return _Interval(lo, hi, a.exact & b.exact & touch.all())
+
+
+def _sees_something(
+    mask: Mask, vectors: Vectors, found: _Interval, queries: int, keys: int, device: torch.device
+) -> Tensor:
+    """Which queries certainly see a key: of intervals and key padding, by counting keys."""
+    parts = mask[1:] if mask[0] == "and" else (mask,)
+    padding = [
+        p for p in parts if p[0] in ("true", "not") and (p[1] if p[0] == "true" else p[1][1])[0] == "k"
+    ]
+    rest = joined("and", [p for p in parts if p not in padding])
+    interval = _interval(rest, vectors, queries, keys, device)
+    if not padding:
+        return found.exact & (found.lo < found.hi)
+    visible = torch.ones((1, keys), dtype=torch.bool, device=device)
+    for part in padding:
+        visible = visible & allowed(part, vectors, 0, queries, 0, keys, device)[:, 0]
+    counts = torch.nn.functional.pad(visible.to(torch.int64).cumsum(-1), (1, 0))
+    batch = max(counts.shape[0], interval.lo.shape[0])
+    lo, hi = (x.expand(batch, queries).contiguous() for x in (interval.lo, interval.hi))
+    counts = counts.expand(batch, -1)
+    return interval.exact & (counts.gather(1, hi) > counts.gather(1, lo))
+
+
+GENERAL, CAUSAL, FULL = 0, 1, 2
+PARTIAL, WHOLE, BLIND = 0, 1, 2
+
+
+def reach(mask: Mask, vectors: Vectors, queries: int, keys: int, chunk: int, is_finite: bool) -> Tensor:
+    """Which keys each chunk of queries can see: int64 ``[1 + chunks, 3]`` on the vectors' device.
+
+    Row 0 is ``(form, 0, 0)`` with form one of :data:`GENERAL`, :data:`CAUSAL`, :data:`FULL`; row 1 + i is
+    ``(first, last, kind)``: all keys that chunk i sees lie in ``first <= k < last``, and kind is
+    :data:`WHOLE` if each of its queries sees them all, :data:`BLIND` if some query may see none and
+    masked scores are finite, otherwise :data:`PARTIAL`.
+
+    Args:
+        is_finite: a masked score is a finite number, as when ``finfo.min`` is added: a query that sees
+            no key sees all alike then, and every chunk that may hold one reaches for all keys.
+    """
+    device = (
+        [*vectors.keys, *vectors.queries][0].device
+        if vectors.keys or vectors.queries
+        else torch.device("cpu")
+    )
+    found = _interval(mask, vectors, queries, keys, device)
+    shape = (max(found.lo.shape[0], found.hi.shape[0]), queries)
+    lo, hi, exact = found.lo.expand(shape), found.hi.expand(shape), found.exact
+    place = torch.arange(queries, device=device)
+    is_full = exact & (lo == 0).all() & (hi == keys).all()
+    is_causal = exact & (lo == 0).all() & (hi == place + 1).all() & (queries == keys)
+    form = torch.where(is_full, FULL, torch.where(is_causal, CAUSAL, GENERAL))
+    chunks = -(-queries // chunk)
+    padding = chunks * chunk - queries
+    is_empty = lo >= hi
+    blind = torch.zeros_like(is_empty)
+    if is_finite:
+        blind = ~_sees_something(mask, vectors, found, queries, keys, device).expand(shape)
+        lo, hi = torch.where(blind, 0, lo), torch.where(blind, keys, hi)
+        is_empty = torch.zeros_like(is_empty)
+
+    def split(vector: Tensor, fill: int) -> Tensor:
+        padded = torch.nn.functional.pad(vector, (0, padding), value=fill)
+        return padded.view(shape[0], chunks, chunk).transpose(0, 1).flatten(1)
+
+    first = split(torch.where(is_empty, keys, lo), keys).amin(-1)
+    last = split(torch.where(is_empty, 0, hi), 0).amax(-1)
+    first = torch.minimum(first, last)
+    highest, lowest = split(lo, 0).amax(-1), split(hi, keys).amin(-1)
+    whole = exact & (highest == first) & (lowest == last)
+    kind = torch.where(whole, WHOLE, PARTIAL)
+    kind = torch.where(split(blind.to(torch.int64), 0).amax(-1) > 0, BLIND, kind)
+    rows = torch.stack([first, last, kind], 1)
+    head = torch.stack([form, torch.zeros_like(form), torch.zeros_like(form)])[None]
+    return torch.cat([head, rows])
+
+
+def form_name(mask: Mask, found: Tensor | None, vectors: Vectors | None, queries: int) -> str:
+    """The form in words, for the report: what is known when the graph is compiled."""
+    if found is not None:
+        form = int(found[0, 0])
+        if form != GENERAL:
+            return {CAUSAL: "causal", FULL: "full"}[form]
+    if vectors is not None:
+        exact = _interval(mask, vectors, queries, queries, torch.device("cpu"))
+        if bool(exact.exact) and exact.lo.shape[-1] == queries == exact.hi.shape[-1]:
+            place = torch.arange(queries)
+            width = int((exact.hi - exact.lo).max())
+            if bool((exact.hi == place + 1).all()):
+                if bool((exact.lo == (place + 1 - width).clamp(min=0)).all()):
+                    return f"window {width}"
+                return "documents"
+    parts = {_part_name(part) for part in (mask[1:] if mask[0] == "and" else (mask,))}
+    if "" in parts:
+        return f"general: {describe(mask)}"
+    if len(parts - {"causal", "padding"}) > 0:
+        parts.discard("causal")  # goes without saying
+    return " + ".join(sorted(parts))
+
+
+def _part_name(mask: Mask) -> str:
+    if mask[0] == "true":
+        return "padding" if mask[1][0] == "k" else ""
+    if mask[0] != "compare" or not mask[2] or not mask[3]:
+        return ""
+    _, op, _, _, offset = mask
+    if op == "eq":
+        return "documents"
+    if (op, offset) in (("le", 0), ("lt", 1)):
+        return "causal"
+    if op in ("gt", "ge") and offset < 0:
+        return f"window {-offset + (op == 'ge')}"
+    return ""
+
+
+# Reading a mask in a graph
+
+
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """``sign * vector + offset``, of key or query vectors; without a vector a number."""
+
+    name: str = ""
+    offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Difference:
+    """``key - query + offset`` (``sign`` 1) or ``query - key + offset`` (-1)."""
+
+    key: str
+    query: str
+    sign: int
+    offset: int
+    absolute: bool = False
+
+
+class Reader:
+    """Reads mask nodes of one attention shape.
+
+    Args:
+        queries, keys: Q and K, ints or Dynamo's symbolic integers.
+        batch: B.
+        resolve: maps a node to the node it stands for (a placeholder of a checkpointed body to the
+            operand of its call); the identity otherwise.
+
+    Attributes:
+        key_nodes, query_nodes: the nodes that ``k0``, … and ``q0``, … name.
+    """
+
+    def __init__(self, queries: Any, keys: Any, resolve: Callable[[fx.Node], fx.Node]) -> None:
+        self.queries, self.keys, self._resolve = queries, keys, resolve
+        self.key_nodes: list[fx.Node] = []
+        self.query_nodes: list[fx.Node] = []
+
+    def read(self, node: fx.Node) -> Mask:
+        """The formula of a Boolean mask.
+
+        Raises:
+            Refusal: naming the node that is not understood.
+        """
+        node = self._resolve(node)
+        fake = tensor_value(node)
+        if fake is None or fake.dtype != torch.bool:
+            raise Refusal(f"{node.name} ({_name(node)}) in the mask is not Boolean")
+        kind = self._kind(node)
+        if kind == "number":
+            return self._read_number_mask(node)
+        if kind in ("keys", "queries"):
+            return ("true", self._vector(node, kind))
+        name, operands = _name(node), [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if name in _AND and len(operands) == 2:
+            return joined("and", [self.read(part) for part in operands])
+        if name in _OR and len(operands) == 2:
+            return joined("or", [self.read(part) for part in operands])
+        if name in _NOT and len(operands) == 1:
+            return negated(self.read(operands[0]))
+        if name in _COMPARISONS and len(node.args) == 2:
+            return self._compare(_COMPARISONS[name], *node.args)
+        if (name in _PASSING or _keeps_all(node)) and operands:
+            return self.read(operands[0])
+        raise Refusal(f"{node.name} ({name}) in the mask is not understood")
+
+    def _read_number_mask(self, node: fx.Node) -> Mask:
+        """A mask without keys and queries: true, if it is a constant fill."""
+        name = _name(node)
+        if name in ("new_ones", "ones", "ones_like") and _is_bool_fill(node):
+            return TRUE
+        if name in _PASSING:
+            return self._read_number_mask(self._resolve(node.args[0]))  # type: ignore[arg-type]
+        raise Refusal(f"{node.name} ({name}) in the mask has neither keys nor queries")
+
+    def _kind(self, node: fx.Node) -> str:
+        """Which of Q and K a value varies with: "full", "keys", "queries" or "number"."""
+        fake = tensor_value(node)
+        if fake is None:
+            raise Refusal(f"{node.name} ({_name(node)}) in the mask is not a tensor")
+        sizes = [1] * (4 - fake.ndim) + list(fake.shape)
+        if fake.ndim > 4 or not _is_one(sizes[1]):
+            raise Refusal(f"{node.name} ({_name(node)}) in the mask differs between heads")
+        rows, columns = sizes[2], sizes[3]
+        if _is_one(rows) and _is_one(columns):
+            if not _is_one(sizes[0]):
+                raise Refusal(f"{node.name} ({_name(node)}) in the mask is one number a sequence")
+            return "number"
+        if _is_one(rows) and _same(columns, self.keys):
+            return "keys"
+        if _is_one(columns) and _same(rows, self.queries):
+            return "queries"
+        if _same(rows, self.queries) and _same(columns, self.keys):
+            return "full"
+        raise Refusal(f"{node.name} ({_name(node)}) in the mask has the shape {tuple(fake.shape)}")
+
+    def _vector(self, node: fx.Node, kind: str) -> str:
+        nodes = self.key_nodes if kind == "keys" else self.query_nodes
+        if node not in nodes:
+            nodes.append(node)
+        return f"{kind[0]}{nodes.index(node)}"
+
+    def _compare(self, op: str, left: Any, right: Any) -> Mask:
+        a, b = self._number(left), self._number(right)
+        if isinstance(b, _Difference):
+            op, a, b = _MIRRORED[op], b, a
+        if isinstance(a, _Difference):
+            if isinstance(b, _Difference) or b.name:
+                raise Refusal("a mask compares three vectors")
+            return self._compare_difference(op, a, b.offset)
+        assert isinstance(b, _Number)
+        if b.name.startswith("k") or (a.name.startswith("q") and not b.name):
+            op, a, b = _MIRRORED[op], b, a
+        if a.name[:1] == b.name[:1]:
+            raise Refusal("a mask compares two vectors of the same tokens")
+        return ("compare", op, a.name, b.name, b.offset - a.offset)
+
+    def _compare_difference(self, op: str, difference: _Difference, bound: int) -> Mask:
+        if difference.absolute:
+            if op not in ("le", "lt"):
+                raise Refusal("a mask compares a distance otherwise than by < and <=")
+            plain = dataclasses.replace(difference, absolute=False)
+            low = self._compare_difference("ge" if op == "le" else "gt", plain, -bound)
+            return joined("and", [self._compare_difference(op, plain, bound), low])
+        shift = bound - difference.offset
+        if difference.sign > 0:  # key - query <= shift
+            return ("compare", op, difference.key, difference.query, shift)
+        return ("compare", _MIRRORED[op], difference.key, difference.query, -shift)
+
+    def _number(self, operand: Any) -> _Number | _Difference:
+        if isinstance(operand, int) and not isinstance(operand, bool):
+            return _Number(offset=operand)
+        if not isinstance(operand, fx.Node):
+            raise Refusal(f"a mask compares with {operand!r}")
+        node = self._resolve(operand)
+        if isinstance(value(node), torch.SymInt):
+            raise Refusal(f"a mask compares with the dynamic integer {node.name}")
+        fake = tensor_value(node)
+        if fake is None or fake.is_floating_point() or fake.is_complex():
+            raise Refusal(f"{node.name} ({_name(node)}) in the mask is not an integer")
+        kind = self._kind(node)
+        name = _name(node)
+        if kind in ("keys", "queries"):
+            return self._shifted(node, name) or _Number(self._vector(node, kind))
+        if kind == "full" and name in ("sub", "sub_") and len(node.args) == 2:
+            return self._difference(*node.args)
+        if kind == "full" and name == "abs":
+            inner = self._number(node.args[0])
+            if isinstance(inner, _Difference) and not inner.absolute and not inner.offset:
+                return dataclasses.replace(inner, absolute=True)
+        if kind == "full" and name in _PASSING:
+            return self._number(node.args[0])
+        raise Refusal(f"{node.name} ({name}) in the mask is not understood")
+
+    def _shifted(self, node: fx.Node, name: str) -> _Number | None:
+        """A vector plus or minus a number that is known."""
+        if name not in ("add", "sub") or len(node.args) != 2 or node.kwargs:
+            return None
+        source, shift = node.args
+        if not isinstance(source, fx.Node) or not isinstance(shift, int) or isinstance(shift, bool):
+            return None
+        if self._kind(self._resolve(source)) not in ("keys", "queries"):
+            return None
+        found = self._number(source)
+        if not isinstance(found, _Number):
+            return None
+        return _Number(found.name, found.offset + (shift if name == "add" else -shift))
+
+    def _difference(self, left: Any, right: Any) -> _Difference:
+        a, b = self._number(left), self._number(right)
+        if isinstance(a, _Number) and isinstance(b, _Number):
+            if a.name.startswith("k") and b.name.startswith("q"):
+                return _Difference(a.name, b.name, 1, a.offset - b.offset)
+            if a.name.startswith("q") and b.name.startswith("k"):
+                return _Difference(b.name, a.name, -1, a.offset - b.offset)
+        raise Refusal("a mask subtracts something else than keys and queries")
+
+
+_AND = {"and_", "__and__", "bitwise_and", "logical_and", "iand", "mul"}
+_OR = {"or_", "__or__", "bitwise_or", "logical_or", "ior"}
+_NOT = {"invert", "inv", "not_", "logical_not", "bitwise_not", "__invert__", "~"}
+_COMPARISONS = {
+    **{name: name for name in _COMPARE},
+    "less_equal": "le",
+    "less": "lt",
+    "greater_equal": "ge",
+    "greater": "gt",
+    "not_equal": "ne",
+    **{f"__{name}__": name for name in _COMPARE},
+}
+# Ops that leave the values alone; the result's shape says whether keys and queries stay in place.
+_PASSING = {
+    "to",
+    "bool",
+    "_to_copy",
+    "expand",
+    "expand_as",
+    "contiguous",
+    "clone",
+    "detach",
+    "unsqueeze",
+    "type",
+    "broadcast_to",
+    "long",
+    "int",
+    "view",
+    "reshape",
+}
+
+
+def _name(node: fx.Node) -> str:
+    """The bare name of what a node calls: ``and_`` for ``operator.and_`` and for ``aten.and_``."""
+    target = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
+        return node.op
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """Whether an index only adds dimensions (``mask[None, None]``, ``mask[:, :, :, :K]`` of K keys)."""
+    source = node.args[0] if node.args else None
+    if node.target is not operator.getitem or not isinstance(source, fx.Node):
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    fake, out = tensor_value(source), tensor_value(node)
+    only = all(i is None or i is Ellipsis or (isinstance(i, slice) and i.start in (None, 0)) for i in index)
+    if not only or fake is None or out is None:
+        return False
+    steps = all(i.step in (None, 1) for i in index if isinstance(i, slice))
+    return steps and expression(fake.numel()) == expression(out.numel())
+
+
+def _is_bool_fill(node: fx.Node) -> bool:
+    fake = tensor_value(node)
+    return fake is not None and fake.dtype == torch.bool
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _same(size: Any, other: Any) -> bool:
+    return bool(expression(size) == expression(other))
