@@ -240,7 +240,7 @@ class RowAnalysis:
         self.folder = Folder(rows, self._avoid)
         self.states: dict[fx.Node, State] = {}
         self.contexts = _contexts(gm.graph)
-        self._mutated = _mutated_storages(gm.graph)
+        self._mutated = mutated_storages(gm.graph)
         self._subgraphs = {name for name, _ in subgraphs(gm)}
         self._known = {} if known is None else known
         with torch.no_grad(), enable_python_dispatcher(), _quiet():
@@ -455,6 +455,8 @@ def writes_in_place(node: fx.Node) -> bool:
     if node.kwargs.get("inplace"):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_, not_ write to nothing
+        return False
     return node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
 
 
@@ -463,7 +465,7 @@ def is_impure(node: fx.Node) -> bool:
     return node.is_impure() or writes_in_place(node)
 
 
-def _mutated_storages(graph: fx.Graph) -> set[int]:
+def mutated_storages(graph: fx.Graph) -> set[int]:
     """The storages that some node writes to; what reads them depends on when it runs."""
     storages = set()
     for node in graph.nodes:

@@ -26,7 +26,7 @@ import ast
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -379,13 +379,23 @@ class Reader:
         batch: B.
         resolve: maps a node to the node it stands for (a placeholder of a checkpointed body to the
             operand of its call); the identity otherwise.
+        constant: the value of a node that depends on no input; None for others.
+        mutated: storages that something writes to: what they hold depends on when it is read.
 
     Attributes:
         key_nodes, query_nodes: the nodes that ``k0``, … and ``q0``, … name.
     """
 
-    def __init__(self, queries: Any, keys: Any, resolve: Callable[[fx.Node], fx.Node]) -> None:
-        self.queries, self.keys, self._resolve = queries, keys, resolve
+    def __init__(
+        self,
+        queries: Any,
+        keys: Any,
+        resolve: Callable[[fx.Node], fx.Node],
+        constant: Callable[[fx.Node], Any],
+        mutated: Collection[int] = (),
+    ) -> None:
+        self.queries, self.keys, self._resolve, self._constant = queries, keys, resolve, constant
+        self._mutated = mutated
         self.key_nodes: list[fx.Node] = []
         self.query_nodes: list[fx.Node] = []
 
@@ -398,13 +408,16 @@ class Reader:
         node = self._resolve(node)
         fake = tensor_value(node)
         if fake is None or fake.dtype != torch.bool:
-            raise Refusal(f"{node.name} ({_name(node)}) in the mask is not Boolean")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not Boolean")
         kind = self._kind(node)
         if kind == "number":
             return self._read_number_mask(node)
         if kind in ("keys", "queries"):
+            known = self._constant(node)
+            if isinstance(known, Tensor) and bool(known.all()):
+                return TRUE
             return ("true", self._vector(node, kind))
-        name, operands = _name(node), [arg for arg in node.args if isinstance(arg, fx.Node)]
+        name, operands = op_name(node), [arg for arg in node.args if isinstance(arg, fx.Node)]
         if name in _AND and len(operands) == 2:
             return joined("and", [self.read(part) for part in operands])
         if name in _OR and len(operands) == 2:
@@ -419,7 +432,7 @@ class Reader:
 
     def _read_number_mask(self, node: fx.Node) -> Mask:
         """A mask without keys and queries: true, if it is a constant fill."""
-        name = _name(node)
+        name = op_name(node)
         if name in ("new_ones", "ones", "ones_like") and _is_bool_fill(node):
             return TRUE
         if name in _PASSING:
@@ -430,14 +443,16 @@ class Reader:
         """Which of Q and K a value varies with: "full", "keys", "queries" or "number"."""
         fake = tensor_value(node)
         if fake is None:
-            raise Refusal(f"{node.name} ({_name(node)}) in the mask is not a tensor")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not a tensor")
+        if fake.untyped_storage()._cdata in self._mutated:
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is written to in place")
         sizes = [1] * (4 - fake.ndim) + list(fake.shape)
         if fake.ndim > 4 or not _is_one(sizes[1]):
-            raise Refusal(f"{node.name} ({_name(node)}) in the mask differs between heads")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask differs between heads")
         rows, columns = sizes[2], sizes[3]
         if _is_one(rows) and _is_one(columns):
             if not _is_one(sizes[0]):
-                raise Refusal(f"{node.name} ({_name(node)}) in the mask is one number a sequence")
+                raise Refusal(f"{node.name} ({op_name(node)}) in the mask is one number a sequence")
             return "number"
         if _is_one(rows) and _same(columns, self.keys):
             return "keys"
@@ -445,7 +460,7 @@ class Reader:
             return "queries"
         if _same(rows, self.queries) and _same(columns, self.keys):
             return "full"
-        raise Refusal(f"{node.name} ({_name(node)}) in the mask has the shape {tuple(fake.shape)}")
+        raise Refusal(f"{node.name} ({op_name(node)}) in the mask has the shape {tuple(fake.shape)}")
 
     def _vector(self, node: fx.Node, kind: str) -> str:
         nodes = self.key_nodes if kind == "keys" else self.query_nodes
@@ -490,12 +505,12 @@ class Reader:
             raise Refusal(f"a mask compares with the dynamic integer {node.name}")
         fake = tensor_value(node)
         if fake is None or fake.is_floating_point() or fake.is_complex():
-            raise Refusal(f"{node.name} ({_name(node)}) in the mask is not an integer")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not an integer")
         kind = self._kind(node)
-        name = _name(node)
+        name = op_name(node)
         if kind in ("keys", "queries"):
             return self._shifted(node, name) or _Number(self._vector(node, kind))
-        if kind == "full" and name in ("sub", "sub_") and len(node.args) == 2:
+        if kind == "full" and name == "sub" and len(node.args) == 2:
             return self._difference(*node.args)
         if kind == "full" and name == "abs":
             inner = self._number(node.args[0])
@@ -529,8 +544,8 @@ class Reader:
         raise Refusal("a mask subtracts something else than keys and queries")
 
 
-_AND = {"and_", "__and__", "bitwise_and", "logical_and", "iand", "mul"}
-_OR = {"or_", "__or__", "bitwise_or", "logical_or", "ior"}
+_AND = {"and_", "__and__", "bitwise_and", "logical_and", "mul"}
+_OR = {"or_", "__or__", "bitwise_or", "logical_or"}
 _NOT = {"invert", "inv", "not_", "logical_not", "bitwise_not", "__invert__", "~"}
 _COMPARISONS = {
     **{name: name for name in _COMPARE},
@@ -561,7 +576,7 @@ _PASSING = {
 }
 
 
-def _name(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
     """The bare name of what a node calls: ``and_`` for ``operator.and_`` and for ``aten.and_``."""
     target = node.target
     if node.op in ("placeholder", "get_attr", "output"):

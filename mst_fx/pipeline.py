@@ -18,7 +18,7 @@ from mst_fx.compiler import mode_patches
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
 from mst_fx.fold import is_impure
-from mst_fx.graph import VALUE, copy_tree, fill_values, subgraphs, tensor_value, value
+from mst_fx.graph import VALUE, attribute, copy_tree, fill_values, subgraphs, tensor_value, value
 from mst_fx.logits import Deferral, defer_outputs
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
@@ -135,10 +135,8 @@ def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
     nodes = [n for n in new.graph.nodes if n.op not in ("output", "get_attr")]
     if any(value(n) is None and not _returns_nothing(n) for n in nodes) and not _knows_values(new):
         fill_values(new, example_inputs)
-    for node in new.graph.nodes:
-        if node.op == "get_attr" and VALUE not in node.meta and "val" not in node.meta:
-            fill_values(new, example_inputs)
-            break
+    if any(n.op == "get_attr" and value(n) is None and not _is_graph(new, n) for n in new.graph.nodes):
+        fill_values(new, example_inputs)
     return new
 
 
@@ -154,7 +152,7 @@ def _returns_nothing(node: fx.Node) -> bool:
 
 
 def _is_graph(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(gm.get_submodule(str(node.target)), fx.GraphModule)
+    return isinstance(attribute(gm, str(node.target)), fx.GraphModule)
 
 
 class _Inliner(fx.Tracer):

@@ -22,6 +22,7 @@ heads (relative position biases), dropout, and attention weights that somebody e
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ from torch.utils._pytree import tree_map_only
 import mst_fx.attention  # noqa: F401  (registers the ops)
 from mst_fx.chunking import PassContext
 from mst_fx.errors import Refusal
-from mst_fx.fold import expression, is_impure
+from mst_fx.fold import expression, is_impure, mutated_storages, writes_in_place
 from mst_fx.graph import (
     VALUE,
     add_call,
@@ -58,6 +59,7 @@ from mst_fx.masks import (
     Vectors,
     describe,
     form_name,
+    op_name,
     reach,
 )
 from mst_fx.plan import plan_attention
@@ -100,22 +102,35 @@ class Level:
                 return known
         with self.gm.graph.inserting_after(placeholders[-1]):
             new = self.gm.graph.placeholder(f"{operand.name}_mst")
-        new.meta[VALUE] = _fake_beside(placeholders[0], value(operand))
+        new.meta[VALUE] = self._fake_inside(operand)
         self.call.args = (*self.call.args, operand)
         return new
+
+    def _fake_inside(self, operand: fx.Node) -> Any:
+        """A fake like an operand's in this graph's own mode, with its own symbols for dynamic sizes."""
+        placeholders, found = _placeholders(self.gm), tensor_value(operand)
+        mode = fake_mode_of(tensors_of(placeholders[0]))
+        if mode is None or found is None:
+            return value(operand)
+        assert self.call is not None
+        sizes: dict[Any, Any] = {}
+        for placeholder, argument in zip(placeholders, self.call.args[1:], strict=False):
+            outer = tensor_value(argument) if isinstance(argument, fx.Node) else None
+            inner = tensor_value(placeholder)
+            if outer is not None and inner is not None:
+                sizes |= {expression(a): b for a, b in zip(outer.shape, inner.shape, strict=True)}
+        unknown = [s for s in found.shape if isinstance(s, torch.SymInt) and expression(s) not in sizes]
+        if unknown:
+            raise Refusal(
+                f"{operand.name} has the dynamic size {unknown[0]}, unknown in a checkpointed layer"
+            )
+        shape = [sizes[expression(s)] if isinstance(s, torch.SymInt) else s for s in found.shape]
+        with mode:
+            return torch.empty(shape, dtype=found.dtype, device=found.device)
 
     def at_top(self, node: fx.Node) -> fx.Node:
         """The node of the program's graph that runs a node of this one."""
         return node if self.call is None or self.above is None else self.above.at_top(self.call)
-
-
-def _fake_beside(node: fx.Node, found: Any) -> Any:
-    """A fake like ``found`` in the mode of a node's own: the bodies of checkpointed layers have their own."""
-    mode = fake_mode_of(tensors_of(node))
-    if mode is None or not isinstance(found, Tensor):
-        return found
-    with mode:
-        return torch.empty_strided(found.shape, found.stride(), dtype=found.dtype, device=found.device)
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
@@ -145,6 +160,7 @@ class Site:
     causal: bool = False
     inner: tuple[fx.Node, ...] = ()
     is_eager: bool = False
+    dropout: float = 0.0
 
 
 @dataclasses.dataclass
@@ -170,21 +186,40 @@ def run(context: PassContext) -> None:
     """Rewrites every attention of a program, those of checkpointed layers included."""
     top = Level(context.gm)
     found: list[Understood] = []
-    for site in list(_sites(top)):
+    sites = list(_sites(top))
+    mutated = {storage for level in _levels(top) for storage in mutated_storages(level.gm.graph)}
+    for site in sites:
         name = module_path(site.out) or site.out.name
         try:
-            understood = _understand(context, site)
+            understood = _understand(context, site, mutated)
         except Refusal as refusal:
             context.refuse("attention", name, str(refusal))
             continue
         if understood is not None:
             found.append(understood)
+    _refuse_others(context, top, [site for site in sites if site.is_eager])
     reaches = _add_reaches(top, [u for u in found if u.known is None])
     for understood in found:
         _replace(context, understood, reaches)
     for graph in {id(u.site.level.gm): u.site.level.gm for u in found}.values():
         _drop_unused_operands(top, graph)
     context.report.rewrites.reverse()  # the runner reverses: regions are found last first
+
+
+def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) -> None:
+    """Notes softmaxes over Q×K scores that are part of no attention that was recognised."""
+    claimed = {node for site in eager for node in site.inner}
+    for each in _levels(level):
+        for node in each.gm.graph.nodes:
+            fake = tensor_value(node)
+            if node.target not in _SOFTMAXES or node in claimed or fake is None or fake.ndim != 4:
+                continue
+            least = plan_attention(fake.device.type, context.options.attention_chunk_rows)
+            if min(hint(fake.shape[2]), hint(fake.shape[3])) > least:
+                name = module_path(node) or node.name
+                context.refuse(
+                    "attention", name, f"{node.name}: softmax of scores, but no attention known here"
+                )
 
 
 # Where attention is
@@ -212,18 +247,26 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 
 
 def _fused(level: Level, node: fx.Node) -> Site | None:
-    given = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     query, key, values = given["query"], given["key"], given["value"]
-    if not all(isinstance(x, fx.Node) for x in (query, key, values)) or given.get("dropout_p"):
-        return None  # dropout: see the docstring of the module
+    if not all(isinstance(x, fx.Node) for x in (query, key, values)):
+        return None
     fake = tensor_value(query)
     assert fake is not None
-    scale = given.get("scale")
+    scale, dropout = given.get("scale"), _number(given.get("dropout_p", 0.0))
     scale = hint(fake.shape[-1]) ** -0.5 if scale is None else _number(scale)
     if scale is None:
         return None
     return Site(
-        level, node, query, key, values, given.get("attn_mask"), scale, causal=bool(given.get("is_causal"))
+        level,
+        node,
+        query,
+        key,
+        values,
+        given.get("attn_mask"),
+        scale,
+        causal=bool(given.get("is_causal")),
+        dropout=1.0 if dropout is None else dropout,
     )
 
 
@@ -329,15 +372,15 @@ def _is_last_dim(node: fx.Node) -> bool:
 def _is_identity_dropout(node: fx.Node) -> bool:
     if node.target not in _DROPOUTS:
         return False
-    p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+    p: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-    return p == 0 or training is False
+    return bool(p == 0) or training is False
 
 
 # What its mask says
 
 
-def _understand(context: PassContext, site: Site) -> Understood | None:
+def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understood | None:
     """None: there is nothing to gain.
 
     Raises:
@@ -350,29 +393,28 @@ def _understand(context: PassContext, site: Site) -> Understood | None:
     chunk = plan_attention(query.device.type, context.options.attention_chunk_rows)
     if hint(queries) <= chunk:
         return None
+    if site.dropout:
+        if site.mask is None:
+            return None
+        raise Refusal(f"{site.out.name}: attention weights are dropped at random")
     if site.mask is None:
         if not site.is_eager and _ungrouped(site) == (site.key, site.value):
             return None
-        form = CAUSAL if site.causal else FULL
-        return Understood(
-            site,
-            TRUE,
-            0.0,
-            [],
-            [],
-            chunk,
-            torch.tensor([[form, 0, 0]]),
-            "causal" if form == CAUSAL else "full",
-        )
+        is_as = (CAUSAL, "causal") if site.causal else (FULL, "full")
+        return Understood(site, TRUE, 0.0, [], [], chunk, torch.tensor([[is_as[0], 0, 0]]), is_as[1])
     if site.causal:
         return None
     fake = tensor_value(site.mask)
     if fake is None or fake.requires_grad:
         raise Refusal(f"{site.mask.name}: the mask has a gradient")
-    reader = Reader(queries, keys, site.level.resolve)
+    known_values: dict[fx.Node, Any] = {}
+    limit = 64 * (hint(queries) + hint(keys))
+    reader = Reader(
+        queries, keys, site.level.resolve, lambda node: _evaluate(node, known_values, limit), mutated
+    )
     mask, fill = _boolean(site)
     formula = reader.read(mask)
-    if not (reader.key_nodes or reader.query_nodes) and formula != TRUE:
+    if formula == ("constant", False):
         raise Refusal(f"{site.mask.name}: the mask lets nothing through")
     known = None
     vectors = None
@@ -444,11 +486,14 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Any], limit: int) -> Any:
         return known[node]
     fake = tensor_value(node)
     known[node] = None
-    is_call = node.op in ("call_function", "call_method")
+    # Named one by one: a random number is no constant, and neither is what somebody writes to.
+    is_known = node.op in ("call_function", "call_method") and op_name(node) in _CONSTANT
+    is_large = fake is not None and hint(fake.numel()) > limit
     if (
-        not is_call
+        not is_known
+        or is_large
         or isinstance(value(node), torch.SymInt)
-        or (fake is not None and hint(fake.numel()) > limit)
+        or any(map(writes_in_place, node.users))
     ):
         return None
     operands = {operand: _evaluate(operand, known, limit) for operand in node.all_input_nodes}
@@ -464,6 +509,63 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Any], limit: int) -> Any:
     except Exception:  # not a constant then
         return None
     return known[node]
+
+
+_CONSTANT = {
+    *(
+        "arange",
+        "zeros",
+        "ones",
+        "full",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "zeros_like",
+        "ones_like",
+        "tensor",
+    ),
+    *(
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "floor_divide",
+        "remainder",
+        "mod",
+        "neg",
+        "abs",
+        "clamp",
+        "diff",
+        "cumsum",
+    ),
+    *(
+        "eq",
+        "ne",
+        "le",
+        "lt",
+        "ge",
+        "gt",
+        "and_",
+        "or_",
+        "invert",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+    ),
+    *(
+        "getitem",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "view",
+        "reshape",
+        "flatten",
+        "contiguous",
+        "clone",
+        "cat",
+    ),
+    *("to", "bool", "int", "long", "float", "where", "type", "repeat", "repeat_interleave", "size"),
+}
 
 
 def _as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
@@ -689,14 +791,10 @@ def _replace(context: PassContext, understood: Understood, reaches: dict[Any, _R
     rows, chunk = hint(query.shape[2]), understood.chunk
     fake = tensor_value(mask) if mask is not None else None
     made = hint(fake.numel()) * fake.element_size() if fake is not None else 0
-    if site.is_eager:
-        made += (
-            2
-            * hint(query.shape[0] * query.shape[1])
-            * rows
-            * hint(tensor_value(site.key).shape[2])
-            * query.element_size()
-        )  # type: ignore[union-attr]
+    if site.is_eager:  # the scores and their softmax
+        other = tensor_value(site.key)
+        assert other is not None
+        made += 2 * math.prod(map(hint, query.shape[:3])) * hint(other.shape[2]) * query.element_size()
     chunks = 1 if is_native else -(-rows // chunk)
     context.report.rewrites.append(
         Rewrite(
