@@ -15,7 +15,6 @@ chunk at a time). A mask that turns out causal or all true when the step runs ta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,12 +114,16 @@ def _attend(
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -math.inf)
+    hidden = ~mask if mask is not None and mask.dtype == torch.bool else None
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
     wide = torch.float32 if scores.dtype in _SIXTEEN_BITS else scores.dtype
-    return torch.matmul(torch.softmax(scores, -1, dtype=wide).to(query.dtype), value)
+    weights = torch.softmax(scores, -1, dtype=wide).to(query.dtype)
+    if hidden is not None:  # a query that sees no key: 0, as of fused kernels
+        weights = weights.masked_fill(hidden, 0.0)
+    return torch.matmul(weights, value)
 
 
 def _chunk_mask(

@@ -185,20 +185,22 @@ def _table_lines(report: Report) -> Iterator[Line]:
 
 def _diff_lines(report: Report) -> Iterator[Line]:
     """Rewrites of equal structure share a body; the nodes of the first of them stand for all."""
-    alike: dict[tuple[str, str], list[Rewrite]] = {}
+    alike: dict[tuple[str, str, str], list[Rewrite]] = {}
     for rewrite in report.rewrites:
-        alike.setdefault((rewrite.kind, rewrite.body), []).append(rewrite)
-    for (kind, body), rewrites in alike.items():
+        alike.setdefault((rewrite.kind, rewrite.body, rewrite.form), []).append(rewrite)
+    for (kind, body, form), rewrites in alike.items():
         first = rewrites[0]
         yield "bold cyan", f"{kind} {', '.join(r.name for r in rewrites)}"
-        yield (
-            "cyan",
-            f"  {first.rows:,} rows as {first.chunks} chunks of ≤ {first.chunk_rows:,} ({first.why})",
-        )
+        if form:
+            yield "cyan", f"  {form}: {first.why}"
+        if not form or first.chunks > 1:
+            chunks = f"{first.rows:,} rows as {first.chunks} chunks of ≤ {first.chunk_rows:,}"
+            yield "cyan", f"  {chunks}" if form else f"  {chunks} ({first.why})"
         inside, chunk = human_bytes(first.intermediate_bytes), human_bytes(first.chunk_bytes)
         gradient = {
             "forward": "in the forward loop",
             "recompute": "by recomputing the inside",
+            "native": "torch's own",
             "none": "none",
         }
         yield "cyan", f"  inside: {inside} before, {chunk} after; gradient: {gradient[first.gradient]}"
@@ -207,6 +209,8 @@ def _diff_lines(report: Report) -> Iterator[Line]:
         for node in first.after:
             yield "green", f"+ {_short(node)}"
         yield "", ""
+        if not body:
+            continue
         yield "bold magenta", f"body {body}"
         for line in report.bodies[body].strip().splitlines():
             text = line.strip()

@@ -242,8 +242,8 @@ def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
     for node in (n for n in gm.graph.nodes if n in chain):
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(env[logits])
-    shape = [_size(gm, results, arguments, size) for size in value(logits).shape]
     results[position] = None
+    shape = [_size(results, size) for size in value(logits).shape]
     output.args = (tuple(results),)
     fake = tensor_value(logits)
     assert fake is not None
@@ -259,10 +259,12 @@ def _only_for(logits: fx.Node, output: fx.Node) -> set[fx.Node]:
     return chain
 
 
-def _size(gm: fx.GraphModule, results: list[Any], arguments: list[fx.Node], size: Any) -> Any:
+def _size(results: list[Any], size: Any) -> Any:
+    """An int, or where among the outputs a dynamic size can be read."""
     if isinstance(size, int):
         return size
-    for index, node in enumerate(results):
+    # From the end, where hidden rows were appended: other logits may be taken out yet.
+    for index, node in reversed(list(enumerate(results))):
         fake = tensor_value(node) if isinstance(node, fx.Node) else None
         for dim, other in enumerate(fake.shape if fake is not None else ()):
             if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:

@@ -19,9 +19,10 @@ class Rewrite:
         chunk_rows, chunks: rows a chunk has at most, and how many chunks that makes.
         intermediate_bytes: what the inside takes un-chunked: all its values of all rows.
         chunk_bytes: the same for one chunk.
-        gradient: how gradients are computed: "recompute", "forward" (in the forward loop) or "none".
+        gradient: how gradients are computed: "recompute", "forward" (in the forward loop), "native" (by
+            torch's own kernel) or "none".
         deferred: the logits output is computed only if somebody looks.
-        body: key of the body; regions of equal structure share one.
+        body: key of the body; regions of equal structure share one; "" for attention.
         why: the reason for the chunk size.
         before, after: the nodes that went, and those that came.
         form: of an attention's mask: "causal", "full", "window 4096", "documents", or "general: " with

@@ -98,7 +98,7 @@ def test_no_labels_leaves_no_loss_to_chunk(capsys: pytest.CaptureFixture[str]) -
     )
     assert code == 0
     assert "labels" not in out
-    assert "rewrote 1 mlp;" in out
+    assert "rewrote 1 attention, 1 mlp;" in out
 
 
 def test_short_sequences_are_left_alone_and_said_to_be(

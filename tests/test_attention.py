@@ -1,0 +1,428 @@
+"""Attention: masks are read right, nothing of S² elements is left, and the numbers are eager's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+import mst_fx
+from mst_fx import masks
+from mst_fx.attention import attention, mask_reach
+from mst_fx.graph import subgraphs, tensors_of
+from mst_fx.masks import BLIND, CAUSAL, FULL, GENERAL, WHOLE, Mask, Vectors, allowed, reach
+from tests.direct import check, rewritten
+from tests.helpers import check_parity, compile_mst, report_of
+from tests.models import ACCEPTED, OTHERS, inputs_of
+from tools.meter import call_metered, is_available
+
+CHUNK = 8
+OPTIONS: dict[str, Any] = {
+    "inner": "aot_eager",
+    "attention_chunk_rows": CHUNK,
+    "chunk_rows": 16,
+    "vocab_chunk_rows": 20,
+}
+_BAR = 3e-6
+SEQ = 41  # a prime: no other dimension has this size
+
+# The algebra
+
+
+def _vectors(sizes: tuple[int, int, int], seed: int) -> Vectors:
+    """Sorted, unsorted and constant key and query vectors, and key padding."""
+    batch, queries, keys = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(count: int, size: int, high: int) -> Tensor:
+        return torch.randint(0, high, (count, size), generator=generator)
+
+    key = [
+        torch.arange(keys)[None],
+        random(batch, keys, 5).sort(-1).values,
+        random(batch, keys, 5),
+        random(batch, keys, 3) > 0,
+        torch.arange(keys)[None] < random(batch, 1, keys + 1),
+    ]
+    query = [
+        torch.arange(queries)[None],
+        random(batch, queries, 5).sort(-1).values,
+        random(batch, queries, 5),
+        random(batch, queries, 4) > 0,
+    ]
+    return Vectors(key, query)
+
+
+_atom = st.one_of(
+    st.tuples(
+        st.just("compare"),
+        st.sampled_from(["le", "lt", "ge", "gt", "eq", "ne"]),
+        st.sampled_from(["k0", "k0", "k1", "k2"]),
+        st.sampled_from(["q0", "q0", "q1", "q2", ""]),
+        st.integers(-9, 9),
+    ),
+    st.tuples(st.just("true"), st.sampled_from(["k3", "k4", "q3"])),
+    st.just(("compare", "le", "k0", "q0", 0)),
+)
+_masks = st.one_of(
+    _atom,
+    st.tuples(st.just("and"), _atom, _atom),
+    st.tuples(st.just("and"), _atom, _atom, _atom),
+    st.tuples(st.just("or"), _atom, _atom),
+    st.tuples(st.just("and"), _atom, st.tuples(st.just("or"), _atom, _atom)),
+    _atom.map(masks.negated),
+)
+_many = settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@_many
+@given(
+    mask=_masks,
+    sizes=st.sampled_from([(1, 24, 24), (2, 21, 21), (2, 8, 24), (1, 5, 17)]),
+    seed=st.integers(0, 30),
+    is_finite=st.booleans(),
+)
+def test_reach_holds_all_that_is_allowed(
+    mask: Mask, sizes: tuple[int, int, int], seed: int, is_finite: bool
+) -> None:
+    batch, queries, keys = sizes
+    vectors = _vectors(sizes, seed)
+    assert masks.parse(repr(mask)) == mask
+    whole = allowed(mask, vectors, 0, queries, 0, keys, torch.device("cpu")).expand(batch, queries, keys)
+    found = reach(mask, vectors, queries, keys, CHUNK, is_finite)
+    form = int(found[0, 0])
+    if form == FULL:
+        assert whole.all()
+    elif form == CAUSAL:
+        assert torch.equal(whole, torch.ones_like(whole).tril())
+    for index, (first, last, kind) in enumerate(found[1:].tolist()):
+        rows = whole[:, index * CHUNK : (index + 1) * CHUNK]
+        outside = torch.ones(keys, dtype=torch.bool)
+        outside[first:last] = False
+        assert not rows[..., outside].any()
+        if kind == WHOLE:
+            assert rows[..., first:last].all()
+        if is_finite and not rows.any(-1).all():
+            assert kind == BLIND and (first, last) == (0, keys)
+
+
+def test_plain_forms_are_seen() -> None:
+    vectors = _vectors((2, 24, 24), 0)
+    causal = ("compare", "le", "k0", "q0", 0)
+    assert int(reach(causal, vectors, 24, 24, CHUNK, False)[0, 0]) == CAUSAL
+    assert int(reach(masks.TRUE, vectors, 24, 24, CHUNK, False)[0, 0]) == FULL
+    for almost in (1, -1, -24):
+        assert int(reach((*causal[:4], almost), vectors, 24, 24, CHUNK, False)[0, 0]) == GENERAL
+    window = reach(("and", causal, ("compare", "gt", "k0", "q0", -4)), vectors, 24, 24, CHUNK, False)
+    assert window[1:, :2].tolist() == [[0, 8], [5, 16], [13, 24]], "only the keys in reach"
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ("compare", "le", "k0", "q0", 0),
+        ("and", ("compare", "le", "k0", "q0", 0), ("compare", "gt", "k0", "q0", -5)),
+        ("and", ("compare", "le", "k0", "q0", 0), ("compare", "eq", "k1", "q1", 0)),
+        ("and", ("compare", "le", "k0", "q0", 0), ("true", "k3")),
+        ("or", ("compare", "le", "k0", "q0", 0), ("compare", "lt", "k0", "", 7)),
+        ("true", "k4"),
+    ],
+    ids=["causal", "window", "documents", "padding", "prefix", "right"],
+)
+def test_op(mask: Mask, groups: int, softcap: float) -> None:
+    """Against softmax written out, in float64; queries that see no key give 0."""
+    batch, size, width = 2, 21, 6
+    vectors = _vectors((batch, size, size), 3)
+    query = torch.randn(batch, 4, size, width, dtype=torch.float64, requires_grad=True)
+    key, value = (
+        torch.randn(batch, 4 // groups, size, width, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
+    chunks = mask_reach(list(vectors.keys), list(vectors.queries), [repr(mask)], size, size, CHUNK, [False])
+    rest: Any = ([], repr(mask), 0, CHUNK, 0.3, softcap, 0.0)
+    out = attention(query, key, value, list(vectors.keys), list(vectors.queries), chunks, *rest)
+
+    visible = allowed(mask, vectors, 0, size, 0, size, torch.device("cpu")).expand(batch, -1, -1)[:, None]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * 0.3
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~visible, -1e30).softmax(-1) * visible
+    truth = weights @ value.repeat_interleave(groups, 1)
+    assert torch.allclose(out, truth, atol=1e-12)
+    tangent = torch.randn_like(out)
+    for found, wanted in zip(
+        torch.autograd.grad(out, (query, key, value), tangent),
+        torch.autograd.grad(truth, (query, key, value), tangent),
+        strict=True,
+    ):
+        assert torch.allclose(found, wanted, atol=1e-12)
+
+
+# Masks written by hand
+
+
+class Attention(nn.Module):
+    """``x + attention(x)`` with a mask made of positions."""
+
+    def __init__(self, mask: Callable[[Tensor, Tensor], Tensor], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.mask, self.dropout = mask, dropout
+        self.qkv, self.out = nn.Linear(16, 48).double(), nn.Linear(16, 16).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, size, _ = x.shape
+        query, key, value = self.qkv(x).view(batch, size, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        place = torch.arange(size)
+        mask = self.mask(place[None, :], place[:, None])[None, None]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=self.dropout)
+        return x + self.out(out.transpose(1, 2).reshape(batch, size, 16))
+
+
+WRITTEN = {
+    "causal": (lambda k, q: k <= q, "causal"),
+    "causal_mirrored": (lambda k, q: q >= k, "causal"),
+    "causal_by_difference": (lambda k, q: q - k >= 0, "causal"),
+    "not_later": (lambda k, q: ~(k > q), "causal"),
+    "almost_causal": (lambda k, q: k < q + 2, "general: k0 < q0 +2"),
+    "strictly_before": (lambda k, q: k < q, "general: k0 < q0"),
+    "window": (lambda k, q: (k <= q) & (q - k < 5), "window 5"),
+    "window_by_where": (lambda k, q: torch.logical_and(k <= q, k > q - 5), "window 5"),
+    "both_sides": (lambda k, q: (k - q).abs() <= 3, "general: k0 <= q0 +3 and k0 >= q0 -3"),
+    "prefix": (lambda k, q: (k <= q) | (k < 9), "general: k0 <= q0 or k1"),
+    "documents": (lambda k, q: (k <= q) & (k // 7 == q // 7), "documents"),
+    "all": (lambda k, q: (k >= 0) | (q < 0), "full"),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_written_masks(name: str, batch: int) -> None:
+    mask, form = WRITTEN[name]
+    x = torch.randn(batch, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    report = check(Attention(mask), (x,), options=OPTIONS)
+    (found,) = (r for r in report.rewrites if r.kind == "attention")
+    assert found.form == form
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (lambda k, q: torch.ones(SEQ, SEQ, dtype=torch.bool).tril(), "tril"),
+        (lambda k, q: (k * q) % 3 == 0, "remainder|mod"),
+        (lambda k, q: (k <= q).cumsum(-1) > 2, "cumsum|gt"),
+        (lambda k, q: torch.rand(SEQ, SEQ) > 0.5, "rand|gt"),
+        (lambda k, q: (k <= q).roll(1, -1), "roll"),
+        (lambda k, q: (k <= q).transpose(0, 1), "transpose"),
+    ],
+)
+def test_masks_that_are_not_understood_are_refused(
+    mask: Callable[[Tensor, Tensor], Tensor], reason: str
+) -> None:
+    x = torch.randn(1, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    report = report_of(Attention(mask), OPTIONS, x)
+    assert not report.rewrites
+    (refused,) = (r for r in report.refusals if r.kind == "attention")
+    assert any(part in refused.reason for part in reason.split("|")), refused.reason
+
+
+def test_dropout_is_refused() -> None:
+    x = torch.randn(1, SEQ, 16, dtype=torch.float64)
+    report = report_of(Attention(lambda k, q: k <= q, dropout=0.1), OPTIONS, x)
+    assert not report.rewrites and "at random" in report.refusals[0].reason
+
+
+def test_masks_written_in_place_are_refused() -> None:
+    def mask(k: Tensor, q: Tensor) -> Tensor:
+        found = k <= q
+        found[:, 3] = True
+        return found
+
+    x = torch.randn(1, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    assert not check(Attention(mask), (x,), options=OPTIONS).rewrites
+
+
+def test_short_sequences_are_left_alone() -> None:
+    x = torch.randn(1, CHUNK, 16, dtype=torch.float64)
+    report = report_of(Attention(lambda k, q: k <= q), OPTIONS, x)
+    assert not report.rewrites and not report.refusals
+
+
+# Hugging Face models
+
+
+def _batch(name: str, batch: int, variant: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    inputs = inputs_of({**ACCEPTED, **OTHERS}[name], batch, SEQ, dtype)
+    mask = torch.ones(batch, SEQ, dtype=torch.long)
+    if variant == "right":
+        mask[0, SEQ - 9 :] = 0
+    elif variant == "left":
+        mask[0, :9] = 0
+    elif variant == "holes":
+        mask[0, 5:9] = 0
+    if variant in ("ones", "right", "left", "holes"):
+        inputs["attention_mask"] = mask
+    if variant == "packed":
+        places = torch.cat([torch.arange(SEQ - 15), torch.arange(15)])
+        inputs["position_ids"] = places[None].expand(batch, SEQ)
+    if variant == "square":
+        inputs["attention_mask"] = torch.ones(batch, 1, SEQ, SEQ, dtype=torch.bool).tril()
+    return inputs
+
+
+def _model(name: str, checkpoint: bool, eager: bool) -> nn.Module:
+    model = {**ACCEPTED, **OTHERS}[name].build()
+    model.config.use_cache = False  # type: ignore[union-attr]
+    if eager:
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+    if checkpoint:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    return model
+
+
+def _forms(report: mst_fx.Report) -> list[str]:
+    return [rewrite.form for rewrite in report.rewrites if rewrite.kind == "attention"]
+
+
+CASES = [
+    ("llama", 1, "", "", ["causal"] * 2),
+    ("llama", 3, "ones", "", ["causal + padding"] * 2),
+    ("llama", 3, "left", "checkpoint", ["causal + padding"] * 2),
+    ("llama", 1, "holes", "", ["causal + padding"] * 2),
+    ("llama", 3, "packed", "checkpoint", ["documents"] * 2),
+    ("llama", 3, "", "eager", ["causal"] * 2),
+    ("mistral", 3, "right", "dynamic", ["padding + window 16"] * 2),
+    ("gemma2", 3, "", "", None),
+    ("gemma3", 1, "packed", "checkpoint", None),
+    ("gpt2", 3, "right", "", ["causal + padding"] * 2),
+    ("gpt_neox", 1, "", "dynamic", ["causal"] * 2),
+    ("phi3", 3, "left", "", ["causal + padding"] * 2),
+    ("bert", 3, "right", "", ["padding"] * 2),
+    ("bert", 1, "holes", "checkpoint", ["padding"] * 2),
+    ("falcon", 3, "", "", ["causal"] * 2),
+    ("opt", 3, "left", "", ["causal + padding"] * 2),
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "variant", "how", "forms"), CASES)
+def test_hugging_face(name: str, batch: int, variant: str, how: str, forms: list[str] | None) -> None:
+    model = _model(name, how == "checkpoint", how == "eager")
+    inputs = _batch(name, batch, variant)
+    found = _forms(report_of(model, OPTIONS, **inputs))
+    assert len(found) == 2 and (forms is None or found == forms), found
+    check_parity(model, inputs, _BAR, _BAR, OPTIONS, **({"dynamic": True} if how == "dynamic" else {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_fully_masked_rows_of_eager_attention(name: str) -> None:
+    """Left padding: such queries see all keys alike in eager attention, and fused kernels get that wrong."""
+    model = _model(name, False, True).float()
+    inputs = _batch(name, 3, "left", torch.float32)
+    assert len(_forms(report_of(model, OPTIONS, **inputs))) == 2
+    check_parity(model, inputs, 1e-6, 1e-5, OPTIONS)
+
+
+@pytest.mark.parametrize(("name", "variant"), [("t5", ""), ("llama", "square")])
+def test_models_that_are_refused(name: str, variant: str) -> None:
+    model, inputs = _model(name, False, False), _batch(name, 1, variant)
+    report = report_of(model, OPTIONS, **inputs)
+    assert not _forms(report)
+    reasons = {r.reason for r in report.refusals if r.kind == "attention"}
+    assert reasons and all("mask" in reason for reason in reasons), reasons
+    check_parity(model, inputs, _BAR, _BAR, OPTIONS)
+
+
+def _graphs(gm: fx.GraphModule) -> Iterator[fx.Graph]:
+    yield gm.graph
+    for _, child in subgraphs(gm):
+        yield from _graphs(child)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "how"),
+    [
+        ("llama", "", "checkpoint"),
+        ("llama", "left", "eager"),
+        ("mistral", "packed", "checkpoint"),
+        ("gemma2", "right", ""),
+        ("gemma3", "", ""),
+        ("bert", "holes", ""),
+    ],
+)
+def test_nothing_of_square_size_is_left(name: str, variant: str, how: str) -> None:
+    model, inputs = _model(name, how == "checkpoint", how == "eager"), _batch(name, 1, variant)
+    graphs: list[fx.Graph] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        before = list(_square(gm))
+        new, _ = mst_fx.rewrite(gm, example_inputs, OPTIONS)
+        assert before and not list(_square(new)), list(_square(new))
+        graphs.append(new.graph)
+        return gm.forward  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(**{k: v for k, v in inputs.items() if k != "labels"})
+    assert graphs
+
+
+def _square(gm: fx.GraphModule) -> Iterator[str]:
+    for graph in _graphs(gm):
+        for node in graph.nodes:
+            if any(list(fake.shape).count(SEQ) > 1 for fake in tensors_of(node)):
+                yield node.name
+
+
+def test_logits_stay_the_same_without_gradients() -> None:
+    model = _model("mistral", False, False).eval()
+    inputs = _batch("mistral", 2, "left")
+    with torch.no_grad():
+        truth = model(**inputs).logits
+        found = compile_mst(model, OPTIONS)(**inputs).logits
+    assert torch.allclose(found, truth, atol=1e-6)
+
+
+def test_strict_raises_the_reason() -> None:
+    x = torch.randn(1, SEQ, 16, dtype=torch.float64)
+    run, _ = rewritten(Attention(lambda k, q: (k <= q).roll(1, -1)), {**OPTIONS, "strict": True})
+    with pytest.raises(Exception, match="roll"):
+        run(x)
+
+
+# Memory
+
+
+def _measure(way: str, variant: str) -> int:
+    """Bytes that a step of one layer at S = 16,384 takes at its peak above what was there before."""
+    from tools.bench_support import Shape, make_llama
+    from tools.meter import malloc_meter
+
+    seq = 16384
+    shape = Shape(hidden=32, intermediate=64, heads=2, kv_heads=1, vocabulary=64, layers=1)
+    model = make_llama(shape, seq, "cpu", torch.float32, checkpoint=True, mask=True)
+    inputs: dict[str, Any] = {"input_ids": torch.randint(64, (1, seq))}
+    inputs["labels"] = inputs["input_ids"]
+    if variant == "padded":
+        inputs["attention_mask"] = (torch.arange(seq) < seq - 100)[None].long()
+    passes: Any = ("attention",) if way == "mst" else ()
+    run = torch.compile(model, backend="mst", options={"inner": "aot_eager", "passes": passes})
+    run(**inputs).loss.backward()
+    meter = malloc_meter()
+    meter.reset()
+    level = meter.current()
+    run(**inputs).loss.backward()
+    return meter.peak() - level
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler")
+@pytest.mark.parametrize("variant", ["", "padded"])
+def test_no_mask_in_memory(variant: str) -> None:
+    square = 16384**2
+    assert call_metered(_measure, "mst", variant, timeout=600) < square // 2  # a Boolean mask is S² bytes
