@@ -26,7 +26,7 @@ import ast
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,23 @@ def joined(kind: str, parts: Sequence[Mask]) -> Mask:
     if not flat:
         return ("constant", neutral)
     return next(iter(flat)) if len(flat) == 1 else (kind, *flat)
+
+
+def names(mask: Mask) -> list[str]:
+    """The vectors a formula reads."""
+    if mask[0] in ("compare", "true"):
+        return [part for part in mask[1:] if isinstance(part, str) and part[:1] in ("k", "q")]
+    if mask[0] == "constant":
+        return []
+    return [name for part in mask[1:] for name in names(part)]
+
+
+def renamed(mask: Mask, new: Mapping[str, str]) -> Mask:
+    if mask[0] in ("compare", "true"):
+        return tuple(new.get(part, part) if isinstance(part, str) else part for part in mask)
+    if mask[0] == "constant":
+        return mask
+    return (mask[0], *(renamed(part, new) for part in mask[1:]))
 
 
 def describe(mask: Mask) -> str:

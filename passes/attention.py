@@ -59,8 +59,11 @@ from mst_fx.masks import (
     Vectors,
     describe,
     form_name,
+    joined,
+    names,
     op_name,
     reach,
+    renamed,
 )
 from mst_fx.plan import plan_attention
 from mst_fx.report import Rewrite
@@ -397,35 +400,79 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
         if site.mask is None:
             return None
         raise Refusal(f"{site.out.name}: attention weights are dropped at random")
-    if site.mask is None:
-        if not site.is_eager and _ungrouped(site) == (site.key, site.value):
+    is_static = isinstance(queries, int) and isinstance(keys, int)
+    if site.causal and site.mask is None:
+        if _ungrouped(site) == (site.key, site.value):
             return None
-        is_as = (CAUSAL, "causal") if site.causal else (FULL, "full")
-        return Understood(site, TRUE, 0.0, [], [], chunk, torch.tensor([[is_as[0], 0, 0]]), is_as[1])
+        return Understood(site, TRUE, 0.0, [], [], chunk, torch.tensor([[CAUSAL, 0, 0]]), "causal")
     if site.causal:
         return None
+    if site.mask is None and not site.is_eager and _ungrouped(site) == (site.key, site.value):
+        return None
+    formula, fill, key_nodes, query_nodes, vectors = _formula(site, queries, keys, mutated)
+    known = None
+    if vectors is not None and is_static:
+        known = reach(formula, vectors, queries, keys, chunk, fill != 0.0)
+    elif formula == TRUE and not site.softcap:
+        known = torch.tensor([[FULL, 0, 0]])
+    elif formula == TRUE:
+        raise Refusal(f"{site.out.name}: capped scores without a mask, and the sequence is dynamic")
+    form = form_name(formula, known, vectors if is_static else None, hint(queries))
+    return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form)
+
+
+def _formula(
+    site: Site, queries: Any, keys: Any, mutated: set[int]
+) -> tuple[Mask, float, list[fx.Node], list[fx.Node], Vectors | None]:
+    """The formula of a mask, what is added where it is false, its vectors, and their values if all are constant.
+
+    Parts that constants make true, such as "the same document" of one document, are left out.
+    """
+    if site.mask is None:
+        return TRUE, 0.0, [], [], Vectors([], [])
     fake = tensor_value(site.mask)
     if fake is None or fake.requires_grad:
         raise Refusal(f"{site.mask.name}: the mask has a gradient")
-    known_values: dict[fx.Node, Any] = {}
+    evaluated: dict[fx.Node, Any] = {}
     limit = 64 * (hint(queries) + hint(keys))
-    reader = Reader(
-        queries, keys, site.level.resolve, lambda node: _evaluate(node, known_values, limit), mutated
-    )
+
+    def constant(node: fx.Node) -> Any:
+        return _evaluate(node, evaluated, limit)
+
+    reader = Reader(queries, keys, site.level.resolve, constant, mutated)
     mask, fill = _boolean(site)
     formula = reader.read(mask)
+    nodes = {f"k{i}": node for i, node in enumerate(reader.key_nodes)}
+    nodes |= {f"q{i}": node for i, node in enumerate(reader.query_nodes)}
+    values = {name: constant(node) for name, node in nodes.items()}
+
+    def of(names_: Sequence[str]) -> Vectors | None:
+        if not all(isinstance(values[name], Tensor) for name in names_):
+            return None
+        return Vectors(
+            [_as_rows(values[name], True) for name in names_ if name[0] == "k"],
+            [_as_rows(values[name], False) for name in names_ if name[0] == "q"],
+        )
+
+    def numbered(part: Mask) -> tuple[Mask, list[str]]:
+        """The formula with its vectors numbered from 0, and their names before."""
+        used = [name for name in nodes if name in names(part)]
+        ours = [name for name in used if name[0] == "k"], [name for name in used if name[0] == "q"]
+        return renamed(part, {name: f"{name[0]}{i}" for group in ours for i, name in enumerate(group)}), used
+
+    def is_true(part: Mask) -> bool:
+        alone, used = numbered(part)
+        vectors = of(used)
+        if vectors is None or not used or not isinstance(queries, int) or not isinstance(keys, int):
+            return False
+        return int(reach(alone, vectors, queries, keys, queries, False)[0, 0]) == FULL
+
+    parts = formula[1:] if formula[0] == "and" else (formula,)
+    formula, used = numbered(joined("and", [part for part in parts if not is_true(part)]))
     if formula == ("constant", False):
         raise Refusal(f"{site.mask.name}: the mask lets nothing through")
-    known = None
-    vectors = None
-    if isinstance(queries, int) and isinstance(keys, int):
-        vectors = _constant_vectors(reader)
-        if vectors is not None:
-            known = reach(formula, vectors, queries, keys, chunk, fill != 0.0)
-    elif formula == TRUE:
-        known = torch.tensor([[FULL, 0, 0]])
-    form = form_name(formula, known, vectors, hint(queries))
-    return Understood(site, formula, fill, reader.key_nodes, reader.query_nodes, chunk, known, form)
+    key_nodes = [nodes[name] for name in used if name[0] == "k"]
+    return formula, fill, key_nodes, [nodes[name] for name in used if name[0] == "q"], of(used)
 
 
 def _boolean(site: Site) -> tuple[fx.Node, float]:
@@ -464,20 +511,6 @@ def _fill_of(node: fx.Node) -> float | None:
     """The number a constant tensor of one element holds."""
     found = _evaluate(node, {}, 1)
     return float(found) if isinstance(found, Tensor) and found.numel() == 1 else None
-
-
-def _constant_vectors(reader: Reader) -> Vectors | None:
-    """The vectors, where they depend on no input of the program."""
-    known: dict[fx.Node, Any] = {}
-    limit = 64 * (hint(reader.queries) + hint(reader.keys))
-    found: list[list[Tensor]] = [[], []]
-    for into, nodes, is_key in ((found[0], reader.key_nodes, True), (found[1], reader.query_nodes, False)):
-        for node in nodes:
-            vector = _evaluate(node, known, limit)
-            if not isinstance(vector, Tensor):
-                return None
-            into.append(_as_rows(vector, is_key))
-    return Vectors(*found)
 
 
 def _evaluate(node: fx.Node, known: dict[fx.Node, Any], limit: int) -> Any:
@@ -659,11 +692,11 @@ def _add_reach(top: Level, group: dict[Any, Understood], order: dict[fx.Node, in
     members: dict[Any, tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]] = {}
     for key, understood in group.items():
         mine = _vector_nodes(top, understood, before)
-        renamed = {f"k{i}": f"k{len(keys) + i}" for i in range(len(mine[0]))}
-        renamed |= {f"q{i}": f"q{len(queries) + i}" for i in range(len(mine[1]))}
+        new = {f"k{i}": f"k{len(keys) + i}" for i in range(len(mine[0]))}
+        new |= {f"q{i}": f"q{len(queries) + i}" for i in range(len(mine[1]))}
         keys += mine[0]
         queries += mine[1]
-        masks.append(repr(_renamed(understood.formula, renamed)))
+        masks.append(repr(renamed(understood.formula, new)))
         finite.append(understood.fill != 0.0)
         members[key] = mine
     site = next(iter(group.values())).site
@@ -686,14 +719,6 @@ def _size_node(graph: fx.Graph, size: Any, vectors: Sequence[fx.Node]) -> Any:
         if fake is not None and expression(fake.shape[1]) == expression(size):
             return add_call(graph, "size", node, 1)
     raise Refusal(f"no vector of the mask has the dynamic size {size}")
-
-
-def _renamed(mask: Mask, names: dict[str, str]) -> Mask:
-    if mask[0] in ("compare", "true"):
-        return tuple(names.get(part, part) if isinstance(part, str) else part for part in mask)
-    if mask[0] == "constant":
-        return mask
-    return (mask[0], *(_renamed(part, names) for part in mask[1:]))
 
 
 def _ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:

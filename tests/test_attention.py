@@ -233,6 +233,61 @@ def test_masks_that_are_not_understood_are_refused(
     assert any(part in refused.reason for part in reason.split("|")), refused.reason
 
 
+class WrittenOut(nn.Module):
+    """Attention of matmuls and softmax, over all tokens or those up to each."""
+
+    def __init__(self, softcap: float = 0.0, causal: bool = True, keep_weights: bool = False) -> None:
+        super().__init__()
+        self.softcap, self.causal, self.keep_weights = softcap, causal, keep_weights
+        self.qkv = nn.Linear(16, 48).double()
+
+    def forward(self, x: Tensor) -> Any:
+        batch, size, _ = x.shape
+        query, key, value = self.qkv(x).view(batch, size, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        scores = torch.matmul(query, key.transpose(-1, -2)) / 2.0
+        if self.softcap:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if self.causal:
+            place = torch.arange(size)
+            scores = scores + torch.where(place[None, :] <= place[:, None], 0.0, float("-inf"))
+        weights = scores.softmax(dim=-1)
+        out = x + torch.matmul(weights, value).transpose(1, 2).reshape(batch, size, 16)
+        return (out, weights) if self.keep_weights else out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_attention_written_out(softcap: float, causal: bool) -> None:
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    report = check(WrittenOut(softcap, causal), (x,), options=OPTIONS)
+    (found,) = (r for r in report.rewrites if r.kind == "attention")
+    assert found.form == ("causal" if causal else "full")
+    assert found.gradient == ("recompute" if softcap else "native")
+
+
+def test_weights_that_somebody_reads_are_refused() -> None:
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    report = check(WrittenOut(keep_weights=True), (x,), options=OPTIONS)
+    assert not report.rewrites
+    assert "softmax" in report.refusals[0].reason
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_autocast(mask: str) -> None:
+    """Under autocast the fused call casts its operands: the output is bfloat16, as in eager."""
+    model = Attention(WRITTEN[mask][0]).float()
+    x = torch.randn(2, SEQ, 16)
+
+    def run(fn: Callable[..., Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return fn(x)
+
+    truth, found = run(model), run(compile_mst(model, OPTIONS))
+    assert len(_forms(report_of(model, OPTIONS, x))) == 1
+    assert found.dtype == truth.dtype
+    assert float((found - truth).norm() / truth.norm()) < 4e-3
+
+
 def test_dropout_is_refused() -> None:
     x = torch.randn(1, SEQ, 16, dtype=torch.float64)
     report = report_of(Attention(lambda k, q: k <= q, dropout=0.1), OPTIONS, x)
@@ -318,6 +373,13 @@ def test_hugging_face(name: str, batch: int, variant: str, how: str, forms: list
     found = _forms(report_of(model, OPTIONS, **inputs))
     assert len(found) == 2 and (forms is None or found == forms), found
     check_parity(model, inputs, _BAR, _BAR, OPTIONS, **({"dynamic": True} if how == "dynamic" else {}))
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    model = _model("mistral", True, False).float()
+    inputs = _batch("mistral", 3, "left", torch.float32)
+    check_parity(model, inputs, 1e-5, 1e-5, {**OPTIONS, "inner": "inductor"})
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
