@@ -68,6 +68,19 @@ _SCHEMA = (
 )
 
 
+def takes_groups(query: Tensor, value: Tensor) -> bool:
+    """Whether a fused kernel takes grouped heads as they are; otherwise torch makes all S² scores.
+
+    The flash kernels do (torch/nn/attention, ``SDPBackend``): on CUDA for 16-bit types and up to 256
+    features a head, on CPUs for all; the memory-efficient kernel does not.
+    """
+    if query.shape[3] != value.shape[3]:
+        return False
+    if query.device.type == "cpu":
+        return True
+    return query.dtype in _SIXTEEN_BITS and query.shape[3] <= 256 and query.shape[3] % 8 == 0
+
+
 class _Form:
     """What one call does: read from the reach tensor, or known since the graph was compiled."""
 
@@ -103,12 +116,14 @@ def _attend(
             are masked by a finite number: the logarithm of its sum drowns in that number.
     """
     groups = query.shape[1] // key.shape[1]
-    if softcap == 0.0 and mask is None:
+    if softcap == 0.0 and mask is None and (groups == 1 or takes_groups(query, value)):
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=causal, scale=scale, enable_gqa=groups > 1
         )
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    if softcap == 0.0 and mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
     if softcap == 0.0 and not plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     scores = torch.matmul(query, key.transpose(2, 3)) * scale

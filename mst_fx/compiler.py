@@ -9,6 +9,7 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._guards.TracingContext``: a fresh one keeps a body's shape environment apart from that of
   the graph whose compilation, or backward pass, happens to be under way.
 - ``torch._functorch.config.donated_buffer``: off, so that ``retain_graph=True`` works.
+- ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 Compiled = Callable[..., Any]
 
@@ -105,6 +106,13 @@ def outside_of_kernels() -> Iterator[None]:
     engine takes it as a reentrant backward pass.
     """
     with torch._C._ForceDispatchKeyGuard(*_neutral_keys()), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Runs its block on real tensors, whatever fake mode is active."""
+    with unset_fake_temporarily(), torch.no_grad():
         yield
 
 

@@ -159,11 +159,11 @@ def allowed(
         elif kind == "not":
             found = ~evaluate(part[1])
         elif kind == "constant":
-            found = torch.tensor(part[1], device=device)
+            found = torch.full((), part[1], device=device)
         else:
             combine = operator.and_ if kind == "and" else operator.or_
             found = functools.reduce(combine, map(evaluate, part[1:]))
-        return found if isinstance(found, Tensor) else torch.tensor(found, device=device)
+        return found if isinstance(found, Tensor) else torch.full((), found, device=device)
 
     return evaluate(mask)
 
@@ -182,7 +182,7 @@ def _interval(mask: Mask, vectors: Vectors, queries: int, keys: int, device: tor
         return torch.full((1, 1), number, dtype=torch.int64, device=device)
 
     def certain(flag: bool) -> Tensor:
-        return torch.tensor(flag, device=device)
+        return torch.full((), flag, device=device)  # a copy from the host would wait for the device
 
     kind = mask[0]
     if kind == "constant":

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
-import mst_fx.attention  # noqa: F401  (registers the ops)
+from mst_fx.attention import takes_groups
 from mst_fx.chunking import PassContext
+from mst_fx.compiler import real_tensors
 from mst_fx.errors import Refusal
 from mst_fx.fold import expression, is_impure, mutated_storages, writes_in_place
 from mst_fx.graph import (
@@ -202,8 +202,9 @@ def run(context: PassContext) -> None:
             found.append(understood)
     _refuse_others(context, top, [site for site in sites if site.is_eager])
     reaches = _add_reaches(top, [u for u in found if u.known is None])
+    counted: set[fx.Node] = set()
     for understood in found:
-        _replace(context, understood, reaches)
+        _replace(context, understood, reaches, counted)
     for graph in {id(u.site.level.gm): u.site.level.gm for u in found}.values():
         _drop_unused_operands(top, graph)
     context.report.rewrites.reverse()  # the runner reverses: regions are found last first
@@ -537,7 +538,7 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Any], limit: int) -> Any:
     if "device" in kwargs:
         kwargs = {**kwargs, "device": "cpu"}
     try:
-        with unset_fake_temporarily(), torch.no_grad():
+        with real_tensors():
             known[node] = call(node.op, node.target, args, kwargs)
     except Exception:  # not a constant then
         return None
@@ -742,13 +743,18 @@ def _ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:
         return node
 
     key, values = source(site.key), source(site.value)
+    query, wide = tensor_value(site.query), tensor_value(values)
+    if query is None or wide is None or not takes_groups(query, wide):
+        return site.key, site.value
     fakes = [tensor_value(key), tensor_value(values)]
     if fakes[0] is None or fakes[1] is None or fakes[0].shape[1] != fakes[1].shape[1]:
         return site.key, site.value
     return key, values
 
 
-def _replace(context: PassContext, understood: Understood, reaches: dict[Any, _Reach]) -> None:
+def _replace(
+    context: PassContext, understood: Understood, reaches: dict[Any, _Reach], counted: set[fx.Node]
+) -> None:
     site, level = understood.site, understood.site.level
     graph = level.gm.graph
     out = tensor_value(site.out)
@@ -814,8 +820,12 @@ def _replace(context: PassContext, understood: Understood, reaches: dict[Any, _R
         if not node.users:
             graph.erase_node(node)
     rows, chunk = hint(query.shape[2]), understood.chunk
-    fake = tensor_value(mask) if mask is not None else None
-    made = hint(fake.numel()) * fake.element_size() if fake is not None else 0
+    made = 0
+    if mask is not None and level.resolve(mask) not in counted:  # layers share a mask
+        counted.add(level.resolve(mask))
+        fake = tensor_value(mask)
+        assert fake is not None
+        made = hint(fake.numel()) * fake.element_size()
     if site.is_eager:  # the scores and their softmax
         other = tensor_value(site.key)
         assert other is not None

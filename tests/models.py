@@ -161,3 +161,32 @@ def inputs_of(entry: Entry, batch: int, length: int, dtype: torch.dtype = torch.
     labels = ids.clone()
     labels[:, : min(2, length - 1)] = -100
     return {"input_ids": ids, "labels": labels}
+
+
+ATTENTION_SEQ = 41  # a prime: no other dimension has this size
+
+
+def attention_batch(
+    name: str, batch: int, variant: str, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    """Token ids and labels with an attention mask or positions.
+
+    Args:
+        variant: "", padding ("ones", "right", "left", "holes"), "packed" documents, or a "square" mask.
+    """
+    inputs = inputs_of({**ACCEPTED, **OTHERS}[name], batch, ATTENTION_SEQ, dtype)
+    mask = torch.ones(batch, ATTENTION_SEQ, dtype=torch.long)
+    if variant == "right":
+        mask[0, ATTENTION_SEQ - 9 :] = 0
+    elif variant == "left":
+        mask[0, :9] = 0
+    elif variant == "holes":
+        mask[0, 5:9] = 0
+    if variant in ("ones", "right", "left", "holes"):
+        inputs["attention_mask"] = mask
+    if variant == "packed":
+        places = torch.cat([torch.arange(ATTENTION_SEQ - 15), torch.arange(15)])
+        inputs["position_ids"] = places[None].expand(batch, ATTENTION_SEQ)
+    if variant == "square":
+        inputs["attention_mask"] = torch.ones(batch, 1, ATTENTION_SEQ, ATTENTION_SEQ, dtype=torch.bool).tril()
+    return inputs

@@ -19,7 +19,7 @@ from mst_fx.graph import subgraphs, tensors_of
 from mst_fx.masks import BLIND, CAUSAL, FULL, GENERAL, WHOLE, Mask, Vectors, allowed, reach
 from tests.direct import check, rewritten
 from tests.helpers import check_parity, compile_mst, report_of
-from tests.models import ACCEPTED, OTHERS, inputs_of
+from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
 from tools.meter import call_metered, is_available
 
 CHUNK = 8
@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
     "vocab_chunk_rows": 20,
 }
 _BAR = 3e-6
-SEQ = 41  # a prime: no other dimension has this size
+SEQ = ATTENTION_SEQ
 
 # The algebra
 
@@ -313,25 +313,6 @@ def test_short_sequences_are_left_alone() -> None:
 # Hugging Face models
 
 
-def _batch(name: str, batch: int, variant: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    inputs = inputs_of({**ACCEPTED, **OTHERS}[name], batch, SEQ, dtype)
-    mask = torch.ones(batch, SEQ, dtype=torch.long)
-    if variant == "right":
-        mask[0, SEQ - 9 :] = 0
-    elif variant == "left":
-        mask[0, :9] = 0
-    elif variant == "holes":
-        mask[0, 5:9] = 0
-    if variant in ("ones", "right", "left", "holes"):
-        inputs["attention_mask"] = mask
-    if variant == "packed":
-        places = torch.cat([torch.arange(SEQ - 15), torch.arange(15)])
-        inputs["position_ids"] = places[None].expand(batch, SEQ)
-    if variant == "square":
-        inputs["attention_mask"] = torch.ones(batch, 1, SEQ, SEQ, dtype=torch.bool).tril()
-    return inputs
-
-
 def _model(name: str, checkpoint: bool, eager: bool) -> nn.Module:
     model = {**ACCEPTED, **OTHERS}[name].build()
     model.config.use_cache = False  # type: ignore[union-attr]
@@ -369,7 +350,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "batch", "variant", "how", "forms"), CASES)
 def test_hugging_face(name: str, batch: int, variant: str, how: str, forms: list[str] | None) -> None:
     model = _model(name, how == "checkpoint", how == "eager")
-    inputs = _batch(name, batch, variant)
+    inputs = attention_batch(name, batch, variant)
     found = _forms(report_of(model, OPTIONS, **inputs))
     assert len(found) == 2 and (forms is None or found == forms), found
     check_parity(model, inputs, _BAR, _BAR, OPTIONS, **({"dynamic": True} if how == "dynamic" else {}))
@@ -378,7 +359,7 @@ def test_hugging_face(name: str, batch: int, variant: str, how: str, forms: list
 @pytest.mark.slow
 def test_inductor() -> None:
     model = _model("mistral", True, False).float()
-    inputs = _batch("mistral", 3, "left", torch.float32)
+    inputs = attention_batch("mistral", 3, "left", torch.float32)
     check_parity(model, inputs, 1e-5, 1e-5, {**OPTIONS, "inner": "inductor"})
 
 
@@ -386,14 +367,14 @@ def test_inductor() -> None:
 def test_fully_masked_rows_of_eager_attention(name: str) -> None:
     """Left padding: such queries see all keys alike in eager attention, and fused kernels get that wrong."""
     model = _model(name, False, True).float()
-    inputs = _batch(name, 3, "left", torch.float32)
+    inputs = attention_batch(name, 3, "left", torch.float32)
     assert len(_forms(report_of(model, OPTIONS, **inputs))) == 2
     check_parity(model, inputs, 1e-6, 1e-5, OPTIONS)
 
 
 @pytest.mark.parametrize(("name", "variant"), [("t5", ""), ("llama", "square")])
 def test_models_that_are_refused(name: str, variant: str) -> None:
-    model, inputs = _model(name, False, False), _batch(name, 1, variant)
+    model, inputs = _model(name, False, False), attention_batch(name, 1, variant)
     report = report_of(model, OPTIONS, **inputs)
     assert not _forms(report)
     reasons = {r.reason for r in report.refusals if r.kind == "attention"}
@@ -419,7 +400,7 @@ def _graphs(gm: fx.GraphModule) -> Iterator[fx.Graph]:
     ],
 )
 def test_nothing_of_square_size_is_left(name: str, variant: str, how: str) -> None:
-    model, inputs = _model(name, how == "checkpoint", how == "eager"), _batch(name, 1, variant)
+    model, inputs = _model(name, how == "checkpoint", how == "eager"), attention_batch(name, 1, variant)
     graphs: list[fx.Graph] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -443,7 +424,7 @@ def _square(gm: fx.GraphModule) -> Iterator[str]:
 
 def test_logits_stay_the_same_without_gradients() -> None:
     model = _model("mistral", False, False).eval()
-    inputs = _batch("mistral", 2, "left")
+    inputs = attention_batch("mistral", 2, "left")
     with torch.no_grad():
         truth = model(**inputs).logits
         found = compile_mst(model, OPTIONS)(**inputs).logits

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import compile_mst, relative_error, report_of, step, worst_error
-from tests.models import ACCEPTED, inputs_of
+from tests.models import ACCEPTED, attention_batch, inputs_of
 
 pytestmark = pytest.mark.gpu
 
@@ -107,3 +107,17 @@ def test_memory_of_a_head() -> None:
 
     gradients = 2 * (x.numel() + head.numel()) * 4  # as computed in the forward loop, and scaled
     assert _peak(run) <= gradients + 1.3 * rewrite.chunk_bytes
+
+
+@pytest.mark.parametrize("variant", ["", "right", "left", "packed"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_attention(name: str, variant: str) -> None:
+    """float32 on CUDA kernels: causal, sliding window, padding and packed documents."""
+    model = ACCEPTED[name].build().float().cuda()
+    inputs = {key: value.cuda() for key, value in attention_batch(name, 2, variant, torch.float32).items()}
+    options = {"attention_chunk_rows": 8, "passes": ("attention",)}
+    assert [r.kind for r in report_of(model, options, **inputs).rewrites] == ["attention"] * 2
+    loss, grads = step(model, model, inputs)
+    found_loss, found = step(model, compile_mst(model, options), inputs)
+    assert relative_error(found_loss, loss) <= 1e-5
+    assert worst_error(found, grads) <= 1e-4
