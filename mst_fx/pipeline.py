@@ -101,10 +101,7 @@ def run_passes(
     except Exception as error:
         if options.strict:
             raise
-        # A defect of ours must not stop a training run: the graph stays as it was.
-        log.warning("mst-fx left a graph as it was: %s: %s", type(error).__name__, error)
-        log.debug("the defect", exc_info=True)
-        report = Report(graphs=1, refusals=[Refused("graph", "", f"{type(error).__name__}: {error}")])
+        report = Report(graphs=1, refusals=[Refused("graph", "", _defect("everything", error))])
         new, deferred = gm, []
     deferrals: tuple[Deferral, ...] = ()
     outputs = 0
@@ -124,6 +121,14 @@ def run_passes(
     report.seconds = time.perf_counter() - start
     _log(report)
     return Result(new, report, deferrals, outputs)
+
+
+def _defect(what: str, error: Exception) -> str:
+    """Logs a defect of ours, which must not stop a training run: the graph stays as it was."""
+    text = f"{type(error).__name__}: {error}"
+    log.warning("mst-fx skipped %s for a graph: %s", what, text)
+    log.debug("the defect", exc_info=True)
+    return text
 
 
 def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -199,6 +204,11 @@ class _Runner:
                 if self.options.strict:
                     raise
                 self.report.refusals.append(Refused(name, "", str(refusal)))
+                continue
+            except Exception as error:
+                if self.options.strict:
+                    raise
+                self.report.refusals.append(Refused(name, "", _defect(f"the {name} pass", error)))
                 continue
             seconds = time.perf_counter() - start
             log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), seconds)

@@ -81,6 +81,10 @@ class Level:
     call: fx.Node | None = None
     above: Level | None = None
 
+    @property
+    def top(self) -> Level:
+        return self if self.above is None else self.above.top
+
     def resolve(self, node: fx.Node) -> fx.Node:
         """The node a placeholder stands for, as far up as there is one."""
         if (
@@ -418,6 +422,10 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
         known = torch.tensor([[FULL, 0, 0]])
     elif formula == TRUE:
         raise Refusal(f"{site.out.name}: capped scores without a mask, and the sequence is dynamic")
+    is_native = known is not None and int(known[0, 0]) != GENERAL and not site.softcap
+    inside = [node for node in (*key_nodes, *query_nodes) if node.graph is not site.level.top.gm.graph]
+    if inside and not is_native:
+        raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer")
     form = form_name(formula, known, vectors if is_static else None, hint(queries))
     return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form)
 
@@ -642,8 +650,6 @@ def _vector_nodes(
     graph = top.gm.graph
 
     def rows(node: fx.Node, is_key: bool) -> fx.Node:
-        if node.graph is not graph:
-            raise Refusal(f"{node.name} of the mask is computed inside of a checkpointed layer")
         with graph.inserting_before(before):
             return _as_rows(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
 
@@ -763,9 +769,7 @@ def _replace(
     key, values = _ungrouped(site)
     known = understood.known
     is_native = known is not None and int(known[0, 0]) != GENERAL and site.softcap == 0.0
-    top = level
-    while top.above is not None:
-        top = top.above
+    top = level.top
     before = site.out.format_node() or site.out.name
     parts = [site.query, key, values]
     fakes = [tensor_value(part) for part in parts]
