@@ -257,7 +257,9 @@ _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal
 def _fused(level: Level, node: fx.Node) -> Site | None:
     given: dict[str, Any] = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     query, key, values = given["query"], given["key"], given["value"]
-    if not all(isinstance(x, fx.Node) for x in (query, key, values)):
+    if not all(isinstance(x, fx.Node) for x in (query, key, values)) or isinstance(
+        given.get("is_causal"), fx.Node
+    ):
         return None
     fake = tensor_value(query)
     assert fake is not None
@@ -304,7 +306,8 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         return None
     mask = None
     current = step(current.args[0])
-    if current is not None and current.target in (torch.add, operator.add, "add", operator.iadd):
+    adds = (torch.add, operator.add, "add", operator.iadd)
+    if current is not None and current.target in adds and not current.kwargs:
         left, right = current.args[:2]
         scores_first = isinstance(left, fx.Node) and len(left.users) == 1
         mask, current = (right, step(left)) if scores_first else (left, step(right))
@@ -401,6 +404,13 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
     chunk = plan_attention(query.device.type, context.options.attention_chunk_rows)
     if hint(queries) <= chunk:
         return None
+    types = {
+        fake.dtype
+        for fake in map(tensor_value, (site.query, site.key, site.value, site.out))
+        if fake is not None
+    }
+    if len(types) > 1 and not _under_autocast(site):
+        raise Refusal(f"{site.out.name}: query, key, value and output have different types")
     if site.dropout:
         if site.mask is None:
             return None
@@ -428,6 +438,16 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
         raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer")
     form = form_name(formula, known, vectors if is_static else None, hint(queries))
     return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form)
+
+
+def _under_autocast(site: Site) -> bool:
+    fake = tensor_value(site.out)
+    assert fake is not None
+    enters = torch.amp.autocast_mode._enter_autocast
+    graphs = [level.gm.graph for level in _levels(site.level.top)]
+    return torch.is_autocast_enabled(fake.device.type) or any(
+        graph.find_nodes(op="call_function", target=enters) for graph in graphs
+    )
 
 
 def _formula(
@@ -553,61 +573,14 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Any], limit: int) -> Any:
     return known[node]
 
 
-_CONSTANT = {
-    *(
-        "arange",
-        "zeros",
-        "ones",
-        "full",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "zeros_like",
-        "ones_like",
-        "tensor",
-    ),
-    *(
-        "add",
-        "sub",
-        "mul",
-        "floordiv",
-        "floor_divide",
-        "remainder",
-        "mod",
-        "neg",
-        "abs",
-        "clamp",
-        "diff",
-        "cumsum",
-    ),
-    *(
-        "eq",
-        "ne",
-        "le",
-        "lt",
-        "ge",
-        "gt",
-        "and_",
-        "or_",
-        "invert",
-        "logical_and",
-        "logical_or",
-        "logical_not",
-    ),
-    *(
-        "getitem",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "view",
-        "reshape",
-        "flatten",
-        "contiguous",
-        "clone",
-        "cat",
-    ),
-    *("to", "bool", "int", "long", "float", "where", "type", "repeat", "repeat_interleave", "size"),
-}
+_NAMES_OF_CONSTANTS = """
+    arange zeros ones full new_zeros new_ones new_full zeros_like ones_like tensor
+    add sub mul floordiv floor_divide remainder mod neg abs clamp diff cumsum
+    eq ne le lt ge gt and_ or_ invert logical_and logical_or logical_not where
+    getitem unsqueeze squeeze expand view reshape flatten contiguous clone cat repeat repeat_interleave
+    to bool int long float type size
+"""
+_CONSTANT = frozenset(_NAMES_OF_CONSTANTS.split())
 
 
 def _as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
@@ -758,6 +731,18 @@ def _ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:
     return key, values
 
 
+# What does not ask for contiguous values: a view would.
+_ANY_STRIDES = (
+    "transpose",
+    "permute",
+    "reshape",
+    "contiguous",
+    torch.transpose,
+    torch.permute,
+    torch.reshape,
+)
+
+
 def _replace(
     context: PassContext, understood: Understood, reaches: dict[Any, _Reach], counted: set[fx.Node]
 ) -> None:
@@ -815,6 +800,11 @@ def _replace(
                 site.softcap,
                 understood.fill,
             )
+        after = new.format_node() or new.name
+        fake = tensor_value(new)
+        is_safe = all(user.target in _ANY_STRIDES for user in site.out.users)
+        if not is_safe and fake is not None and out.is_contiguous() and not fake.is_contiguous():
+            new = add_call(graph, "contiguous", new)
     for meta in ("nn_module_stack", "stack_trace"):
         if meta in site.out.meta:
             new.meta[meta] = site.out.meta[meta]
@@ -849,7 +839,7 @@ def _replace(
             body="",
             why=f"the mask is {describe(understood.formula)}",
             before=(before,),
-            after=(new.format_node() or new.name,),
+            after=(after,),
             form=understood.form,
         )
     )

@@ -265,6 +265,36 @@ def test_attention_written_out(softcap: float, causal: bool) -> None:
     assert found.gradient == ("recompute" if softcap else "native")
 
 
+def test_a_view_of_the_output_still_works() -> None:
+    """The output written out is contiguous, and a view of it must stay one."""
+
+    class Viewed(WrittenOut):
+        def forward(self, x: Tensor) -> Any:
+            query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+            weights = (query @ key.transpose(2, 3)).softmax(-1)
+            return (weights @ value).view(x.shape[0], -1)
+
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    assert _forms(check(Viewed(), (x,), options=OPTIONS)) == ["full"]
+
+
+@pytest.mark.parametrize("how", ["alpha", "types"])
+def test_attention_written_out_otherwise_is_left_alone(how: str) -> None:
+    class Other(WrittenOut):
+        def forward(self, x: Tensor) -> Any:
+            query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+            scores = query @ key.transpose(2, 3)
+            if how == "alpha":
+                place = torch.arange(x.shape[1])
+                mask = torch.where(place[None, :] <= place[:, None], 0.0, float("-inf"))
+                return torch.add(mask, scores, alpha=3).softmax(-1) @ value
+            return scores.softmax(-1).float() @ value.float()
+
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    report = check(Other(), (x,), options=OPTIONS)
+    assert not report.rewrites and report.refusals
+
+
 def test_weights_that_somebody_reads_are_refused() -> None:
     x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
     report = check(WrittenOut(keep_weights=True), (x,), options=OPTIONS)
