@@ -460,9 +460,15 @@ def writes_in_place(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
 
 
-def is_impure(node: fx.Node) -> bool:
-    """Whether a node without readers must stay."""
-    return node.is_impure() or writes_in_place(node)
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Removes nodes without readers, but not those that write to an argument.
+
+    ``fx.Graph.eliminate_dead_code`` takes a test of impurity, but goes on into sub-graphs (bodies of
+    activation checkpoints) without it, and there removes ``scatter_`` and ``x[i] = y``.
+    """
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not node.is_impure() and not writes_in_place(node):
+            graph.erase_node(node)
 
 
 def mutated_storages(graph: fx.Graph) -> set[int]:

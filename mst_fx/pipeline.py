@@ -17,7 +17,7 @@ from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
-from mst_fx.fold import is_impure
+from mst_fx.fold import eliminate_dead_code
 from mst_fx.graph import VALUE, attribute, copy_tree, fill_values, subgraphs, tensor_value, value
 from mst_fx.logits import Deferral, defer_outputs
 from mst_fx.options import Options, make_options
@@ -109,7 +109,7 @@ def run_passes(
         outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
         deferrals = tuple(_defer(new, node) for node in deferred)
         keep_embeddings_whole(new.graph)
-        new.graph.eliminate_dead_code(is_impure)
+        eliminate_dead_code(new.graph)
         new.graph.lint()
         new.recompile()
         report.before.append(_text(gm))
@@ -134,7 +134,7 @@ def _defect(what: str, error: Exception) -> str:
 def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """A copy of the graph whose nodes know their values and hide nothing in leaf modules."""
     new = copy_tree(gm)
-    new.graph.eliminate_dead_code(is_impure)  # a loss that nobody returns is not worth a loop
+    eliminate_dead_code(new.graph)  # a loss that nobody returns is not worth a loop
     if any(n.op == "call_module" and not _is_graph(gm, n) for n in new.graph.nodes):
         new = _inlined(new)
     nodes = [n for n in new.graph.nodes if n.op not in ("output", "get_attr")]
@@ -215,7 +215,7 @@ class _Runner:
             context.report.rewrites.reverse()  # regions are found last first
             self.report.add(context.report)
             if context.report.rewrites:
-                context.gm.graph.eliminate_dead_code(is_impure)
+                eliminate_dead_code(context.gm.graph)
                 context.gm.recompile()
                 gm, deferred = context.gm, context.deferred or deferred
         return gm, deferred

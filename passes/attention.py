@@ -36,7 +36,7 @@ from mst_fx.attention import takes_groups
 from mst_fx.chunking import PassContext
 from mst_fx.compiler import real_tensors
 from mst_fx.errors import Refusal
-from mst_fx.fold import expression, is_impure, mutated_storages, writes_in_place
+from mst_fx.fold import eliminate_dead_code, expression, mutated_storages, writes_in_place
 from mst_fx.graph import (
     VALUE,
     add_call,
@@ -847,7 +847,7 @@ def _replace(
 
 def _drop_unused_operands(top: Level, body: fx.GraphModule) -> None:
     """Removes dead nodes of a checkpointed body, and the operands that nobody in it reads any more."""
-    body.graph.eliminate_dead_code(is_impure)
+    eliminate_dead_code(body.graph)
     for level in _levels(top):
         if level.gm is not body or level.call is None:
             continue

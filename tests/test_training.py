@@ -22,7 +22,7 @@ from tests.helpers import (
     step,
     worst_error,
 )
-from tests.models import ACCEPTED, inputs_of
+from tests.models import ACCEPTED, OTHERS, inputs_of
 
 _BAR = 1e-5
 LLAMA = ACCEPTED["llama"]
@@ -238,3 +238,47 @@ def test_checkpointed_layers_keep_their_inputs() -> None:
     calls = [event.name for event in profile.events() if event.name.startswith("mst_fx::loop")]
     assert calls.count("mst_fx::loop_backward") == 2
     assert calls.count("mst_fx::loop") == 0
+
+
+def test_writes_in_place_inside_of_checkpointed_layers() -> None:
+    """They have no readers, and must not go as dead code (a router's ``scatter_``, an ``x[i] = y``)."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = torch.zeros_like(x).scatter_(-1, x.detach().topk(4, -1).indices, 1.0)
+            mask = torch.zeros_like(x)
+            mask.scatter_(-1, x.detach().topk(4, -1).indices, 1.0)
+            places = torch.zeros_like(x)
+            places[..., ::2] = 2.0
+            return x + self.down(torch.relu(self.up(x))) * mask + places * chosen
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(), Layer()])
+            self.head = nn.Linear(16, 96)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)  # type: ignore[assignment]
+            return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+    model = Model().double()
+    batch = {
+        "x": torch.randn(2, 33, 16, dtype=torch.float64),
+        "labels": torch.randint(96, (2, 33)),
+    }
+    assert kinds(report_of(model, SMALL_CHUNKS, **batch))["vocab"] == 1
+    check_parity(model, batch, 1e-10, 1e-9)
+
+
+@pytest.mark.slow
+def test_checkpointed_experts() -> None:
+    entry = OTHERS["deepseek_v3"]
+    model = entry.build()
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    check_parity(model, inputs_of(entry, 2, 41), _BAR, _BAR)
