@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mst_fx.compiler import outside_of_kernels
+from mst_fx.graph import SIXTEEN_BITS, sum_dtype
 from mst_fx.masks import BLIND, CAUSAL, FULL, WHOLE, Mask, Vectors, allowed, parse, reach
-
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 @torch.library.custom_op(
@@ -78,7 +77,7 @@ def takes_groups(query: Tensor, value: Tensor) -> bool:
         return False
     if query.device.type == "cpu":
         return True
-    return query.dtype in _SIXTEEN_BITS and query.shape[3] <= 256 and query.shape[3] % 8 == 0
+    return query.dtype in SIXTEEN_BITS and query.shape[3] <= 256 and query.shape[3] % 8 == 0
 
 
 class _Form:
@@ -134,8 +133,7 @@ def _attend(
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    wide = torch.float32 if scores.dtype in _SIXTEEN_BITS else scores.dtype
-    weights = torch.softmax(scores, -1, dtype=wide).to(query.dtype)
+    weights = torch.softmax(scores, -1, dtype=sum_dtype(scores.dtype)).to(query.dtype)
     if hidden is not None:  # a query that sees no key: 0, as of fused kernels
         weights = weights.masked_fill(hidden, 0.0)
     return torch.matmul(weights, value)
@@ -231,12 +229,7 @@ def attention_backward(
         formula, vectors = parse(mask), Vectors(keys, queries)
         grad_query = query.new_empty(query.shape)
         # Every chunk adds to the keys it reaches: in float32, so that many chunks lose nothing.
-        sums = [
-            torch.zeros(
-                x.shape, dtype=torch.float32 if x.dtype in _SIXTEEN_BITS else x.dtype, device=x.device
-            )
-            for x in (key, value)
-        ]
+        sums = [torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) for x in (key, value)]
         for place in form.chunks:
             start, end, first, last, kind = place
             if first >= last:

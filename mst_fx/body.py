@@ -29,14 +29,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mst_fx.compiler import Compiled, compile_body, decompositions, outside_of_kernels
 from mst_fx.errors import Refusal
 from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, static_sizes
-from mst_fx.graph import tensor_value, tensors_of, value
+from mst_fx.graph import SIXTEEN_BITS, sum_dtype, tensor_value, tensors_of, value
 from mst_fx.region import Region
 from mst_fx.rows import SUMMED, Row, RowTracer
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +135,7 @@ class Body:
     def accumulator_dtype(self, index: int) -> torch.dtype:
         """The type in which the gradient of shared input ``index`` is summed."""
         dtype = self.shared[index].dtype
-        if self.config.accumulate != "weight" and dtype in _SIXTEEN_BITS:
-            return torch.float32
-        return dtype
+        return dtype if self.config.accumulate == "weight" else sum_dtype(dtype)
 
     @functools.cached_property
     def inside_bytes_a_row(self) -> int:
@@ -403,7 +399,7 @@ def _shape(node: Any) -> list[str]:
 
 def _is_narrowing(node: fx.Node) -> bool:
     source, out = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
-    return source == torch.float32 and out in _SIXTEEN_BITS
+    return source == torch.float32 and out in SIXTEEN_BITS
 
 
 def _in_float32(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -415,7 +411,7 @@ def _in_float32(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return _derived(graph, node, (source, *node.args[1:]), node.kwargs)
     if node.target in _CASTS and _is_narrowing(node):
         return node.args[0]  # type: ignore[return-value]
-    if node.target is aten.sum.dim_IntList and node.meta["val"].dtype in _SIXTEEN_BITS:
+    if node.target is aten.sum.dim_IntList and node.meta["val"].dtype in SIXTEEN_BITS:
         return _derived(graph, node, node.args, {**node.kwargs, "dtype": torch.float32})
     return node
 

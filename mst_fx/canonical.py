@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.graph import add_call, tensor_value
+from mst_fx.graph import add_call, sum_dtype, tensor_value
 
 aten = torch.ops.aten
 
@@ -211,7 +211,7 @@ def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | int | None) -> 
     With a count of 0 the value is NaN and the gradient 0, as in eager: hence not a plain division.
     """
     dtype = tensor_value(losses).dtype  # type: ignore[union-attr]
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    wide = sum_dtype(dtype)
     total = add_call(graph, "sum", losses, dtype=wide)
     if count is not None:
         if isinstance(count, int) or tensor_value(count) is None:  # a number of elements

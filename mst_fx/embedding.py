@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mst_fx.graph import add_call, tensor_value
-
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+from mst_fx.graph import SIXTEEN_BITS, add_call, tensor_value
 
 
 @torch.library.custom_op("mst_fx::embedding", mutates_args=())
@@ -74,7 +72,7 @@ def keep_embeddings_whole(graph: fx.Graph) -> None:
         )
         given |= node.kwargs
         fake = tensor_value(weight) if isinstance(weight, fx.Node) else None
-        if fake is None or fake.dtype not in _SIXTEEN_BITS or not fake.requires_grad:
+        if fake is None or fake.dtype not in SIXTEEN_BITS or not fake.requires_grad:
             continue
         if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
             continue

@@ -170,7 +170,7 @@ class Folder:
             if shape is not None:
                 source = arg(node.args[0])  # type: ignore[arg-type]
                 return source.expand(shape) if node.target in _EXPANDS else torch.reshape(source, shape)
-        if node.target in _DROPOUTS and _keeps_all(node):
+        if is_identity_dropout(node):
             return arg(node.args[0])  # type: ignore[arg-type]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), arg)
         return call(node.op, node.target, args, kwargs)
@@ -185,8 +185,10 @@ def _is_dtype_view(node: fx.Node) -> bool:
     return len(node.args) > 1 and isinstance(node.args[1], torch.dtype)
 
 
-def _keeps_all(node: fx.Node) -> bool:
+def is_identity_dropout(node: fx.Node) -> bool:
     """Whether a dropout is the identity: probability 0, or not training."""
+    if node.target not in _DROPOUTS:
+        return False
     default = _DROPOUTS[node.target]
     p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", default)
     training = (

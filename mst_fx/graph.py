@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 VALUE = "example_value"  # the meta key under which Dynamo keeps a node's fake value
 
 
@@ -42,6 +43,11 @@ def hint(size: Any) -> int:
     if isinstance(size, torch.SymInt):
         return int(size.node.hint)
     return int(size)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which values of a type are summed: float32 for 16-bit ones."""
+    return torch.float32 if dtype in SIXTEEN_BITS else dtype
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

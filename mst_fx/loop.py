@@ -34,8 +34,7 @@ from torch import Tensor
 
 from mst_fx.body import Body, CompiledBody, GradientPlan, OutputMeta, TensorMeta, Term
 from mst_fx.body import body as body_of
-
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+from mst_fx.graph import sum_dtype
 
 
 def chunk_bounds(rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
@@ -108,7 +107,7 @@ class _Outputs:
     def __init__(self, metas: Sequence[OutputMeta], shapes: Sequence[Sequence[int]]) -> None:
         self._metas = metas
         self._tensors = [
-            torch.zeros(shape, dtype=_sum_dtype(meta.dtype), device=meta.device)
+            torch.zeros(shape, dtype=sum_dtype(meta.dtype), device=meta.device)
             if meta.is_sum
             else torch.empty(shape, dtype=meta.dtype, device=meta.device)
             for meta, shape in zip(metas, shapes, strict=True)
@@ -127,10 +126,6 @@ class _Outputs:
 
     def result(self) -> list[Tensor]:
         return [t.to(meta.dtype) for t, meta in zip(self._tensors, self._metas, strict=True)]
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _SIXTEEN_BITS else dtype
 
 
 class _Gradients:
@@ -242,7 +237,7 @@ def loop_list(
 
 
 @loop_list.register_fake
-def _(
+def _loop_fakes(
     rows: list[Tensor],
     shared: list[Tensor],
     body: str,
@@ -258,28 +253,14 @@ def _(
     mutates_args=(),
     schema=_LOOP_SCHEMA + " -> Tensor",
 )
-def loop(
-    rows: list[Tensor],
-    shared: list[Tensor],
-    body: str,
-    chunk_rows: int,
-    backward_rows: int,
-    lead: list[int],
-) -> Tensor:
-    (output,) = loop_list(rows, shared, body, chunk_rows, backward_rows, lead)
+def loop(*args: Any) -> Tensor:
+    (output,) = loop_list(*args)
     return output
 
 
 @loop.register_fake
-def _(
-    rows: list[Tensor],
-    shared: list[Tensor],
-    body: str,
-    chunk_rows: int,
-    backward_rows: int,
-    lead: list[int],
-) -> Tensor:
-    (output,) = _output_fakes(body_of(body), rows, lead)
+def _(*args: Any) -> Tensor:
+    (output,) = _loop_fakes(*args)
     return output
 
 

@@ -181,12 +181,9 @@ def _interval(mask: Mask, vectors: Vectors, queries: int, keys: int, device: tor
     def filled(number: int) -> Tensor:
         return torch.full((1, 1), number, dtype=torch.int64, device=device)
 
-    def certain(flag: bool) -> Tensor:
-        return torch.full((), flag, device=device)  # a copy from the host would wait for the device
-
     kind = mask[0]
-    if kind == "constant":
-        return _Interval(filled(0), filled(keys if mask[1] else 0), certain(True))
+    if kind == "constant":  # filled on the device: a copy from the host would wait for it
+        return _Interval(filled(0), filled(keys if mask[1] else 0), torch.full((), True, device=device))
     if kind == "compare":
         _, op, left, right, offset = mask
         if left and right:
@@ -261,10 +258,10 @@ def _sees_something(
     padding = [
         p for p in parts if p[0] in ("true", "not") and (p[1] if p[0] == "true" else p[1][1])[0] == "k"
     ]
-    rest = joined("and", [p for p in parts if p not in padding])
-    interval = _interval(rest, vectors, queries, keys, device)
     if not padding:
         return found.exact & (found.lo < found.hi)
+    rest = joined("and", [p for p in parts if p not in padding])
+    interval = _interval(rest, vectors, queries, keys, device)
     visible = torch.ones((1, keys), dtype=torch.bool, device=device)
     for part in padding:
         visible = visible & allowed(part, vectors, 0, queries, 0, keys, device)[:, 0]
@@ -371,7 +368,7 @@ def _part_name(mask: Mask) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Number:
-    """``sign * vector + offset``, of key or query vectors; without a vector a number."""
+    """A key or query vector plus an offset; without a vector a number."""
 
     name: str = ""
     offset: int = 0
@@ -393,7 +390,6 @@ class Reader:
 
     Args:
         queries, keys: Q and K, ints or Dynamo's symbolic integers.
-        batch: B.
         resolve: maps a node to the node it stands for (a placeholder of a checkpointed body to the
             operand of its call); the identity otherwise.
         constant: the value of a node that depends on no input; None for others.

@@ -36,7 +36,13 @@ from mst_fx.attention import takes_groups
 from mst_fx.chunking import PassContext
 from mst_fx.compiler import real_tensors
 from mst_fx.errors import Refusal
-from mst_fx.fold import eliminate_dead_code, expression, mutated_storages, writes_in_place
+from mst_fx.fold import (
+    eliminate_dead_code,
+    expression,
+    is_identity_dropout,
+    mutated_storages,
+    writes_in_place,
+)
 from mst_fx.graph import (
     VALUE,
     add_call,
@@ -283,7 +289,6 @@ def _fused(level: Level, node: fx.Node) -> Site | None:
 _MATMULS = (torch.matmul, operator.matmul, "matmul", torch.bmm, aten.matmul.default)
 _SOFTMAXES = (F.softmax, torch.softmax, "softmax", aten.softmax.int)
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
-_DROPOUTS = (F.dropout, torch.dropout)
 
 
 def _eager(level: Level, node: fx.Node) -> Site | None:
@@ -300,7 +305,7 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         return current
 
     current = step(node.args[0])
-    while current is not None and (current.target in _CASTS or _is_identity_dropout(current)):
+    while current is not None and (current.target in _CASTS or is_identity_dropout(current)):
         current = step(current.args[0])
     if current is None or current.target not in _SOFTMAXES or not _is_last_dim(current):
         return None
@@ -380,14 +385,6 @@ def _is_last_dim(node: fx.Node) -> bool:
     return dim in (-1, 3)
 
 
-def _is_identity_dropout(node: fx.Node) -> bool:
-    if node.target not in _DROPOUTS:
-        return False
-    p: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-    return bool(p == 0) or training is False
-
-
 # What its mask says
 
 
@@ -432,12 +429,16 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
         known = torch.tensor([[FULL, 0, 0]])
     elif formula == TRUE:
         raise Refusal(f"{site.out.name}: capped scores without a mask, and the sequence is dynamic")
-    is_native = known is not None and int(known[0, 0]) != GENERAL and not site.softcap
     inside = [node for node in (*key_nodes, *query_nodes) if node.graph is not site.level.top.gm.graph]
-    if inside and not is_native:
+    if inside and not _is_native(site, known):
         raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer")
     form = form_name(formula, known, vectors if is_static else None, hint(queries))
     return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form)
+
+
+def _is_native(site: Site, known: Tensor | None) -> bool:
+    """Whether torch's own kernel has the form of the mask."""
+    return known is not None and int(known[0, 0]) != GENERAL and not site.softcap
 
 
 def _under_autocast(site: Site) -> bool:
@@ -753,7 +754,7 @@ def _replace(
     assert out is not None and query is not None
     key, values = _ungrouped(site)
     known = understood.known
-    is_native = known is not None and int(known[0, 0]) != GENERAL and site.softcap == 0.0
+    is_native = _is_native(site, known)
     top = level.top
     before = site.out.format_node() or site.out.name
     parts = [site.query, key, values]
