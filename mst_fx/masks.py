@@ -7,8 +7,8 @@ formula is data, so nothing of S² elements is left. From formula and vectors fo
 :func:`allowed`
     the mask of some queries and some keys, when a chunk needs it;
 :func:`reach`
-    which keys each chunk of queries can see at all, and whether the whole mask is causal or all true:
-    by sorting and searching in the vectors, in O(S log S).
+    which keys each chunk of queries can see at all, and whether the whole mask is causal, all true, or a
+    window within spans of tokens: by sorting and searching in the vectors, in O(S log S).
 
 Forms, with ``k0``, ``q0`` … the vectors (and an offset that is added to the second operand)::
 
@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -272,17 +272,39 @@ def _sees_something(
     return interval.exact & (counts.gather(1, hi) > counts.gather(1, lo))
 
 
-GENERAL, CAUSAL, FULL = 0, 1, 2
+GENERAL, CAUSAL, FULL, SPANS = 0, 1, 2, 3
 PARTIAL, WHOLE, BLIND = 0, 1, 2
+HEADER = 2  # rows of a reach before those of its chunks
 
 
-def reach(mask: Mask, vectors: Vectors, queries: int, keys: int, chunk: int, is_finite: bool) -> Tensor:
-    """Which keys each chunk of queries can see: int64 ``[1 + chunks, 3]`` on the vectors' device.
+class Reach(NamedTuple):
+    """Which keys the queries of a mask can see; on the vectors' device.
 
-    Row 0 is ``(form, 0, 0)`` with form one of :data:`GENERAL`, :data:`CAUSAL`, :data:`FULL`; row 1 + i is
-    ``(first, last, kind)``: all keys that chunk i sees lie in ``first <= k < last``, and kind is
-    :data:`WHOLE` if each of its queries sees them all, :data:`BLIND` if some query may see none and
-    masked scores are finite, otherwise :data:`PARTIAL`.
+    Attributes:
+        rows: int64 ``[HEADER + chunks, 3]``. Row 0 is ``(form, left, right)`` with form one of
+            :data:`GENERAL`, :data:`CAUSAL`, :data:`FULL` and :data:`SPANS`; row 1 ``(spans, longest, even)``.
+            Row ``HEADER + i`` is ``(first, last, kind)``: all keys that chunk i sees lie in
+            ``first <= k < last``, and kind is :data:`WHOLE` if each of its queries sees them all,
+            :data:`BLIND` if some query may see none and masked scores are finite, otherwise
+            :data:`PARTIAL`.
+        starts: int32 ``[b·Q + 1]``: where each span starts among the b·Q tokens, then b·Q.
+
+    Form :data:`SPANS`: the tokens fall into spans that see nothing of each other, and within its span a
+    query sees ``left`` tokens before itself and ``right`` after it (-1: all). There are ``spans`` of them in
+    all b sequences, the longest of ``longest`` tokens; ``even``: each starts at a multiple of ``longest``.
+    """
+
+    rows: Tensor
+    starts: Tensor
+
+
+def native(form: int) -> Tensor:
+    """The rows of a form that needs no chunks."""
+    return torch.tensor([[form, 0, 0], [0, 0, 0]])
+
+
+def reach(mask: Mask, vectors: Vectors, queries: int, keys: int, chunk: int, is_finite: bool) -> Reach:
+    """Which keys each chunk of queries can see.
 
     Args:
         is_finite: a masked score is a finite number, as when ``finfo.min`` is added: a query that sees
@@ -299,7 +321,10 @@ def reach(mask: Mask, vectors: Vectors, queries: int, keys: int, chunk: int, is_
     place = torch.arange(queries, device=device)
     is_full = exact & (lo == 0).all() & (hi == keys).all()
     is_causal = exact & (lo == 0).all() & (hi == place + 1).all() & (queries == keys)
-    form = torch.where(is_full, FULL, torch.where(is_causal, CAUSAL, GENERAL))
+    is_spans, header, starts = _spans(lo, hi, place)
+    is_spans = is_spans & exact & (queries == keys)
+    form = torch.where(is_spans, SPANS, GENERAL)
+    form = torch.where(is_full, FULL, torch.where(is_causal, CAUSAL, form))
     chunks = -(-queries // chunk)
     padding = chunks * chunk - queries
     is_empty = lo >= hi
@@ -320,16 +345,40 @@ def reach(mask: Mask, vectors: Vectors, queries: int, keys: int, chunk: int, is_
     whole = exact & (highest == first) & (lowest == last)
     kind = torch.where(whole, WHOLE, PARTIAL)
     kind = torch.where(split(blind.to(torch.int64), 0).amax(-1) > 0, BLIND, kind)
-    rows = torch.stack([first, last, kind], 1)
-    head = torch.stack([form, torch.zeros_like(form), torch.zeros_like(form)])[None]
-    return torch.cat([head, rows])
+    head = torch.stack([form, *header]).view(HEADER, 3)
+    return Reach(torch.cat([head, torch.stack([first, last, kind], 1)]), starts)
+
+
+def _spans(lo: Tensor, hi: Tensor, place: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Whether intervals ``[b, Q]`` are those of :data:`SPANS`; the rest of the header; the starts."""
+    size = place.numel()
+
+    def least_from(x: Tensor) -> Tensor:  # of each place and those after it
+        return x.flip(1).cummin(1).values.flip(1)
+
+    seen_before = torch.nn.functional.pad(hi.cummax(1).values[:, :-1], (1, 0))
+    is_start = (seen_before <= place) & (least_from(lo) >= place)
+    start = torch.where(is_start, place, 0).cummax(1).values
+    end = least_from(torch.nn.functional.pad(torch.where(is_start, place, size)[:, 1:], (0, 1), value=size))
+    left, right, longest = (place - lo).amax(), (hi - 1 - place).amax(), (end - start).amax()
+    fits = (lo == torch.maximum(start, place - left)) & (hi == torch.minimum(end, place + 1 + right))
+    is_spans = fits.all() & (left >= 0) & (right >= 0)
+    left, right = (torch.where(reached >= longest - 1, -1, reached) for reached in (left, right))
+    even = (is_start == (place % longest == 0)).all().to(torch.int64)
+    flat = is_start.flatten()
+    total = flat.numel()
+    starts = torch.full((total + 1,), total, dtype=torch.int32, device=place.device)
+    count = flat.cumsum(0)
+    index = torch.arange(total, dtype=torch.int32, device=place.device)
+    starts.scatter_(0, torch.where(flat, count - 1, total), torch.where(flat, index, total))
+    return is_spans, [left, right, count[-1], longest, even], starts
 
 
 def form_name(mask: Mask, found: Tensor | None, vectors: Vectors | None, queries: int) -> str:
     """The form in words, for the report: what is known when the graph is compiled."""
     if found is not None:
         form = int(found[0, 0])
-        if form != GENERAL:
+        if form in (CAUSAL, FULL):
             return {CAUSAL: "causal", FULL: "full"}[form]
     if vectors is not None:
         exact = _interval(mask, vectors, queries, queries, torch.device("cpu"))

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from mst_fx.attention import takes_groups
+from mst_fx import attention as _ops  # noqa: F401  (registers them)
 from mst_fx.chunking import PassContext
 from mst_fx.compiler import real_tensors
 from mst_fx.errors import Refusal
@@ -55,10 +55,10 @@ from mst_fx.graph import (
     tensors_of,
     value,
 )
+from mst_fx.kernels import is_fused
 from mst_fx.masks import (
     CAUSAL,
     FULL,
-    GENERAL,
     TRUE,
     Mask,
     Reader,
@@ -67,6 +67,7 @@ from mst_fx.masks import (
     form_name,
     joined,
     names,
+    native,
     op_name,
     reach,
     renamed,
@@ -414,9 +415,9 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
         raise Refusal(f"{site.out.name}: attention weights are dropped at random")
     is_static = isinstance(queries, int) and isinstance(keys, int)
     if site.causal and site.mask is None:
-        if _ungrouped(site) == (site.key, site.value):
+        if _ungrouped(site) == (site.key, site.value) and not _is_ours(site):
             return None
-        return Understood(site, TRUE, 0.0, [], [], chunk, torch.tensor([[CAUSAL, 0, 0]]), "causal")
+        return Understood(site, TRUE, 0.0, [], [], chunk, native(CAUSAL), "causal")
     if site.causal:
         return None
     if site.mask is None and not site.is_eager and _ungrouped(site) == (site.key, site.value):
@@ -424,9 +425,9 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
     formula, fill, key_nodes, query_nodes, vectors = _formula(site, queries, keys, mutated)
     known = None
     if vectors is not None and is_static:
-        known = reach(formula, vectors, queries, keys, chunk, fill != 0.0)
+        known = reach(formula, vectors, queries, keys, chunk, fill != 0.0).rows
     elif formula == TRUE and not site.softcap:
-        known = torch.tensor([[FULL, 0, 0]])
+        known = native(FULL)
     elif formula == TRUE:
         raise Refusal(f"{site.out.name}: capped scores without a mask, and the sequence is dynamic")
     inside = [node for node in (*key_nodes, *query_nodes) if node.graph is not site.level.top.gm.graph]
@@ -438,7 +439,16 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
 
 def _is_native(site: Site, known: Tensor | None) -> bool:
     """Whether torch's own kernel has the form of the mask."""
-    return known is not None and int(known[0, 0]) != GENERAL and not site.softcap
+    return known is not None and int(known[0, 0]) in (CAUSAL, FULL) and not site.softcap
+
+
+def _is_ours(site: Site) -> bool:
+    """Whether :mod:`mst_fx.attention` runs the kernel that torch would run, and does better: on a GPU its
+    backward pass takes a few heads at a time, and no random state is kept for dropout that is none."""
+    query, value, out = map(tensor_value, (site.query, site.value, site.out))
+    if query is None or value is None or out is None:
+        return False
+    return is_fused(query, value, out.dtype)
 
 
 def _under_autocast(site: Site) -> bool:
@@ -495,7 +505,7 @@ def _formula(
         vectors = of(used)
         if vectors is None or not used or not isinstance(queries, int) or not isinstance(keys, int):
             return False
-        return int(reach(alone, vectors, queries, keys, queries, False)[0, 0]) == FULL
+        return int(reach(alone, vectors, queries, keys, queries, False).rows[0, 0]) == FULL
 
     parts = formula[1:] if formula[0] == "and" else (formula,)
     formula, used = numbered(joined("and", [part for part in parts if not is_true(part)]))
@@ -610,12 +620,23 @@ def _as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) 
 
 @dataclasses.dataclass(frozen=True)
 class _Reach:
-    """Nodes of the program's graph: the vectors of a formula, and the reach tensor with the place in it."""
+    """Nodes of the program's graph: the vectors of a formula, what ``mask_reach`` gives, and the place in it."""
 
-    keys: tuple[fx.Node, ...]
-    queries: tuple[fx.Node, ...]
-    reach: fx.Node | None
-    which: int
+    keys: tuple[fx.Node, ...] = ()
+    queries: tuple[fx.Node, ...] = ()
+    rows: fx.Node | None = None
+    starts: fx.Node | None = None
+    which: int = 0
+
+    def imported(self, level: Level) -> _Reach:
+        """The same nodes in a graph below."""
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(level.imported, self.keys)),
+            queries=tuple(map(level.imported, self.queries)),
+            rows=level.imported(self.rows) if self.rows is not None else None,
+            starts=level.imported(self.starts) if self.starts is not None else None,
+        )
 
 
 def _vector_nodes(
@@ -689,7 +710,8 @@ def _add_reach(top: Level, group: dict[Any, Understood], order: dict[fx.Node, in
         node = add_call(
             graph, torch.ops.mst_fx.mask_reach.default, keys, queries, masks, *sizes, chunk, finite
         )
-    return {key: _Reach(*members[key], node, index) for index, key in enumerate(members)}
+        rows, starts = (add_call(graph, operator.getitem, node, i) for i in range(2))
+    return {key: _Reach(*members[key], rows, starts, index) for index, key in enumerate(members)}
 
 
 def _size_node(graph: fx.Graph, size: Any, vectors: Sequence[fx.Node]) -> Any:
@@ -723,8 +745,8 @@ def _ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:
         return node
 
     key, values = source(site.key), source(site.value)
-    query, wide = tensor_value(site.query), tensor_value(values)
-    if query is None or wide is None or not takes_groups(query, wide):
+    query, wide, out = map(tensor_value, (site.query, values, site.out))
+    if query is None or wide is None or out is None or not is_fused(query, wide, out.dtype):
         return site.key, site.value
     fakes = [tensor_value(key), tensor_value(values)]
     if fakes[0] is None or fakes[1] is None or fakes[0].shape[1] != fakes[1].shape[1]:
@@ -760,39 +782,32 @@ def _replace(
     parts = [site.query, key, values]
     fakes = [tensor_value(part) for part in parts]
     grouped = fakes[0].shape[1] != fakes[1].shape[1]  # type: ignore[union-attr]
-    vectors = _Reach((), (), None, 0)
-    if not is_native:
-        if known is None:
-            vectors = reaches[_key_of(understood)]
-        elif understood.keys or understood.queries:
-            nodes = _vector_nodes(top, understood, level.at_top(site.out))
-            vectors = _Reach(*nodes, None, 0)
-        vectors = _Reach(
-            tuple(level.imported(n) for n in vectors.keys),
-            tuple(level.imported(n) for n in vectors.queries),
-            level.imported(vectors.reach) if vectors.reach is not None else None,
-            vectors.which,
-        )
+    vectors = _Reach()
+    if known is None:
+        vectors = reaches[_key_of(understood)].imported(level)
+    elif not is_native and (understood.keys or understood.queries):
+        vectors = _Reach(*_vector_nodes(top, understood, level.at_top(site.out))).imported(level)
     with graph.inserting_before(site.out):
         # Under autocast the fused call casts; the eager one has cast where it multiplied.
         cast = [
             part if fake is not None and fake.dtype == out.dtype else add_call(graph, "to", part, out.dtype)
             for part, fake in zip(parts, fakes, strict=True)
         ]
-        if is_native:
+        if is_native and not _is_ours(site):
             assert known is not None
             kwargs: dict[str, Any] = {"is_causal": int(known[0, 0]) == CAUSAL, "scale": site.scale}
             if grouped:
                 kwargs["enable_gqa"] = True
             new = add_call(graph, F.scaled_dot_product_attention, *cast, **kwargs)
         else:
-            new = add_call(
+            both = add_call(
                 graph,
                 torch.ops.mst_fx.attention.default,
                 *cast,
                 list(vectors.keys),
                 list(vectors.queries),
-                vectors.reach,
+                vectors.rows,
+                vectors.starts,
                 known.flatten().tolist() if known is not None else [],
                 repr(understood.formula),
                 vectors.which,
@@ -801,6 +816,7 @@ def _replace(
                 site.softcap,
                 understood.fill,
             )
+            new = add_call(graph, operator.getitem, both, 0)
         after = new.format_node() or new.name
         fake = tensor_value(new)
         is_safe = all(user.target in _ANY_STRIDES for user in site.out.users)

@@ -16,7 +16,7 @@ import mst_fx
 from mst_fx import masks
 from mst_fx.attention import attention, mask_reach
 from mst_fx.graph import subgraphs, tensors_of
-from mst_fx.masks import BLIND, CAUSAL, FULL, GENERAL, WHOLE, Mask, Vectors, allowed, reach
+from mst_fx.masks import BLIND, CAUSAL, FULL, GENERAL, HEADER, SPANS, WHOLE, Mask, Vectors, allowed, reach
 from tests.direct import check, rewritten
 from tests.helpers import check_parity, compile_mst, report_of
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
@@ -96,12 +96,14 @@ def test_reach_holds_all_that_is_allowed(
     assert masks.parse(repr(mask)) == mask
     whole = allowed(mask, vectors, 0, queries, 0, keys, torch.device("cpu")).expand(batch, queries, keys)
     found = reach(mask, vectors, queries, keys, CHUNK, is_finite)
-    form = int(found[0, 0])
+    form = int(found.rows[0, 0])
     if form == FULL:
         assert whole.all()
     elif form == CAUSAL:
         assert torch.equal(whole, torch.ones_like(whole).tril())
-    for index, (first, last, kind) in enumerate(found[1:].tolist()):
+    elif form == SPANS:
+        assert torch.equal(whole, _spans_written_out(found, batch, queries))
+    for index, (first, last, kind) in enumerate(found.rows[HEADER:].tolist()):
         rows = whole[:, index * CHUNK : (index + 1) * CHUNK]
         outside = torch.ones(keys, dtype=torch.bool)
         outside[first:last] = False
@@ -112,15 +114,80 @@ def test_reach_holds_all_that_is_allowed(
             assert kind == BLIND and (first, last) == (0, keys)
 
 
+def _spans_written_out(found: masks.Reach, batch: int, size: int) -> Tensor:
+    """The mask ``[B, Q, Q]`` that a kernel for spans runs with the header and the starts."""
+    (_, left, right), (spans, longest, even) = found.rows[:HEADER].tolist()
+    starts = found.starts[: spans + 1].long()
+    count = found.starts.numel() - 1
+    assert starts[0] == 0 and starts[-1] == count and int(starts.diff().max()) == longest
+    if even:
+        each = torch.arange(0, size, longest)
+        assert torch.equal(starts[:-1], torch.cat([each + first for first in range(0, count, size)]))
+    span = torch.searchsorted(starts, torch.arange(count), right=True)
+    place = torch.arange(count)
+    distance = place[:, None] - place
+    seen = span[:, None] == span
+    if left >= 0:
+        seen &= distance <= left
+    if right >= 0:
+        seen &= distance >= -right
+    blocks = [seen[first : first + size, first : first + size] for first in range(0, count, size)]
+    assert int(seen.sum()) == sum(int(block.sum()) for block in blocks), "no span crosses a sequence"
+    return torch.stack(blocks).expand(batch, size, size)
+
+
+CAUSAL_MASK = ("compare", "le", "k0", "q0", 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "left", "right", "longest"),
+    [
+        (("compare", "gt", "k0", "q0", -4), 3, 0, 24),
+        (("compare", "eq", "k1", "q1", 0), -1, 0, None),
+        (("and", ("compare", "eq", "k1", "q1", 0), ("compare", "gt", "k0", "q0", -3)), 2, 0, None),
+    ],
+    ids=["window", "documents", "both"],
+)
+def test_spans_are_seen(part: Mask, left: int, right: int, longest: int | None) -> None:
+    vectors = _vectors((2, 24, 24), 0)
+    documents = vectors.keys[1]
+    vectors = Vectors(vectors.keys, [vectors.queries[0], documents])
+    found = reach(masks.joined("and", [CAUSAL_MASK, part]), vectors, 24, 24, CHUNK, False)
+    assert found.rows[0].tolist() == [SPANS, left, right]
+    if longest is None:
+        runs = [row.unique_consecutive(return_counts=True)[1] for row in documents]
+        assert found.rows[1].tolist() == [sum(map(len, runs)), max(int(r.max()) for r in runs), 0]
+    _spans_written_out(found, 2, 24)
+
+
+def test_documents_of_both_directions_and_even_ones_are_spans() -> None:
+    documents = (torch.arange(24) // 8)[None]
+    vectors = Vectors([torch.arange(24)[None], documents], [torch.arange(24)[None], documents])
+    found = reach(("compare", "eq", "k1", "q1", 0), vectors, 24, 24, CHUNK, False)
+    assert found.rows[:HEADER].tolist() == [[SPANS, -1, -1], [3, 8, 1]]
+    assert found.starts[:4].tolist() == [0, 8, 16, 24]
+
+
+def test_padding_and_holes_are_no_spans() -> None:
+    size = 24
+    for padding in (torch.arange(size) < 20, torch.arange(size) > 3, torch.arange(size) != 9):
+        vectors = Vectors([torch.arange(size)[None], padding[None]], [torch.arange(size)[None]])
+        mask = ("and", CAUSAL_MASK, ("true", "k1"))
+        assert int(reach(mask, vectors, size, size, CHUNK, False).rows[0, 0]) == GENERAL
+
+
 def test_plain_forms_are_seen() -> None:
     vectors = _vectors((2, 24, 24), 0)
     causal = ("compare", "le", "k0", "q0", 0)
-    assert int(reach(causal, vectors, 24, 24, CHUNK, False)[0, 0]) == CAUSAL
-    assert int(reach(masks.TRUE, vectors, 24, 24, CHUNK, False)[0, 0]) == FULL
+    assert int(reach(causal, vectors, 24, 24, CHUNK, False).rows[0, 0]) == CAUSAL
+    assert int(reach(masks.TRUE, vectors, 24, 24, CHUNK, False).rows[0, 0]) == FULL
     for almost in (1, -1, -24):
-        assert int(reach((*causal[:4], almost), vectors, 24, 24, CHUNK, False)[0, 0]) == GENERAL
+        assert int(reach((*causal[:4], almost), vectors, 24, 24, CHUNK, False).rows[0, 0]) not in (
+            CAUSAL,
+            FULL,
+        )
     window = reach(("and", causal, ("compare", "gt", "k0", "q0", -4)), vectors, 24, 24, CHUNK, False)
-    assert window[1:, :2].tolist() == [[0, 8], [5, 16], [13, 24]], "only the keys in reach"
+    assert window.rows[HEADER:, :2].tolist() == [[0, 8], [5, 16], [13, 24]], "only the keys in reach"
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -146,9 +213,9 @@ def test_op(mask: Mask, groups: int, softcap: float) -> None:
         torch.randn(batch, 4 // groups, size, width, dtype=torch.float64, requires_grad=True)
         for _ in range(2)
     )
-    chunks = mask_reach(list(vectors.keys), list(vectors.queries), [repr(mask)], size, size, CHUNK, [False])
+    reaches = mask_reach(list(vectors.keys), list(vectors.queries), [repr(mask)], size, size, CHUNK, [False])
     rest: Any = ([], repr(mask), 0, CHUNK, 0.3, softcap, 0.0)
-    out = attention(query, key, value, list(vectors.keys), list(vectors.queries), chunks, *rest)
+    out, _ = attention(query, key, value, list(vectors.keys), list(vectors.queries), *reaches, *rest)
 
     visible = allowed(mask, vectors, 0, size, 0, size, torch.device("cpu")).expand(batch, -1, -1)[:, None]
     scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * 0.3

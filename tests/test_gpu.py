@@ -8,7 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
+from mst_fx import kernels
+from mst_fx.attention import attention, mask_reach
+from mst_fx.masks import CAUSAL, FULL, GENERAL, SPANS, Vectors, allowed
 from tests.helpers import compile_mst, relative_error, report_of, step, worst_error
 from tests.models import ACCEPTED, attention_batch, inputs_of
 
@@ -121,3 +126,74 @@ def test_attention(name: str, variant: str) -> None:
     found_loss, found = step(model, compile_mst(model, options), inputs)
     assert relative_error(found_loss, loss) <= 1e-5
     assert worst_error(found, grads) <= 1e-4
+
+
+CAUSAL_MASK = ("compare", "le", "k0", "q0", 0)
+MASKS = {
+    "causal": CAUSAL_MASK,
+    "full": ("constant", True),
+    "window": ("and", CAUSAL_MASK, ("compare", "gt", "k0", "q0", -100)),
+    "documents": ("and", CAUSAL_MASK, ("compare", "eq", "k1", "q1", 0)),
+    "even": ("and", CAUSAL_MASK, ("compare", "eq", "k2", "q2", 0)),
+    "both ways": ("compare", "eq", "k1", "q1", 0),
+    "padding": ("and", CAUSAL_MASK, ("true", "k3")),
+}
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_kernels(name: str, kernel: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 against float64: as near as attention that is written out in bfloat16."""
+    monkeypatch.setattr(kernels, "_BUSY", 2048)  # several calls of the backward kernels
+    batch, size, width = 2, 1000, 64
+    place = torch.arange(size, device="cuda")[None]
+    documents = torch.randint(0, 9, (batch, size), device="cuda").sort(-1).values
+    vectors = [place, documents, place // 128, place < 990]
+    query, key, value = (
+        torch.randn(batch, size, count, width, device="cuda").bfloat16().transpose(1, 2).requires_grad_()
+        for count in (4, heads, heads)
+    )
+    tangent = torch.randn(batch, size, 4, width, device="cuda").bfloat16().transpose(1, 2)
+    mask, operands = MASKS[name], (query, key, value)
+    seen = allowed(mask, Vectors(vectors, vectors), 0, size, 0, size, query.device)
+    seen = seen.expand(batch, size, size)[:, None]
+
+    def written_out(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in operands)
+        wide_key, wide_value = (x.repeat_interleave(4 // heads, 1) for x in (k, v))
+        weights = (q @ wide_key.mT / 8).masked_fill(~seen, float("-inf")).softmax(-1)
+        out = weights @ wide_value
+        return [out, *torch.autograd.grad(out, (q, k, v), tangent.to(dtype))]
+
+    backends = [SDPBackend.CUDNN_ATTENTION] if kernel == "cudnn" else [SDPBackend.FLASH_ATTENTION]
+    with sdpa_kernel([*backends, SDPBackend.EFFICIENT_ATTENTION]):
+        reaches = mask_reach(vectors, vectors, [repr(mask)], size, size, 128, [False])
+        out, _ = attention(*operands, vectors, vectors, *reaches, [], repr(mask), 0, 128, 0.125, 0.0, 0.0)
+        found = [out, *torch.autograd.grad(out, operands, tangent)]
+    expected = {"causal": CAUSAL, "full": FULL, "padding": GENERAL}.get(name, SPANS)
+    assert int(reaches[0][0, 0, 0]) == expected
+    truth = written_out(torch.float64)
+    for mine, plain, true in zip(found, written_out(torch.bfloat16), truth, strict=True):
+        assert relative_error(mine, true) <= 1.1 * relative_error(plain, true)
+
+
+@pytest.mark.parametrize("variant", ["", "ones", "packed"])
+def test_a_step_waits_for_the_device_once_at_most(variant: str) -> None:
+    """Whatever the mask depends on, it is read once for all layers."""
+    model = ACCEPTED["mistral"].build().bfloat16().cuda()
+    inputs = {
+        key: value.cuda() for key, value in attention_batch("mistral", 2, variant, torch.float32).items()
+    }
+    compiled = compile_mst(model, {"attention_chunk_rows": 8, "inner": "aot_eager"})
+
+    def run() -> None:
+        compiled(**inputs).loss.backward()
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        run()
+    waits = [e.name for e in record.events() if e.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize")]
+    # The profiler itself waits once at its end.
+    assert waits.count("cudaStreamSynchronize") <= 1 and waits.count("cudaDeviceSynchronize") <= 1, waits
