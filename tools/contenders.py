@@ -1,0 +1,293 @@
+"""What the GPU benchmarks compare: model shapes, and ways to train them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tools.bench_support import Head, SwiGLU
+
+# Of the published checkpoints; layers and vocabulary can be overridden.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3-8b": (
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 32,
+            "vocab_size": 128256,
+        },
+    ),
+    "mistral-7b": (
+        "mistral",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 32,
+            "vocab_size": 32768,
+            "sliding_window": None,
+        },
+    ),
+    "qwen2-7b": (
+        "qwen2",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 28,
+            "vocab_size": 152064,
+        },
+    ),
+    "gemma2-9b": (
+        "gemma2",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 14336,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "num_hidden_layers": 42,
+            "vocab_size": 256000,
+        },
+    ),
+    "tiny": (
+        "llama",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 2,
+            "vocab_size": 997,
+        },
+    ),
+}
+_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "gemma2": "Gemma2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A way to train a model.
+
+    Attributes:
+        way: "eager", "inductor", "autochunker", "liger", "liger-tiled", "cce" or "mst".
+        checkpoint: with gradient checkpointing of each layer.
+        options: of mst.
+    """
+
+    way: str
+    checkpoint: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_ATTENTION_ONLY = {"passes": ("attention",)}
+CONTENDERS = {
+    "eager": Contender("eager"),
+    "eager+ckpt": Contender("eager", True),
+    "inductor": Contender("inductor"),
+    "inductor+ckpt": Contender("inductor", True),
+    "autochunker": Contender("autochunker"),
+    "autochunker+ckpt": Contender("autochunker", True),
+    "attention": Contender("mst", options=_ATTENTION_ONLY),
+    "attention+ckpt": Contender("mst", True, _ATTENTION_ONLY),
+    "liger": Contender("liger"),
+    "liger+ckpt": Contender("liger", True),
+    "liger-tiled+ckpt": Contender("liger-tiled", True),
+    "mst": Contender("mst"),
+    "mst+ckpt": Contender("mst", True),
+}
+BLOCKS = {
+    "mlp": {
+        "eager": Contender("eager"),
+        "inductor": Contender("inductor"),
+        "inductor+ckpt": Contender("inductor", True),
+        "liger-tiled": Contender("liger-tiled"),
+        "mst": Contender("mst"),
+        "mst-16bit-sums": Contender("mst", options={"accumulate": "weight"}),
+    },
+    "head": {
+        "eager": Contender("eager"),
+        "inductor": Contender("inductor"),
+        "autochunker": Contender("autochunker"),
+        "liger": Contender("liger"),
+        "cce": Contender("cce"),
+        "mst": Contender("mst"),
+    },
+}
+
+
+def config_of(model: str, seq: int, **overrides: Any) -> Any:
+    """The Hugging Face config of a shape, for sequences of ``seq`` tokens."""
+    import transformers
+
+    family, known = MODELS[model]
+    known = {**known, "max_position_embeddings": max(seq, 2048), "use_cache": False, **overrides}
+    return getattr(transformers, f"{_CLASSES[family]}Config")(**known)
+
+
+def make_model(model: str, contender: Contender, seq: int, device: str, **overrides: Any) -> nn.Module:
+    """A causal language model with random weights, bfloat16 on a GPU, in training mode."""
+    import transformers
+
+    family = MODELS[model][0]
+    _patch_liger(family, contender.way)
+    config = config_of(model, seq, **overrides)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    try:
+        with torch.device(device):
+            made: Any = getattr(transformers, f"{_CLASSES[family]}ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
+    if contender.way == "liger-tiled" and "Tiled" not in type(made.model.layers[0].mlp).__name__:
+        raise RuntimeError(
+            f"Liger's tiled MLP is not in the model: {type(made.model.layers[0].mlp).__name__}"
+        )
+    if contender.checkpoint:
+        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found: nn.Module = made.train()
+    return found
+
+
+def loss_function(model: nn.Module, contender: Contender) -> Callable[..., Tensor]:
+    """``(input_ids, **more) -> loss``, compiled where the contender compiles."""
+    if contender.way == "autochunker":  # it looks for a matmul on flat rows whose result nobody else sees
+        return compiled(_FlatHead(model), contender)
+    run = compiled(model, contender)
+
+    def loss(ids: Tensor, **more: Tensor) -> Tensor:
+        return run(input_ids=ids, labels=ids, **more).loss  # type: ignore[no-any-return]
+
+    return loss
+
+
+def compiled(module: nn.Module, contender: Contender) -> Callable[..., Any]:
+    if contender.way in ("inductor", "autochunker"):
+        run = torch.compile(module)
+        return run if contender.way == "inductor" else _autochunked(run)  # type: ignore[no-any-return]
+    if contender.way == "mst":
+        return torch.compile(module, backend="mst", options=dict(contender.options))  # type: ignore[no-any-return]
+    return module
+
+
+def block(kind: str, contender: Contender, hidden: int, wide: int, device: str) -> nn.Module:
+    """One SwiGLU MLP (``kind`` "mlp", ``wide`` I), or one head with its loss ("head", ``wide`` V)."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    made: nn.Module
+    if kind == "head":
+        head = {"liger": _LigerHead, "cce": _CutHead, "autochunker": _ChunkedHead}.get(contender.way, Head)
+        made = head(hidden, wide)
+    elif contender.way == "liger-tiled":
+        from liger_kernel.transformers import LigerTiledSwiGLUMLP
+        from transformers import LlamaConfig
+
+        made = LigerTiledSwiGLUMLP(LlamaConfig(hidden_size=hidden, intermediate_size=wide))
+    else:
+        made = SwiGLU(hidden, wide)
+    made = made.to(device, dtype)
+    return _Checkpointed(made) if contender.checkpoint else made
+
+
+def model_flops(config: Any, seq: int, *, recompute_mlp: bool = False) -> float:
+    """Floating-point operations of one step's matmuls and causal attention, B = 1, nothing recomputed.
+
+    Args:
+        recompute_mlp: with the first two of an MLP's matmuls once more, as a chunked MLP does.
+    """
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = width * config.num_attention_heads, width * config.num_key_value_heads
+    projections = hidden * (2 * queries + 2 * keys)
+    matmuls = layers * (projections + 3 * hidden * inner) + hidden * config.vocab_size
+    attention = layers * 2 * seq * seq * queries  # half of the scores, twice
+    again = 2 * seq * layers * 2 * hidden * inner if recompute_mlp else 0
+    return 3.0 * 2 * seq * matmuls + 3.5 * attention + again
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(self.inside, *args, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class _LigerHead(Head):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss()
+        return loss(self.head.weight, x.view(-1, x.shape[-1]), labels.view(-1))  # type: ignore[no-any-return]
+
+
+class _CutHead(Head):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(x.view(-1, x.shape[-1]), self.head.weight, labels.view(-1))  # type: ignore[no-any-return]
+
+
+class _ChunkedHead(Head):
+    """As Inductor's AutoChunker wants it: flat rows, and the loss alone leaves."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        logits = self.head(x.view(-1, x.shape[-1])).float()
+        return nn.functional.cross_entropy(logits, labels.view(-1))
+
+
+class _FlatHead(nn.Module):
+    """A Hugging Face causal model whose loss alone leaves, its head on flat rows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, **more: Tensor) -> Tensor:
+        model: Any = self.model
+        hidden = model.model(input_ids=ids, **more).last_hidden_state
+        logits = model.lm_head(hidden.view(-1, hidden.shape[-1])).float()
+        labels = nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+        return nn.functional.cross_entropy(logits, labels.reshape(-1))
+
+
+def _autochunked(run: Callable[..., Any]) -> Callable[..., Any]:
+    """With Inductor's AutoChunker, its threshold below what it finds in a head."""
+    from torch._inductor import config
+
+    settings: Any = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 4}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(settings):
+            return run(*args, **kwargs)
+
+    return call
+
+
+def _patch_liger(family: str, way: str) -> None:
+    """Patches the library before a model is made, as Liger's users do."""
+    if not way.startswith("liger"):
+        return
+    from liger_kernel import transformers as liger
+
+    # RoPE, norms, activation and the fused linear cross-entropy.
+    getattr(liger, f"apply_liger_kernel_to_{family}")()
+    if way == "liger-tiled":
+        modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        name = "LigerTiledGEGLUMLP" if family.startswith("gemma") else "LigerTiledSwiGLUMLP"
+        setattr(modeling, f"{_CLASSES[family]}MLP", getattr(liger, name))
