@@ -32,7 +32,7 @@ lint: $(STAMP)
 	$(BIN)/mypy mst_fx tools tests
 
 bench-gpu: $(STAMP)
-	$(BIN)/python tools/bench_peak.py --out benchmarks/peak
+	$(BIN)/python tools/bench.py --out benchmarks/gpu
 
 bench-cpu: $(STAMP)
 	$(BIN)/python tools/bench_memory.py --out benchmarks/memory

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tools.bench_peak import describe_peak
 from tools.bench_support import markdown_table, text_tokens
+from tools.gpu_profile import blocks_at_peak
 
 MIB = 2**20
 
@@ -17,7 +17,7 @@ def _event(action: str, address: int, mib: int, line: int = 1) -> dict[str, Any]
     return {"action": action, "addr": address, "size": mib * MIB, "frames": frames}
 
 
-def test_describe_peak_finds_what_is_alive() -> None:
+def test_blocks_at_peak_finds_what_is_alive() -> None:
     trace = [
         _event("alloc", 1, 100),
         _event("alloc", 2, 100),
@@ -28,7 +28,7 @@ def test_describe_peak_finds_what_is_alive() -> None:
         _event("free_completed", 3, 300),
         _event("alloc", 5, 200),
     ]
-    first, *groups = describe_peak(trace, base=1024 * MIB).split("\n\n")
+    first, *groups = blocks_at_peak(trace, base=1024 * MIB).split("\n\n")
     assert first.startswith(f"peak {(1024 + 451) / 1024:.3f} GiB at event 5 of 8")
     assert [group.splitlines()[0] for group in groups] == ["300.0 MiB (event 3)", "2 x 100.0 MiB (event 0)"]
     assert "layers.py:7 forward" in groups[0]
