@@ -229,10 +229,11 @@ class Body:
         return [*(out.detach() for out in outs), *grads]
 
     def _trace(self, function: Any, *inputs: Any) -> fx.GraphModule:
+        table = _GRADIENT_DECOMPOSITIONS | decompositions(self.config.inner)
+        if self.config.inner == "inductor":
+            table[aten.nll_loss_backward.default] = _nll_loss_backward
         with enable_python_dispatcher():
-            gm = make_fx(
-                function, decomposition_table=_GRADIENT_DECOMPOSITIONS | decompositions(self.config.inner)
-            )(*inputs)
+            gm = make_fx(function, decomposition_table=table)(*inputs)
         gm.graph.eliminate_dead_code()
         gm.recompile()
         return gm
@@ -259,6 +260,28 @@ class Body:
 _GRADIENT_DECOMPOSITIONS = torch._decomp.get_decompositions(
     [aten.native_layer_norm_backward, aten._fused_rms_norm_backward]
 )
+
+
+def _nll_loss_backward(
+    tangent: torch.Tensor,
+    log_probs: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total_weight: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient ``[N, V]`` or ``[V]`` of ``aten.nll_loss_forward``, as a comparison that fuses with what reads it.
+
+    torch's own decomposition scatters into zeros: a float32 buffer as wide as the vocabulary.
+    """
+    classes = torch.arange(log_probs.shape[-1], device=log_probs.device)
+    counts = target != ignore_index
+    scale = tangent / total_weight if reduction == 1 else tangent  # 1: mean
+    if weight is not None:
+        scale = scale * weight[torch.where(counts, target, 0)]
+    scale = torch.where(counts, scale, 0.0).to(log_probs.dtype)
+    return torch.where(target.unsqueeze(-1) == classes, -scale.unsqueeze(-1), 0.0)
 
 
 class _Fakes:

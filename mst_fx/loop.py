@@ -36,6 +36,8 @@ from mst_fx.body import Body, CompiledBody, GradientPlan, OutputMeta, TensorMeta
 from mst_fx.body import body as body_of
 from mst_fx.graph import sum_dtype
 
+aten = torch.ops.aten
+
 
 def chunk_bounds(rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
     """Splits rows into the fewest chunks of at most ``chunk_rows``, of near-equal size."""
@@ -137,8 +139,10 @@ class _Gradients:
         self._flat = _flat(self._row_grads, [meta for _, meta in differentiated])
         needed = [i for i, need in enumerate(needs[len(body.rows) :]) if need]
         self._dtypes = [body.shared[i].dtype for i in needed]
+        # The first chunk writes what the others add to; without rows there is none.
+        new = torch.empty if _count(rows, body) else torch.zeros
         self._sums = [
-            torch.zeros(body.shared[i].shape, dtype=body.accumulator_dtype(i), device=body.shared[i].device)
+            new(body.shared[i].shape, dtype=body.accumulator_dtype(i), device=body.shared[i].device)
             for i in needed
         ]
 
@@ -147,8 +151,8 @@ class _Gradients:
         for tensor, found in zip(self._flat, row_grads, strict=True):
             tensor[start:end].copy_(found)
         for accumulator, terms in zip(self._sums, plan.terms, strict=True):
-            for term in terms:
-                _add_term(accumulator, term, values)
+            for index, term in enumerate(terms):
+                _add_term(accumulator, term, values, is_first=start == 0 and index == 0)
 
     def result(self) -> list[Tensor]:
         sums: list[Tensor] = []
@@ -157,20 +161,24 @@ class _Gradients:
         return [*self._row_grads, *sums]
 
 
-def _add_term(accumulator: Tensor, term: Term, values: Sequence[Tensor]) -> None:
+def _add_term(accumulator: Tensor, term: Term, values: Sequence[Tensor], is_first: bool) -> None:
+    """Adds a term to an accumulator; the first one is written over what it holds."""
     if term.value >= 0:
         found = values[term.value]
-        accumulator.add_(found.t() if term.transposed else found)
+        found = found.t() if term.transposed else found
+        accumulator.copy_(found) if is_first else accumulator.add_(found)
         return
     left, right = values[term.left], values[term.right]
     left = left.t() if term.left_transposed else left
     right = right.t() if term.right_transposed else right
+    if left.dtype != accumulator.dtype and not accumulator.is_cuda:
+        # No mixed-type product on a CPU; rounding the product would lose what float32 is for.
+        left, right = left.to(accumulator.dtype), right.to(accumulator.dtype)
+    beta = 0 if is_first else 1
     if left.dtype == accumulator.dtype:
-        accumulator.addmm_(left, right)
-    elif accumulator.is_cuda:
-        torch.ops.aten.addmm.dtype_out(accumulator, left, right, accumulator.dtype, out=accumulator)
-    else:  # no mixed-type product on a CPU; rounding the product would lose what float32 is for
-        accumulator.addmm_(left.to(accumulator.dtype), right.to(accumulator.dtype))
+        torch.addmm(accumulator, left, right, beta=beta, out=accumulator)
+    else:
+        aten.addmm.dtype_out(accumulator, left, right, accumulator.dtype, beta=beta, out=accumulator)
 
 
 def _run_with_gradients(

@@ -23,6 +23,7 @@ from mst_fx.logits import Deferral, defer_outputs
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
 from mst_fx.report import Refused, Report
+from mst_fx.rotary import keep_waves
 
 log = logging.getLogger("mst_fx")
 
@@ -109,6 +110,7 @@ def run_passes(
         outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
         deferrals = tuple(_defer(new, node) for node in deferred)
         keep_embeddings_whole(new.graph)
+        keep_waves(new.graph)
         eliminate_dead_code(new.graph)
         new.graph.lint()
         new.recompile()
