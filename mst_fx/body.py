@@ -26,7 +26,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.compiler import Compiled, compile_body, decompositions, outside_of_kernels
+from mst_fx.compiler import Compiled, compile_body, outside_of_kernels
+from mst_fx.decompositions import add_up_labels, body_decompositions
 from mst_fx.errors import Refusal
 from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, static_sizes
 from mst_fx.graph import SIXTEEN_BITS, sum_dtype, tensor_value, tensors_of, value
@@ -229,11 +230,9 @@ class Body:
         return [*(out.detach() for out in outs), *grads]
 
     def _trace(self, function: Any, *inputs: Any) -> fx.GraphModule:
-        table = _GRADIENT_DECOMPOSITIONS | decompositions(self.config.inner)
-        if self.config.inner == "inductor":
-            table[aten.nll_loss_backward.default] = _nll_loss_backward
         with enable_python_dispatcher():
-            gm = make_fx(function, decomposition_table=table)(*inputs)
+            gm = make_fx(function, decomposition_table=body_decompositions(self.config.inner))(*inputs)
+        add_up_labels(gm.graph)
         gm.graph.eliminate_dead_code()
         gm.recompile()
         return gm
@@ -254,34 +253,6 @@ class Body:
         ]
         terms = _split_into_terms(gm, kept + row_grads, wide)
         return CompiledBody(self._compile(gm, *inputs), GradientPlan(kept, terms))
-
-
-# Aten keeps these whole; decomposed, the sums over rows inside can be accumulated in float32.
-_GRADIENT_DECOMPOSITIONS = torch._decomp.get_decompositions(
-    [aten.native_layer_norm_backward, aten._fused_rms_norm_backward]
-)
-
-
-def _nll_loss_backward(
-    tangent: torch.Tensor,
-    log_probs: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    total_weight: torch.Tensor,
-) -> torch.Tensor:
-    """The gradient ``[N, V]`` or ``[V]`` of ``aten.nll_loss_forward``, as a comparison that fuses with what reads it.
-
-    torch's own decomposition scatters into zeros: a float32 buffer as wide as the vocabulary.
-    """
-    classes = torch.arange(log_probs.shape[-1], device=log_probs.device)
-    counts = target != ignore_index
-    scale = tangent / total_weight if reduction == 1 else tangent  # 1: mean
-    if weight is not None:
-        scale = scale * weight[torch.where(counts, target, 0)]
-    scale = torch.where(counts, scale, 0.0).to(log_probs.dtype)
-    return torch.where(target.unsqueeze(-1) == classes, -scale.unsqueeze(-1), 0.0)
 
 
 class _Fakes:

@@ -8,6 +8,7 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
   ``torch._inductor.standalone_compile`` would serve, but takes a fake mode from 2.13 on only.
 - ``torch._guards.TracingContext``: a fresh one keeps a body's shape environment apart from that of
   the graph whose compilation, or backward pass, happens to be under way.
+- ``torch._inductor.choices.InductorChoices``, set with ``V.set_choices_handler``: one heuristic of ours.
 - ``torch._functorch.config.donated_buffer``: off, so that ``retain_graph=True`` works.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 """
@@ -27,8 +28,10 @@ from torch._dynamo.utils import counters
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 Compiled = Callable[..., Any]
@@ -63,7 +66,44 @@ def compile_graph(
     torch._functorch.config.donated_buffer = False
     if inner == "aot_eager":
         return aot_eager(gm, list(example_inputs))
-    return compile_fx(gm, list(example_inputs), config_patches=_FREED_AT_ONCE | dict(patches))  # type: ignore[return-value]
+    patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)
+    return compile_fx(gm, list(example_inputs), inner_compile=_compile_apart, config_patches=patched)  # type: ignore[return-value]
+
+
+class _Choices(InductorChoices):
+    """Inductor's heuristics, but for one: what lies on two sides of a loop is not put into one kernel.
+
+    Nothing makes the recomputation of a checkpointed layer wait for the backward pass of the next, and both
+    read the same sines and cosines. Fused with it, it holds its values all that time. Inductor knows the
+    danger, and looks how many nodes lie between (``Scheduler.are_long_distant_nodes``): a loop is one node.
+    """
+
+    @staticmethod
+    def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: Any) -> bool:
+        first, last = sorted((node1, node2), key=lambda node: node.min_order)
+        if any(first.max_order < order < last.min_order for order in _loop_orders(scheduler)):
+            return False
+        return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+
+def _loop_orders(scheduler: Any) -> list[int]:
+    """Where the operators of mst-fx stand among a scheduler's nodes."""
+    found: list[int] | None = getattr(scheduler, "_mst_fx_orders", None)
+    if found is None:
+        operators = [node for node in scheduler.nodes if _is_loop(getattr(node.node, "op_overload", None))]
+        found = scheduler._mst_fx_orders = [node.min_order for node in operators]
+    return found
+
+
+def _is_loop(operator: Any) -> bool:
+    is_ours = isinstance(operator, torch._ops.OpOverload) and operator.namespace == "mst_fx"
+    return is_ours and any(part in operator.name() for part in ("loop", "attention"))
+
+
+@functools.wraps(compile_fx_inner)
+def _compile_apart(*args: Any, **kwargs: Any) -> Any:
+    with V.set_choices_handler(_Choices()):
+        return compile_fx_inner(*args, **kwargs)
 
 
 def decompositions(inner: str) -> dict[Any, Any]:

@@ -321,12 +321,13 @@ def _(
     "mst_fx::scaled", mutates_args=(), schema="(Tensor gradient, Tensor tangent) -> Tensor"
 )
 def scaled(gradient: Tensor, tangent: Tensor) -> Tensor:
-    """``gradient * tangent``, as an op of its own.
+    """``gradient * tangent``, as an op of its own; the tangent is a scalar, float32 where that is wider.
 
     Inductor would make one kernel of all such products and hold every gradient twice at once. One call
     a gradient holds one twice: the saved one is freed before the next call.
     """
-    return gradient * tangent
+    # With a dimension the tangent counts for the type of the product: it is not rounded to 16 bits first.
+    return torch.mul(gradient, tangent.view(1), out=torch.empty_like(gradient))
 
 
 @scaled.register_fake

@@ -19,11 +19,11 @@ from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
 from mst_fx.fold import eliminate_dead_code
 from mst_fx.graph import VALUE, attribute, copy_tree, fill_values, subgraphs, tensor_value, value
+from mst_fx.keep import keep_waves
 from mst_fx.logits import Deferral, defer_outputs
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
 from mst_fx.report import Refused, Report
-from mst_fx.rotary import keep_waves
 
 log = logging.getLogger("mst_fx")
 

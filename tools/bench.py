@@ -4,7 +4,7 @@
     python tools/bench.py --model mistral-7b --window 4096 --seq 65536 --only mst+ckpt
     python tools/bench.py --documents 4096 --seq 65536 --only mst+ckpt
     python tools/bench.py --level mlp --seq 65536                 # one MLP; --level head: one head with its loss
-    python tools/bench.py --only mst+ckpt --seq 32768 --kernels --alive   # where time and memory go
+    python tools/bench.py --only mst+ckpt --seq 32768 --kernels mst+ckpt --alive mst+ckpt  # where time and memory go
     python tools/bench.py --cpu                                   # a small size that runs anywhere
 
 Each contender has a process of its own that builds, compiles and warms up. Then they take turns: a turn is
@@ -309,7 +309,9 @@ def compare(case: Case, contenders: dict[str, Contender], arguments: argparse.Na
             worker.ask("turn", arguments.steps)
             worker.turns += worker.answer(end - time.monotonic()) or []
     for kind in ("kernels", "alive"):
-        for worker in _alive(finished) if getattr(arguments, kind) else ():
+        for worker in _alive(finished):
+            if worker.name not in getattr(arguments, kind).split(","):
+                continue
             worker.ask("profile", kind)
             text = worker.answer(end - time.monotonic())
             path = arguments.out / f"{kind}-{case.level}-{case.seq}-{worker.name}.txt"
@@ -423,8 +425,8 @@ def _arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=2)
     add("--steps", type=int, default=3, help="steps of a turn that count")
     add("--together", type=int, default=1, help="contenders that compile at the same time; memory permitting")
-    add("--kernels", action="store_true", help="write what runs in a step")
-    add("--alive", action="store_true", help="write what is alive at the peak")
+    add("--kernels", default="", help="contenders of which to write what runs in a step")
+    add("--alive", default="", help="contenders of which to write what is alive at the peak")
     add("--limit", type=float, default=180, help="seconds a contender may take to warm up")
     add("--budget", type=float, default=1800, help="seconds a table may take")
     add("--out", type=Path, default=Path("bench-out"))

@@ -1,9 +1,9 @@
-"""Sines and cosines of positions, kept once they are computed.
+"""Values that Inductor must keep as buffers.
 
-Inductor computes a pointwise value again in every kernel that reads it. Those of rotary embeddings are
-``[1, S, D]`` and are read for each head of each layer: Llama3-8B computes them 2 x 32 x 8 times as often as
-there are, in float32, with reduction of large arguments. On an H200 at 32K tokens that is 10 ms of a
-checkpointed step of eight layers. An opaque op behind them makes them a buffer.
+Inductor computes a pointwise value again in every kernel that reads it. The sines and cosines of rotary
+embeddings are ``[1, S, D]`` and are read for each head of each layer: Llama3-8B computes them 2 x 32 x 8 times
+as often as there are, in float32, with reduction of large arguments. On an H200 at 32K tokens that is 10 ms
+of a checkpointed step of eight layers. An opaque op behind them makes them a buffer.
 """
 
 from __future__ import annotations
