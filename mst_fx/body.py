@@ -33,6 +33,7 @@ from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_
 from mst_fx.graph import SIXTEEN_BITS, sum_dtype, tensor_value, tensors_of, value
 from mst_fx.region import Region
 from mst_fx.rows import SUMMED, Row, RowTracer
+from mst_fx.version import __version__
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -130,7 +131,8 @@ class Body:
         self._avoid = avoid
         self._compiled: dict[Any, CompiledBody] = {}
         self._lock = threading.Lock()
-        content = repr((forward.code, self.rows, self.shared, self.outputs, config, torch.__version__))
+        versions = (torch.__version__, __version__)
+        content = repr((forward.code, self.rows, self.shared, self.outputs, config, versions))
         self.key = hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def accumulator_dtype(self, index: int) -> torch.dtype:

@@ -80,18 +80,22 @@ class _Choices(InductorChoices):
 
     @staticmethod
     def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: Any) -> bool:
-        first, last = sorted((node1, node2), key=lambda node: node.min_order)
-        if any(first.max_order < order < last.min_order for order in _loop_orders(scheduler)):
+        loops = _loops(scheduler)
+        first, last = sorted((node1, node2), key=lambda node: node.max_order)
+        if any(first.max_order < order < last.min_order for order in loops.values()):
+            return False
+        # Recomputation stands right behind the backward pass that it does not wait for.
+        if loops.keys() & node1.ancestors != loops.keys() & node2.ancestors:
             return False
         return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
 
 
-def _loop_orders(scheduler: Any) -> list[int]:
-    """Where the operators of mst-fx stand among a scheduler's nodes."""
-    found: list[int] | None = getattr(scheduler, "_mst_fx_orders", None)
+def _loops(scheduler: Any) -> dict[str, int]:
+    """The names of mst-fx's loops and attentions among a scheduler's nodes, and where they stand."""
+    found: dict[str, int] | None = getattr(scheduler, "_mst_fx_loops", None)
     if found is None:
-        operators = [node for node in scheduler.nodes if _is_loop(getattr(node.node, "op_overload", None))]
-        found = scheduler._mst_fx_orders = [node.min_order for node in operators]
+        loops = [node for node in scheduler.nodes if _is_loop(getattr(node.node, "op_overload", None))]
+        found = scheduler._mst_fx_loops = {node.get_name(): node.min_order for node in loops}
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.choices import InductorChoices
 
 import mst_fx
 from mst_fx.compiler import _Choices, _is_loop
@@ -55,25 +57,38 @@ def test_a_llama_keeps_its_rotary_embedding() -> None:
 class _Node:
     """A scheduler's node, as far as the heuristic looks."""
 
-    def __init__(self, order: int, operator: object = None) -> None:
+    def __init__(self, order: int, *before: str, operator: object = None) -> None:
         self.min_order = self.max_order = order
+        self.ancestors = set(before)
         self.node = nn.Module()
-        if operator is not None:
-            self.node.op_overload = operator  # type: ignore[assignment]
+        self.node.op_overload = operator  # type: ignore[assignment]
+
+    def get_name(self) -> str:
+        return f"op{self.min_order}"
 
 
-def test_nothing_is_fused_across_a_loop() -> None:
-    loop = torch.ops.mst_fx.loop_backward.default
-    assert _is_loop(loop) and not _is_loop(torch.ops.mst_fx.kept.default) and not _is_loop(None)
+class _Scheduler:
+    nodes = (_Node(0), _Node(3, operator=torch.ops.mst_fx.loop_backward.default), _Node(6))
 
-    class Scheduler:
-        nodes = (_Node(0), _Node(1, loop), _Node(2))
 
-        def are_long_distant_nodes(self, *_: object) -> bool:
-            return False
+@pytest.mark.parametrize(
+    ("first", "second", "may"),
+    [
+        (_Node(1), _Node(2), True),
+        (_Node(1), _Node(4), False),  # the loop stands between
+        (_Node(4, "op3"), _Node(5), False),  # the second one does not wait for the loop
+        (_Node(4, "op3"), _Node(5, "op3", "op1"), True),
+    ],
+)
+def test_nothing_is_fused_across_a_loop(
+    first: _Node, second: _Node, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InductorChoices, "can_fuse_horizontal", lambda *_: True)
+    assert _Choices.can_fuse_horizontal(_Scheduler(), first, second, 0) is may
+    assert _Choices.can_fuse_horizontal(_Scheduler(), second, first, 0) is may
 
-    def may_fuse(*orders: int) -> bool:
-        first, second = map(_Node, orders)
-        return _Choices.can_fuse_horizontal(Scheduler(), first, second, 10**9)
 
-    assert not may_fuse(0, 2) and not may_fuse(2, 0)
+def test_what_is_a_loop() -> None:
+    ops = torch.ops.mst_fx
+    assert all(map(_is_loop, (ops.loop.default, ops.loop_backward.default, ops.attention.default)))
+    assert not any(map(_is_loop, (ops.kept.default, torch.ops.aten.mm.default, None)))
