@@ -38,9 +38,10 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     most = torch.amax(wide, dim, keepdim=True)
     total = torch.sum(torch.exp(wide - most), dim, keepdim=True)
+    total = torch.log(total)
     if x.is_cuda:  # a buffer of the sums is a border between the kernel that reduces and the one that writes
         most, total = torch.ops.mst_fx.kept(most), torch.ops.mst_fx.kept(total)
-    found = wide - most - torch.log(total)
+    found = wide - most - total
     return found if half_to_float else found.to(x.dtype)
 
 

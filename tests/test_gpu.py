@@ -186,7 +186,7 @@ def test_a_step_waits_for_the_device_once_at_most(variant: str) -> None:
     inputs = {
         key: value.cuda() for key, value in attention_batch("mistral", 2, variant, torch.float32).items()
     }
-    compiled = compile_mst(model, {"attention_chunk_rows": 8, "inner": "aot_eager"})
+    compiled = compile_mst(model, {"attention_chunk_rows": 8})
 
     def run() -> None:
         compiled(**inputs).loss.backward()
