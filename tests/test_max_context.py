@@ -29,6 +29,7 @@ def _point(seq: int, layers: int = 4, **peaks: float) -> dict[str, Any]:
         "state_bytes": 200 * layers,
         "total_bytes": 20_000,
         "outside_bytes": 1_000,
+        "limit_bytes": 19_500,
         "at_first_gradient_bytes": None,
         "reserved_bytes": 0,
         "retries": 0,
@@ -210,6 +211,7 @@ def test_a_step_trains_and_runs_out_of_memory(optimizer: str, monkeypatch: pytes
 
     eager, mst = run("eager", kernel="loop"), run("mst+ckpt")
     assert eager["state_bytes"] == pytest.approx(2 * eager["parameter_bytes"], rel=1e-3)
+    assert eager["most_steps_of_a_parameter"] == mst["most_steps_of_a_parameter"] == 1
     assert eager["gradient_bytes"] == mst["gradient_bytes"] == eager["parameter_bytes"]
     # Of the second step: the first one's update is in it.
     assert mst["loss"] == pytest.approx(eager["loss"], rel=1e-5)

@@ -13,9 +13,9 @@ are without those that Dynamo and Inductor report for compiling, but include aut
 of loop bodies.
 
 Prediction: the peaks of forward, backward and optimizer step grow with the length, each on its own line,
-through two lengths (``--seq``); the first line that reaches the usable bytes (of the GPU, less what is
-outside of torch's allocator; or ``--cap``) is the limit. Short lengths mislead: with no more rows than a
-chunk nothing is chunked, and mst's chunks of the head grow with the length once that makes V / d_model of
+through two lengths (``--seq``); the first line that reaches the usable bytes is the limit. Usable is what is
+free when the process starts, less half a GiB that kernels loaded later take, or ``--cap``; torch's allocator
+gets no more. Short lengths mislead: with no more rows than a chunk nothing is chunked, and mst's chunks of the head grow with the length once that makes V / d_model of
 them (131,072 tokens of Llama3-8B); while gradients take more than what is saved for the backward pass,
 backward peaks at its end, later at its start. A backward line flatter than what is saved is therefore warned
 about. ``--extrapolate-layers`` makes long short runs cheap: bytes are taken as linear in the layers, too.
@@ -33,12 +33,14 @@ the bound is possible.
 bound counts one gradient, the largest. A compiled backward pass hands over all gradients at its end,
 though: they are alive together, whatever the hooks do. "At the first gradient" is what is allocated
 above parameters and states when the first hook runs: in eager mode saved rows and one gradient, in a compiled
-model all gradients.
+model all gradients. Liger's tiled MLP has a gradient a tile, and is stepped as often: its loss is another one
+from the second step on.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -70,6 +72,7 @@ _ENVIRONMENT = {
 }
 DEFAULT_CONTENDERS = "eager,eager+ckpt,liger-tiled+ckpt,mst+ckpt"
 _ABOVE, _SHRINK = 1.05, 0.98
+_RESERVE = GIB // 2
 
 
 # Arithmetic
@@ -171,9 +174,9 @@ def predict(points: Sequence[Result], layers: int, usable: float) -> Forecast:
 
 
 def usable_bytes(point: Result, cap: float | None) -> float:
-    """What torch's allocator may take: the cap, or the GPU less what others and the driver hold."""
+    """What torch's allocator may take: the cap, or what it was given, less what the driver took of it."""
     free: float = point["total_bytes"] - point["outside_bytes"]
-    return free if cap is None else min(free, cap)
+    return min(free, point["limit_bytes"] if cap is None else cap)
 
 
 def bound(forecast: Forecast, usable: float, layers: int, hidden: int, optimizer: str) -> float:
@@ -471,11 +474,11 @@ class _Memory:
         self.reserved = 0
         if self.on_gpu:
             torch.cuda.init()
-            self.total = torch.cuda.get_device_properties(0).total_memory
-            if cap is not None:
-                torch.cuda.set_per_process_memory_fraction(min(1.0, cap / self.total))
+            free, self.total = torch.cuda.mem_get_info()
+            self.limit = min(free - _RESERVE, self.total if cap is None else int(cap))
+            torch.cuda.set_per_process_memory_fraction(self.limit / self.total)
         else:
-            self.total = GIB
+            self.total = self.limit = GIB
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.on_gpu else self.alive()
@@ -519,6 +522,8 @@ class _Stepper:
 
     Attributes:
         at_first: bytes allocated when the first gradient of a step was there; in-backward only.
+        gradients: bytes of each parameter's gradient.
+        counts: gradients of each parameter in this step.
     """
 
     def __init__(self, model: nn.Module, way: str, kernel: str, allocated: Callable[[], int]) -> None:
@@ -527,7 +532,8 @@ class _Stepper:
         self._allocated = allocated
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._norms: list[Tensor] = []
-        self.gradients: list[int] = []
+        self.gradients: dict[int, int] = {}
+        self.counts: collections.Counter[int] = collections.Counter()
         make = functools.partial(torch.optim.AdamW, lr=1e-5)
         # Both without temporaries of the size of all parameters, as foreach=True has them.
         make = functools.partial(make, **{"fused": True} if kernel == "fused" else {"foreach": False})
@@ -562,11 +568,13 @@ class _Stepper:
 
     def _note(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        self.gradients.append(parameter.grad.nbytes)
+        self.gradients[id(parameter)] = parameter.grad.nbytes
+        self.counts[id(parameter)] += 1
         self._norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
 
     def start(self) -> None:
-        self._norms, self.gradients, self.at_first = [], [], None
+        self._norms, self.at_first = [], None
+        self.counts.clear()
 
     def gradient_norm(self) -> float:
         """Of this step; after the backward pass."""
@@ -665,14 +673,16 @@ def _train(
     return {
         "phases": memory.phases,
         "parameter_bytes": sum(p.nbytes for p in parameters),
-        "gradient_bytes": sum(stepper.gradients),
-        "largest_gradient_bytes": max(stepper.gradients),
+        "gradient_bytes": sum(stepper.gradients.values()),
+        "largest_gradient_bytes": max(stepper.gradients.values()),
+        "most_steps_of_a_parameter": max(stepper.counts.values()),
         "state_bytes": stepper.state_bytes(),
         "at_first_gradient_bytes": None if stepper.at_first is None else stepper.at_first - base,
         "before_bytes": base,
         "reserved_bytes": memory.reserved,
         "retries": _retries(memory) - retries,
         "total_bytes": memory.total,
+        "limit_bytes": memory.limit,
         "outside_bytes": memory.outside(),
         "step_seconds": seconds - compiling,
         "compile_seconds": compiling,
