@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import BodyConfig
@@ -17,8 +18,15 @@ from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
-from mst_fx.fold import eliminate_dead_code
-from mst_fx.graph import VALUE, attribute, copy_tree, fill_values, subgraphs, tensor_value, value
+from mst_fx.fold import (
+    Context,
+    RowAnalysis,
+    contexts,
+    eliminate_dead_code,
+    expression,
+    static_sizes,
+)
+from mst_fx.graph import VALUE, attribute, copy_tree, fill_values, hint, subgraphs, tensor_value, value
 from mst_fx.logits import Deferral, defer_outputs
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
@@ -107,7 +115,7 @@ def run_passes(
     outputs = 0
     if report.rewrites:
         outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
-        deferrals = tuple(_defer(new, node) for node in deferred)
+        deferrals = tuple(_defer(new, node, deferred) for node in deferred)
         keep_embeddings_whole(new.graph)
         eliminate_dead_code(new.graph)
         new.graph.lint()
@@ -221,16 +229,19 @@ class _Runner:
         return gm, deferred
 
 
-def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
+def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> Deferral:
     """Takes a logits output out of the graph and describes how its caller computes it.
 
     The nodes that only the logits need become a graph of their own; what they read becomes an output,
     unless it is an argument of the graph anyway.
+
+    Args:
+        deferred: all logits that are taken out.
     """
     output = gm.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     position = results.index(logits)
-    chain = _only_for(logits, output)
+    chain = _only_for(logits, deferred)
     arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -243,28 +254,123 @@ def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
                 env[operand] = graph.node_copy(operand)
                 continue
             env[operand] = graph.placeholder(operand.name)
+            env[operand].meta = dict(operand.meta)
             if operand.op == "placeholder":
                 inputs.append(("argument", arguments.index(operand)))
             else:
-                if operand not in results:
+                if operand not in results or operand in deferred:
                     results.append(operand)
-                inputs.append(("output", results.index(operand)))
+                inputs.append(("output", max(i for i, found in enumerate(results) if found is operand)))
+    modes = _Modes(graph)
+    context = contexts(gm.graph)
     for node in (n for n in gm.graph.nodes if n in chain):
+        modes.enter(context[node])
         env[node] = graph.node_copy(node, env.__getitem__)
+    modes.enter(Context((), torch.is_grad_enabled()))
     graph.output(env[logits])
     results[position] = None
     shape = [_size(results, size) for size in value(logits).shape]
     output.args = (tuple(results),)
     fake = tensor_value(logits)
     assert fake is not None
-    return Deferral(position, fx.GraphModule(gm, graph), tuple(inputs), tuple(shape), fake.dtype, fake.device)
+    compute = fx.GraphModule(gm, graph)
+    return Deferral(
+        position, compute, tuple(inputs), _row_inputs(compute), tuple(shape), fake.dtype, fake.device
+    )
 
 
-def _only_for(logits: fx.Node, output: fx.Node) -> set[fx.Node]:
-    """The nodes whose values reach nothing but the logits."""
+class _Modes:
+    """Writes the changes of autocast and grad mode into a graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph, self._context = graph, Context((), torch.is_grad_enabled())
+        self._entered: list[fx.Node] = []
+
+    def enter(self, context: Context) -> None:
+        if context.autocast != self._context.autocast:
+            for node in reversed(self._entered):
+                self._graph.call_function(torch.amp.autocast_mode._exit_autocast, (node,))
+            enter = torch.amp.autocast_mode._enter_autocast
+            self._entered = [self._graph.call_function(enter, args) for args in context.autocast]
+        if context.grad != self._context.grad:
+            self._graph.call_function(torch._C._set_grad_enabled, (context.grad,))
+        self._context = context
+
+
+def _row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
+    """For each input of the logits' graph whether it holds their rows; None where rows are not independent.
+
+    The proof that each row of the logits depends on one row of each row input is the analysis', on
+    folded rows; that the graph has no size of the batch or sequence in it is tried on other sizes.
+    """
+    logits = compute.graph.output_node().args[0]
+    assert isinstance(logits, fx.Node)
+    shape = value(logits).shape
+    lead, rows = [expression(size) for size in shape[:-1]], 1
+    for size in shape[:-1]:
+        rows = rows * size
+    inputs = [node for node in compute.graph.nodes if node.op == "placeholder"]
+    try:
+        states = RowAnalysis(compute, rows).states
+    except Refusal:
+        return None
+    read: dict[fx.Node, set[str]] = {node: set() for node in inputs}
+    for node in compute.graph.nodes:
+        state = states[node]
+        if node.op in ("placeholder", "get_attr", "output") or tensor_value(node) is None:
+            continue
+        if state.rows and not state.rowwise:
+            return None
+        for operand, role in state.roles.items():
+            read.setdefault(operand, set()).add(role)
+    holds = [read[node] == {"row"} for node in inputs]
+    if not states[logits].rowwise or not states[logits].rows or any(len(r) > 1 for r in read.values()):
+        return None
+    for node, roles in read.items():
+        is_row = roles == {"row"}
+        if is_row and node.op != "placeholder" and not states[node].rowwise:
+            return None  # a table with an entry a row
+        if is_row and node.op == "placeholder":
+            leading = [expression(size) for size in value(node).shape[: len(lead)]]
+            if leading != lead:
+                return None
+    return tuple(holds) if _takes_any_rows(compute, holds, len(lead)) else None
+
+
+def _takes_any_rows(compute: fx.GraphModule, holds: Sequence[bool], rank: int) -> bool:
+    """Whether the graph of the logits runs on other numbers of rows than it was captured with."""
+    inputs = [node for node in compute.graph.nodes if node.op == "placeholder"]
+    known = static_sizes(compute.graph.nodes)
+    primes = [size for size in (11, 13, 17, 19, 23, 29, 31, 37, 41, 43) if size not in known]
+    vocabulary = hint(value(compute.graph.output_node().args[0]).shape[-1])  # type: ignore[arg-type]
+    for lead in ([*[1] * (rank - 1), primes[0]], primes[:rank]):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def stand_in(node: fx.Node, is_row: bool, lead: list[int] = lead) -> Any:
+            found = value(node)
+            if isinstance(found, torch.Tensor):
+                sizes = [hint(size) for size in found.shape]
+                sizes = [*lead, *sizes[rank:]] if is_row else sizes
+                return torch.empty(sizes, dtype=found.dtype, device=found.device)
+            return found.node.hint if isinstance(found, (torch.SymInt, torch.SymFloat)) else found
+
+        try:
+            with mode, torch.no_grad():
+                args = [stand_in(node, is_row) for node, is_row in zip(inputs, holds, strict=True)]
+                out = compute(*args)
+        except Exception:
+            return False
+        if list(out.shape) != [*lead, vocabulary]:
+            return False
+    return True
+
+
+def _only_for(logits: fx.Node, deferred: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values reach nothing but the logits, and outputs that are taken out like them."""
     chain = {logits}
     for node in reversed(list(logits.graph.nodes)):
-        if node.op in ("call_function", "call_method") and node.users and all(u in chain for u in node.users):
+        users = {user for user in node.users if user.op != "output" or node not in deferred}
+        if node.op in ("call_function", "call_method") and users and users <= chain:
             chain.add(node)
     return chain
 
