@@ -13,13 +13,19 @@ import itertools
 import math
 import operator
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+from mst_fx.compiler import outside_of_modes
+from mst_fx.port import joined_to_port
 
 _METADATA = {
     torch.Tensor.size,
@@ -98,7 +104,6 @@ _WRITERS = {
     ),
 }
 # What names one tensor of the autograd graph: rows that were computed alone are not part of it.
-_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
 _KEEP = "use them before, or set the mst option logits='keep'"
 
 Index = tuple[int | slice, ...]  # one entry a leading dimension
@@ -156,7 +161,7 @@ class _Source:
     ) -> None:
         self.inputs, self.rows, self.like, self.device = tuple(inputs), rows, like, device
         self.members: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
-        self.has_graph_apart = False  # rows were computed alone whose gradients go past the logits
+        self.is_whole = False  # rows may not be computed alone: there are hooks on the logits' gradient
         self._compute = compute
         self._count = itertools.count()
         self._versions = [x._version if isinstance(x, Tensor) else 0 for x in inputs]
@@ -189,9 +194,7 @@ class _Source:
         assert self.rows is not None
         with torch.set_grad_enabled(grad and self._grad):
             inputs = [take(x) if row else x for x, row in zip(self.inputs, self.rows, strict=True)]
-        value = self._run(inputs, grad)
-        self.has_graph_apart |= value.requires_grad
-        return value
+        return self._run(inputs, grad)
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
         """The gradients of the inputs, for code that autograd reaches the logits from directly."""
@@ -230,19 +233,18 @@ class _Source:
                 f"not show it; {_KEEP.replace('them', 'all logits')}"
             )
 
-    def settle(self, for_autograd: bool) -> None:
-        """Gives all members values that share storage, and history, as views and copies do.
+    def settle(self) -> None:
+        """Gives all members values that share storage, as views do, before one is changed in place.
 
         Raises:
             RuntimeError: if that is too late.
         """
         self._check_parts()
         members = list(self.members.values())
-        late = self.has_graph_apart if for_autograd else any(ref() is not None for ref, _ in self._apart)
-        if late:
+        if any(ref() is not None for ref, _ in self._apart):
             raise RuntimeError(
-                "rows of deferred logits were computed alone before the logits were changed in place, or got "
-                f"a hook: they would not follow; {_KEEP.replace('them', 'all logits')}"
+                "deferred logits are changed in place after some of their rows were computed alone, which would "
+                f"not show it; {_KEEP.replace('them', 'all logits')}"
             )
         for member in members:
             if member._is_part:
@@ -276,7 +278,9 @@ class DeferredLogits(torch.Tensor):
     _value: Tensor | None
     _version_of_value: int
     _is_part: bool
+    _is_bypassed: bool
     _node: Any
+    _hooks: dict[int, Callable[[Tensor], Tensor | None]]
 
     def materialize(self) -> Tensor:
         """The logits as an ordinary tensor ``[B, S, V]``, part of the autograd graph."""
@@ -293,10 +297,15 @@ class DeferredLogits(torch.Tensor):
         return self._value
 
     def _evaluate(self) -> Tensor:
-        if self._parent is not None and not self._copies and self._like.numel() == self._parent._like.numel():
-            self._parent._get()
+        parent = self._parent
+        if parent is not None:
+            has_all = not self._copies and self._like.numel() == parent._like.numel()
+            if has_all or self._source.is_whole:
+                parent._get()
         steps, top, is_foreign = self._path()
         grad = not is_foreign and all(step.grad for step in steps)
+        if grad:
+            self._bypass()
         self._is_part = not self._copies and self._owner()._value is None and self._parent is not None
         if top._value is not None:
             value = top._value
@@ -316,7 +325,35 @@ class DeferredLogits(torch.Tensor):
         if is_foreign and self.requires_grad:
             with torch.enable_grad():
                 value = _Attached.apply(self, value.detach())  # type: ignore[no-untyped-call]
+        elif self._hooks and value.requires_grad:
+            value.register_hook(self._run_hooks)
         return value
+
+    def _stay_whole(self) -> None:
+        """Sees to it that all gradients of rows taken from these logits go through them.
+
+        Raises:
+            RuntimeError: if that is too late, or the loss of the forward pass has such gradients too.
+        """
+        if self.requires_grad and (self._parent is None or self._is_bypassed):
+            reason = "some of their rows were" if self._is_bypassed else "the loss of their forward pass was"
+            raise RuntimeError(
+                "the gradient of deferred logits as a whole is not known: "
+                f"{reason} computed without them; set the mst option logits='keep'"
+            )
+        self._source.is_whole = True
+
+    def _run_hooks(self, grad: Tensor) -> Tensor:
+        for hook in list(self._hooks.values()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
+
+    def _bypass(self) -> None:
+        passed = self._parent
+        while passed is not None and passed._value is None:
+            passed._is_bypassed = True
+            passed = passed._parent
 
     @property
     def _copies(self) -> bool:
@@ -373,6 +410,7 @@ class DeferredLogits(torch.Tensor):
         return object.__format__(self, spec)
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -410,18 +448,29 @@ class DeferredLogits(torch.Tensor):
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
     """Values belong to the graph of the forward pass, wherever they are used first."""
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+    with (
+        outside_of_modes(),
+        torch._C.DisableTorchFunctionSubclass(),
+        torch.inference_mode(False),
+        saved_tensors_hooks(_same, _same),  # not those of a checkpoint, which counts what it saves
+    ):
         yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a function on the values of the deferred logits among its arguments."""
     members = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeferredLogits)]
     sources = list({id(m._source): m._source for m in members}.values())
-    names_one, writes = _names_one(func, args, kwargs), _writes(func, kwargs)
-    if names_one or writes:
+    named, writes = _named(func, args, kwargs), _writes(func, kwargs)
+    for member in named:
+        member._stay_whole()
+    if writes:
         for source in sources:
-            source.settle(for_autograd=names_one)
+            source.settle()
     args, kwargs = tree_map_only(DeferredLogits, DeferredLogits._get, (args, kwargs))
     result = func(*args, **kwargs)
     parts = [m for m in members if m._is_part and m._value is not None]
@@ -433,18 +482,22 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 member._source.keep_apart(member._value)
     if not writes and any(m._get()._version != m._version_of_value for m in members):
         for source in sources:  # a write that the function's name does not tell of
-            source.settle(for_autograd=False)
+            source.settle()
         writes = True
-    if names_one or writes:
+    if named or writes:
         for source in sources:
             source.follow()
     return result
 
 
-def _names_one(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    inputs = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
-    is_input = any(isinstance(leaf, DeferredLogits) for leaf in tree_leaves(inputs))
-    return func in _HOOKS or (func in (torch.autograd.grad, torch.autograd.backward) and is_input)
+def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[DeferredLogits]:
+    """The logits whose own gradient a function asks for."""
+    asked: Any = None
+    if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
+        asked = args[0]
+    elif func in (torch.autograd.grad, torch.autograd.backward):
+        asked = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
+    return [leaf for leaf in tree_leaves(asked) if isinstance(leaf, DeferredLogits)]
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
@@ -465,7 +518,9 @@ def _lazy(source: _Source, parent: DeferredLogits | None, step: _Step | None, li
         DeferredLogits, like.shape, dtype=like.dtype, device=source.device
     )
     self._source, self._parent, self._step, self._like = source, parent, step, like
-    self._value, self._version_of_value, self._is_part, self._node = None, 0, False, None
+    self._value, self._version_of_value, self._node = None, 0, None
+    self._is_part = self._is_bypassed = False
+    self._hooks = OrderedDict()
     source.add(self)
     return self  # type: ignore[no-any-return]
 
@@ -627,7 +682,7 @@ def _gathered(self: DeferredLogits, parts: list[Any]) -> Any:
     if not isinstance(parts[-1], slice) or parts[-1] != slice(None):
         return NotImplemented
     steps, top, is_foreign = self._path()
-    if is_foreign or top._value is not None:
+    if is_foreign or top._value is not None or self._source.is_whole:
         return NotImplemented
     lead = self.shape[:-1]
     try:
@@ -643,6 +698,9 @@ def _gathered(self: DeferredLogits, parts: list[Any]) -> Any:
         return rows.unflatten(0, (*[1] * (rank - 1), -1)) if rank > 1 else rows
 
     grad = torch.is_grad_enabled() and all(step.grad for step in steps)
+    if grad:
+        self._is_bypassed = True
+        self._bypass()
     with _plainly(), torch.set_grad_enabled(grad):
         value = self._source.logits(grad, take)
         for step in steps:
@@ -752,6 +810,23 @@ def _contiguous(self: DeferredLogits, func: Any, memory_format: Any = torch.cont
     return self._derive(_Step(lambda x: x.clone(memory_format=torch.contiguous_format), copies=True))
 
 
+def _register_hook(self: DeferredLogits, func: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    # FSDP's hooks prepare for a backward pass and leave the gradient alone.
+    owner = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    if not self.requires_grad:
+        return NotImplemented
+    if owner.startswith("torch."):
+        self._source.is_whole = True
+    else:
+        self._stay_whole()
+    if not self._hooks:
+        with torch._C.DisableTorchFunctionSubclass():
+            self.register_hook(self._run_hooks)
+    handle = RemovableHandle(self._hooks)
+    self._hooks[handle.id] = hook
+    return handle
+
+
 def _cpu(self: DeferredLogits, func: Any, memory_format: Any = torch.preserve_format) -> Any:
     is_there = self._source.device.type == "cpu" and memory_format is torch.preserve_format
     return self if is_there else NotImplemented
@@ -779,6 +854,7 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
     "clone": _clone,
     "contiguous": _contiguous,
     "cpu": _cpu,
+    "register_hook": _register_hook,
 }
 _LAZY: dict[Any, Callable[..., Any]] = {
     getattr(owner, name): handler
@@ -792,13 +868,28 @@ _LAZY: dict[Any, Callable[..., Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where an input of the logits' graph is found.
+
+    Attributes:
+        kind: "output" of the rewritten graph, or "argument".
+        index: which one.
+        port: which output is the port that its gradient goes by (see :mod:`mst_fx.port`); -1: none.
+    """
+
+    kind: str
+    index: int
+    port: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
 class Deferral:
     """How the caller of a rewritten graph gets one of its outputs.
 
     Attributes:
         position: of the output.
         compute: the graph of the logits, a function of ``inputs``.
-        inputs: for each: ("output", index) of the rewritten graph or ("argument", index).
+        inputs: where they are found.
         rows: for each input whether it holds the logits' rows; None where they are not proved
             independent of each other.
         shape: ints, or ("output", index, dim): the size of an output's dimension.
@@ -807,7 +898,7 @@ class Deferral:
 
     position: int
     compute: fx.GraphModule
-    inputs: tuple[tuple[str, int], ...]
+    inputs: tuple[Origin, ...]
     rows: tuple[bool, ...] | None
     shape: tuple[Any, ...]
     dtype: torch.dtype
@@ -827,24 +918,41 @@ def deferring(
 
     def run(*args: Any) -> Any:
         # Dynamo may hand over its list of arguments to be emptied: keep what the logits need.
-        kept = [
-            [args[index] if kind == "argument" else None for kind, index in deferral.inputs]
-            for deferral in deferrals
-        ]
+        kept = arguments_of(deferrals, args)
         return defer_outputs(function(*args), kept, deferrals, outputs)
 
     return run
 
 
+def arguments_of(deferrals: Sequence[Deferral], args: Sequence[Any]) -> list[dict[int, Any]]:
+    """The arguments of a rewritten graph that each of its logits needs, by their index."""
+    return [{x.index: args[x.index] for x in d.inputs if x.kind == "argument"} for d in deferrals]
+
+
 def defer_outputs(
-    results: Sequence[Any], kept: Sequence[Sequence[Any]], deferrals: Sequence[Deferral], outputs: int
+    results: Sequence[Any], kept: Sequence[dict[int, Any]], deferrals: Sequence[Deferral], outputs: int
 ) -> tuple[Any, ...]:
+    """The outputs of a graph with deferred logits in place.
+
+    Args:
+        results: of the rewritten graph.
+        kept: see :func:`arguments_of`.
+        outputs: how many outputs the graph had before the rewrite.
+    """
     new = list(results[:outputs])
+    joined: dict[int, Tensor] = {}  # rows by their port
+
+    def found(origin: Origin, arguments: dict[int, Any]) -> Any:
+        if origin.kind == "argument":
+            return arguments[origin.index]
+        if origin.port < 0:
+            return results[origin.index]
+        if origin.port not in joined:
+            joined[origin.port] = joined_to_port(results[origin.port], results[origin.index])
+        return joined[origin.port]
+
     for deferral, arguments in zip(deferrals, kept, strict=True):
-        inputs = [
-            results[index] if kind == "output" else argument
-            for (kind, index), argument in zip(deferral.inputs, arguments, strict=True)
-        ]
+        inputs = [found(origin, arguments) for origin in deferral.inputs]
         shape = [
             size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in deferral.shape
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,9 +28,10 @@ from mst_fx.fold import (
     static_sizes,
 )
 from mst_fx.graph import VALUE, attribute, copy_tree, fill_values, hint, subgraphs, tensor_value, value
-from mst_fx.logits import Deferral, defer_outputs
+from mst_fx.logits import Deferral, Origin, arguments_of, defer_outputs
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
+from mst_fx.port import new_port
 from mst_fx.report import Refused, Report
 
 log = logging.getLogger("mst_fx")
@@ -86,8 +88,7 @@ def rewrite(
         deferrals, outputs = result.deferrals, result.outputs
 
         def put_logits(module: Any, args: Any, results: Any) -> Any:
-            kept = [[args[i] if kind == "argument" else None for kind, i in d.inputs] for d in deferrals]
-            return defer_outputs(results, kept, deferrals, outputs)
+            return defer_outputs(results, arguments_of(deferrals, args), deferrals, outputs)
 
         result.gm.register_forward_hook(put_logits)
     return result.gm, result.report
@@ -245,7 +246,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> 
     arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    inputs: list[tuple[str, int]] = []
+    inputs: list[Origin] = []
     for node in (n for n in gm.graph.nodes if n in chain):
         for operand in node.all_input_nodes:
             if operand in env or operand in chain:
@@ -256,11 +257,13 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> 
             env[operand] = graph.placeholder(operand.name)
             env[operand].meta = dict(operand.meta)
             if operand.op == "placeholder":
-                inputs.append(("argument", arguments.index(operand)))
+                inputs.append(Origin("argument", arguments.index(operand)))
+            elif port := _port(gm, operand):
+                inputs.append(Origin("output", _position(results, port[0]), _position(results, port[1])))
             else:
-                if operand not in results or operand in deferred:
+                if operand in deferred:  # its own place will be empty
                     results.append(operand)
-                inputs.append(("output", max(i for i, found in enumerate(results) if found is operand)))
+                inputs.append(Origin("output", _position(results, operand)))
     modes = _Modes(graph)
     context = contexts(gm.graph)
     for node in (n for n in gm.graph.nodes if n in chain):
@@ -277,6 +280,40 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> 
     return Deferral(
         position, compute, tuple(inputs), _row_inputs(compute), tuple(shape), fake.dtype, fake.device
     )
+
+
+def _position(results: list[Any], node: fx.Node) -> int:
+    """Where a node is among the results, at the end if it was not there before."""
+    if node not in results:
+        results.append(node)
+    return max(index for index, found in enumerate(results) if found is node)
+
+
+def _port(gm: fx.GraphModule, rows: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Rows without their gradient, and the port it comes in by; None if no loop can take it.
+
+    Before: ``loop_with_grad([rows, ...]); return rows``. After: ``loop_with_grad([rows, ...], port=0)``
+    with one more output, and ``return rows.detach(), port``.
+    """
+    op = torch.ops.mst_fx.loop_with_grad.default
+    for loop in rows.users:
+        if loop.target is not op or list(loop.args[0]).count(rows) != 1:  # type: ignore[arg-type]
+            continue
+        at = list(loop.args[0]).index(rows)  # type: ignore[arg-type]
+        *others, port_of = loop.args
+        if port_of != -1 or not loop.args[2][at]:  # type: ignore[index]
+            continue
+        loop.args = (*others, at)
+        fakes = [*value(loop), new_port()]
+        loop.meta[VALUE] = fakes
+        with gm.graph.inserting_after(loop):
+            port = gm.graph.call_function(operator.getitem, (loop, len(fakes) - 1))
+            port.meta[VALUE] = fakes[-1]
+        with gm.graph.inserting_after(port):
+            detached = gm.graph.call_method("detach", (rows,))
+            detached.meta[VALUE] = value(rows).detach()
+        return detached, port
+    return None
 
 
 class _Modes:
