@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from mst_fx.compiler import outside_of_modes
+from mst_fx.graph import attribute
 from mst_fx.port import joined_to_port
 
 _METADATA = {
@@ -171,8 +172,9 @@ class _Source:
             torch.get_autocast_dtype(device.type),
             torch.is_autocast_enabled(device.type),
         )
-        # Views of rows that were computed alone, with the versions they had: nobody else sees writes to them.
-        self._apart: list[tuple[weakref.ref[Tensor], int]] = []
+        # Rows that were computed alone and are known outside, with the versions they had, and whose rows
+        # they are: neither sees what is written to the other.
+        self._apart: list[tuple[weakref.ref[Tensor], int, weakref.ref[DeferredLogits]]] = []
 
     def add(self, member: DeferredLogits) -> None:
         self.members[next(self._count)] = member
@@ -209,10 +211,11 @@ class _Source:
         found = iter(torch.autograd.grad(value, wanted, grad, allow_unused=True))
         return [next(found) if need else None for need in needed]
 
-    def keep_apart(self, value: Tensor) -> None:
+    def keep_apart(self, part: DeferredLogits) -> None:
         """Notes that rows that were computed alone are known outside."""
-        self._apart = [(ref, version) for ref, version in self._apart if ref() is not None]
-        self._apart.append((weakref.ref(value), value._version))
+        assert part._value is not None
+        self._apart = [entry for entry in self._apart if entry[0]() is not None]
+        self._apart.append((weakref.ref(part._value), part._version_of_value, weakref.ref(part._owner())))
 
     def _check(self) -> None:
         for x, version in zip(self.inputs, self._versions, strict=True):
@@ -222,35 +225,44 @@ class _Source:
                     f"(a {x.dtype} tensor of shape {tuple(x.shape)}) was changed in place, as an "
                     f"optimizer step does; {_KEEP}"
                 )
-        self._check_parts()
 
-    def _check_parts(self) -> None:
-        parts = [(ref(), version) for ref, version in self._apart]
-        parts += [(m._value, m._version_of_value) for m in self.members.values() if m._is_part]
-        if any(value is not None and value._version != version for value, version in parts):
-            raise RuntimeError(
-                "rows of deferred logits were computed alone and changed in place since: the logits would "
-                f"not show it; {_KEEP.replace('them', 'all logits')}"
-            )
+    def check_parts(self, member: DeferredLogits) -> None:
+        """Raises a RuntimeError if rows of a member were computed alone and changed since."""
+        family: list[DeferredLogits] = [member]
+        while family[-1]._parent is not None:
+            family.append(family[-1]._parent)
+        parts = [(ref(), version, owner()) for ref, version, owner in self._apart]
+        parts += [
+            (m._value, m._version_of_value, m._owner()) for m in list(self.members.values()) if m._is_part
+        ]
+        for value, version, owner in parts:
+            if value is not None and value._version != version and any(owner is m for m in family):
+                raise RuntimeError(
+                    "rows of deferred logits were computed alone and changed in place since: the logits would "
+                    f"not show it; {_KEEP.replace('them', 'all logits')}"
+                )
 
-    def settle(self) -> None:
-        """Gives all members values that share storage, as views do, before one is changed in place.
+    def settle(self, member: DeferredLogits) -> None:
+        """Gives what shares a member's storage values that do too, before one of them is changed in place.
 
         Raises:
             RuntimeError: if that is too late.
         """
-        self._check_parts()
-        members = list(self.members.values())
-        if any(ref() is not None for ref, _ in self._apart):
+        self.check_parts(member)
+        owner = member._owner()
+        if any(part() is not None and its_owner() is owner for part, _, its_owner in self._apart):
             raise RuntimeError(
                 "deferred logits are changed in place after some of their rows were computed alone, which would "
                 f"not show it; {_KEEP.replace('them', 'all logits')}"
             )
-        for member in members:
-            if member._is_part:
-                member._value = None
-        for member in members:  # parents first: they are older
-            member._get()
+        members = list(self.members.values())
+        views = [m for m in members if m._owner() is owner]
+        copies = [m for m in members if m._copies and m._parent is not None and m._parent._owner() is owner]
+        for view in views:
+            if view._is_part:
+                view._value = None
+        for other in (*views, *copies):  # parents first: they are older
+            other._get()
 
     def follow(self) -> None:
         """Tells autograd that the members are what has become of their values."""
@@ -286,7 +298,7 @@ class DeferredLogits(torch.Tensor):
         """The logits as an ordinary tensor ``[B, S, V]``, part of the autograd graph."""
         value = self._get()
         if self._is_part:
-            self._source.keep_apart(value)
+            self._source.keep_apart(self)
         return value
 
     def _get(self) -> Tensor:
@@ -302,6 +314,7 @@ class DeferredLogits(torch.Tensor):
             has_all = not self._copies and self._like.numel() == parent._like.numel()
             if has_all or self._source.is_whole:
                 parent._get()
+        self._source.check_parts(self)
         steps, top, is_foreign = self._path()
         grad = not is_foreign and all(step.grad for step in steps)
         if grad:
@@ -469,8 +482,8 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for member in named:
         member._stay_whole()
     if writes:
-        for source in sources:
-            source.settle()
+        for member in members:
+            member._source.settle(member)
     args, kwargs = tree_map_only(DeferredLogits, DeferredLogits._get, (args, kwargs))
     result = func(*args, **kwargs)
     parts = [m for m in members if m._is_part and m._value is not None]
@@ -479,11 +492,12 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for member in parts:
             assert member._value is not None
             if member._value.untyped_storage()._cdata in storages:
-                member._source.keep_apart(member._value)
-    if not writes and any(m._get()._version != m._version_of_value for m in members):
-        for source in sources:  # a write that the function's name does not tell of
-            source.settle()
-        writes = True
+                member._source.keep_apart(member)
+    if not writes:  # but the function's name may not tell
+        written = [m for m in members if m._get()._version != m._version_of_value]
+        for member in written:
+            member._source.settle(member)
+        writes = bool(written)
     if named or writes:
         for source in sources:
             source.follow()
@@ -872,13 +886,13 @@ class Origin:
     """Where an input of the logits' graph is found.
 
     Attributes:
-        kind: "output" of the rewritten graph, or "argument".
-        index: which one.
+        kind: "output" of the rewritten graph, "argument", or "attribute".
+        index: which one; of attributes, their name.
         port: which output is the port that its gradient goes by (see :mod:`mst_fx.port`); -1: none.
     """
 
     kind: str
-    index: int
+    index: int | str
     port: int = -1
 
 
@@ -888,6 +902,7 @@ class Deferral:
 
     Attributes:
         position: of the output.
+        module: where attributes are found.
         compute: the graph of the logits, a function of ``inputs``.
         inputs: where they are found.
         rows: for each input whether it holds the logits' rows; None where they are not proved
@@ -897,6 +912,7 @@ class Deferral:
     """
 
     position: int
+    module: torch.nn.Module
     compute: fx.GraphModule
     inputs: tuple[Origin, ...]
     rows: tuple[bool, ...] | None
@@ -924,13 +940,13 @@ def deferring(
     return run
 
 
-def arguments_of(deferrals: Sequence[Deferral], args: Sequence[Any]) -> list[dict[int, Any]]:
+def arguments_of(deferrals: Sequence[Deferral], args: Sequence[Any]) -> list[dict[int | str, Any]]:
     """The arguments of a rewritten graph that each of its logits needs, by their index."""
-    return [{x.index: args[x.index] for x in d.inputs if x.kind == "argument"} for d in deferrals]
+    return [{x.index: args[int(x.index)] for x in d.inputs if x.kind == "argument"} for d in deferrals]
 
 
 def defer_outputs(
-    results: Sequence[Any], kept: Sequence[dict[int, Any]], deferrals: Sequence[Deferral], outputs: int
+    results: Sequence[Any], kept: Sequence[dict[int | str, Any]], deferrals: Sequence[Deferral], outputs: int
 ) -> tuple[Any, ...]:
     """The outputs of a graph with deferred logits in place.
 
@@ -942,17 +958,20 @@ def defer_outputs(
     new = list(results[:outputs])
     joined: dict[int, Tensor] = {}  # rows by their port
 
-    def found(origin: Origin, arguments: dict[int, Any]) -> Any:
+    def found(origin: Origin, deferral: Deferral, arguments: dict[int | str, Any]) -> Any:
+        if origin.kind == "attribute":
+            return attribute(deferral.module, str(origin.index))
         if origin.kind == "argument":
             return arguments[origin.index]
+        rows = results[int(origin.index)]
         if origin.port < 0:
-            return results[origin.index]
+            return rows
         if origin.port not in joined:
-            joined[origin.port] = joined_to_port(results[origin.port], results[origin.index])
+            joined[origin.port] = joined_to_port(results[origin.port], rows)
         return joined[origin.port]
 
     for deferral, arguments in zip(deferrals, kept, strict=True):
-        inputs = [found(origin, arguments) for origin in deferral.inputs]
+        inputs = [found(origin, deferral, arguments) for origin in deferral.inputs]
         shape = [
             size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in deferral.shape
         ]

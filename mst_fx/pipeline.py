@@ -251,12 +251,14 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> 
         for operand in node.all_input_nodes:
             if operand in env or operand in chain:
                 continue
-            if operand.op == "get_attr":
+            if operand.op == "get_attr" and _is_graph(gm, operand):
                 env[operand] = graph.node_copy(operand)
                 continue
             env[operand] = graph.placeholder(operand.name)
             env[operand].meta = dict(operand.meta)
-            if operand.op == "placeholder":
+            if operand.op == "get_attr":
+                inputs.append(Origin("attribute", str(operand.target)))
+            elif operand.op == "placeholder":
                 inputs.append(Origin("argument", arguments.index(operand)))
             elif port := _port(gm, operand):
                 inputs.append(Origin("output", _position(results, port[0]), _position(results, port[1])))
@@ -278,7 +280,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> 
     assert fake is not None
     compute = fx.GraphModule(gm, graph)
     return Deferral(
-        position, compute, tuple(inputs), _row_inputs(compute), tuple(shape), fake.dtype, fake.device
+        position, gm, compute, tuple(inputs), _row_inputs(compute), tuple(shape), fake.dtype, fake.device
     )
 
 
