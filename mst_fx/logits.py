@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
@@ -141,6 +142,29 @@ class _Step:
         return full
 
 
+@dataclasses.dataclass(frozen=True)
+class _Apart:
+    """Rows that were computed alone and are known outside: what is written to them the logits do not show.
+
+    Attributes:
+        storage: of the rows.
+        version: an empty tensor with the rows' version counter.
+        known: the version they had.
+        owner: the logits, or the copy of them, whose rows they are.
+    """
+
+    storage: StorageWeakRef
+    version: Tensor
+    known: int
+    owner: weakref.ref[DeferredLogits]
+
+    def is_alive(self) -> bool:
+        return not self.storage.expired()  # type: ignore[no-untyped-call]
+
+    def is_changed(self) -> bool:
+        return self.version._version != self.known
+
+
 class _Source:
     """What deferred logits, their slices and their casts are computed from.
 
@@ -172,9 +196,7 @@ class _Source:
             torch.get_autocast_dtype(device.type),
             torch.is_autocast_enabled(device.type),
         )
-        # Rows that were computed alone and are known outside, with the versions they had, and whose rows
-        # they are: neither sees what is written to the other.
-        self._apart: list[tuple[weakref.ref[Tensor], int, weakref.ref[DeferredLogits]]] = []
+        self._apart: list[_Apart] = []
 
     def add(self, member: DeferredLogits) -> None:
         self.members[next(self._count)] = member
@@ -214,8 +236,12 @@ class _Source:
     def keep_apart(self, part: DeferredLogits) -> None:
         """Notes that rows that were computed alone are known outside."""
         assert part._value is not None
-        self._apart = [entry for entry in self._apart if entry[0]() is not None]
-        self._apart.append((weakref.ref(part._value), part._version_of_value, weakref.ref(part._owner())))
+        with _plainly():
+            version = part._value.detach()
+            version.data = torch.empty(0, dtype=part.dtype, device=part._value.device)
+        storage = StorageWeakRef(part._value.untyped_storage())
+        self._apart = [apart for apart in self._apart if apart.is_alive()]
+        self._apart.append(_Apart(storage, version, part._version_of_value, weakref.ref(part._owner())))
 
     def _check(self) -> None:
         for x, version in zip(self.inputs, self._versions, strict=True):
@@ -231,12 +257,12 @@ class _Source:
         family: list[DeferredLogits] = [member]
         while family[-1]._parent is not None:
             family.append(family[-1]._parent)
-        parts = [(ref(), version, owner()) for ref, version, owner in self._apart]
-        parts += [
-            (m._value, m._version_of_value, m._owner()) for m in list(self.members.values()) if m._is_part
-        ]
-        for value, version, owner in parts:
-            if value is not None and value._version != version and any(owner is m for m in family):
+        changed = [apart.owner() for apart in self._apart if apart.is_alive() and apart.is_changed()]
+        for m in list(self.members.values()):
+            if m._is_part and m._value is not None and m._value._version != m._version_of_value:
+                changed.append(m._owner())
+        for owner in changed:
+            if any(owner is m for m in family):
                 raise RuntimeError(
                     "rows of deferred logits were computed alone and changed in place since: the logits would "
                     f"not show it; {_KEEP.replace('them', 'all logits')}"
@@ -250,7 +276,7 @@ class _Source:
         """
         self.check_parts(member)
         owner = member._owner()
-        if any(part() is not None and its_owner() is owner for part, _, its_owner in self._apart):
+        if any(apart.owner() is owner and apart.is_alive() for apart in self._apart):
             raise RuntimeError(
                 "deferred logits are changed in place after some of their rows were computed alone, which would "
                 f"not show it; {_KEEP.replace('them', 'all logits')}"
