@@ -116,7 +116,8 @@ def run_passes(
     outputs = 0
     if report.rewrites:
         outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
-        deferrals = tuple(_defer(new, node, deferred) for node in deferred)
+        ports: _Ports = {}
+        deferrals = tuple(_defer(new, node, deferred, ports) for node in deferred)
         keep_embeddings_whole(new.graph)
         eliminate_dead_code(new.graph)
         new.graph.lint()
@@ -230,7 +231,10 @@ class _Runner:
         return gm, deferred
 
 
-def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> Deferral:
+_Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their gradient, and its port
+
+
+def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], ports: _Ports) -> Deferral:
     """Takes a logits output out of the graph and describes how its caller computes it.
 
     The nodes that only the logits need become a graph of their own; what they read becomes an output,
@@ -238,6 +242,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> 
 
     Args:
         deferred: all logits that are taken out.
+        ports: those of the graph, and of this call.
     """
     output = gm.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
@@ -260,8 +265,9 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node]) -> 
                 inputs.append(Origin("attribute", str(operand.target)))
             elif operand.op == "placeholder":
                 inputs.append(Origin("argument", arguments.index(operand)))
-            elif port := _port(gm, operand):
-                inputs.append(Origin("output", _position(results, port[0]), _position(results, port[1])))
+            elif _has_port(gm, operand, ports):
+                rows, port = (_position(results, node) for node in ports[operand])
+                inputs.append(Origin("output", rows, port))
             else:
                 if operand in deferred:  # its own place will be empty
                     results.append(operand)
@@ -291,12 +297,14 @@ def _position(results: list[Any], node: fx.Node) -> int:
     return max(index for index, found in enumerate(results) if found is node)
 
 
-def _port(gm: fx.GraphModule, rows: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Rows without their gradient, and the port it comes in by; None if no loop can take it.
+def _has_port(gm: fx.GraphModule, rows: fx.Node, ports: _Ports) -> bool:
+    """Gives a port to rows that a loop computes a gradient of; false if there is no such loop.
 
     Before: ``loop_with_grad([rows, ...]); return rows``. After: ``loop_with_grad([rows, ...], port=0)``
     with one more output, and ``return rows.detach(), port``.
     """
+    if rows in ports:
+        return True
     op = torch.ops.mst_fx.loop_with_grad.default
     for loop in rows.users:
         if loop.target is not op or list(loop.args[0]).count(rows) != 1:  # type: ignore[arg-type]
@@ -314,8 +322,9 @@ def _port(gm: fx.GraphModule, rows: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         with gm.graph.inserting_after(port):
             detached = gm.graph.call_method("detach", (rows,))
             detached.meta[VALUE] = value(rows).detach()
-        return detached, port
-    return None
+        ports[rows] = detached, port
+        return True
+    return False
 
 
 class _Modes:
