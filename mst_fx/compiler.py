@@ -11,6 +11,8 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._inductor.choices.InductorChoices``, set with ``V.set_choices_handler``: one heuristic of ours.
 - ``torch._functorch.config.donated_buffer``: off, so that ``retain_graph=True`` works.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
+- ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
+  (selective checkpointing's, which counts operators) are not its business.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 Compiled = Callable[..., Any]
 
@@ -155,6 +158,13 @@ def outside_of_kernels() -> Iterator[None]:
     engine takes it as a reentrant backward pass.
     """
     with torch._C._ForceDispatchKeyGuard(*_neutral_keys()), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """Runs its block under no dispatch mode."""
+    with _disable_current_modes():
         yield
 
 

@@ -241,7 +241,7 @@ class RowAnalysis:
         self._avoid = static_sizes(gm.graph.nodes)
         self.folder = Folder(rows, self._avoid)
         self.states: dict[fx.Node, State] = {}
-        self.contexts = _contexts(gm.graph)
+        self.contexts = contexts(gm.graph)
         self._mutated = mutated_storages(gm.graph)
         self._subgraphs = {name for name, _ in subgraphs(gm)}
         self._known = {} if known is None else known
@@ -416,7 +416,8 @@ class Context:
     grad: bool
 
 
-def _contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
+def contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
+    """The modes of every node; the graph starts in the ambient ones."""
     current = Context((), torch.is_grad_enabled())
     contexts = {}
     for node in graph.nodes:

@@ -7,9 +7,11 @@ These ops stand in rewritten graphs (``torch.library``, opaque to Inductor and A
     only; its derivative is
 ``mst_fx::loop_backward(rows, shared, tangents, has_tangent, needs, body, chunk_rows) -> gradients``
     which recomputes the inside of each chunk, with ``backward_rows`` a chunk;
-``mst_fx::loop_with_grad(rows, shared, needs, output, body, chunk_rows, lead) -> outputs + gradients``
+``mst_fx::loop_with_grad(rows, shared, needs, output, body, chunk_rows, lead, port) -> outputs + gradients``
     computes the gradients of one scalar output in the forward loop (3 matmuls instead of 4);
-    its derivative scales them by the scalar's tangent, with ``mst_fx::scaled``.
+    its derivative scales them by the scalar's tangent, with ``mst_fx::scaled``. With a ``port`` of 0 or
+    more it has one more output, by which further gradients of ``rows[port]`` come in
+    (:mod:`mst_fx.port`); ``mst_fx::joined`` adds them.
 
 ``rows`` are tensors whose leading dimensions make up the ``N`` rows (``[B, S, ...]`` or ``[N, ...]``),
 ``shared`` are read whole by every chunk, ``body`` is the key of a :class:`~mst_fx.body.Body`. Output
@@ -35,6 +37,7 @@ from torch import Tensor
 from mst_fx.body import Body, CompiledBody, GradientPlan, OutputMeta, TensorMeta, Term
 from mst_fx.body import body as body_of
 from mst_fx.graph import sum_dtype
+from mst_fx.port import new_port, pick_up
 
 aten = torch.ops.aten
 
@@ -336,11 +339,28 @@ def _(gradient: Tensor, tangent: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
+    "mst_fx::joined", mutates_args=(), schema="(Tensor gradient, Tensor? tangent, Tensor port) -> Tensor"
+)
+def joined(gradient: Tensor, tangent: Tensor | None, port: Tensor) -> Tensor:
+    """``gradient * tangent``, plus the gradient that came in by a port, if one did."""
+    found = pick_up(port)
+    if tangent is None:
+        return torch.zeros_like(gradient) if found is None else found.to(gradient.dtype, copy=True)
+    product = gradient * tangent
+    return product if found is None else product.add_(found)
+
+
+@joined.register_fake
+def _(gradient: Tensor, tangent: Tensor | None, port: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+@torch.library.custom_op(
     "mst_fx::loop_with_grad",
     mutates_args=(),
     schema=(
-        "(Tensor[] rows, Tensor[] shared, bool[] needs, int output, str body, int chunk_rows, int[] lead)"
-        " -> Tensor[]"
+        "(Tensor[] rows, Tensor[] shared, bool[] needs, int output, str body, int chunk_rows, int[] lead, "
+        "int port) -> Tensor[]"
     ),
 )
 def loop_with_grad(
@@ -351,14 +371,16 @@ def loop_with_grad(
     body: str,
     chunk_rows: int,
     lead: list[int],
+    port: int,
 ) -> list[Tensor]:
     found = body_of(body)
+    ports = [] if port < 0 else [new_port()]
     with _plain_mode():
         outputs = _Outputs(found.outputs, _output_shapes(found, rows, lead))
         if not _count(rows, found):
-            return [*outputs.result(), *_Gradients(found, needs, rows).result()]
+            return [*outputs.result(), *_Gradients(found, needs, rows).result(), *ports]
         compiled = found.compiled_with_grad(needs, output)
-        return _run_with_gradients(compiled, found, needs, rows, shared, chunk_rows, outputs)
+        return [*_run_with_gradients(compiled, found, needs, rows, shared, chunk_rows, outputs), *ports]
 
 
 @loop_with_grad.register_fake
@@ -370,8 +392,10 @@ def _(
     body: str,
     chunk_rows: int,
     lead: list[int],
+    port: int,
 ) -> list[Tensor]:
-    return [*_output_fakes(body_of(body), rows, lead), *_gradient_fakes(rows, shared, needs)]
+    ports = [] if port < 0 else [new_port()]
+    return [*_output_fakes(body_of(body), rows, lead), *_gradient_fakes(rows, shared, needs), *ports]
 
 
 def _setup_loop(ctx: Any, inputs: tuple[Any, ...], output: Tensor | list[Tensor]) -> None:
@@ -395,19 +419,27 @@ def _backward_loop_list(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, 
 
 
 def _setup_loop_with_grad(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    rows, _, ctx.needs, ctx.output, body, _, _ = inputs
+    rows, _, ctx.needs, ctx.output, body, _, _, ctx.port = inputs
     ctx.rows = len(rows)
-    ctx.save_for_backward(*output[len(body_of(body).outputs) :])
+    first = len(body_of(body).outputs)
+    ctx.save_for_backward(*output[first : first + sum(ctx.needs)])
     ctx.set_materialize_grads(False)
 
 
 def _backward_loop_with_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    tangent = grads[ctx.output]
-    if tangent is None:
-        return (None,) * 7
+    tangent, port_tangent = grads[ctx.output], grads[-1] if ctx.port >= 0 else None
+    if tangent is None and port_tangent is None:
+        return (None,) * 8
     saved = iter(ctx.saved_tensors)
-    filled = [scaled(next(saved), tangent) if need else None for need in ctx.needs]
-    return filled[: ctx.rows], filled[ctx.rows :], None, None, None, None, None
+    filled: list[Tensor | None] = []
+    for position, need in enumerate(ctx.needs):
+        gradient = next(saved) if need else None
+        if gradient is not None and position == ctx.port and port_tangent is not None:
+            gradient = joined(gradient, tangent, port_tangent)
+        elif gradient is not None:
+            gradient = None if tangent is None else scaled(gradient, tangent)
+        filled.append(gradient)
+    return filled[: ctx.rows], filled[ctx.rows :], None, None, None, None, None, None
 
 
 def _backward_loop(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:

@@ -81,7 +81,8 @@ def replace_region(
             op = torch.ops.mst_fx.loop if len(outs) == 1 else torch.ops.mst_fx.loop_list
             loop = add_call(graph, op.default, *args)
         else:
-            args = (row_inputs, shared, needs_gradient(region), gradient_of, body.key, plan.chunk_rows, lead)
+            needs, no_port = needs_gradient(region), -1
+            args = (row_inputs, shared, needs, gradient_of, body.key, plan.chunk_rows, lead, no_port)
             loop = add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
         new = {}
         for index, node in enumerate(outs):

@@ -114,8 +114,9 @@ def step_peak(
 
     Args:
         way: "mst" or "inductor".
-        returns: "model": the whole Hugging Face model is compiled, its logits are among the outputs
-            and alive during the backward pass; "loss": what is compiled returns only the loss.
+        returns: "model": the whole Hugging Face model is compiled, its logits are among the outputs,
+            which are dropped before the backward pass, as HF Trainer does; "held": they are alive until
+            the step's end; "loss": what is compiled returns only the loss.
         mask: see :func:`~tools.bench_support.make_llama`.
     """
     arguments = (way, returns, dataclasses.asdict(shape), seq, mask, options)
@@ -188,11 +189,13 @@ def _measure_step(
 
     def step() -> tuple[float, float]:
         start = time.perf_counter()
-        if returns == "model":
-            out = whole(input_ids=ids, labels=ids)  # alive, logits and all, until the step's end
-            loss = out.loss
-        else:
+        if returns == "loss":
             loss = loss_only(ids)
+        else:
+            out = whole(input_ids=ids, labels=ids)
+            loss = out.loss
+            if returns == "model":
+                del out
         torch.autograd.backward(loss)
         return loss.item(), time.perf_counter() - start
 
@@ -262,7 +265,7 @@ def _run_steps(seq: int, only: str) -> dict[str, StepPeak]:
     found = {}
     for mask in (True, False):
         for way in ("inductor", "mst"):
-            for returns in ("model", "loss"):
+            for returns in ("model", "held", "loss"):
                 name = f"{way}, {returns}{'' if mask else ', no mask'}"
                 if only not in name:
                     continue
