@@ -165,7 +165,7 @@ def clean_path(path: str) -> str:
     """``L['self'].model.layers[0]._modules['mlp']`` → ``model.layers.0.mlp``."""
     path = re.sub(r"_modules\[['\"](\w+)['\"]\]", r"\1", path)
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
-    path = re.sub(r"^(L|G)?\.?(self|fn|mod|model__|_orig_mod)?(\.|$)", "", path)
+    path = re.sub(r"^(L|G)?\.?(self|fn|mod|model__|_orig_mod|args\.0|\w+\.__self__)?(\.|$)", "", path)
     return path.strip(".")
 
 

@@ -13,6 +13,7 @@ from torch import fx
 
 import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import BodyConfig
+from mst_fx.canonical import join_casts
 from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.embedding import keep_embeddings_whole
@@ -35,6 +36,9 @@ PASSES: tuple[tuple[str, Pass, str], ...] = (
     ("mlp", mlp.run, "graph"),
     ("vocab", vocab.run, "graph"),
 )
+
+
+_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
 @dataclasses.dataclass
@@ -142,6 +146,7 @@ def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
         fill_values(new, example_inputs)
     if any(n.op == "get_attr" and value(n) is None and not _is_graph(new, n) for n in new.graph.nodes):
         fill_values(new, example_inputs)
+    join_casts(new.graph)
     return new
 
 
@@ -224,8 +229,8 @@ class _Runner:
 def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
     """Takes a logits output out of the graph and describes how its caller computes it.
 
-    The nodes that only the logits need become a graph of their own; what they read becomes an output,
-    unless it is an argument of the graph anyway.
+    The nodes that only the logits need become a graph of their own, in the autocast regions they lay in;
+    what they read becomes an output, unless it is an argument of the graph anyway.
     """
     output = gm.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
@@ -249,7 +254,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
                 if operand not in results:
                     results.append(operand)
                 inputs.append(("output", results.index(operand)))
-    for node in (n for n in gm.graph.nodes if n in chain):
+    for node in (n for n in gm.graph.nodes if n in chain or n.target in _AUTOCAST):
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(env[logits])
     results[position] = None
