@@ -102,29 +102,32 @@ def run_passes(
         runner = _Runner(options, config, report, Shared())
         new, _ = runner.run(prepared, "program", is_top=True)
         new, deferred = runner.run_tree(new, is_top=True)
+        deferrals, outputs = _finish(new, deferred) if report.rewrites else ((), 0)
     except Exception as error:
         if options.strict:
             raise
         report = Report(graphs=1, refusals=[Refused("graph", "", _defect("everything", error))])
-        new, deferred = gm, []
-    deferrals: tuple[Deferral, ...] = ()
-    outputs = 0
     if report.rewrites:
-        outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
-        deferrals = tuple(_defer(new, node) for node in deferred)
-        keep_embeddings_whole(new.graph)
-        eliminate_dead_code(new.graph)
-        new.graph.lint()
-        new.recompile()
         report.before.append(_text(gm))
         report.after.append(_text(new))
     else:
-        new = gm
+        new, deferrals, outputs = gm, (), 0
         report.before.append("")
         report.after.append("")
     report.seconds = time.perf_counter() - start
     _log(report)
     return Result(new, report, deferrals, outputs)
+
+
+def _finish(gm: fx.GraphModule, deferred: list[fx.Node]) -> tuple[tuple[Deferral, ...], int]:
+    """Takes the logits out of a rewritten graph and makes it runnable."""
+    outputs = len(gm.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
+    deferrals = tuple(_defer(gm, node) for node in deferred)
+    keep_embeddings_whole(gm.graph)
+    eliminate_dead_code(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return deferrals, outputs
 
 
 def _defect(what: str, error: Exception) -> str:
@@ -258,7 +261,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(env[logits])
     results[position] = None
-    shape = [_size(results, size) for size in value(logits).shape]
+    shape = [_size(results, arguments, size) for size in value(logits).shape]
     output.args = (tuple(results),)
     fake = tensor_value(logits)
     assert fake is not None
@@ -274,17 +277,32 @@ def _only_for(logits: fx.Node, output: fx.Node) -> set[fx.Node]:
     return chain
 
 
-def _size(results: list[Any], size: Any) -> Any:
-    """An int, or where among the outputs a dynamic size can be read."""
+def _size(results: list[Any], arguments: list[fx.Node], size: Any) -> Any:
+    """An int, or where among the outputs a dynamic size can be read.
+
+    Behind a graph break the hidden rows are an argument; it becomes an output for its size's sake.
+    """
     if isinstance(size, int):
         return size
     # From the end, where hidden rows were appended: other logits may be taken out yet.
     for index, node in reversed(list(enumerate(results))):
-        fake = tensor_value(node) if isinstance(node, fx.Node) else None
-        for dim, other in enumerate(fake.shape if fake is not None else ()):
-            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
-                return ("output", index, dim)
+        dim = _dim_of(node, size)
+        if dim is not None:
+            return ("output", index, dim)
+    for node in arguments:
+        dim = _dim_of(node, size)
+        if dim is not None:
+            results.append(node)
+            return ("output", len(results) - 1, dim)
     raise AssertionError(f"no output has the size {size}")
+
+
+def _dim_of(node: Any, size: torch.SymInt) -> int | None:
+    fake = tensor_value(node) if isinstance(node, fx.Node) else None
+    for dim, other in enumerate(fake.shape if fake is not None else ()):
+        if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+            return dim
+    return None
 
 
 def _text(gm: fx.GraphModule) -> str:
