@@ -232,8 +232,9 @@ class _Runner:
 def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
     """Takes a logits output out of the graph and describes how its caller computes it.
 
-    The nodes that only the logits need become a graph of their own, in the autocast regions they lay in;
-    what they read becomes an output, unless it is an argument of the graph anyway.
+    The nodes that only the logits need become a graph of their own, in the autocast regions they lay in.
+    What they read becomes an output, unless it is an argument of the graph anyway; the first of it takes
+    the logits' place, as DDPOptimizer's parts of a graph may have no None among their outputs.
     """
     output = gm.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
@@ -251,6 +252,8 @@ def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
                 env[operand] = graph.node_copy(operand)
                 continue
             env[operand] = graph.placeholder(operand.name)
+            if results[position] is logits:
+                results[position] = operand
             if operand.op == "placeholder":
                 inputs.append(("argument", arguments.index(operand)))
             else:
@@ -260,8 +263,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
     for node in (n for n in gm.graph.nodes if n in chain or n.target in _AUTOCAST):
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(env[logits])
-    results[position] = None
-    shape = [_size(results, arguments, size) for size in value(logits).shape]
+    shape = [_size(results, position, size) for size in value(logits).shape]
     output.args = (tuple(results),)
     fake = tensor_value(logits)
     assert fake is not None
@@ -277,23 +279,16 @@ def _only_for(logits: fx.Node, output: fx.Node) -> set[fx.Node]:
     return chain
 
 
-def _size(results: list[Any], arguments: list[fx.Node], size: Any) -> Any:
-    """An int, or where among the outputs a dynamic size can be read.
-
-    Behind a graph break the hidden rows are an argument; it becomes an output for its size's sake.
-    """
+def _size(results: list[Any], position: int, size: Any) -> Any:
+    """An int, or where among the outputs a dynamic size can be read."""
     if isinstance(size, int):
         return size
-    # From the end, where hidden rows were appended: other logits may be taken out yet.
-    for index, node in reversed(list(enumerate(results))):
-        dim = _dim_of(node, size)
+    # What took the logits' place first; others are searched from the end, where logits that are to be
+    # taken out yet do not stand.
+    for index in (position, *reversed(range(len(results)))):
+        dim = _dim_of(results[index], size)
         if dim is not None:
             return ("output", index, dim)
-    for node in arguments:
-        dim = _dim_of(node, size)
-        if dim is not None:
-            results.append(node)
-            return ("output", len(results) - 1, dim)
     raise AssertionError(f"no output has the size {size}")
 
 

@@ -22,7 +22,7 @@ from tests.helpers import SMALL_CHUNKS, gradients, relative_error, worst_error
 from tests.models import ACCEPTED, inputs_of
 
 _ENTRY = ACCEPTED["llama"]
-_TINY = 1.0  # MiB: about one MLP of this model, the least that DDPOptimizer takes
+_TINY = 1.0  # MiB: one weight of this model's MLPs, as of any real model; the least that DDPOptimizer takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,8 @@ class Case:
 _CASES = (
     Case("eager"),
     Case("inside"),
-    Case("around"),
     Case("inside", checkpointing=True),
     Case("around", static_graph=True),
-    Case("inside", split=True),
     Case("inside", split=True, bucket_mb=_TINY),
     Case("inside", split=True, bucket_mb=_TINY, checkpointing=True),
 )
@@ -58,13 +56,13 @@ class _Lines(logging.Handler):
 
 
 def _train(case: Case, rank: int) -> tuple[dict[str, Tensor], str]:
-    """Three steps of a rank on its own batches; the last loss and gradients, and what was logged."""
+    """Two steps of a rank on its own batches; the last loss and gradients, and what was logged."""
     torch._dynamo.reset()
     torch._dynamo.config.optimize_ddp = case.split
     handler, log = _Lines(), logging.getLogger("mst_fx")
     log.setLevel(logging.INFO)
     log.addHandler(handler)
-    model = _ENTRY.build(hidden_size=128, intermediate_size=512)
+    model = _ENTRY.build(hidden_size=256, intermediate_size=1024)
     if case.checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     if case.compiled == "inside":
@@ -74,7 +72,7 @@ def _train(case: Case, rank: int) -> tuple[dict[str, Tensor], str]:
         ddp.compile(backend="mst", options=SMALL_CHUNKS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found: dict[str, Tensor] = {}
-    for _ in range(3):
+    for _ in range(2):
         optimizer.zero_grad()
         loss = ddp(**inputs_of(_ENTRY, 1, 35 + rank)).loss
         loss.backward()
@@ -108,12 +106,9 @@ def test_as_eager(case: Case, results: list[Any]) -> None:
         found, lines = results[rank][_CASES.index(case)]
         assert relative_error(found["loss"], truth["loss"]) <= 1e-5
         assert worst_error(found, truth) <= 1e-5
-        whole = not case.split or case.bucket_mb > _TINY
-        mlps = sum(int(line.split()[1]) for line in lines.splitlines() if "mlp" in line and "rewrote" in line)
-        if whole:
-            assert mlps == 2 and "1 vocab; refused 0" in lines, lines
-        else:
-            assert mlps < 2, lines  # as the README says of optimize_ddp
+        assert "1 vocab; refused 0" in lines
+        # Checkpointed layers are not torn apart; other MLPs are, as the README says.
+        assert (" mlp" in lines) == (not case.split or case.checkpointing), lines
 
 
 def test_one_gradient_for_both(results: list[Any]) -> None:
