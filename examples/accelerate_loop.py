@@ -7,7 +7,9 @@ from torch.utils.data import DataLoader
 
 accelerator = Accelerator(mixed_precision="bf16", cpu=True)
 model = toy_llama()
-model.compile(backend="mst", options=OPTIONS)  # or: Accelerator(dynamo_backend="inductor") and mst_fx.enable()
+model.compile(
+    backend="mst", options=OPTIONS
+)  # or: Accelerator(dynamo_backend="inductor") and mst_fx.enable()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(token_blocks(8), batch_size=2))
 

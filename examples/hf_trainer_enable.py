@@ -1,8 +1,9 @@
 """Hugging Face's Trainer that compiles the model itself: torch_compile=True."""
 
-import mst_fx
 from _common import OPTIONS, token_blocks, toy_llama
 from transformers import Trainer, TrainingArguments
+
+import mst_fx
 
 arguments = TrainingArguments(
     output_dir="trainer-out",

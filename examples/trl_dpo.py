@@ -16,6 +16,7 @@ arguments = DPOConfig(
     logging_steps=1,
     save_strategy="no",
     report_to="none",
+    gradient_checkpointing=False,  # TRL would switch it off and on in every step, and all be compiled anew
     use_cpu=True,
     bf16=False,
 )

@@ -85,7 +85,7 @@ def redirect_inductor(instead: Redirection | None) -> None:
         assert instead is not None
         return instead(gm, inputs, {**wrapper.config, **(kwargs.get("config_patches") or {})})
 
-    torch._TorchCompileInductorWrapper.__call__ = _inductor_call if instead is None else call  # type: ignore[method-assign]
+    torch._TorchCompileInductorWrapper.__call__ = _inductor_call if instead is None else call  # type: ignore[method-assign, assignment]
 
 
 def decompositions(inner: str) -> dict[Any, Any]:

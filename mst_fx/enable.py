@@ -16,7 +16,7 @@ from mst_fx.options import Options, make_options
 _enabled: list[enable] = []
 
 
-class enable:  # noqa: N801  (used like a function)
+class enable:
     """Makes ``torch.compile(model)`` do what ``torch.compile(model, backend="mst")`` does.
 
     For code that calls ``torch.compile`` itself and knows no backend but torch's own, such as

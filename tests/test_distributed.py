@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.helpers import SMALL_CHUNKS, gradients, relative_error, worst_error
@@ -94,7 +94,7 @@ def _rank(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank found in each case."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    spawn(_rank, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

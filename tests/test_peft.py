@@ -144,7 +144,7 @@ class _QuantisedLinear(nn.Module):
         return _quantised_linear(x, self.packed, self.scale)
 
 
-def test_an_unknown_quantised_linear_is_left_alone() -> None:
+def test_an_unknown_quantised_linear_is_refused() -> None:
     """Nothing is known of such an operator's rows. The head is not quantised, and chunked."""
     model: Any = build_llama()
     for layer in model.model.layers:
@@ -152,6 +152,10 @@ def test_an_unknown_quantised_linear_is_left_alone() -> None:
             setattr(layer.mlp, name, _QuantisedLinear(getattr(layer.mlp, name)))
     report = report_of(model, SMALL_CHUNKS, **_batch())
     assert kinds(report) == {"vocab": 1}
+    assert {r.name for r in report.refusals} == {
+        f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj")
+    }
+    assert all("test_peft.quantised_linear.default has no row-wise rule" in r.reason for r in report.refusals)
     check_parity(model, _batch(), 1e-5, 1e-5)
 
 

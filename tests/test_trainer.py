@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import mst_fx
-from tests.helpers import SMALL_CHUNKS
+from tests.helpers import SMALL_CHUNKS, compile_mst
 from tests.text import build_llama, token_blocks
 
 ROUTES = ("model.compile", "enable")
@@ -51,7 +51,9 @@ def _train(
     )
     if route == "model.compile":
         model.compile(backend="mst", options=options or SMALL_CHUNKS)
-    trainer = Trainer(model, chosen, train_dataset=data[:40], eval_dataset=data[40:], compute_metrics=_accuracy)
+    trainer = Trainer(
+        model, chosen, train_dataset=data[:40], eval_dataset=data[40:], compute_metrics=_accuracy
+    )
     enabled = mst_fx.enable(options or SMALL_CHUNKS) if route == "enable" else contextlib.nullcontext()
     with enabled:
         trainer.train()
@@ -83,9 +85,7 @@ def infos(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_twenty_steps(
-    route: str, eager: Trainer, tmp_path: Path, infos: pytest.LogCaptureFixture
-) -> None:
+def test_twenty_steps(route: str, eager: Trainer, tmp_path: Path, infos: pytest.LogCaptureFixture) -> None:
     trainer = _train(route, tmp_path, build_llama())
     assert "rewrote 2 mlp, 1 vocab; refused 0" in infos.text
     _agree(trainer, eager)
@@ -126,7 +126,7 @@ def test_variants(
 def test_a_compiled_wrapper(eager: Trainer, tmp_path: Path) -> None:
     """Why ``model.compile`` is what to use: ``torch.compile(model)`` hides the names of forward's arguments,
     by which Trainer picks columns and finds labels to evaluate with, and renames weights in checkpoints."""
-    model: Any = torch.compile(build_llama(), backend="mst", options=SMALL_CHUNKS)
+    model = compile_mst(build_llama())
     with pytest.raises(ValueError, match="The batch received was empty"):
         _train("wrapper", tmp_path, model)
     trainer = _train("wrapper", tmp_path, model, remove_unused_columns=False)
@@ -154,7 +154,9 @@ def test_resumed(route: str, eager: Trainer, tmp_path: Path) -> None:
     arguments = TrainingArguments(
         **{**eager.args.to_dict(), "output_dir": str(tmp_path), "torch_compile": route == "enable"}
     )
-    resumed = Trainer(model, arguments, train_dataset=token_blocks(44, 64)[:40], eval_dataset=eager.eval_dataset)
+    resumed = Trainer(
+        model, arguments, train_dataset=token_blocks(44, 64)[:40], eval_dataset=eager.eval_dataset
+    )
     with mst_fx.enable(SMALL_CHUNKS):
         resumed.train(resume_from_checkpoint=str(checkpoint))
     assert _logged(resumed, "loss") == pytest.approx(_logged(eager, "loss"), rel=1e-5)

@@ -8,17 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import ByT5Tokenizer
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (  # type: ignore[attr-defined]
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 import mst_fx
-from tests.helpers import SMALL_CHUNKS
+from tests.helpers import SMALL_CHUNKS, compile_mst
 from tests.text import build_llama, texts
 
 
@@ -42,14 +48,14 @@ def _config(kind: Any, folder: Path, **more: Any) -> Any:
     )
 
 
-def _sft(model: nn.Module, folder: Path, **more: Any) -> Any:
+def _sft(model: Any, folder: Path, **more: Any) -> Any:
     peft = more.pop("peft_config", None)
     config = _config(SFTConfig, folder, max_steps=4, per_device_train_batch_size=2, max_length=64, **more)
     data = Dataset.from_dict({"text": texts(8, 80)})
     return SFTTrainer(model, config, train_dataset=data, processing_class=_tokenizer(), peft_config=peft)
 
 
-def _dpo(model: nn.Module, folder: Path, **more: Any) -> Any:
+def _dpo(model: Any, folder: Path, **more: Any) -> Any:
     reference = build_llama()
     config = _config(DPOConfig, folder, max_steps=4, per_device_train_batch_size=2, **more)
     data = Dataset.from_list(
@@ -58,11 +64,11 @@ def _dpo(model: nn.Module, folder: Path, **more: Any) -> Any:
     return DPOTrainer(model, reference, config, train_dataset=data, processing_class=_tokenizer())
 
 
-def _letters(completions: list[str], **_: Any) -> list[float]:
+def _letters(completions: list[str], **_: Any) -> list[float | None]:
     return [sum(c.isalpha() for c in text) / 8 for text in completions]
 
 
-def _grpo(model: nn.Module, folder: Path, **more: Any) -> Any:
+def _grpo(model: Any, folder: Path, **more: Any) -> Any:
     config = _config(
         GRPOConfig,
         folder,
@@ -82,7 +88,7 @@ def _train(make: Any, route: str, folder: Path, **more: Any) -> dict[str, list[f
     if route == "model.compile":
         model.compile(backend="mst", options=SMALL_CHUNKS)
     if route == "wrapper":
-        model = torch.compile(model, backend="mst", options=SMALL_CHUNKS)  # type: ignore[assignment]
+        model = compile_mst(model)
     trainer = make(model, folder, torch_compile=route == "enable", **more)
     enabled = mst_fx.enable(SMALL_CHUNKS) if route == "enable" else contextlib.nullcontext()
     with enabled:
