@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,24 @@ def test_runs(name: str, tmp_path: Path) -> None:
         assert any("1 vocab" in line for line in said), done.stderr[-2000:]
     assert "refused vocab" not in done.stderr
     assert "loss" in done.stdout
+    if name in ("plain_loop", "lightning_module", "per_block", "accelerate_loop"):
+        losses = [float(found) for found in re.findall(r"^loss (\S+)$", done.stdout, re.MULTILINE)]
+        assert losses == pytest.approx(_eager_losses(), abs=1e-2 if name == "accelerate_loop" else 1e-3)
+
+
+@functools.cache
+def _eager_losses() -> list[float]:
+    """What plain_loop.py prints without its line about mst."""
+    code = (_FOLDER / "plain_loop.py").read_text().replace("model.compile", "dict")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{_FOLDER.parent}{os.pathsep}{_FOLDER}", "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    assert "mst" not in done.stderr
+    return [float(line.split()[1]) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("name", _NAMES)
