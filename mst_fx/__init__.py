@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mst_fx.backend import mst
+from mst_fx.enable import enable
 from mst_fx.errors import OptionError, Refusal
 from mst_fx.explain import explain
 from mst_fx.options import Options
@@ -18,6 +19,7 @@ __all__ = [
     "Report",
     "Rewrite",
     "__version__",
+    "enable",
     "explain",
     "mst",
     "rewrite",

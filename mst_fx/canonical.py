@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from mst_fx.fold import writes_in_place
 from mst_fx.graph import add_call, sum_dtype, tensor_value
 
 aten = torch.ops.aten
@@ -45,6 +46,33 @@ _PLAIN_LOSSES = (
     F.binary_cross_entropy,
 )
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
+
+
+_CASTS = ("float", "double", "half", "bfloat16", "to", "type")
+
+
+def join_casts(graph: fx.Graph) -> None:
+    """Moves casts that follow the end of an autocast region into it, next to what they cast.
+
+    accelerate's mixed precision casts a model's outputs to float32 behind its autocast region; logits
+    and what is made of them have to lie in one. A cast is the same in and out of autocast.
+    """
+    for node in list(graph.nodes):
+        operands = node.all_input_nodes
+        if node.op == "call_method" and node.target in _CASTS and len(operands) == 1:
+            between = list(_between(operands[0], node))
+            ends = any(other.target is torch.amp.autocast_mode._exit_autocast for other in between)
+            if ends and not any(map(_is_barrier, between)):
+                operands[0].append(node)
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    while (first := first.next) is not last:
+        yield first
+
+
+def _is_barrier(node: fx.Node) -> bool:
+    return node.target is torch._C._set_grad_enabled or writes_in_place(node)
 
 
 def make_functional(graph: fx.Graph) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
 from mst_fx.errors import Refusal
 from mst_fx.fold import RowAnalysis, State, row_counts
-from mst_fx.graph import hint, module_path
+from mst_fx.graph import hint, module_path, tensor_value
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.plan import Plan
@@ -198,6 +199,19 @@ def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
                 f"{node.name} ({target_name(node)}) multiplies rows with the weights of their experts, "
                 "and the routing is not proved row-wise",
             )
+
+
+def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
+    """Notes operators of other libraries that widen rows, such as linears with quantised weights."""
+    for node, state in analysis.states.items():
+        if not isinstance(node.target, OpOverload) or node.target.namespace in ("aten", "prims", "mst_fx"):
+            continue
+        fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
+        out = tensor_value(node)
+        if state.rowwise or not state.rows or out is None or not fakes or fakes[0] is None:
+            continue
+        if out.ndim == fakes[0].ndim and hint(out.shape[-1]) > hint(fakes[0].shape[-1]):
+            context.refuse("mlp", module_path(node) or node.name, f"{node.name} ({state.reason})")
 
 
 def blocked(analysis: RowAnalysis, others: list[fx.Node], kind: str) -> list[Refused]:

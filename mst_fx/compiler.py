@@ -10,6 +10,13 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
   the graph whose compilation, or backward pass, happens to be under way.
 - ``torch._inductor.choices.InductorChoices``, set with ``V.set_choices_handler``: one heuristic of ours.
 - ``torch._functorch.config.donated_buffer``: off, so that ``retain_graph=True`` works.
+- ``torch._TorchCompileInductorWrapper``: the backend object that ``torch.compile`` makes when no other
+  backend is named. ``mst_fx.enable`` replaces its ``__call__``. Two ways with public names were tried and
+  fall short. ``torch._inductor.config.pre_grad_custom_pass`` may not change what a graph returns, so
+  logits that are an output (of every Hugging Face model) could not be deferred; and it runs after the
+  lookup in the cache of compiled graphs, so that a second process would have the graph but not the
+  bodies of its loops. ``torch.compiler.set_stance(force_backend=...)`` drops ``mode``, ``options`` and
+  ``fullgraph``, and replaces backends that were named.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
@@ -111,6 +118,26 @@ def _is_loop(operator: Any) -> bool:
 def _compile_apart(*args: Any, **kwargs: Any) -> Any:
     with V.set_choices_handler(_Choices()):
         return compile_fx_inner(*args, **kwargs)
+
+
+Redirection = Callable[[fx.GraphModule, Sequence[Any], Mapping[str, Any]], Compiled]
+
+_inductor_call = torch._TorchCompileInductorWrapper.__call__
+
+
+def redirect_inductor(instead: Redirection | None) -> None:
+    """Makes ``torch.compile`` with its default backend call a function in place of Inductor.
+
+    Args:
+        instead: gets the graph, its example inputs and the Inductor config patches that the mode and the
+            options of ``torch.compile`` stand for. ``None`` puts Inductor back.
+    """
+
+    def call(wrapper: Any, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Compiled:
+        assert instead is not None
+        return instead(gm, inputs, {**wrapper.config, **(kwargs.get("config_patches") or {})})
+
+    torch._TorchCompileInductorWrapper.__call__ = _inductor_call if instead is None else call  # type: ignore[method-assign, assignment]
 
 
 def decompositions(inner: str) -> dict[Any, Any]:

@@ -162,10 +162,14 @@ def module_path(node: fx.Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """``L['self'].model.layers[0]._modules['mlp']`` → ``model.layers.0.mlp``."""
+    """``L['self'].model.layers[0]._modules['mlp']`` → ``model.layers.0.mlp``.
+
+    Wrappers name the model ``L['args'][0]`` (accelerate) or ``L['forward'].__self__`` (TRL).
+    """
     path = re.sub(r"_modules\[['\"](\w+)['\"]\]", r"\1", path)
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
-    path = re.sub(r"^(L|G)?\.?(self|fn|mod|model__|_orig_mod)?(\.|$)", "", path)
+    path = path.replace(".__dict__._modules.", ".")
+    path = re.sub(r"^(L|G)?\.?(self|fn|mod|model__|_orig_mod|args\.0|\w+\.__self__)?(\.|$)", "", path)
     return path.strip(".")
 
 

@@ -329,6 +329,10 @@ def scaled(gradient: Tensor, tangent: Tensor) -> Tensor:
     Inductor would make one kernel of all such products and hold every gradient twice at once. One call
     a gradient holds one twice: the saved one is freed before the next call.
     """
+    return _product(gradient, tangent)
+
+
+def _product(gradient: Tensor, tangent: Tensor) -> Tensor:
     # With a dimension the tangent counts for the type of the product: it is not rounded to 16 bits first.
     return torch.mul(gradient, tangent.view(1), out=torch.empty_like(gradient))
 
@@ -346,7 +350,7 @@ def joined(gradient: Tensor, tangent: Tensor | None, port: Tensor) -> Tensor:
     found = pick_up(port)
     if tangent is None:
         return torch.zeros_like(gradient) if found is None else found.to(gradient.dtype, copy=True)
-    product = gradient * tangent
+    product = _product(gradient, tangent)
     return product if found is None else product.add_(found)
 
 

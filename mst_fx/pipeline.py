@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import BodyConfig
+from mst_fx.canonical import join_casts
 from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.embedding import keep_embeddings_whole
@@ -108,31 +109,34 @@ def run_passes(
         runner = _Runner(options, config, report, Shared())
         new, _ = runner.run(prepared, "program", is_top=True)
         new, deferred = runner.run_tree(new, is_top=True)
+        deferrals, outputs = _finish(new, deferred) if report.rewrites else ((), 0)
     except Exception as error:
         if options.strict:
             raise
         report = Report(graphs=1, refusals=[Refused("graph", "", _defect("everything", error))])
-        new, deferred = gm, []
-    deferrals: tuple[Deferral, ...] = ()
-    outputs = 0
     if report.rewrites:
-        outputs = len(new.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
-        ports: _Ports = {}
-        deferrals = tuple(_defer(new, node, deferred, ports) for node in deferred)
-        keep_embeddings_whole(new.graph)
-        keep_waves(new.graph)
-        eliminate_dead_code(new.graph)
-        new.graph.lint()
-        new.recompile()
         report.before.append(_text(gm))
         report.after.append(_text(new))
     else:
-        new = gm
+        new, deferrals, outputs = gm, (), 0
         report.before.append("")
         report.after.append("")
     report.seconds = time.perf_counter() - start
     _log(report)
     return Result(new, report, deferrals, outputs)
+
+
+def _finish(gm: fx.GraphModule, deferred: list[fx.Node]) -> tuple[tuple[Deferral, ...], int]:
+    """Takes the logits out of a rewritten graph and makes it runnable."""
+    outputs = len(gm.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
+    ports: _Ports = {}
+    deferrals = tuple(_defer(gm, node, deferred, ports) for node in deferred)
+    keep_embeddings_whole(gm.graph)
+    keep_waves(gm.graph)
+    eliminate_dead_code(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return deferrals, outputs
 
 
 def _defect(what: str, error: Exception) -> str:
@@ -154,6 +158,7 @@ def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
         fill_values(new, example_inputs)
     if any(n.op == "get_attr" and value(n) is None and not _is_graph(new, n) for n in new.graph.nodes):
         fill_values(new, example_inputs)
+    join_casts(new.graph)
     return new
 
 
@@ -239,8 +244,9 @@ _Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their 
 def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], ports: _Ports) -> Deferral:
     """Takes a logits output out of the graph and describes how its caller computes it.
 
-    The nodes that only the logits need become a graph of their own; what they read becomes an output,
-    unless it is an argument of the graph anyway.
+    The nodes that only the logits need become a graph of their own, under the modes they lay in. What they
+    read becomes an output, unless it is an argument of the graph anyway; the first of it takes the logits'
+    place, as DDPOptimizer's parts of a graph may have no None among their outputs.
 
     Args:
         deferred: all logits that are taken out.
@@ -265,11 +271,16 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], por
             env[operand].meta = dict(operand.meta)
             if operand.op == "get_attr":
                 inputs.append(Origin("attribute", str(operand.target)))
-            elif operand.op == "placeholder":
+                continue
+            is_argument = operand.op == "placeholder"
+            has_port = not is_argument and _has_port(gm, operand, ports)
+            if results[position] is logits:
+                results[position] = ports[operand][0] if has_port else operand
+            if is_argument:
                 inputs.append(Origin("argument", arguments.index(operand)))
-            elif _has_port(gm, operand, ports):
-                rows, port = (_position(results, node) for node in ports[operand])
-                inputs.append(Origin("output", rows, port))
+            elif has_port:
+                places = (_position(results, node) for node in ports[operand])
+                inputs.append(Origin("output", *places))
             else:
                 if operand in deferred:  # its own place will be empty
                     results.append(operand)
@@ -281,8 +292,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], por
         env[node] = graph.node_copy(node, env.__getitem__)
     modes.enter(Context((), torch.is_grad_enabled()))
     graph.output(env[logits])
-    results[position] = None
-    shape = [_size(results, size) for size in value(logits).shape]
+    shape = [_size(results, position, size) for size in value(logits).shape]
     output.args = (tuple(results),)
     fake = tensor_value(logits)
     assert fake is not None
@@ -425,17 +435,25 @@ def _only_for(logits: fx.Node, deferred: Sequence[fx.Node]) -> set[fx.Node]:
     return chain
 
 
-def _size(results: list[Any], size: Any) -> Any:
+def _size(results: list[Any], position: int, size: Any) -> Any:
     """An int, or where among the outputs a dynamic size can be read."""
     if isinstance(size, int):
         return size
-    # From the end, where hidden rows were appended: other logits may be taken out yet.
-    for index, node in reversed(list(enumerate(results))):
-        fake = tensor_value(node) if isinstance(node, fx.Node) else None
-        for dim, other in enumerate(fake.shape if fake is not None else ()):
-            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
-                return ("output", index, dim)
+    # What took the logits' place first; others are searched from the end, where logits that are to be
+    # taken out yet do not stand.
+    for index in (position, *reversed(range(len(results)))):
+        dim = _dim_of(results[index], size)
+        if dim is not None:
+            return ("output", index, dim)
     raise AssertionError(f"no output has the size {size}")
+
+
+def _dim_of(node: Any, size: torch.SymInt) -> int | None:
+    fake = tensor_value(node) if isinstance(node, fx.Node) else None
+    for dim, other in enumerate(fake.shape if fake is not None else ()):
+        if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+            return dim
+    return None
 
 
 def _text(gm: fx.GraphModule) -> str:

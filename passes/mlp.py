@@ -12,13 +12,14 @@ A region is any convex set of row-wise nodes around a widening matmul whose insi
 goes in and what comes out, and whose rows go on: nothing here knows a model, an activation or a norm.
 
 Not supported, and refused: operators without a row-wise rule inside (mixture-of-experts with grouped
-or batched expert matmuls, dropout with a probability above 0, tensors written in place).
+or batched expert matmuls, linears of other libraries with quantised weights, dropout with a
+probability above 0, tensors written in place).
 """
 
 from __future__ import annotations
 
 from mst_fx.canonical import make_functional
-from mst_fx.chunking import PassContext, blocked, chunk_regions, refuse_experts, rows_of
+from mst_fx.chunking import PassContext, blocked, chunk_regions, refuse_experts, refuse_opaque, rows_of
 from mst_fx.plan import plan_mlp
 
 
@@ -32,4 +33,5 @@ def run(context: PassContext) -> None:
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
         context.refuse_all(blocked(analysis, others, "mlp"))
         refuse_experts(context, analysis)
+        refuse_opaque(context, analysis)
         chunk_regions(context, analysis, regions, "mlp", plans)

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 import mst_fx
 from tests.direct import DIRECT, check
-from tests.helpers import compile_mst, kinds, relative_error
+from tests.helpers import (
+    SMALL_CHUNKS,
+    ToyLM,
+    check_parity,
+    compile_mst,
+    kinds,
+    relative_error,
+    report_of,
+    token_batch,
+)
 
 _F64 = torch.float64
 
@@ -274,6 +283,18 @@ def test_strict_rewrite_raises() -> None:
     gm = torch.fx.symbolic_trace(Hostile(MIXING["cumsum"].mid))
     with pytest.raises(mst_fx.Refusal, match="cumsum"):
         mst_fx.rewrite(gm, [_input(3, 20, 16)], {**DIRECT, "strict": True})
+
+
+def test_a_failure_while_deferring_leaves_the_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    model, batch = ToyLM(), token_batch(2, 33)
+    monkeypatch.setattr("mst_fx.pipeline._defer", fail)
+    report = report_of(model, SMALL_CHUNKS, **batch)
+    assert not report.rewrites
+    assert [refused.reason for refused in report.refusals] == ["RuntimeError: a defect"]
+    check_parity(model, batch, 1e-10, 1e-9)
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""``mst_fx.enable``: ordinary ``torch.compile``, which others may call, uses the passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import fx
+
+from mst_fx.backend import mst
+from mst_fx.compiler import redirect_inductor
+from mst_fx.options import Options, make_options
+
+_enabled: list[enable] = []
+
+
+class enable:
+    """Makes ``torch.compile(model)`` do what ``torch.compile(model, backend="mst")`` does.
+
+    For code that calls ``torch.compile`` itself and knows no backend but torch's own, such as
+    ``TrainingArguments(torch_compile=True)``. Inductor's ``mode`` and ``options`` and ``fullgraph`` keep
+    their meaning; other backends are left alone. Works from the call on, until :meth:`disable` or, in a
+    ``with`` statement, the end of the block. The innermost of several decides.
+
+    Only compilations count: what was compiled before stays as it is, and so does what was compiled
+    meanwhile (``torch._dynamo.reset()`` forgets both).
+
+    Args:
+        options: see :class:`~mst_fx.options.Options`.
+
+    Raises:
+        OptionError: for bad options.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | Options | None = None) -> None:
+        self._options = make_options(options)
+        _enabled.append(self)
+        redirect_inductor(_compile)
+
+    def disable(self) -> None:
+        """Undoes this call; others stay enabled. May be called more than once."""
+        if self in _enabled:
+            _enabled.remove(self)
+        if not _enabled:
+            redirect_inductor(None)
+
+    def __enter__(self) -> enable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    options = _enabled[-1]._options
+    options = dataclasses.replace(options, inductor={**options.inductor, **patches})
+    return mst(gm, example_inputs, options=options)

@@ -1,0 +1,127 @@
+"""Activation checkpointing, whoever asks for it: the inside of an MLP is recomputed once, not twice."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from mst_fx.body import Body
+from tests.helpers import (
+    SMALL_CHUNKS,
+    Block,
+    GatedMLP,
+    ToyLM,
+    compile_mst,
+    kinds,
+    report_of,
+    step,
+    token_batch,
+    worst_error,
+)
+from tests.models import ACCEPTED, inputs_of
+
+_LLAMA = ACCEPTED["llama"]
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """torchtitan's: matmuls are saved, the rest is recomputed."""
+    is_matmul = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if is_matmul else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module, **arguments: Any) -> None:
+        super().__init__()
+        self.inner, self.arguments = inner, arguments
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.inner, *args, **kwargs, **self.arguments)
+
+
+def _each_block(model: Any, **arguments: Any) -> nn.Module:
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = _Checkpointed(block, **arguments)
+    return model
+
+
+def _wrapper(model: nn.Module) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    return model
+
+
+def _mlps_only(model: Any) -> nn.Module:
+    for block in model.blocks:
+        block.mlp = _Checkpointed(block.mlp, use_reentrant=False)
+    return model
+
+
+_SELECTIVE = functools.partial(create_selective_checkpoint_contexts, _policy)
+WAYS: dict[str, Wrap] = {
+    "none": lambda model: model,
+    "torch": functools.partial(_each_block, use_reentrant=False),
+    "reentrant": functools.partial(_each_block, use_reentrant=True),
+    "checkpoint_wrapper": _wrapper,
+    "selective": functools.partial(_each_block, use_reentrant=False, context_fn=_SELECTIVE),
+    "mlps_only": _mlps_only,
+}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]:
+    """Counts runs of loops' kernels."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return count
+
+    for name in ("compiled_forward", "compiled_backward", "compiled_with_grad"):
+        monkeypatch.setattr(Body, name, counted(name, getattr(Body, name)))
+    yield counts
+
+
+def _check(
+    model: nn.Module, batch: dict[str, Tensor], runs: collections.Counter[str], again: int = 0
+) -> None:
+    _, truth = step(model, model, batch)
+    assert kinds(report_of(model, SMALL_CHUNKS, **batch)) == {"mlp": 2, "vocab": 1}
+    compiled = compile_mst(model)
+    _, found = step(model, compiled, batch)
+    assert worst_error(found, truth) <= 1e-5
+    runs.clear()
+    step(model, compiled, batch)
+    # One forward loop and one backward loop, which recomputes the inside, for each MLP: layers that are
+    # run again do not run the loops in them again.
+    assert runs == {"compiled_forward": 2 + again, "compiled_backward": 2, "compiled_with_grad": 1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_recomputed_once(way: str, runs: collections.Counter[str]) -> None:
+    torch.manual_seed(0)
+    _check(WAYS[way](ToyLM("pre", GatedMLP)), token_batch(2, 33), runs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hugging_face(reentrant: bool, runs: collections.Counter[str]) -> None:
+    """But for the last layer's forward loop: the hook that HF's checkpointing puts on the embedding breaks the
+    graph, so the final norm is no part of the head's loop, and AOTAutograd keeps no value of a
+    checkpointed layer for a reader that is not checkpointed."""
+    model: Any = _LLAMA.build()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    _check(model, inputs_of(_LLAMA, 2, 35), runs, again=1)

@@ -1,0 +1,118 @@
+"""Two processes with gloo under DistributedDataParallel: losses and gradients are eager's.
+
+Dynamo's DDPOptimizer (``torch._dynamo.config.optimize_ddp``, on by default) splits a graph into one part
+for each of DDP's buckets, so that a bucket is sent when its part of the backward pass is done. A
+region that lies in two parts cannot be found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.helpers import SMALL_CHUNKS, gradients, relative_error, worst_error
+from tests.models import ACCEPTED, inputs_of
+
+_ENTRY = ACCEPTED["llama"]
+_TINY = 1.0  # MiB: one weight of this model's MLPs, as of any real model; the least that DDPOptimizer takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How a model is compiled ("eager", "inside" of DDP, "around" it) and wrapped."""
+
+    compiled: str
+    split: bool = False
+    checkpointing: bool = False
+    bucket_mb: float = 25.0
+    static_graph: bool = False
+
+
+_CASES = (
+    Case("eager"),
+    Case("inside"),
+    Case("inside", checkpointing=True),
+    Case("around", static_graph=True),
+    Case("inside", split=True, bucket_mb=_TINY),
+    Case("inside", split=True, bucket_mb=_TINY, checkpointing=True),
+)
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _train(case: Case, rank: int) -> tuple[dict[str, Tensor], str]:
+    """Two steps of a rank on its own batches; the last loss and gradients, and what was logged."""
+    torch._dynamo.reset()
+    torch._dynamo.config.optimize_ddp = case.split
+    handler, log = _Lines(), logging.getLogger("mst_fx")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    model = _ENTRY.build(hidden_size=256, intermediate_size=1024)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    if case.compiled == "inside":
+        model.compile(backend="mst", options=SMALL_CHUNKS)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=case.bucket_mb, static_graph=case.static_graph)  # type: ignore[arg-type]
+    if case.compiled == "around":
+        ddp.compile(backend="mst", options=SMALL_CHUNKS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found: dict[str, Tensor] = {}
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = ddp(**inputs_of(_ENTRY, 1, 35 + rank)).loss
+        loss.backward()
+        found = {"loss": loss.detach(), **gradients(model)}
+        optimizer.step()
+    log.removeHandler(handler)
+    return found, "\n".join(handler.lines)
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    results = [_train(case, rank) for case in _CASES]
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each rank found in each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(_rank, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _CASES[1:], ids=str)
+def test_as_eager(case: Case, results: list[Any]) -> None:
+    for rank in range(2):
+        truth, _ = results[rank][0]
+        found, lines = results[rank][_CASES.index(case)]
+        assert relative_error(found["loss"], truth["loss"]) <= 1e-5
+        assert worst_error(found, truth) <= 1e-5
+        assert "1 vocab; refused 0" in lines
+        # Checkpointed layers are not torn apart; other MLPs are, as the README says.
+        assert (" mlp" in lines) == (not case.split or case.checkpointing), lines
+
+
+def test_one_gradient_for_both(results: list[Any]) -> None:
+    """The ranks have other batches, other losses, and the same averaged gradients."""
+    for (first, _), (second, _) in zip(*results, strict=True):
+        assert not torch.equal(first.pop("loss"), second.pop("loss"))
+        assert worst_error(first, second) == 0

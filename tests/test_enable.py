@@ -1,0 +1,117 @@
+"""``mst_fx.enable``: ordinary torch.compile uses the passes, until it is disabled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import mst_fx
+from mst_fx.logits import DeferredLogits
+from tests.helpers import SMALL_CHUNKS, gradients, relative_error, step, worst_error
+from tests.models import ACCEPTED, inputs_of
+
+LLAMA = ACCEPTED["llama"]
+_INDUCTOR_CALL = torch._TorchCompileInductorWrapper.__call__
+
+
+@pytest.fixture(autouse=True)
+def _undone() -> Iterator[None]:
+    yield
+    assert torch._TorchCompileInductorWrapper.__call__ is _INDUCTOR_CALL
+
+
+def _is_rewritten(**options: Any) -> bool:
+    """Whether a new compilation defers the logits, as only a rewritten one does."""
+    torch._dynamo.reset()
+    return isinstance(
+        torch.compile(LLAMA.build(), **options)(**inputs_of(LLAMA, 3, 35)).logits, DeferredLogits
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_steps_agree_with_eager(checkpointing: bool) -> None:
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    if checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    loss, truth = step(model, model, inputs)
+    with mst_fx.enable(SMALL_CHUNKS):
+        compiled = torch.compile(model)
+        out = compiled(**inputs)
+        found_loss, found = step(model, compiled, inputs)
+    assert isinstance(out.logits, DeferredLogits)
+    assert relative_error(found_loss, loss) <= 1e-5
+    assert worst_error(found, truth) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_mode_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor gets what torch.compile's mode and options stand for; enable's own options come below them."""
+    seen: list[dict[str, Any]] = []
+    compile_fx: Any = vars(mst_fx.compiler)["compile_fx"]
+
+    def see(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["config_patches"])
+        return compile_fx(*args, **kwargs)
+
+    monkeypatch.setattr(mst_fx.compiler, "compile_fx", see)
+    with mst_fx.enable({"inductor": {"max_autotune": False, "epilogue_fusion": False}}):
+        torch.compile(torch.sin, options={"max_autotune": True})(torch.ones(3))
+        torch.compile(torch.cos, mode="max-autotune-no-cudagraphs")(torch.ones(3))
+    assert [patches["max_autotune"] for patches in seen] == [True, True]
+    assert seen[0]["epilogue_fusion"] is False
+
+
+def test_fullgraph_is_kept() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x.sin()
+
+    with mst_fx.enable(SMALL_CHUNKS), pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(broken, fullgraph=True)(torch.ones(3))
+
+
+def test_other_backends_are_left_alone() -> None:
+    with mst_fx.enable(SMALL_CHUNKS):
+        assert not _is_rewritten(backend="aot_eager")
+        assert _is_rewritten(backend="mst", options=SMALL_CHUNKS)
+
+
+def test_the_innermost_decides() -> None:
+    with mst_fx.enable(SMALL_CHUNKS):
+        with mst_fx.enable({**SMALL_CHUNKS, "passes": ("mlp",)}):
+            assert not _is_rewritten()
+        assert _is_rewritten()
+
+
+def test_undone_in_any_order() -> None:
+    first = mst_fx.enable({**SMALL_CHUNKS, "passes": ("mlp",)})
+    second = mst_fx.enable(SMALL_CHUNKS)
+    first.disable()
+    assert _is_rewritten()
+    second.disable()
+    second.disable()
+    assert torch._TorchCompileInductorWrapper.__call__ is _INDUCTOR_CALL
+
+
+def test_undone_after_an_error() -> None:
+    with pytest.raises(KeyError), mst_fx.enable(SMALL_CHUNKS):
+        raise KeyError
+    with pytest.raises(mst_fx.OptionError, match="chunk_row"):
+        mst_fx.enable({"chunk_row": 3})
+
+
+def test_what_was_compiled_stays_compiled() -> None:
+    """Dynamo does not ask again: as documented, and right either way."""
+    model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
+    _, truth = step(model, model, inputs)
+    with mst_fx.enable(SMALL_CHUNKS):
+        compiled = torch.compile(model)
+        compiled(**inputs)
+    model.zero_grad()
+    out = compiled(**inputs)
+    assert isinstance(out.logits, DeferredLogits)
+    out.loss.backward()
+    assert worst_error(gradients(model), truth) <= 1e-5

@@ -1,0 +1,74 @@
+"""Every example runs as its reader would run it, says what was rewritten, and is short."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_FOLDER = Path(__file__).resolve().parent.parent / "examples"
+_NAMES = sorted(path.stem for path in _FOLDER.glob("[!_]*.py"))
+_NEEDS = {
+    "accelerate": "accelerate",
+    "peft": "peft",
+    "trl": "trl",
+    "lightning": "lightning",
+    "hf": "accelerate",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _NAMES)
+def test_runs(name: str, tmp_path: Path) -> None:
+    needed = _NEEDS.get(name.split("_")[0])
+    if needed and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(_FOLDER.parent),
+        "EXAMPLES_INNER": "aot_eager",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(_FOLDER / f"{name}.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if "mst_fx: rewrote" in line]
+    assert any("mlp" in line for line in said), done.stderr[-2000:]
+    if not name.startswith("trl"):  # which has its own tiled head
+        assert any("1 vocab" in line for line in said), done.stderr[-2000:]
+    assert "refused vocab" not in done.stderr
+    assert "loss" in done.stdout
+    if name in ("plain_loop", "lightning_module", "per_block", "accelerate_loop"):
+        losses = [float(found) for found in re.findall(r"^loss (\S+)$", done.stdout, re.MULTILINE)]
+        assert losses == pytest.approx(_eager_losses(), abs=1e-2 if name == "accelerate_loop" else 1e-3)
+
+
+@functools.cache
+def _eager_losses() -> list[float]:
+    """What plain_loop.py prints without its line about mst."""
+    code = (_FOLDER / "plain_loop.py").read_text().replace("model.compile", "dict")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{_FOLDER.parent}{os.pathsep}{_FOLDER}", "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    assert "mst" not in done.stderr
+    return [float(line.split()[1]) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_is_short(name: str) -> None:
+    text = (_FOLDER / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 40
+    assert 'backend="mst"' in text or "mst_fx.enable" in text

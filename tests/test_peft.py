@@ -1,0 +1,193 @@
+"""PEFT: adapters on frozen weights. Gradients of the adapters only, and eager's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+
+from peft import LoraConfig, get_peft_model
+
+from tests.helpers import (
+    SMALL_CHUNKS,
+    check_parity,
+    compile_mst,
+    kinds,
+    relative_error,
+    report_of,
+    step,
+    worst_error,
+)
+from tests.text import build_llama, token_blocks
+from tools.meter import call_metered, is_available, malloc_meter
+
+_ALL = "all-linear"
+
+
+def _adapted(**more: Any) -> Any:
+    """The toy Llama with LoRA adapters that are not zero."""
+    config = LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", "target_modules": _ALL, **more})
+    model = get_peft_model(build_llama(), config)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def _batch() -> dict[str, Tensor]:
+    blocks = token_blocks(3, 35)
+    return {key: torch.stack([block[key] for block in blocks]) for key in blocks[0]}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"bias": "all", "use_rslora": True},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
+    ],
+    ids=["all-linear", "biases", "modules_to_save", "attention-with-dropout"],
+)
+def test_lora(more: dict[str, Any]) -> None:
+    model = _adapted(**more)
+    report = report_of(model, SMALL_CHUNKS, **_batch())
+    assert kinds(report) == {"mlp": 2, "vocab": 1}
+    assert not report.refusals
+    if more.get("lora_dropout"):
+        return  # draws other numbers than eager
+    assert report.rewrites[0].name.endswith("model.layers.0.mlp")
+    check_parity(model, _batch(), 1e-5, 1e-5)
+
+
+def test_the_head_in_modules_to_save_is_trained() -> None:
+    model = _adapted(modules_to_save=["lm_head"])
+    loss, truth = step(model, model, _batch())
+    _, found = step(model, compile_mst(model), _batch())
+    (head,) = (name for name in truth if "lm_head" in name)
+    assert relative_error(found[head], truth[head]) <= 1e-5
+    assert loss.isfinite()
+
+
+def test_dropout_in_adapters_of_an_mlp_is_refused() -> None:
+    """As the README says; the head is chunked all the same, and the numbers are those of the seed."""
+    model = _adapted(lora_dropout=0.1)
+    report = report_of(model, SMALL_CHUNKS, **_batch())
+    assert kinds(report) == {"vocab": 1}
+    mlps = [r for r in report.refusals if r.kind == "mlp" and ".mlp." in r.name]
+    assert mlps and all("draws random numbers" in r.reason for r in mlps)
+    torch.manual_seed(7)
+    loss, truth = step(model, model, _batch())
+    compiled = compile_mst(model)
+    torch.manual_seed(7)
+    found_loss, found = step(model, compiled, _batch())
+    assert relative_error(found_loss, loss) <= 1e-5
+    assert worst_error(found, truth) <= 1e-5
+
+
+def test_dora_breaks_the_graph() -> None:
+    """As the README says: DoRA's layers break the graph in every MLP. Right, but only the head is chunked."""
+    model = _adapted(use_dora=True)
+    assert kinds(report_of(model, SMALL_CHUNKS, **_batch())) == {"vocab": 1}
+    check_parity(model, _batch(), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_input_gradients(reentrant: bool) -> None:
+    """What TRL does to adapted models: a hook on the embedding, which breaks the graph there only."""
+    model = _adapted()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert kinds(report_of(model, SMALL_CHUNKS, **_batch())) == {"mlp": 2, "vocab": 1}
+    check_parity(model, _batch(), 1e-5, 1e-5)
+
+
+@torch.library.custom_op("test_peft::quantised_linear", mutates_args=())
+def _quantised_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    return x @ (packed.to(x.dtype) * scale).t()
+
+
+@_quantised_linear.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    packed, scale = ctx.saved_tensors
+    return grad @ (packed.to(grad.dtype) * scale), None, None
+
+
+_quantised_linear.register_autograd(_input_gradient, setup_context=_save)
+
+
+class _QuantisedLinear(nn.Module):
+    """Frozen int8 weights behind an operator of its own, as bitsandbytes has them."""
+
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _quantised_linear(x, self.packed, self.scale)
+
+
+def test_an_unknown_quantised_linear_is_refused() -> None:
+    """Nothing is known of such an operator's rows. The head is not quantised, and chunked."""
+    model: Any = build_llama()
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, _QuantisedLinear(getattr(layer.mlp, name)))
+    report = report_of(model, SMALL_CHUNKS, **_batch())
+    assert kinds(report) == {"vocab": 1}
+    assert {r.name for r in report.refusals} == {
+        f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj")
+    }
+    assert all("test_peft.quantised_linear.default has no row-wise rule" in r.reason for r in report.refusals)
+    check_parity(model, _batch(), 1e-5, 1e-5)
+
+
+def _peaks(hidden: int, wide: int, rows: int, frozen: bool) -> dict[str, int]:
+    """Bytes at the peak of a warm step of an MLP, or of a head with its loss, above what was there."""
+    from tests.helpers import GatedMLP
+
+    torch.manual_seed(0)
+    mlp = GatedMLP(hidden, wide)
+    for parameter in mlp.parameters():
+        parameter.requires_grad_(not frozen)
+    compiled = torch.compile(mlp, backend="mst", options={"chunk_rows": 128})
+    x = torch.randn(1, rows, hidden, requires_grad=True)
+    meter = malloc_meter()
+    peaks = {}
+    for _ in range(2):
+        mlp.zero_grad(set_to_none=True)
+        x.grad = None
+        start = meter.current()
+        meter.reset()
+        compiled(x).sum().backward()
+        peaks = {"peak": meter.peak() - start, "weights": sum(p.nbytes for p in mlp.parameters())}
+    return peaks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler")
+def test_frozen_weights_have_no_gradients_in_memory() -> None:
+    """No accumulators: what freezing saves is the gradients, and a chunk's work at most is left."""
+    hidden, wide, rows = 256, 2048, 1024
+    trained = call_metered(_peaks, hidden, wide, rows, False)
+    frozen = call_metered(_peaks, hidden, wide, rows, True)
+    assert trained["peak"] - frozen["peak"] >= 0.95 * trained["weights"]
+    rows_bytes, chunk_bytes = rows * hidden * 4, 128 * wide * 4
+    assert frozen["peak"] <= 4 * rows_bytes + 8 * chunk_bytes, frozen

@@ -1,0 +1,162 @@
+"""Hugging Face's Trainer, 20 steps on real text: eager beside the two ways to hand it a model for mst."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+import mst_fx
+from tests.helpers import SMALL_CHUNKS, compile_mst
+from tests.text import build_llama, token_blocks
+
+ROUTES = ("model.compile", "enable")
+_STEPS = 20
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    guesses, labels = prediction.predictions[:, :-1].argmax(-1), prediction.label_ids[:, 1:]
+    kept = labels != -100
+    size = float(np.abs(prediction.predictions).mean())
+    return {"accuracy": float((guesses[kept] == labels[kept]).mean()), "size": size}
+
+
+def _train(
+    route: str, folder: Path, model: nn.Module, options: dict[str, Any] | None = None, **arguments: Any
+) -> Trainer:
+    torch._dynamo.reset()
+    data = token_blocks(44, 64)
+    chosen = TrainingArguments(
+        output_dir=str(folder / route),
+        torch_compile=route == "enable",
+        max_steps=_STEPS,
+        learning_rate=1e-3,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=10,
+        save_steps=10,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
+    if route == "model.compile":
+        model.compile(backend="mst", options=options or SMALL_CHUNKS)
+    trainer = Trainer(
+        model, chosen, train_dataset=data[:40], eval_dataset=data[40:], compute_metrics=_accuracy
+    )
+    enabled = mst_fx.enable(options or SMALL_CHUNKS) if route == "enable" else contextlib.nullcontext()
+    with enabled:
+        trainer.train()
+    return trainer
+
+
+def _logged(trainer: Trainer, key: str) -> list[float]:
+    return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
+
+
+def _agree(found: Trainer, truth: Trainer, bar: float = 1e-5, size_bar: float = 1e-5) -> None:
+    for key, count in (("loss", _STEPS), ("grad_norm", _STEPS), ("eval_loss", 2), ("eval_size", 2)):
+        values = _logged(truth, key)
+        assert len(values) == count
+        assert _logged(found, key) == pytest.approx(values, rel=bar if key.endswith("loss") else size_bar)
+    assert _logged(found, "eval_accuracy") == _logged(truth, "eval_accuracy")
+    assert _logged(truth, "loss")[-1] < _logged(truth, "loss")[0] - 0.5  # it learns
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return _train("eager", tmp_path_factory.mktemp("eager"), build_llama())
+
+
+@pytest.fixture
+def infos(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level("INFO", "mst_fx")
+    return caplog
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_twenty_steps(route: str, eager: Trainer, tmp_path: Path, infos: pytest.LogCaptureFixture) -> None:
+    trainer = _train(route, tmp_path, build_llama())
+    assert "rewrote 2 mlp, 1 vocab; refused 0" in infos.text
+    _agree(trainer, eager)
+
+    checkpoint = tmp_path / route / f"checkpoint-{_STEPS}"
+    weights = load_file(checkpoint / "model.safetensors")
+    assert weights.keys() == build_llama().state_dict().keys()
+    reloaded = LlamaForCausalLM.from_pretrained(checkpoint)
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(reloaded.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("arguments", "bar", "size_bar"),
+    [
+        ({"gradient_accumulation_steps": 2}, 1e-5, 1e-5),
+        ({"gradient_checkpointing": True}, 1e-5, 1e-5),
+        ({"bf16": True}, 2e-4, 1e-2),  # sums in another order round to other bfloat16s
+    ],
+    ids=["accumulation", "checkpointing", "bf16"],
+)
+def test_variants(
+    route: str,
+    arguments: dict[str, Any],
+    bar: float,
+    size_bar: float,
+    tmp_path: Path,
+    infos: pytest.LogCaptureFixture,
+) -> None:
+    truth = _train("eager", tmp_path, build_llama(), **arguments)
+    trainer = _train(route, tmp_path, build_llama(), **arguments)
+    assert "rewrote 2 mlp, 1 vocab; refused 0" in infos.text
+    _agree(trainer, truth, bar, size_bar)
+
+
+def test_a_compiled_wrapper(eager: Trainer, tmp_path: Path) -> None:
+    """Why ``model.compile`` is what to use: ``torch.compile(model)`` hides the names of forward's arguments,
+    by which Trainer picks columns and finds labels to evaluate with, and renames weights in checkpoints."""
+    model = compile_mst(build_llama())
+    with pytest.raises(ValueError, match="The batch received was empty"):
+        _train("wrapper", tmp_path, model)
+    trainer = _train("wrapper", tmp_path, model, remove_unused_columns=False)
+    assert _logged(trainer, "loss") == pytest.approx(_logged(eager, "loss"), rel=1e-5)
+    assert not _logged(trainer, "eval_loss")
+    weights = load_file(tmp_path / "wrapper" / f"checkpoint-{_STEPS}" / "model.safetensors")
+    assert all(name.startswith("_orig_mod.") for name in weights)
+
+
+def test_a_named_backend_is_refused_by_accelerate(tmp_path: Path) -> None:
+    """As the README says: the list of backends is accelerate's. When this fails, the README can be shorter."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), torch_compile_backend="mst", use_cpu=True)
+    with pytest.raises(ValueError, match="'MST' is not a valid DynamoBackend"):
+        Trainer(build_llama(), arguments, train_dataset=token_blocks(4, 64))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_resumed(route: str, eager: Trainer, tmp_path: Path) -> None:
+    """The second half, from the checkpoint in the middle, is eager's."""
+    checkpoint = Path(str(eager.args.output_dir)) / f"checkpoint-{_STEPS // 2}"
+    torch._dynamo.reset()
+    model = build_llama()
+    if route == "model.compile":
+        model.compile(backend="mst", options=SMALL_CHUNKS)
+    arguments = TrainingArguments(
+        **{**eager.args.to_dict(), "output_dir": str(tmp_path), "torch_compile": route == "enable"}
+    )
+    resumed = Trainer(
+        model, arguments, train_dataset=token_blocks(44, 64)[:40], eval_dataset=eager.eval_dataset
+    )
+    with mst_fx.enable(SMALL_CHUNKS):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert _logged(resumed, "loss") == pytest.approx(_logged(eager, "loss"), rel=1e-5)
