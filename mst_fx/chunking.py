@@ -21,6 +21,9 @@ from mst_fx.report import Refused, Report, Rewrite
 
 log = logging.getLogger("mst_fx")
 
+# The meta key of the matmul at which logits start that are deferred without a loss in the graph.
+LOGITS_START = "mst_logits_start"
+
 
 @dataclasses.dataclass
 class Shared:

@@ -87,7 +87,7 @@ class DeferredLogits(torch.Tensor):
         )
         self._compute = compute
         self._inputs = tuple(inputs)
-        self._versions = [x._version for x in inputs]
+        self._versions = [_version(x) for x in inputs]
         self._value = None
         self._grad_enabled = torch.is_grad_enabled()
         kind = device.type
@@ -108,7 +108,7 @@ class DeferredLogits(torch.Tensor):
 
     def _check_versions(self) -> None:
         for x, version in zip(self._inputs, self._versions, strict=True):
-            if x._version != version:
+            if _version(x) != version:
                 raise RuntimeError(
                     "deferred logits are used for the first time after what they are computed from "
                     f"(a {x.dtype} tensor of shape {tuple(x.shape)}) was changed in place, as an "
@@ -147,6 +147,11 @@ class DeferredLogits(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.materialize().__deepcopy__(memo)
+
+
+def _version(x: torch.Tensor) -> int:
+    """How often a tensor was written; inference tensors do not know (see :func:`defer_outputs`)."""
+    return -1 if x.is_inference() else x._version
 
 
 def _materialized(tree: Any) -> Any:
@@ -207,7 +212,9 @@ def defer_outputs(
         shape = [
             size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in deferral.shape
         ]
-        new[deferral.position] = DeferredLogits(
-            deferral.compute, inputs, shape, deferral.dtype, deferral.device
-        )
+        logits = DeferredLogits(deferral.compute, inputs, shape, deferral.dtype, deferral.device)
+        seen = [kind == "argument" or index < outputs for kind, index in deferral.inputs]
+        # What the caller could change without a trace is used at once.
+        is_safe = not any(s and x.is_inference() for s, x in zip(seen, inputs, strict=True))
+        new[deferral.position] = logits if is_safe else logits.materialize()
     return tuple(new)

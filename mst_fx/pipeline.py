@@ -13,7 +13,7 @@ from torch import fx
 
 import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import BodyConfig
-from mst_fx.chunking import PassContext, Shared
+from mst_fx.chunking import LOGITS_START, PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
@@ -261,10 +261,11 @@ def _defer(gm: fx.GraphModule, logits: fx.Node) -> Deferral:
 
 
 def _only_for(logits: fx.Node, output: fx.Node) -> set[fx.Node]:
-    """The nodes whose values reach nothing but the logits."""
+    """The nodes whose values reach nothing but the logits, back to where the logits start."""
     chain = {logits}
     for node in reversed(list(logits.graph.nodes)):
-        if node.op in ("call_function", "call_method") and node.users and all(u in chain for u in node.users):
+        is_call = node.op in ("call_function", "call_method") and node.users
+        if is_call and all(u in chain and LOGITS_START not in u.meta for u in node.users):
             chain.add(node)
     return chain
 
