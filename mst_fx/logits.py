@@ -8,12 +8,22 @@ place, which computes itself on first use.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
+
+log = logging.getLogger("mst_fx")
+
+# Called with "file:line in function" of whoever makes deferred logits compute themselves.
+on_use: list[Callable[[str], None]] = []
+_told: set[str] = set()
+_OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 _METADATA = {
     torch.Tensor.size,
@@ -104,6 +114,7 @@ class DeferredLogits(torch.Tensor):
                 with torch.set_grad_enabled(self._grad_enabled), torch.autocast(kind, dtype, enabled):
                     self._value = self._compute(*self._inputs)
                 self._compute, self._inputs = None, ()
+                _tell(_caller())
             return self._value
 
     def _check_versions(self) -> None:
@@ -152,6 +163,22 @@ class DeferredLogits(torch.Tensor):
 def _version(x: torch.Tensor) -> int:
     """How often a tensor was written; inference tensors do not know (see :func:`defer_outputs`)."""
     return -1 if x.is_inference() else x._version
+
+
+def _caller() -> str:
+    """The innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _tell(place: str) -> None:
+    for listener in on_use:
+        listener(place)
+    if place not in _told:
+        _told.add(place)
+        log.info("deferred logits are computed for %s", place)
 
 
 def _materialized(tree: Any) -> Any:

@@ -17,6 +17,7 @@ from mst_fx.chunking import LOGITS_START, PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
+from mst_fx.facts import observe
 from mst_fx.fold import eliminate_dead_code
 from mst_fx.graph import VALUE, attribute, copy_tree, fill_values, subgraphs, tensor_value, value
 from mst_fx.logits import Deferral, defer_outputs
@@ -120,6 +121,7 @@ def run_passes(
         report.after.append("")
     report.seconds = time.perf_counter() - start
     _log(report)
+    observe(gm, new, report)
     return Result(new, report, deferrals, outputs)
 
 
