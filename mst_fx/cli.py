@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from mst_fx.doctor import watch
 from mst_fx.errors import OptionError, Refusal
 from mst_fx.explain import explain
 from mst_fx.options import make_options
+from mst_fx.page import make_page
 from mst_fx.report import Report, Rewrite, human_bytes
 from mst_fx.subject import Shape, Subject, SubjectError, build_subject
 from mst_fx.version import __version__
@@ -59,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("mst_fx").setLevel(logging.DEBUG)
     try:
         subject, report = _run(arguments)
-        if arguments.json:
+        if getattr(arguments, "html", None):
+            arguments.html.write_text(make_page(subject.title, report), encoding="utf-8")
+            print(f"wrote {arguments.html}")
+        elif arguments.json:
             print(report.to_json())
         else:
             lines = {"explain": _table_lines, "diff": _diff_lines, "doctor": _doctor_lines}[arguments.command]
@@ -68,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), _USER_ERROR)
     except Refusal as refusal:
         return _fail(f"refused: {refusal}", 1)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            return _fail(str(error), _USER_ERROR)
         # The reader (head, less) has seen enough; what is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -145,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if name == "diff":
+            command.add_argument(
+                "--html", type=Path, metavar="FILE", help="write a page with the graphs side by side instead"
+            )
         if name == "doctor":
             command.add_argument(
                 "--as-is", action="store_true", help="run it as it is, a function that compiles by itself"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import fx
 from torch._guards import CompileContext
 
 from mst_fx.estimate import estimate_memory
-from mst_fx.graph import subgraphs, tensor_value
+from mst_fx.graph import attribute, module_path, subgraphs, tensor_value, tensors_of
 from mst_fx.region import target_name
-from mst_fx.report import Facts, Report
+from mst_fx.report import Facts, Line, Report
 
 _LOSSES = ("cross_entropy", "nll_loss")
+_LONGEST = 200  # characters of a node's text
+_KINDS = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
 
 class Watcher:
@@ -64,6 +67,8 @@ def observe(gm: fx.GraphModule, new: fx.GraphModule, report: Report) -> None:
     chunk_bytes = {rewrite.body: rewrite.chunk_bytes for rewrite in report.rewrites if rewrite.body}
     report.memory_before = estimate_memory(gm, {})
     report.memory_after = estimate_memory(new, chunk_bytes)
+    report.lines_before.append(tuple(_lines(gm)))
+    report.lines_after.append(tuple(_lines(new)))
     for watcher in _watchers:
         watcher.add(report)
 
@@ -88,6 +93,48 @@ def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
         takes_rows=any(x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in tensors),
         dtensors=sum(type(x).__name__ == "DTensor" for x in tensors),
     )
+
+
+def _lines(gm: fx.GraphModule, prefix: str = "", depth: int = 0) -> Iterator[Line]:
+    """The nodes of a graph but its inputs; those of a checkpointed layer after the call of it."""
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr") or (node.op == "output" and depth):
+            continue
+        name = "return" if node.op == "output" else node.name
+        text = _short(str(node.args[0])) if node.op == "output" else _call_text(node)
+        shapes = ", ".join(_shape(tensor) for tensor in tensors_of(node)) if node.op != "output" else ""
+        operands = tuple(operand.name for operand in node.all_input_nodes)
+        yield Line(prefix + name, name, text, shapes, module_path(node), depth, operands)
+        body = node.args[0] if node.args else None
+        if isinstance(body, fx.Node) and body.op == "get_attr":
+            inner = attribute(gm, str(body.target))
+            if isinstance(inner, fx.GraphModule):
+                yield from _lines(inner, f"{prefix}{body.target}.", depth + 1)
+
+
+def _call_text(node: fx.Node) -> str:
+    arguments = [str(x) for x in node.args] + [f"{key}={x}" for key, x in node.kwargs.items()]
+    return _short(f"{target_name(node)}({', '.join(arguments)})")
+
+
+def _short(text: str) -> str:
+    """With readable names of parameters and inputs, and not too long."""
+    text = re.sub(r"\bl_(?:self|args|kwargs)_(\w+?)_(?=\W|$)", lambda m: _dotted(m[1]), text)
+    text = re.sub(r"\bl_(\w+?)_(?=\W|$)", r"\1", text)
+    text = re.sub(r"\[(?:-?\d+, ){8,}-?\d+\]", "[…]", text)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…)"
+
+
+def _dotted(name: str) -> str:
+    """``modules_model_modules_layers_modules_0_parameters_weight`` → ``model.layers.0.weight``."""
+    return re.sub(r"(?:^|_)(?:modules|parameters|buffers)_", ".", name).strip(".")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    kind = re.sub(
+        r"(float|bfloat|int|uint|complex)(\d+)", lambda m: _KINDS[m[1]] + m[2], str(tensor.dtype)[6:]
+    )
+    return f"{kind}[{', '.join(map(str, tensor.shape))}]"
 
 
 def _place(stack: Any) -> str:

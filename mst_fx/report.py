@@ -111,6 +111,27 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Line:
+    """A node of a graph, to be shown.
+
+    Attributes:
+        key: unique in its graph, and the same before and after the passes.
+        name, text, shape: as in ``name = text  shape``.
+        module: path of its module.
+        depth: 1 inside of a checkpointed layer, else 0.
+        operands: names of the nodes it reads.
+    """
+
+    key: str
+    name: str
+    text: str
+    shape: str
+    module: str
+    depth: int
+    operands: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """Why less was saved than could be, and what to do about it.
 
@@ -144,6 +165,7 @@ class Report:
     Attributes:
         facts: of each graph.
         memory_before, memory_after: an estimate.
+        lines_before, lines_after: the nodes of each graph.
         logits_used: where deferred logits were computed: "file:line in function".
         uncalled: classes of modules that ``torch.compile`` wrapped, where no graph was captured at all.
         findings: why less was saved than could be.
@@ -160,6 +182,8 @@ class Report:
     facts: list[Facts] = dataclasses.field(default_factory=list)
     memory_before: Memory = Memory()
     memory_after: Memory = Memory()
+    lines_before: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
+    lines_after: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
     logits_used: list[str] = dataclasses.field(default_factory=list)
     uncalled: list[str] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
@@ -174,6 +198,8 @@ class Report:
         self.before += other.before
         self.after += other.after
         self.facts += other.facts
+        self.lines_before += other.lines_before
+        self.lines_after += other.lines_after
         self.memory_before = self.memory_before.then(other.memory_before)
         self.memory_after = self.memory_after.then(other.memory_after)
 
