@@ -100,13 +100,14 @@ def _loss_behind_a_break(report: Report) -> Finding | None:
 
 
 def _head_not_compiled(report: Report) -> Finding | None:
-    if "mlp" not in report.kinds() or any(f.has_head or f.has_loss for f in report.facts):
-        return None
-    if not any(f.takes_rows for f in report.facts):
+    """Layers compiled one by one; the head too perhaps, and then its graph starts with hidden rows."""
+    is_broken = any(f.ended for f in report.facts)
+    whole = [f for f in report.facts if f.has_loss or (f.has_head and (is_broken or not f.takes_rows))]
+    if "mlp" not in report.kinds() or whole or not any(f.takes_rows for f in report.facts):
         return None
     return Finding(
         "head-not-compiled",
-        "layers were compiled, and no graph has the vocabulary head or the loss: the logits are made by eager code",
+        "layers were compiled, and no graph has the vocabulary head with its loss: the logits are made for eager code",
         'compile the whole model (model.compile(backend="mst")) and give it its labels; or compile a function of '
         "head and loss too",
     )
@@ -114,7 +115,8 @@ def _head_not_compiled(report: Report) -> Finding | None:
 
 def _loss_not_compiled(report: Report) -> Finding | None:
     heads = [r.name for r in report.refusals if r.kind == "vocab" and r.reason == IS_OUTPUT]
-    if not heads or any(f.has_loss for f in report.facts) or _split_by_ddp(report):
+    is_other = _split_by_ddp(report) or _head_not_compiled(report)
+    if not heads or any(f.has_loss for f in report.facts) or is_other:
         return None
     return Finding(
         "loss-not-compiled",

@@ -6,7 +6,7 @@ needed is what eager autograd saves: the operands of most operators, and nothing
 A loop has one chunk's inside beside it (forward only, where it computes its gradient there); a checkpointed layer keeps its operands and has all of its own step
 beside it in the backward pass.
 
-It counts neither inputs nor parameters nor parameters' gradients. Inductor fuses, and so keeps less than
+It counts neither inputs nor parameters nor parameters' gradients, nor what has a size that depends on data. Inductor fuses, and so keeps less than
 this; scratch of kernels and copies of gradients are not seen. A meter knows; this is for pictures.
 """
 
@@ -145,7 +145,9 @@ def _storages(node: fx.Node) -> dict[int, int]:
     found: dict[int, int] = {}
     for tensor in tensors_of(node):
         key = tensor.untyped_storage()._cdata if _has_storage(tensor) else id(tensor)
-        found[key] = hint(tensor.numel()) * tensor.element_size()
+        count = tensor.numel()
+        is_known = not isinstance(count, torch.SymInt) or count.node.hint is not None
+        found[key] = hint(count) * tensor.element_size() if is_known else 0
     return found
 
 

@@ -121,7 +121,12 @@ def run_passes(
         report.after.append("")
     report.seconds = time.perf_counter() - start
     _log(report)
-    observe(gm, new, report)
+    try:
+        observe(gm, new, report)
+    except Exception as error:
+        if options.strict:
+            raise
+        _defect("the doctor's facts", error)
     return Result(new, report, deferrals, outputs)
 
 

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._guards import CompileContext, CompileId, compile_context
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mst_fx
 from mst_fx import cli
 from mst_fx.facts import Watcher
+from mst_fx.page import make_page
 from mst_fx.report import Finding, Report
 from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, report_of, token_batch
 from tests.models import VOCAB
@@ -117,6 +118,36 @@ def test_only_layers_compiled() -> None:
         layer.compile(backend="mst", options=SMALL_CHUNKS)
     with mst_fx.watch() as report:
         model(**_batch())
+    assert _causes(report) == ["head-not-compiled"]
+
+
+def test_regions_compiled_by_accelerate() -> None:
+    compile_regions = pytest.importorskip("accelerate.utils").compile_regions
+    model = compile_regions(_llama(), backend="mst", options=SMALL_CHUNKS)
+    with mst_fx.watch() as report:
+        model(**_batch())
+    assert _causes(report) == ["head-not-compiled"]
+
+
+class _Tail(nn.Module):
+    """Dynamo does not look into ``forward`` of torch's own modules, where these are called by themselves."""
+
+    def __init__(self, model: ToyLM) -> None:
+        super().__init__()
+        self.norm, self.head = model.norm, model.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))
+
+
+def test_layers_and_head_compiled_apart() -> None:
+    model, inputs = ToyLM(layers=1), token_batch(2, LENGTH)
+    tail = _Tail(model)
+    for part in (*model.blocks, tail):
+        part.compile(backend="mst", options=SMALL_CHUNKS)
+    with mst_fx.watch() as report:
+        tail(model.blocks[0](model.embed(inputs["ids"])))
+    assert [facts.has_head for facts in report.facts] == [False, True]
     assert _causes(report) == ["head-not-compiled"]
 
 
@@ -269,6 +300,17 @@ def test_estimate_without_gradients() -> None:
     assert report.memory_before.backward == () and report.memory_after.backward == ()
     logits = 2 * LENGTH * 96 * 8
     assert report.memory_before.peak >= logits > report.memory_after.peak
+
+
+def test_sizes_that_depend_on_data_do_not_stop_it() -> None:
+    def run(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.relu(x[x.sum(-1) > 0] @ up) @ down
+
+    with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
+        inputs = torch.randn(LENGTH, 16), torch.randn(16, 64, requires_grad=True), torch.randn(64, 16)
+        report = report_of(run, None, *inputs)
+    assert report.graphs == len(report.facts) == 1
+    assert "graph 0" in make_page("sizes", report)
 
 
 def test_no_watcher_no_facts() -> None:

@@ -99,6 +99,18 @@ def test_prefill_fills_the_cache(mode: Callable[[], Any]) -> None:
         assert relative_error(layer.values, its_truth.values) <= _BAR
 
 
+def test_prefill_in_two_parts() -> None:
+    """The second part's queries see the first part's keys."""
+    model, ids = llama(300), text_tokens(300, VOCAB)[None]
+    run = compile_mst(model)
+    with torch.no_grad():
+        truth = model(input_ids=ids).logits[:, 140:]
+        cache = run(input_ids=ids[:, :140], use_cache=True).past_key_values
+        rest = {"input_ids": ids[:, 140:], "past_key_values": cache, "use_cache": True}
+        found = run(**rest).logits
+    assert relative_error(found, truth) <= _BAR
+
+
 @pytest.mark.parametrize("padding", [0, 37])
 def test_generate(padding: int) -> None:
     """Greedy tokens are eager's, also behind padding on the left."""
