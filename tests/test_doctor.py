@@ -191,10 +191,10 @@ def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(-1) == labels).double().mean()
 
 
-def test_logits_used_by_whom() -> None:
+def test_logits_used_by_whom(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = ToyLM(layers=1), token_batch(2, LENGTH)
     run = compile_mst(model)
-    with mst_fx.watch() as report:
+    with mst_fx.watch() as report, caplog.at_level("INFO", "mst_fx"):
         for _ in range(2):
             _, logits = run(**inputs)
             _accuracy(logits, inputs["labels"])
@@ -203,6 +203,7 @@ def test_logits_used_by_whom() -> None:
     (place,) = report.logits_used
     assert place == f"{__file__}:{line} in _accuracy"
     assert place in report.findings[0].evidence
+    assert caplog.messages.count(f"deferred logits are computed for {place}") == 1
     with mst_fx.watch() as report:
         logits.argmax()  # computed already
     assert report.logits_used == []
