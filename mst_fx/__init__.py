@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from mst_fx.backend import mst
+from mst_fx.doctor import watch
 from mst_fx.enable import enable
 from mst_fx.errors import OptionError, Refusal
 from mst_fx.explain import explain
 from mst_fx.options import Options
 from mst_fx.pipeline import rewrite
-from mst_fx.report import Refused, Report, Rewrite
+from mst_fx.report import Finding, Refused, Report, Rewrite
 from mst_fx.version import __version__
 
 __all__ = [
+    "Finding",
     "OptionError",
     "Options",
     "Refusal",
@@ -23,4 +25,5 @@ __all__ = [
     "explain",
     "mst",
     "rewrite",
+    "watch",
 ]

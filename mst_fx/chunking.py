@@ -18,9 +18,12 @@ from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.plan import Plan
 from mst_fx.region import Region, RegionFinder, expert_matmuls, frontier, seeds, target_name
-from mst_fx.report import Refused, Report, Rewrite
+from mst_fx.report import Fit, Refused, Report, Rewrite
 
 log = logging.getLogger("mst_fx")
+
+# The meta key of the matmul at which logits start that are deferred without a loss in the graph.
+LOGITS_START = "mst_logits_start"
 
 
 @dataclasses.dataclass
@@ -119,7 +122,7 @@ def chunk_regions(
     for region, plan, defers in zip(regions, plans, deferred or [False] * len(regions), strict=True):
         region = _with_inputs_renamed(analysis, region, renamed)
         if plan.chunks < 2:
-            log.debug("%s %s: %d rows fit in one chunk", kind, region.name, plan.rows)
+            context.report.fits.append(Fit(kind, region.name, plan.rows, plan.chunk_rows))
             continue
         try:
             renamed |= _chunk(context, analysis, region, kind, plan, defers)

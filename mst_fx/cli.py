@@ -1,7 +1,7 @@
 """The console script ``mst-fx``: what the backend would do to a model.
 
 ``mst-fx explain MODEL`` prints the report as a table; ``mst-fx diff MODEL`` prints the nodes that went
-and those that came, and the bodies of the loops.
+and those that came, and the bodies of the loops; ``mst-fx doctor MODEL`` says why little was saved.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
+from mst_fx.doctor import watch
 from mst_fx.errors import OptionError, Refusal
 from mst_fx.explain import explain
 from mst_fx.options import make_options
+from mst_fx.page import make_page
 from mst_fx.report import Report, Rewrite, human_bytes
 from mst_fx.subject import Shape, Subject, SubjectError, build_subject
 from mst_fx.version import __version__
@@ -58,16 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("mst_fx").setLevel(logging.DEBUG)
     try:
         subject, report = _run(arguments)
-        if arguments.json:
+        if getattr(arguments, "html", None):
+            arguments.html.write_text(make_page(subject.title, report), encoding="utf-8")
+            print(f"wrote {arguments.html}")
+        elif arguments.json:
             print(report.to_json())
         else:
-            body = _diff_lines(report) if arguments.command == "diff" else _table_lines(report)
-            _write([*_head_lines(subject), *body, *_hint_lines(report)])
+            lines = {"explain": _table_lines, "diff": _diff_lines, "doctor": _doctor_lines}[arguments.command]
+            _write([*_head_lines(subject), *lines(report)])
     except (SubjectError, OptionError) as error:
         return _fail(str(error), _USER_ERROR)
     except Refusal as refusal:
         return _fail(f"refused: {refusal}", 1)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            return _fail(str(error), _USER_ERROR)
         # The reader (head, less) has seen enough; what is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -87,6 +95,11 @@ def _run(arguments: argparse.Namespace) -> tuple[Subject, Report]:
     )
     subject = build_subject(arguments.model, shape)
     try:
+        if getattr(arguments, "as_is", False):
+            torch._dynamo.reset()
+            with watch() as report:
+                subject.fn(*subject.args, **subject.kwargs)
+            return subject, report
         return subject, explain(subject.fn, options)(*subject.args, **subject.kwargs)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, Refusal):
@@ -125,12 +138,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mst-fx {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{explain,diff}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{explain,diff,doctor}")
     for name, text in (
         ("explain", "print a table of what is rewritten and what is refused, and why"),
         ("diff", "print the rewritten nodes, before and after, and the bodies of the loops"),
+        ("doctor", "say why little was saved, and what to do about it"),
     ):
-        commands.add_parser(
+        command = commands.add_parser(
             name,
             parents=[shared],
             help=text,
@@ -138,6 +152,14 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if name == "diff":
+            command.add_argument(
+                "--html", type=Path, metavar="FILE", help="write a page with the graphs side by side instead"
+            )
+        if name == "doctor":
+            command.add_argument(
+                "--as-is", action="store_true", help="run it as it is, a function that compiles by itself"
+            )
     return parser
 
 
@@ -181,6 +203,9 @@ def _table_lines(report: Report) -> Iterator[Line]:
     for line in str(report).splitlines():
         style = "bold" if line.startswith("kind ") else "yellow" if line.startswith("refused ") else ""
         yield style, line
+    if report.findings:
+        causes = ", ".join(finding.cause for finding in report.findings)
+        yield "", f"mst-fx doctor says more about: {causes}"
 
 
 def _diff_lines(report: Report) -> Iterator[Line]:
@@ -222,12 +247,15 @@ def _diff_lines(report: Report) -> Iterator[Line]:
     yield "bold", f"{report.graphs} graph(s): {report.summary()}"
 
 
-def _hint_lines(report: Report) -> Iterator[Line]:
-    if not report.rewrites and not report.refusals:
-        yield (
-            "",
-            "What fits in one chunk is left alone: try a longer --seq, or a smaller --option chunk_rows=N.",
-        )
+def _doctor_lines(report: Report) -> Iterator[Line]:
+    yield "bold", f"{report.graphs} graph(s): {report.summary()}"
+    if not report.findings:
+        yield "green", "nothing in the way was found"
+    for finding in report.findings:
+        yield "", ""
+        yield "bold yellow", finding.cause
+        yield "", f"  {finding.evidence}"
+        yield "green", f"  fix: {finding.fix}"
 
 
 def _short(node: str) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import CompileContext
 
 from mst_fx.compiler import compile_graph
+from mst_fx.doctor import watch
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 from mst_fx.report import Report
@@ -25,29 +25,23 @@ def explain(
 
     Returns:
         A function of the arguments of ``fn`` that returns a :class:`~mst_fx.report.Report` over all
-        graphs that Dynamo captures.
+        graphs that Dynamo captures, with its findings (:mod:`mst_fx.doctor`).
 
     Raises:
         OptionError: for bad options.
     """
     checked = make_options(options)
-    reports: dict[Any, Report] = {}
 
-    def collect(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        result = run_passes(gm, example_inputs, checked)
-        # Dynamo may compile a frame again from the start: the last attempt counts.
-        reports[CompileContext.current_compile_id() or len(reports)] = result.report
+    def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        run_passes(gm, example_inputs, checked)
         # Runs as captured: the inner compiler is not what is asked about.
         return compile_graph(gm, example_inputs, "aot_eager", {})
 
     def run(*args: Any, **kwargs: Any) -> Report:
         torch._dynamo.reset()
-        torch.compile(fn, backend=collect)(*args, **kwargs)
+        with watch() as report:
+            torch.compile(fn, backend=compiler)(*args, **kwargs)
         torch._dynamo.reset()
-        total = Report()
-        for report in reports.values():
-            total.add(report)
-        reports.clear()
-        return total
+        return report
 
     return run

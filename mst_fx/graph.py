@@ -87,6 +87,11 @@ def attribute(gm: torch.nn.Module, name: str) -> Any:
     return found
 
 
+def is_graph(gm: torch.nn.Module, node: fx.Node) -> bool:
+    """Whether a ``get_attr`` or ``call_module`` node names a graph."""
+    return isinstance(attribute(gm, str(node.target)), fx.GraphModule)
+
+
 def add_call(graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
     """Adds a ``call_function`` (or, for a string, ``call_method``) node with its fake value.
 

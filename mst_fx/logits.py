@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import math
 import operator
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,13 @@ from torch.utils.hooks import RemovableHandle
 from mst_fx.compiler import outside_of_modes
 from mst_fx.graph import attribute
 from mst_fx.port import joined_to_port
+
+log = logging.getLogger("mst_fx")
+
+# Called with "file:line in function" of whoever makes deferred logits compute themselves.
+on_use: list[Callable[[str], None]] = []
+_told: set[str] = set()
+_OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 _METADATA = {
     torch.Tensor.size,
@@ -162,7 +172,7 @@ class _Apart:
         return not self.storage.expired()  # type: ignore[no-untyped-call]
 
     def is_changed(self) -> bool:
-        return self.version._version != self.known
+        return _version(self.version) != self.known
 
 
 class _Source:
@@ -189,7 +199,7 @@ class _Source:
         self.is_whole = False  # rows may not be computed alone: there are hooks on the logits' gradient
         self._compute = compute
         self._count = itertools.count()
-        self._versions = [x._version if isinstance(x, Tensor) else 0 for x in inputs]
+        self._versions = [_version(x) if isinstance(x, Tensor) else 0 for x in inputs]
         self._grad = torch.is_grad_enabled()
         self._autocast = (
             device.type,
@@ -213,6 +223,7 @@ class _Source:
             RuntimeError: if what they are computed from, or a part that was computed alone, was changed.
         """
         self._check()
+        _tell(_caller())
         if take is None:
             return self._run(self.inputs, grad)
         assert self.rows is not None
@@ -245,7 +256,7 @@ class _Source:
 
     def _check(self) -> None:
         for x, version in zip(self.inputs, self._versions, strict=True):
-            if isinstance(x, Tensor) and x._version != version:
+            if isinstance(x, Tensor) and _version(x) != version:
                 raise RuntimeError(
                     "deferred logits are used for the first time after what they are computed from "
                     f"(a {x.dtype} tensor of shape {tuple(x.shape)}) was changed in place, as an "
@@ -259,7 +270,7 @@ class _Source:
             family.append(family[-1]._parent)
         changed = [apart.owner() for apart in self._apart if apart.is_alive() and apart.is_changed()]
         for m in list(self.members.values()):
-            if m._is_part and m._value is not None and m._value._version != m._version_of_value:
+            if m._is_part and m._value is not None and _version(m._value) != m._version_of_value:
                 changed.append(m._owner())
         for owner in changed:
             if any(owner is m for m in family):
@@ -331,7 +342,7 @@ class DeferredLogits(torch.Tensor):
         if self._value is None:
             with _plainly():
                 self._value = self._evaluate()
-                self._version_of_value = self._value._version
+                self._version_of_value = _version(self._value)
         return self._value
 
     def _evaluate(self) -> Tensor:
@@ -348,7 +359,7 @@ class DeferredLogits(torch.Tensor):
         self._is_part = not self._copies and self._owner()._value is None and self._parent is not None
         if top._value is not None:
             value = top._value
-            if value._version != top._version_of_value and any(step.copies for step in steps):
+            if _version(value) != top._version_of_value and any(step.copies for step in steps):
                 raise RuntimeError(
                     "a copy of deferred logits is used for the first time after the logits were changed in "
                     f"place; {_KEEP}"
@@ -429,7 +440,7 @@ class DeferredLogits(torch.Tensor):
             elif self.requires_grad:
                 self.detach_()
             self._node = self.grad_fn
-        self._version_of_value = value._version
+        self._version_of_value = _version(value)
 
     def _derive(self, step: _Step) -> DeferredLogits:
         step = dataclasses.replace(step, grad=step.grad and torch.is_grad_enabled())
@@ -520,7 +531,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if member._value.untyped_storage()._cdata in storages:
                 member._source.keep_apart(member)
     if not writes:  # but the function's name may not tell
-        written = [m for m in members if m._get()._version != m._version_of_value]
+        written = [m for m in members if _version(m._get()) != m._version_of_value]
         for member in written:
             member._source.settle(member)
         writes = bool(written)
@@ -971,6 +982,27 @@ def arguments_of(deferrals: Sequence[Deferral], args: Sequence[Any]) -> list[dic
     return [{x.index: args[int(x.index)] for x in d.inputs if x.kind == "argument"} for d in deferrals]
 
 
+def _version(x: Tensor) -> int:
+    """How often a tensor was written; inference tensors do not know (see :func:`_deferred`)."""
+    return -1 if x.is_inference() else x._version
+
+
+def _caller() -> str:
+    """The innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _tell(place: str) -> None:
+    for listener in on_use:
+        listener(place)
+    if place not in _told:
+        _told.add(place)
+        log.info("deferred logits are computed for %s", place)
+
+
 def defer_outputs(
     results: Sequence[Any], kept: Sequence[dict[int | str, Any]], deferrals: Sequence[Deferral], outputs: int
 ) -> tuple[Any, ...]:
@@ -982,6 +1014,7 @@ def defer_outputs(
         outputs: how many outputs the graph had before the rewrite.
     """
     new = list(results[:outputs])
+    seen = set(range(outputs)) - {deferral.position for deferral in deferrals}
     joined: dict[int, Tensor] = {}  # rows by their port
 
     def found(origin: Origin, deferral: Deferral, arguments: dict[int | str, Any]) -> Any:
@@ -1001,13 +1034,17 @@ def defer_outputs(
         shape = [
             size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in deferral.shape
         ]
-        new[deferral.position] = _deferred(deferral, inputs, shape)
+        is_seen = [origin.kind != "output" or origin.index in seen for origin in deferral.inputs]
+        new[deferral.position] = _deferred(deferral, inputs, shape, is_seen)
     return tuple(new)
 
 
-def _deferred(deferral: Deferral, inputs: Sequence[Any], shape: Sequence[int]) -> Tensor:
-    if any(isinstance(x, Tensor) and x.is_inference() for x in inputs):
-        return deferral.compute(*inputs)  # type: ignore[no-any-return]  # their changes cannot be seen
+def _deferred(
+    deferral: Deferral, inputs: Sequence[Any], shape: Sequence[int], is_seen: Sequence[bool]
+) -> Tensor:
+    unknown = [isinstance(x, Tensor) and x.is_inference() for x in inputs]
+    if any(u and seen for u, seen in zip(unknown, is_seen, strict=True)):
+        return deferral.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
     like = torch.empty(shape, dtype=deferral.dtype, device="meta")
     source = _Source(deferral.compute, inputs, deferral.rows, like, deferral.device)
     logits: DeferredLogits = _First.apply(source, *inputs)  # type: ignore[no-untyped-call]

@@ -25,9 +25,8 @@ class Options:
         passes: the passes that run, a subset of :data:`PASS_NAMES`.
         accumulate: type of weight-gradient accumulators: ``"auto"`` (float32 for 16-bit weights),
             ``"float32"`` or ``"weight"`` (the weight's own type).
-        logits: whether a logits output may be deferred: ``"auto"`` (when gradients are on and the
-            loss of the same graph consumes the logits), ``"keep"`` (never) or ``"defer"`` (also
-            when gradients are off).
+        logits: whether a logits output may be deferred: ``"auto"`` (when the loss of the same graph
+            consumes the logits), ``"keep"`` (never) or ``"defer"`` (also when there is no loss).
         inner: compiler of the rewritten graph and of the loops' bodies.
         strict: raise on a refusal or a failure of a pass instead of leaving the graph as it was.
         inductor: patches of ``torch._inductor.config``.

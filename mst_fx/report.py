@@ -54,33 +54,159 @@ class Refused:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A bulge with no more rows than a chunk, left as it was."""
+
+    kind: str
+    name: str
+    rows: int
+    chunk_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What one captured graph is, for the doctor.
+
+    Attributes:
+        compile_id: Dynamo's, e.g. "0/0"; graphs that DDPOptimizer has split share one.
+        ended: why Dynamo ended the graph where it did; "" at the end of its function.
+        ended_at: file and line of that.
+        has_head: a vocabulary projection is in it, chunked or not.
+        has_loss: a cross-entropy is in it.
+        takes_rows: it is given values that need a gradient and are no parameters: hidden rows.
+        dtensors: how many of its inputs are DTensors.
+    """
+
+    compile_id: str
+    ended: str
+    ended_at: str
+    has_head: bool
+    has_loss: bool
+    takes_rows: bool
+    dtensors: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """An estimate of the bytes alive over a step, above inputs, parameters and their gradients.
+
+    Attributes:
+        forward, backward: after each node, in the order in which they run.
+        kept: what is still alive between the two.
+    """
+
+    forward: tuple[int, ...] = ()
+    backward: tuple[int, ...] = ()
+    kept: int = 0
+
+    @property
+    def peak(self) -> int:
+        return max((*self.forward, *self.backward), default=0)
+
+    def then(self, other: Memory) -> Memory:
+        """Of a step that runs another graph after this one, and its backward pass before."""
+        forward, backward = (tuple(n + self.kept for n in x) for x in (other.forward, other.backward))
+        return Memory(self.forward + forward, backward + self.backward, self.kept + other.kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A node of a graph, to be shown.
+
+    Attributes:
+        key: unique in its graph, and the same before and after the passes.
+        name, text, shape: as in ``name = text  shape``.
+        module: path of its module.
+        depth: 1 inside of a checkpointed layer, else 0.
+        operands: names of the nodes it reads.
+    """
+
+    key: str
+    name: str
+    text: str
+    shape: str
+    module: str
+    depth: int
+    operands: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Why less was saved than could be, and what to do about it.
+
+    Attributes:
+        cause: a name, e.g. "loss-behind-a-break".
+        evidence: what was seen, in a sentence.
+        fix: what to do, in a sentence.
+    """
+
+    cause: str
+    evidence: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.evidence}\n  fix: {self.fix}"
+
+
 @dataclasses.dataclass
 class Report:
     """The sum over all graphs of a program.
 
     Attributes:
         rewrites, refusals: in graph order.
+        fits: what fits in one chunk.
         bodies: the ATen text of each body, once, by key.
         graphs: how many graphs were captured.
         seconds: what the passes took.
+
+    Only :func:`~mst_fx.explain` and :func:`~mst_fx.watch` fill these:
+
+    Attributes:
+        facts: of each graph.
+        memory_before, memory_after: an estimate.
+        lines_before, lines_after: the nodes of each graph.
+        logits_used: where deferred logits were computed: "file:line in function".
+        uncalled: classes of modules that ``torch.compile`` wrapped, where no graph was captured at all.
+        findings: why less was saved than could be.
     """
 
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     refusals: list[Refused] = dataclasses.field(default_factory=list)
+    fits: list[Fit] = dataclasses.field(default_factory=list)
     bodies: dict[str, str] = dataclasses.field(default_factory=dict)
     graphs: int = 0
     seconds: float = 0.0
     before: list[str] = dataclasses.field(default_factory=list)
     after: list[str] = dataclasses.field(default_factory=list)
+    facts: list[Facts] = dataclasses.field(default_factory=list)
+    memory_before: Memory = Memory()
+    memory_after: Memory = Memory()
+    lines_before: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
+    lines_after: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
+    logits_used: list[str] = dataclasses.field(default_factory=list)
+    uncalled: list[str] = dataclasses.field(default_factory=list)
+    findings: list[Finding] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:
         self.rewrites += other.rewrites
         self.refusals += other.refusals
+        self.fits += other.fits
         self.bodies |= other.bodies
         self.graphs += other.graphs
         self.seconds += other.seconds
         self.before += other.before
         self.after += other.after
+        self.facts += other.facts
+        self.lines_before += other.lines_before
+        self.lines_after += other.lines_after
+        self.memory_before = self.memory_before.then(other.memory_before)
+        self.memory_after = self.memory_after.then(other.memory_after)
+
+    def kinds(self) -> set[str]:
+        """The kinds of places that were found, rewritten or not."""
+        found = [x.kind for x in self.rewrites], [x.kind for x in self.refusals], [x.kind for x in self.fits]
+        return set().union(*found)
 
     def diff(self) -> str:
         """The unified diff of the graphs' code, before and after."""
@@ -98,6 +224,8 @@ class Report:
             "seconds": round(self.seconds, 3),
             "rewrites": [dataclasses.asdict(rewrite) for rewrite in self.rewrites],
             "refusals": [dataclasses.asdict(refused) for refused in self.refusals],
+            "estimated_peak_bytes": {"before": self.memory_before.peak, "after": self.memory_after.peak},
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "bodies": self.bodies,
         }
         return json.dumps(parts, indent=2)
@@ -129,7 +257,14 @@ class Report:
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         lines += [f"refused {r.kind} {r.name}: {r.reason}" for r in self.refusals]
-        return "\n".join([*lines, f"{self.graphs} graph(s): {self.summary()}"])
+        lines.append(f"{self.graphs} graph(s): {self.summary()}")
+        before, after = self.memory_before.peak, self.memory_after.peak
+        if before > after:
+            lines.append(
+                f"estimate for a step's peak above parameters and their gradients: {human_bytes(before)} before, "
+                f"{human_bytes(after)} after"
+            )
+        return "\n".join(lines)
 
 
 def human_bytes(count: float) -> str:

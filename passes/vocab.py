@@ -18,22 +18,25 @@ targets. Means become sums divided by the global count first (:mod:`mst_fx.canon
 The gradient is computed in the forward loop when it is that of one scalar, and recomputed in the
 backward loop when tangents are per row.
 
-Not supported, and refused: logits that are an output (``logits="keep"``, or no gradients: then
-somebody wants them), that cross a graph break, or that other rows look at.
+Logits that are an output are deferred: computed only if somebody looks, with or without gradients. With
+``logits="defer"`` that goes for those without a loss in the graph too (a prompt's, of which the last row is
+wanted); no loop is needed there.
+
+Not supported, and refused: logits that are an output and must not be deferred (``logits="keep"``, or no loss
+in the graph: then somebody wants them), that cross a graph break, or that other rows look at.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from mst_fx.canonical import CLONE_OF, hoist_row_slices, make_functional, sum_losses
-from mst_fx.chunking import PassContext, blocked, chunk_regions, rows_of
-from mst_fx.fold import RowAnalysis
+from mst_fx.chunking import LOGITS_START, PassContext, blocked, chunk_regions, rows_of
+from mst_fx.fold import RowAnalysis, bytes_a_row
 from mst_fx.graph import tensor_value
 from mst_fx.plan import plan_vocab
-from mst_fx.region import IS_OUTPUT, Region
-from mst_fx.report import Refused
+from mst_fx.region import IS_OUTPUT, Region, RegionFinder
+from mst_fx.report import Refused, Rewrite
 
 
 def run(context: PassContext) -> None:
@@ -55,6 +58,8 @@ def run(context: PassContext) -> None:
         for region, outputs in zip(regions, deferrals, strict=True):
             if region.seed in done:
                 context.deferred += outputs
+        if context.options.logits == "defer":
+            _defer_alone(context, analysis, free)
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
     context.refuse_all(r for r in refusals if not (r.reason == IS_OUTPUT and r.name in done_for))
@@ -65,14 +70,47 @@ def _deferrable(context: PassContext) -> set[fx.Node]:
 
     Their rows may be more than the loss reads, which shifts them by one.
     """
-    mode = context.options.logits
-    if not context.is_top or mode == "keep" or (mode == "auto" and not torch.is_grad_enabled()):
+    if not context.is_top or context.options.logits == "keep":
         return set()
     outputs = context.gm.graph.output_node().args[0]
     if not isinstance(outputs, (tuple, list)):
         return set()
     candidates = [node for node in outputs if isinstance(node, fx.Node) and tensor_value(node) is not None]
     return {node for analysis in context.analyses() for node in candidates if _is_logits(analysis, node)}
+
+
+def _defer_alone(context: PassContext, analysis: RowAnalysis, free: set[fx.Node]) -> None:
+    """Takes logits that nothing but the output reads out of the graph; they need no loop."""
+    rows = rows_of(analysis)
+    for logits in sorted(free - set(context.deferred), key=lambda node: node.name):
+        seed = _head_of(analysis, logits)
+        region = RegionFinder(analysis).grow(seed) if seed is not None else None
+        if seed is None or region is None:
+            continue
+        plan = plan_vocab(rows, region.width, region.wide, region.device, context.options.vocab_chunk_rows)
+        if plan.chunks < 2:
+            continue
+        seed.meta[LOGITS_START] = True
+        context.deferred.append(logits)
+        nbytes = bytes_a_row(logits, analysis.rows) * rows
+        context.report.rewrites.append(
+            Rewrite(
+                "vocab", region.name, rows, rows, 1, nbytes, 0, "none", True, "", "computed on first use only"
+            )
+        )
+
+
+def _head_of(analysis: RowAnalysis, logits: fx.Node) -> fx.Node | None:
+    """The widening matmul of which logits are a pointwise function, if nobody else reads it."""
+    node = logits
+    while len(node.users) == 1:
+        state = analysis.states[node]
+        if not state.rowwise or not state.rows:
+            return None
+        if state.matmuls:
+            return node
+        (node,) = [operand for operand, role in state.roles.items() if role == "row"]
+    return None
 
 
 def _is_logits(analysis: RowAnalysis, node: fx.Node) -> bool:

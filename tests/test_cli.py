@@ -106,7 +106,7 @@ def test_short_sequences_are_left_alone_and_said_to_be(
 ) -> None:
     code, out, _ = run(capsys, "explain", f"{own_module}:build", "--option", "chunk_rows=600")
     assert code == 0
-    assert "rewrote nothing" in out and "fits in one chunk" in out
+    assert "rewrote nothing" in out and "doctor says more about: short" in out
 
 
 def test_an_encoder_decoder_and_an_image_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -635,18 +635,12 @@ def test_no_loss_no_deferral() -> None:
     assert relative_error(found, logits_of(inputs["ids"])) <= _BAR
 
 
-def test_no_gradients_no_deferral() -> None:
+@pytest.mark.parametrize("mode", ["auto", "defer"])
+def test_deferred_without_gradients(mode: str) -> None:
     model, inputs = ToyLM(layers=1), token_batch(BATCH, LENGTH)
     with torch.no_grad():
-        loss, logits = compile_mst(model)(**inputs)
-    assert type(logits) is Tensor and not loss.requires_grad
-
-
-def test_defer_without_gradients() -> None:
-    model, inputs = ToyLM(layers=1), token_batch(BATCH, LENGTH)
-    with torch.no_grad():
-        _, logits = compile_mst(model, {**SMALL_CHUNKS, "logits": "defer"})(**inputs)
-        assert type(logits) is DeferredLogits and not logits.requires_grad
+        loss, logits = compile_mst(model, {**SMALL_CHUNKS, "logits": mode})(**inputs)
+        assert type(logits) is DeferredLogits and not logits.requires_grad and not loss.requires_grad
     assert relative_error(logits + 0, model(**inputs)[1]) <= _BAR
     assert not (logits + 0).requires_grad
 

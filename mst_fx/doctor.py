@@ -1,0 +1,216 @@
+"""Why little was saved, and what to do about it.
+
+Each check looks at a report (with the facts of its graphs) and returns what it found, or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+
+from torch._dynamo.eval_frame import OptimizedModule
+
+from mst_fx import logits
+from mst_fx.facts import watching
+from mst_fx.region import IS_OUTPUT
+from mst_fx.report import Facts, Finding, Report
+
+Check = Callable[[Report], Finding | None]
+
+_IN_PLACE = 'model.compile(backend="mst") compiles in place: whoever calls the model calls the compiled one'
+
+
+def advise(report: Report) -> list[Finding]:
+    """What the checks find, the widest cause first."""
+    return [finding for check in CHECKS if (finding := check(report)) is not None]
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Report]:
+    """Watches a program that compiles with mst by itself, and says what happened.
+
+    ::
+
+        with mst_fx.watch() as report:
+            trainer.train()  # any code that runs the first step
+        print(report, *report.findings, sep="\\n")
+
+    Yields:
+        a report that is filled when the context ends, with its findings. Graphs that were compiled before
+        are not in it.
+    """
+    report = Report()
+    used: list[str] = []
+    logits.on_use.append(used.append)
+    try:
+        with watching() as watcher:
+            yield report
+    finally:
+        logits.on_use.remove(used.append)
+    report.add(watcher.total())
+    report.logits_used += dict.fromkeys(used)
+    if not report.graphs:
+        report.uncalled += _wrapped()
+    report.findings += advise(report)
+
+
+def _wrapped() -> list[str]:
+    """The classes of the modules that ``torch.compile`` has wrapped."""
+    # By type(), not isinstance(): that would wake up lazy modules.
+    found = [x for x in gc.get_objects() if type(x) is OptimizedModule]
+    return sorted({type(x._orig_mod).__name__ for x in found})
+
+
+def _nothing_compiled(report: Report) -> Finding | None:
+    if report.graphs:
+        return None
+    wrapped = ", ".join(report.uncalled)
+    evidence = "no graph reached mst: what ran was not compiled"
+    if wrapped:
+        evidence += (
+            f"; torch.compile has wrapped {wrapped}, and the module inside was called (trainers unwrap)"
+        )
+    return Finding("nothing-compiled", evidence, _IN_PLACE)
+
+
+def _split_by_ddp(report: Report) -> Finding | None:
+    split = [facts for facts in report.facts if facts.ended.startswith("DDPOptimizer")]
+    if not split:
+        return None
+    return Finding(
+        "split-by-ddp",
+        f"DistributedDataParallel's optimizer has cut a graph into {len(split)}, by buckets of gradients: the parts "
+        "of an MLP can land in different graphs",
+        "torch._dynamo.config.optimize_ddp = False before the first step",
+    )
+
+
+def _loss_behind_a_break(report: Report) -> Finding | None:
+    heads = [f for f in report.facts if f.has_head and not f.has_loss and f.ended and not _is_ddp(f)]
+    losses = [f for f in report.facts if f.has_loss and not f.has_head and f.takes_rows]
+    if not (heads and losses):
+        return None
+    return Finding(
+        "loss-behind-a-break",
+        f"Dynamo breaks the graph between the head and its loss, at {heads[-1].ended_at}: all logits are made there",
+        'model.loss_type = "ForCausalLM" before compiling, for models of transformers (their fallback to it is '
+        "announced by a warning that cannot be traced); else take what breaks the graph out of the way",
+    )
+
+
+def _head_not_compiled(report: Report) -> Finding | None:
+    """Layers compiled one by one; the head too perhaps, and then its graph starts with hidden rows."""
+    is_broken = any(f.ended for f in report.facts)
+    whole = [f for f in report.facts if f.has_loss or (f.has_head and (is_broken or not f.takes_rows))]
+    if "mlp" not in report.kinds() or whole or not any(f.takes_rows for f in report.facts):
+        return None
+    return Finding(
+        "head-not-compiled",
+        "layers were compiled, and no graph has the vocabulary head with its loss: the logits are made for eager code",
+        'compile the whole model (model.compile(backend="mst")) and give it its labels; or compile a function of '
+        "head and loss too",
+    )
+
+
+def _loss_not_compiled(report: Report) -> Finding | None:
+    heads = [r.name for r in report.refusals if r.kind == "vocab" and r.reason == IS_OUTPUT]
+    is_other = _split_by_ddp(report) or _head_not_compiled(report)
+    if not heads or any(f.has_loss for f in report.facts) or is_other:
+        return None
+    return Finding(
+        "loss-not-compiled",
+        f"{heads[0]}'s logits leave the graph, and no graph has their loss",
+        "give the labels to the model, or compile the function that computes the loss; for inference "
+        'logits_to_keep=1 where the model has it, or the option logits="defer"',
+    )
+
+
+def _logits_kept(report: Report) -> Finding | None:
+    heads = [r.name for r in report.refusals if r.kind == "vocab" and r.reason == IS_OUTPUT]
+    if not heads or not any(f.has_head and f.has_loss for f in report.facts) or _split_by_ddp(report):
+        return None
+    return Finding(
+        "logits-kept",
+        f"{heads[0]}'s logits and their loss are in one graph, and the logits have to be made as an output",
+        'the option logits="auto", or "defer": they are computed on first use',
+    )
+
+
+def _logits_used(report: Report) -> Finding | None:
+    if not report.logits_used:
+        return None
+    return Finding(
+        "logits-used",
+        f"deferred logits were computed in full because of {', '.join(report.logits_used)}",
+        "read the loss alone, or slice the rows that are needed first; for the Trainer's evaluation "
+        "prediction_loss_only=True",
+    )
+
+
+def _eager_experts(report: Report) -> Finding | None:
+    places = [f.ended_at for f in report.facts if "Dynamic shape operator" in f.ended]
+    if not places:
+        return None
+    return Finding(
+        "eager-experts",
+        f"the shape of a value depends on data, as where tokens are picked for each expert ({places[-1]}): "
+        "the graph breaks in every such layer",
+        'for models of transformers experts_implementation="grouped_mm" in the config: the layer becomes part of '
+        "one graph, with its head, loss and attention; the experts themselves are not chunked",
+    )
+
+
+def _grouped_experts(report: Report) -> Finding | None:
+    names = [r.name for r in report.refusals if "weights of their experts" in r.reason]
+    if not names:
+        return None
+    return Finding(
+        "experts-not-chunked",
+        f"{len(names)} layer(s) of experts, as {names[0]}, are left as they were: rows are grouped by expert",
+        "nothing to do in the model; gradient checkpointing bounds what experts keep to one layer",
+    )
+
+
+def _one_chunk(report: Report) -> Finding | None:
+    if not report.fits or any(r.kind in ("mlp", "vocab") for r in report.rewrites):
+        return None
+    fit = report.fits[0]
+    return Finding(
+        "short",
+        f"{fit.rows:,} rows fit in one chunk of {fit.chunk_rows:,} ({fit.name}; {len(report.fits)} such places)",
+        "longer sequences or batches are what mst is for; smaller chunks (the options chunk_rows, vocab_chunk_rows) "
+        "save memory here too, and may cost time",
+    )
+
+
+def _sharded(report: Report) -> Finding | None:
+    count = sum(facts.dtensors for facts in report.facts)
+    if not count:
+        return None
+    return Finding(
+        "sharded-weights",
+        f"{count} weight(s) are DTensors (tensor parallelism): what they multiply is not proved row-wise",
+        "FSDP2 instead: inside of its graphs the weights are plain tensors; places without DTensors are rewritten "
+        "all the same",
+    )
+
+
+def _is_ddp(facts: Facts) -> bool:
+    return facts.ended.startswith("DDPOptimizer")
+
+
+# What explains most comes first.
+CHECKS: tuple[Check, ...] = (
+    _nothing_compiled,
+    _split_by_ddp,
+    _eager_experts,
+    _loss_behind_a_break,
+    _head_not_compiled,
+    _loss_not_compiled,
+    _logits_kept,
+    _logits_used,
+    _sharded,
+    _grouped_experts,
+    _one_chunk,
+)

@@ -1,0 +1,366 @@
+"""Each cause on a case that has it for real, and none where nothing is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._guards import CompileContext, CompileId, compile_context
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import mst_fx
+from mst_fx import cli
+from mst_fx.facts import Watcher
+from mst_fx.page import make_page
+from mst_fx.report import Finding, Report
+from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, report_of, token_batch
+from tests.models import VOCAB
+from tools.bench_support import Shape, make_llama, text_tokens
+from tools.meter import measure_cpu
+
+LENGTH = 130
+
+
+def _causes(report: Report) -> list[str]:
+    return [finding.cause for finding in report.findings]
+
+
+def _finding(report: Report, cause: str) -> Finding:
+    (found,) = [finding for finding in report.findings if finding.cause == cause]
+    return found
+
+
+def _batch() -> dict[str, Any]:
+    ids = text_tokens(LENGTH, VOCAB)[None]
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def _llama() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCAB,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).train()
+
+
+def _gpt2() -> Any:
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=1, n_head=4, vocab_size=VOCAB, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return transformers.GPT2LMHeadModel(config).train()
+
+
+def _mixtral(experts: str) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    how: dict[str, Any] = {"vocab_size": VOCAB, "experts_implementation": experts}
+    config = transformers.MixtralConfig(**sizes, **heads, **how)
+    return transformers.MixtralForCausalLM(config).train()
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_nothing_to_say() -> None:
+    assert report_of(_llama(), None, **_batch()).findings == []
+
+
+def test_a_break_between_head_and_loss() -> None:
+    model = _gpt2()
+    report = report_of(model, None, **_batch())
+    assert _causes(report) == ["loss-behind-a-break"]
+    finding = _finding(report, "loss-behind-a-break")
+    path, line = finding.evidence.partition(" at ")[2].split(":")[:2]
+    forward, first = inspect.getsourcelines(transformers.GPT2LMHeadModel.forward)
+    assert path.endswith("modeling_gpt2.py")
+    assert "self.loss_function(" in forward[int(line) - first], "the line that breaks the graph"
+    model.loss_type = "ForCausalLM"  # the fix
+    assert 'model.loss_type = "ForCausalLM"' in finding.fix
+    assert report_of(model, None, **_batch()).findings == []
+
+
+def test_ddp_splits(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
+    model = DistributedDataParallel(_llama(), bucket_cap_mb=0.05)
+    report = report_of(model, None, **_batch())
+    assert _causes(report)[0] == "split-by-ddp" and report.graphs > 4
+    assert not any(rewrite.kind == "mlp" for rewrite in report.rewrites)
+    assert "optimize_ddp = False" in _finding(report, "split-by-ddp").fix
+    with dynamo_config.patch(optimize_ddp=False):  # the fix
+        report = report_of(model, None, **_batch())
+    assert report.findings == [] and sum(rewrite.kind == "mlp" for rewrite in report.rewrites) == 2
+
+
+def test_only_layers_compiled() -> None:
+    model = _llama()
+    for layer in model.model.layers:
+        layer.compile(backend="mst", options=SMALL_CHUNKS)
+    with mst_fx.watch() as report:
+        model(**_batch())
+    assert _causes(report) == ["head-not-compiled"]
+
+
+def test_regions_compiled_by_accelerate() -> None:
+    compile_regions = pytest.importorskip("accelerate.utils").compile_regions
+    model = compile_regions(_llama(), backend="mst", options=SMALL_CHUNKS)
+    with mst_fx.watch() as report:
+        model(**_batch())
+    assert _causes(report) == ["head-not-compiled"]
+
+
+class _Tail(nn.Module):
+    """Dynamo does not look into ``forward`` of torch's own modules, where these are called by themselves."""
+
+    def __init__(self, model: ToyLM) -> None:
+        super().__init__()
+        self.norm, self.head = model.norm, model.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))
+
+
+def test_layers_and_head_compiled_apart() -> None:
+    model, inputs = ToyLM(layers=1), token_batch(2, LENGTH)
+    tail = _Tail(model)
+    for part in (*model.blocks, tail):
+        part.compile(backend="mst", options=SMALL_CHUNKS)
+    with mst_fx.watch() as report:
+        tail(model.blocks[0](model.embed(inputs["ids"])))
+    assert [facts.has_head for facts in report.facts] == [False, True]
+    assert _causes(report) == ["head-not-compiled"]
+
+
+def test_layers_without_a_head_are_no_finding() -> None:
+    """An encoder's embeddings are in its graph: it has all that there is."""
+    ids = text_tokens(LENGTH, VOCAB)[None]
+    assert report_of(_llama().model, None, input_ids=ids, use_cache=False).findings == []
+
+
+def test_a_wrapper_that_is_bypassed() -> None:
+    """What accelerate's unwrap_model does, and TRL with it."""
+    extract_model_from_parallel = pytest.importorskip("accelerate.utils").extract_model_from_parallel
+    model = _llama()
+    wrapped = compile_mst(model)
+    with mst_fx.watch() as report:
+        extract_model_from_parallel(wrapped, keep_torch_compile=False)(**_batch())
+    assert _causes(report) == ["nothing-compiled"]
+    assert "LlamaForCausalLM" in report.findings[0].evidence
+    del wrapped
+    model.compile(backend="mst", options=SMALL_CHUNKS)  # the fix
+    with mst_fx.watch() as report:
+        extract_model_from_parallel(model, keep_torch_compile=False)(**_batch())
+    assert report.findings == [] and report.graphs == 1
+
+
+def test_eager_experts() -> None:
+    report = report_of(_mixtral("eager"), None, **_batch())
+    assert "eager-experts" in _causes(report) and "head-not-compiled" not in _causes(report)
+    assert "mixtral" in _finding(report, "eager-experts").evidence
+    assert "eager-experts" not in _causes(report_of(_mixtral("grouped_mm"), None, **_batch()))
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+def test_experts_by_groups(experts: str) -> None:
+    report = report_of(_mixtral(experts), None, **_batch())
+    assert _causes(report) == ["experts-not-chunked"]
+    assert "model.layers.0.mlp.experts" in report.findings[0].evidence
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(-1) == labels).double().mean()
+
+
+def test_logits_used_by_whom(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = ToyLM(layers=1), token_batch(2, LENGTH)
+    run = compile_mst(model)
+    with mst_fx.watch() as report, caplog.at_level("INFO", "mst_fx"):
+        for _ in range(2):
+            _, logits = run(**inputs)
+            _accuracy(logits, inputs["labels"])
+    assert _causes(report) == ["logits-used"]
+    line = inspect.getsourcelines(_accuracy)[1] + 1
+    (place,) = report.logits_used
+    assert place == f"{__file__}:{line} in _accuracy"
+    assert place in report.findings[0].evidence
+    assert caplog.messages.count(f"deferred logits are computed for {place}") == 1
+    with mst_fx.watch() as report:
+        logits.argmax()  # computed already
+    assert report.logits_used == []
+
+
+def test_logits_kept() -> None:
+    model, inputs = ToyLM(layers=1), token_batch(2, LENGTH)
+    assert _causes(report_of(model, {**SMALL_CHUNKS, "logits": "keep"}, **inputs)) == ["logits-kept"]
+
+
+def test_loss_outside() -> None:
+    ids = text_tokens(LENGTH, VOCAB)[None]
+    report = report_of(_llama(), None, input_ids=ids, use_cache=False)
+    assert _causes(report) == ["loss-not-compiled"]
+    assert "lm_head" in report.findings[0].evidence
+
+
+def test_short_sequences() -> None:
+    report = report_of(_llama(), {"inner": "aot_eager"}, **_batch())
+    assert _causes(report) == ["short"]
+    assert "130 rows fit in one chunk of 256" in report.findings[0].evidence
+
+
+def test_tensor_parallel_weights(process_group: None) -> None:
+    plan: Any = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+    block = parallelize_module(GatedMLP(64, 256), init_device_mesh("cpu", (1,)), plan)
+    report = report_of(block, None, torch.randn(1, LENGTH, 64))
+    assert _causes(report) == ["sharded-weights"] and "3 weight(s)" in report.findings[0].evidence
+
+
+def test_graphs_of_one_frame_are_all_counted(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
+    split = report_of(DistributedDataParallel(_llama(), bucket_cap_mb=0.05), None, **_batch())
+    assert len({facts.compile_id for facts in split.facts}) == 1 < split.graphs == len(split.facts)
+
+
+def test_graphs_of_an_attempt_that_dynamo_gave_up_are_not() -> None:
+    watcher = Watcher()
+    for frame, attempts in ((0, 2), (1, 1)):
+        context = CompileContext(CompileId(frame_id=frame, frame_compile_id=0))
+        with compile_context(context):
+            for context.attempt in range(attempts):
+                watcher.add(Report(graphs=1))
+    assert watcher.total().graphs == 2
+
+
+@pytest.mark.slow
+def test_trl_bypasses_a_wrapper(tmp_path: Path) -> None:
+    trl: Any = pytest.importorskip("trl")
+    datasets: Any = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{"input_ids": text_tokens(LENGTH, VOCAB).tolist()}])
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<end>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<end>"
+    )
+    settings = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    trainer = trl.SFTTrainer(
+        torch.compile(_llama(), backend="mst"), settings, train_dataset=data, processing_class=tokenizer
+    )
+    with mst_fx.watch() as report:
+        trainer.train()
+    assert _causes(report) == ["nothing-compiled"] and "LlamaForCausalLM" in report.findings[0].evidence
+
+
+# The estimate
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_estimate_of_a_step(checkpoint: bool) -> None:
+    """Near what eager takes; never less than what mst takes."""
+    model = make_llama(Shape(64, 512, 4, 4, 2000, 2), 1024, "cpu", torch.float32, checkpoint=checkpoint)
+    ids = text_tokens(1024, 2000)[None]
+    kwargs: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    report = report_of(model, {"inner": "aot_eager"}, **kwargs)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    peaks = []
+    for run in (model, compile_mst(model, {"inner": "aot_eager"})):
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            with measure_cpu() as measured:
+                run(**kwargs).loss.backward()
+        peaks.append(measured.peak_bytes - weights)
+    eager, mst = peaks
+    assert 0.7 * eager <= report.memory_before.peak <= 1.2 * eager
+    assert mst <= report.memory_after.peak <= 0.5 * report.memory_before.peak
+    assert "estimate for a step's peak" in str(report)
+
+
+def test_estimate_without_gradients() -> None:
+    model, inputs = ToyLM(layers=1), token_batch(2, LENGTH)
+    with torch.no_grad():
+        report = report_of(model, None, **inputs)
+    assert report.memory_before.backward == () and report.memory_after.backward == ()
+    logits = 2 * LENGTH * 96 * 8
+    assert report.memory_before.peak >= logits > report.memory_after.peak
+
+
+def test_sizes_that_depend_on_data_do_not_stop_it() -> None:
+    def run(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.relu(x[x.sum(-1) > 0] @ up) @ down
+
+    with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
+        inputs = torch.randn(LENGTH, 16), torch.randn(16, 64, requires_grad=True), torch.randn(64, 16)
+        report = report_of(run, None, *inputs)
+    assert report.graphs == len(report.facts) == 1
+    assert "graph 0" in make_page("sizes", report)
+
+
+def test_no_watcher_no_facts() -> None:
+    """Nothing is gathered in a training run that nobody watches."""
+    x = torch.randn(2, LENGTH, 16)
+    _, report = mst_fx.rewrite(torch.fx.symbolic_trace(GatedMLP(16, 64)), [x], SMALL_CHUNKS)
+    assert report.rewrites and not report.facts and report.memory_before.peak == 0
+
+
+# The command
+
+OWN = """
+import torch
+from tests.test_doctor import _batch, _gpt2, _llama
+
+def gpt2():
+    return _gpt2(), (), _batch()
+
+def bypassed():
+    model = _llama()
+    compiled = torch.compile(model, backend="mst")
+    return lambda: (compiled, model(**_batch())), (), {}
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_cases.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_cases", raising=False)
+    return "own_cases"
+
+
+def _doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["doctor", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_doctor_says_cause_and_fix(own_module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = _doctor(capsys, f"{own_module}:gpt2", "--option", "chunk_rows=16")
+    assert "loss-behind-a-break\n" in out and '  fix: model.loss_type = "ForCausalLM"' in out
+    assert "nothing in the way" not in out
+
+
+def test_doctor_runs_a_program_as_it_is(own_module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = _doctor(capsys, f"{own_module}:bypassed", "--as-is")
+    assert "nothing-compiled" in out and "0 graph(s)" in out
+
+
+def test_doctor_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    out = _doctor(capsys, "LlamaForCausalLM", "--seq", "512", "--set", "num_hidden_layers=1")
+    assert "nothing in the way was found" in out

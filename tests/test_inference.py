@@ -1,0 +1,258 @@
+"""Without gradients: prefill and generation, scoring, zeroth-order fine-tuning; and their examples."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from mst_fx.logits import DeferredLogits
+from tests.helpers import SMALL_CHUNKS, ToyLM, compile_mst, kinds, relative_error, report_of, token_batch
+from tools.bench_support import text_tokens
+from tools.meter import call_metered, is_available, malloc_meter
+
+ROOT = Path(__file__).parent.parent
+VOCAB = 512
+_BAR = 1e-5  # float32
+
+needs_meter = pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler")
+
+
+def llama(seq: int, vocab: int = VOCAB, layers: int = 2, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=512,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocab,
+        max_position_embeddings=seq + 64,
+        pad_token_id=0,
+        **more,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+# Memory
+
+
+def _peak(way: str, what: str, seq: int, vocab: int) -> dict[str, Any]:
+    """One warm call's peak above parameters and key-value cache, and the logits of the last token."""
+    model = llama(seq, vocab, layers=1)
+    ids = text_tokens(seq, vocab)[None]
+    options = {"logits": "defer"} if what == "all logits" else {}
+    backend: dict[str, Any] = {"backend": "mst", "options": options} if way == "mst" else {}
+    run = torch.compile(model, **backend)
+    ways: dict[str, dict[str, Any]] = {
+        "last logits": {"use_cache": True, "logits_to_keep": 1},
+        "all logits": {"use_cache": True},
+        "score": {"use_cache": False, "labels": ids},
+    }
+    meter = malloc_meter()
+    for _ in range(2):  # the first call compiles
+        meter.reset()
+        level = meter.current()
+        with torch.no_grad():
+            out = run(input_ids=ids, **ways[what])
+        peak = meter.peak() - level
+    cache = 0 if what == "score" else sum(x.keys.nbytes + x.values.nbytes for x in out.past_key_values.layers)
+    values = out.loss if what == "score" else out.logits[0, -1]
+    return {"above": peak - cache, "values": values.flatten().tolist()}
+
+
+@pytest.mark.slow
+@needs_meter
+@pytest.mark.parametrize(
+    ("what", "seq"), [("last logits", 32768), ("all logits", 32768), ("score", 16384)], ids=lambda x: str(x)
+)
+def test_peak_is_a_fraction_of_inductors(what: str, seq: int) -> None:
+    mst, plain = (call_metered(_peak, way, what, seq, 4096) for way in ("mst", "inductor"))
+    assert relative_error(torch.tensor(mst["values"]), torch.tensor(plain["values"])) <= _BAR
+    print(f"{what}: {mst['above'] / 2**20:.1f} MiB of {plain['above'] / 2**20:.1f}")
+    assert mst["above"] <= 0.3 * plain["above"], f"{mst['above'] / plain['above']:.3f}"
+
+
+# Prefill and generation
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_prefill_fills_the_cache(mode: Callable[[], Any]) -> None:
+    model, ids = llama(300), text_tokens(300, VOCAB)[None]
+    with mode():
+        kwargs = {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
+        assert kinds(report_of(model, None, **kwargs)) == {"attention": 2, "mlp": 2}
+        truth, found = model(**kwargs), compile_mst(model)(**kwargs)
+    assert found.logits.shape == (1, 1, VOCAB)
+    assert relative_error(found.logits, truth.logits) <= _BAR
+    layers = zip(found.past_key_values.layers, truth.past_key_values.layers, strict=True)
+    for layer, its_truth in layers:
+        assert relative_error(layer.keys, its_truth.keys) <= _BAR
+        assert relative_error(layer.values, its_truth.values) <= _BAR
+
+
+def test_prefill_in_two_parts() -> None:
+    """The second part's queries see the first part's keys."""
+    model, ids = llama(300), text_tokens(300, VOCAB)[None]
+    run = compile_mst(model)
+    with torch.no_grad():
+        truth = model(input_ids=ids).logits[:, 140:]
+        cache = run(input_ids=ids[:, :140], use_cache=True).past_key_values
+        rest = {"input_ids": ids[:, 140:], "past_key_values": cache, "use_cache": True}
+        found = run(**rest).logits
+    assert relative_error(found, truth) <= _BAR
+
+
+@pytest.mark.parametrize("padding", [0, 37])
+def test_generate(padding: int) -> None:
+    """Greedy tokens are eager's, also behind padding on the left."""
+    model, ids = llama(300), text_tokens(600, VOCAB).view(2, 300)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    truth = model.generate(ids, **kwargs)
+    model.compile(backend="mst", options=SMALL_CHUNKS)
+    assert torch.equal(model.generate(ids, **kwargs), truth)
+
+
+# Logits without gradients
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_scoring_makes_no_logits(mode: Callable[[], Any]) -> None:
+    model, inputs = ToyLM(layers=1), token_batch(2, 120)
+    with mode():
+        assert kinds(report_of(model, None, **inputs)) == {"mlp": 1, "vocab": 1}
+        truth, eager = model(**inputs)
+        loss, logits = compile_mst(model)(**inputs)
+        assert type(logits) is DeferredLogits and logits._value is None and not logits.requires_grad
+        assert relative_error(loss, truth) <= 1e-10
+        assert relative_error(logits + 0, eager) <= 1e-9
+
+
+def _logits_of(model: ToyLM) -> Callable[[Tensor], Tensor]:
+    def run(ids: Tensor) -> Tensor:
+        return model.head(model.norm(model.blocks[0](model.embed(ids)))) * 2.0
+
+    return run
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_logits_without_a_loss_are_deferred_when_asked(grad: bool) -> None:
+    model, ids = ToyLM(layers=1), token_batch(2, 120)["ids"]
+    run, options = _logits_of(model), {**SMALL_CHUNKS, "logits": "defer"}
+    with torch.set_grad_enabled(grad):
+        report = report_of(run, options, ids)
+        (rewrite,) = [r for r in report.rewrites if r.kind == "vocab"]
+        assert rewrite.deferred and rewrite.intermediate_bytes == 2 * 120 * 96 * 8
+        assert not report.refusals
+        logits = compile_mst(run, options)(ids)
+        assert type(logits) is DeferredLogits and logits.requires_grad == grad
+        (rows, weight) = sorted(logits._source.inputs, key=lambda x: x.ndim, reverse=True)
+        assert rows.shape == (2, 120, 16) and weight.data_ptr() == model.head.weight.data_ptr()
+        assert relative_error(logits + 0, run(ids)) <= 1e-9
+    if grad:
+        truth = torch.autograd.grad(run(ids).square().sum(), list(model.parameters()))
+        found = torch.autograd.grad(
+            (compile_mst(run, options)(ids) + 0).square().sum(), list(model.parameters())
+        )
+        assert max(relative_error(f, t) for f, t in zip(found, truth, strict=True)) <= 1e-9
+
+
+def test_logits_that_the_graph_reads_are_not_deferred() -> None:
+    model, ids = ToyLM(layers=1), token_batch(2, 120)["ids"]
+
+    def run(ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = _logits_of(model)(ids)
+        return logits, logits[:, -1].softmax(-1)
+
+    options = {**SMALL_CHUNKS, "logits": "defer"}
+    with torch.no_grad():
+        assert [r.kind for r in report_of(run, options, ids).refusals] == ["vocab"]
+        logits, last = compile_mst(run, options)(ids)
+        assert type(logits) is Tensor
+        truth, its_last = run(ids)
+    assert relative_error(logits, truth) <= 1e-9 and relative_error(last, its_last) <= 1e-9
+
+
+def test_logits_of_one_chunk_are_not_deferred() -> None:
+    model, ids = ToyLM(layers=1), token_batch(1, 12)["ids"]
+    with torch.no_grad():
+        assert type(compile_mst(_logits_of(model), {**SMALL_CHUNKS, "logits": "defer"})(ids)) is Tensor
+
+
+def test_weights_that_count_no_writes_are_read_at_once() -> None:
+    """Inference tensors have no version: later logits could be of other weights, unnoticed."""
+    inputs = token_batch(2, 120)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        model = ToyLM(layers=1)
+        _, truth = model(**inputs)
+        logits = compile_mst(model)(**inputs)[1]
+        assert type(logits) is not DeferredLogits
+        model.head.weight.zero_()
+        assert relative_error(logits, truth) <= 1e-9
+
+
+# Zeroth-order fine-tuning
+
+
+def _shift(model: nn.Module, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(noise, alpha=scale)
+
+
+def test_two_forwards_of_perturbed_weights() -> None:
+    """Each loss is that of its own weights; logits from before are refused, not made of new weights."""
+    model, inputs = ToyLM(layers=1), token_batch(2, 120)
+    run = compile_mst(model)
+    with torch.no_grad():
+        _shift(model, 0.1)
+        truth, (above, logits) = model(**inputs)[0], run(**inputs)
+        assert relative_error(above, truth) <= 1e-10
+        _shift(model, -0.2)
+        truth, (below, _) = model(**inputs)[0], run(**inputs)
+        assert relative_error(below, truth) <= 1e-10
+        assert abs(float(above - below)) > 1e-3
+        with pytest.raises(RuntimeError, match="changed in place"):
+            logits.argmax(-1)
+
+
+# Examples
+
+
+def _run_example(name: str, *arguments: str) -> str:
+    path = ROOT / "examples" / name
+    assert len(path.read_text().splitlines()) <= 40
+    done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_example_prefill() -> None:
+    assert "prompt of 3,000 tokens" in _run_example("prefill.py", "3000")
+
+
+@pytest.mark.slow
+def test_example_perplexity() -> None:
+    out = _run_example("perplexity.py", "3000")
+    assert "perplexity of 3,000 tokens: 2" in out
+    assert "DeferredLogits(shape=(1, 3000, 256)" in out and "computed" not in out
+
+
+@pytest.mark.slow
+def test_example_zeroth_order() -> None:
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", _run_example("zeroth_order.py", "40"))]
+    assert len(losses) == 40 and losses[-1] < losses[0] - 0.05
