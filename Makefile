@@ -8,7 +8,7 @@ STAMP :=
 else
 STAMP := $(VENV)/.installed
 endif
-SOURCES := mst_fx passes tools tests
+SOURCES := mst_fx passes tools tests examples
 
 .PHONY: venv demo test lint bench-cpu bench-gpu clean
 .DEFAULT_GOAL := test

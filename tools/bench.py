@@ -356,7 +356,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     first = results[0]
     case = Case(**{field.name: first[field.name] for field in dataclasses.fields(Case)})
     head = ["contender", "s a step (fastest – slowest)", "peak GiB", "above parameters", "and gradients"]
-    head += ["TFLOP/s", "of peak"] if case.level == "model" and not case.documents else []
+    head += ["TFLOP/s", "of peak"] if case.level == "model" and not (case.documents or case.window) else []
     rows: list[Sequence[Any]] = [
         [*head, "first step s", "loss" if case.level != "mlp" else "norm", "gradient norm"]
     ]
