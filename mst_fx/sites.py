@@ -1,0 +1,280 @@
+"""Finds attention in a graph and in its checkpointed layers: fused, or written out.
+
+    scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)
+
+A :class:`Level` is a graph with the call that runs it; a :class:`Site` one attention in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from mst_fx.errors import Refusal
+from mst_fx.fold import expression, is_identity_dropout
+from mst_fx.graph import VALUE, attribute, fake_mode_of, hint, tensor_value, tensors_of, value
+
+aten = torch.ops.aten
+
+_SDPA = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A graph, and the call in the graph above that runs it (None for the program's graph)."""
+
+    gm: fx.GraphModule
+    call: fx.Node | None = None
+    above: Level | None = None
+
+    @property
+    def top(self) -> Level:
+        return self if self.above is None else self.above.top
+
+    def resolve(self, node: fx.Node) -> fx.Node:
+        """The node a placeholder stands for, as far up as there is one."""
+        if (
+            self.call is None
+            or self.above is None
+            or node.op != "placeholder"
+            or node.graph is not self.gm.graph
+        ):
+            return node
+        operand = self.call.args[1 + placeholders_of(self.gm).index(node)]
+        return self.above.resolve(operand) if isinstance(operand, fx.Node) else node
+
+    def imported(self, node: fx.Node) -> fx.Node:
+        """The node in this graph that has the value of a node of a graph above."""
+        if node.graph is self.gm.graph:
+            return node
+        assert self.call is not None and self.above is not None
+        operand = self.above.imported(node)
+        placeholders = placeholders_of(self.gm)
+        for known, argument in zip(placeholders, self.call.args[1:], strict=True):
+            if argument is operand:
+                return known
+        with self.gm.graph.inserting_after(placeholders[-1]):
+            new = self.gm.graph.placeholder(f"{operand.name}_mst")
+        new.meta[VALUE] = self._fake_inside(operand)
+        self.call.args = (*self.call.args, operand)
+        return new
+
+    def _fake_inside(self, operand: fx.Node) -> Any:
+        """A fake like an operand's in this graph's own mode, with its own symbols for dynamic sizes."""
+        placeholders, found = placeholders_of(self.gm), tensor_value(operand)
+        mode = fake_mode_of(tensors_of(placeholders[0]))
+        if mode is None or found is None:
+            return value(operand)
+        assert self.call is not None
+        sizes: dict[Any, Any] = {}
+        for placeholder, argument in zip(placeholders, self.call.args[1:], strict=False):
+            outer = tensor_value(argument) if isinstance(argument, fx.Node) else None
+            inner = tensor_value(placeholder)
+            if outer is not None and inner is not None:
+                sizes |= {expression(a): b for a, b in zip(outer.shape, inner.shape, strict=True)}
+        unknown = [s for s in found.shape if isinstance(s, torch.SymInt) and expression(s) not in sizes]
+        if unknown:
+            raise Refusal(
+                f"{operand.name} has the dynamic size {unknown[0]}, unknown in a checkpointed layer"
+            )
+        shape = [sizes[expression(s)] if isinstance(s, torch.SymInt) else s for s in found.shape]
+        with mode:
+            return torch.empty(shape, dtype=found.dtype, device=found.device)
+
+    def at_top(self, node: fx.Node) -> fx.Node:
+        """The node of the program's graph that runs a node of this one."""
+        return node if self.call is None or self.above is None else self.above.at_top(self.call)
+
+
+def placeholders_of(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+@dataclasses.dataclass
+class Site:
+    """One attention: ``softmax(scale * query @ keyᵀ + mask) @ value``.
+
+    Attributes:
+        out: the node whose value it is.
+        inner: other nodes that go, if nobody else reads them.
+        mask: None, Boolean, or to be added.
+        causal: the node is causal already.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; 0: not.
+    """
+
+    level: Level
+    out: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    scale: float
+    softcap: float = 0.0
+    causal: bool = False
+    inner: tuple[fx.Node, ...] = ()
+    is_eager: bool = False
+    dropout: float = 0.0
+
+
+def find_sites(level: Level) -> Iterator[Site | Any]:
+    calls: dict[str, list[fx.Node]] = {}
+    for node in level.gm.graph.nodes:
+        if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+            body = node.args[0]
+            if body.op == "get_attr" and isinstance(attribute(level.gm, str(body.target)), fx.GraphModule):
+                calls.setdefault(str(body.target), []).append(node)
+    for name, callers in calls.items():
+        body = attribute(level.gm, name)
+        is_plain = len(callers) == 1 and len(placeholders_of(body)) == len(callers[0].args) - 1
+        if is_plain and "checkpoint" in str(callers[0].target):
+            yield from find_sites(Level(body, callers[0], level))
+    for node in level.gm.graph.nodes:
+        site = _fused(level, node) if node.target in _SDPA else _eager(level, node)
+        if site is not None:
+            yield site
+
+
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def _fused(level: Level, node: fx.Node) -> Site | None:
+    given: dict[str, Any] = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    query, key, values = given["query"], given["key"], given["value"]
+    if not all(isinstance(x, fx.Node) for x in (query, key, values)) or isinstance(
+        given.get("is_causal"), fx.Node
+    ):
+        return None
+    fake = tensor_value(query)
+    assert fake is not None
+    scale, dropout = given.get("scale"), number_of(given.get("dropout_p", 0.0))
+    scale = hint(fake.shape[-1]) ** -0.5 if scale is None else number_of(scale)
+    if scale is None:
+        return None
+    return Site(
+        level,
+        node,
+        query,
+        key,
+        values,
+        given.get("attn_mask"),
+        scale,
+        causal=bool(given.get("is_causal")),
+        dropout=1.0 if dropout is None else dropout,
+    )
+
+
+_MATMULS = (torch.matmul, operator.matmul, "matmul", torch.bmm, aten.matmul.default)
+SOFTMAXES = (F.softmax, torch.softmax, "softmax", aten.softmax.int)
+_CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
+
+
+def _eager(level: Level, node: fx.Node) -> Site | None:
+    """``matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)``, in 4 dimensions."""
+    if node.target not in _MATMULS or len(node.args) < 2:
+        return None
+    inner: list[fx.Node] = []
+
+    def step(current: Any) -> fx.Node | None:
+        """The node itself, if nobody but the chain reads it."""
+        if not isinstance(current, fx.Node) or len(current.users) != 1:
+            return None
+        inner.append(current)
+        return current
+
+    current = step(node.args[0])
+    while current is not None and (current.target in _CASTS or is_identity_dropout(current)):
+        current = step(current.args[0])
+    if current is None or current.target not in SOFTMAXES or not _is_last_dim(current):
+        return None
+    mask = None
+    current = step(current.args[0])
+    adds = (torch.add, operator.add, "add", operator.iadd)
+    if current is not None and current.target in adds and not current.kwargs:
+        left, right = current.args[:2]
+        scores_first = isinstance(left, fx.Node) and len(left.users) == 1
+        mask, current = (right, step(left)) if scores_first else (left, step(right))
+    softcap = 0.0
+    factor = _factor(current)
+    if current is not None and factor is not None and _is_tanh(current.args[0]):
+        tanh = step(current.args[0])
+        capped = step(tanh.args[0]) if tanh is not None else None
+        divisor = _factor(capped)
+        if divisor is None or capped is None or abs(divisor * factor - 1.0) > 1e-6:
+            return None
+        softcap, current = factor, step(capped.args[0])
+    scale = _factor(current)
+    if scale is not None and current is not None:
+        current = step(current.args[0])
+    if current is None or current.target not in _MATMULS:
+        return None
+    query, transposed = current.args[:2]
+    if not isinstance(transposed, fx.Node) or transposed.target not in ("transpose", torch.transpose):
+        return None
+    fakes = [tensor_value(x) for x in (query, transposed, node.args[1]) if isinstance(x, fx.Node)]
+    if {x % 4 for x in transposed.args[1:3] if isinstance(x, int)} != {2, 3}:
+        return None
+    if len(fakes) != 3 or any(fake is None or fake.ndim != 4 for fake in fakes):
+        return None
+    if mask is not None and not isinstance(mask, fx.Node):
+        return None
+    return Site(
+        level,
+        node,
+        query,  # type: ignore[arg-type]
+        transposed.args[0],  # type: ignore[arg-type]
+        node.args[1],  # type: ignore[arg-type]
+        mask,
+        1.0 if scale is None else scale,
+        softcap,
+        inner=tuple(inner),
+        is_eager=True,
+    )
+
+
+def _factor(node: fx.Node | None) -> float | None:
+    """``c`` of ``x * c`` and ``1 / c`` of ``x / c``."""
+    if node is None or len(node.args) != 2:
+        return None
+    if node.target in (torch.mul, operator.mul, "mul", operator.imul):
+        return number_of(node.args[1])
+    if node.target in (torch.div, operator.truediv, "div", operator.itruediv):
+        divisor = number_of(node.args[1])
+        return None if not divisor else 1.0 / divisor
+    return None
+
+
+def number_of(found: Any) -> float | None:
+    """A Python number; of Dynamo's dynamic floats the value at capture, guarded."""
+    if isinstance(found, fx.Node):
+        found = value(found)
+    if isinstance(found, torch.SymFloat):
+        return float(found.node.guard_float("", 0))
+    is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+    return float(found) if is_number else None
+
+
+def _is_tanh(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in (torch.tanh, "tanh", aten.tanh.default)
+
+
+def _is_last_dim(node: fx.Node) -> bool:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return dim in (-1, 3)
+
+
+def all_levels(level: Level) -> Iterator[Level]:
+    yield level
+    for node in level.gm.graph.nodes:
+        if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+            body = node.args[0]
+            if body.op == "get_attr":
+                child = attribute(level.gm, str(body.target))
+                if isinstance(child, fx.GraphModule):
+                    yield from all_levels(Level(child, node, level))
