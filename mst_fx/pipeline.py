@@ -286,7 +286,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], por
     assert fake is not None
     compute = fx.GraphModule(gm, graph)
     return Deferral(
-        position, gm, compute, tuple(inputs), _row_inputs(compute), tuple(shape), fake.dtype, fake.device
+        position, gm, compute, tuple(inputs), row_inputs(compute), tuple(shape), fake.dtype, fake.device
     )
 
 
@@ -345,7 +345,7 @@ class _Modes:
         self._context = context
 
 
-def _row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
+def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
     """For each input of the logits' graph whether it holds their rows; None where rows are not independent.
 
     The proof that each row of the logits depends on one row of each row input is the analysis', on
@@ -367,8 +367,6 @@ def _row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
         state = states[node]
         if node.op in ("placeholder", "get_attr", "output") or tensor_value(node) is None:
             continue
-        if state.rows and not state.rowwise:
-            return None
         for operand, role in state.roles.items():
             read.setdefault(operand, set()).add(role)
     holds = [read[node] == {"row"} for node in inputs]
