@@ -705,3 +705,20 @@ def test_no_tangent_for_logits_that_nobody_uses() -> None:
         assert mode == "keep" or logits._value is None
     wide = 4 * 128 * VOCAB
     assert 0 < elements["auto"] < wide <= elements["keep"]
+
+
+def test_dynamic_lengths() -> None:
+    """One compilation; rows of each length are computed alone, their gradient comes by the port."""
+    model = ToyLM(layers=1)
+    compiled = compile_mst(model, dynamic=True)
+    for batch, length in ((2, 33), (3, 47), (2, 61)):
+        inputs = token_batch(batch, length)
+        loss, logits = compiled(**inputs)
+        assert type(logits) is DeferredLogits and logits.shape == (batch, length, VOCAB)
+        total = loss + logits[:, -1].square().sum() + logits[0, 3:9].exp().sum()
+        assert logits._value is None
+        eager_loss, eager = model(**inputs)
+        truth = eager_loss + eager[:, -1].square().sum() + eager[0, 3:9].exp().sum()
+        found, wanted = (torch.autograd.grad(y, list(model.parameters())) for y in (total, truth))
+        assert max(relative_error(f, t) for f, t in zip(found, wanted, strict=True)) <= _BAR
+        assert any(type(x.grad_fn).__name__ == "_JunctionBackward" for x in logits._source.inputs)
