@@ -88,7 +88,7 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], por
     assert fake is not None
     compute = fx.GraphModule(gm, graph)
     return Deferral(
-        position, gm, compute, tuple(inputs), _row_inputs(compute), tuple(shape), fake.dtype, fake.device
+        position, gm, compute, tuple(inputs), row_inputs(compute), tuple(shape), fake.dtype, fake.device
     )
 
 
@@ -147,7 +147,7 @@ class _Modes:
         self._context = context
 
 
-def _row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
+def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
     """For each input of the logits' graph whether it holds their rows; None where rows are not independent.
 
     The proof that each row of the logits depends on one row of each row input is the analysis', on

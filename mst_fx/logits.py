@@ -94,28 +94,21 @@ _METADATA = {
     ),
 }
 
-_WRITERS = {
-    "__setitem__",
-    "__set__",
-    *(
-        f"__i{name}__"
-        for name in [
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "and",
-            "or",
-            "xor",
-            "lshift",
-            "rshift",
-        ]
-    ),
-}
-# What names one tensor of the autograd graph: rows that were computed alone are not part of it.
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+_WRITERS = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS)}
 _KEEP = "use them before, or set the mst option logits='keep'"
 
 Index = tuple[int | slice, ...]  # one entry a leading dimension
@@ -173,6 +166,16 @@ class _Apart:
 
     def is_changed(self) -> bool:
         return _version(self.version) != self.known
+
+
+class _Hooks(OrderedDict[int, Callable[[Tensor], Tensor | None]]):
+    """Hooks on a gradient, by the numbers of their handles; itself one, which runs them all."""
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        for hook in list(self.values()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
 
 
 class _Source:
@@ -329,7 +332,7 @@ class DeferredLogits(torch.Tensor):
     _is_part: bool
     _is_bypassed: bool
     _node: Any
-    _hooks: dict[int, Callable[[Tensor], Tensor | None]]
+    _hooks: _Hooks
 
     def materialize(self) -> Tensor:
         """The logits as an ordinary tensor ``[B, S, V]``, part of the autograd graph."""
@@ -376,7 +379,7 @@ class DeferredLogits(torch.Tensor):
             with torch.enable_grad():
                 value = _Attached.apply(self, value.detach())  # type: ignore[no-untyped-call]
         elif self._hooks and value.requires_grad:
-            value.register_hook(self._run_hooks)
+            value.register_hook(self._hooks)
         return value
 
     def _stay_whole(self) -> None:
@@ -392,12 +395,6 @@ class DeferredLogits(torch.Tensor):
                 f"{reason} computed without them; set the mst option logits='keep'"
             )
         self._source.is_whole = True
-
-    def _run_hooks(self, grad: Tensor) -> Tensor:
-        for hook in list(self._hooks.values()):
-            changed = hook(grad)
-            grad = grad if changed is None else changed
-        return grad
 
     def _bypass(self) -> None:
         passed = self._parent
@@ -571,7 +568,7 @@ def _lazy(source: _Source, parent: DeferredLogits | None, step: _Step | None, li
     self._source, self._parent, self._step, self._like = source, parent, step, like
     self._value, self._version_of_value, self._node = None, 0, None
     self._is_part = self._is_bypassed = False
-    self._hooks = OrderedDict()
+    self._hooks = _Hooks()
     source.add(self)
     return self  # type: ignore[no-any-return]
 
@@ -872,7 +869,7 @@ def _register_hook(self: DeferredLogits, func: Any, hook: Callable[[Tensor], Ten
         self._stay_whole()
     if not self._hooks:
         with torch._C.DisableTorchFunctionSubclass():
-            self.register_hook(self._run_hooks)
+            self.register_hook(self._hooks)
     handle = RemovableHandle(self._hooks)
     self._hooks[handle.id] = hook
     return handle

@@ -7,9 +7,11 @@ Before (``h`` is ``[B, S, H]``, the logits ``[B, S, V]``)::
 
 After::
 
-    loop = mst_fx.loop_with_grad([h, labels], [norm_weight, head], ...)
+    loop = mst_fx.loop_with_grad([h, labels], [norm_weight, head], ..., port=0)
     loss = loop[0] / (labels != -100).sum()
-    return loss, h        # the backend puts deferred logits in place of h
+    return loss, h.detach(), loop[-1]        # the backend puts deferred logits in place of h
+
+``loop[-1]`` is the port by which a gradient of ``h`` from used logits comes in (:mod:`mst_fx.port`).
 
 Any row-wise function of the logits will do whose results are sums over rows or narrow rows:
 cross-entropies and what is added to them, log-probabilities, entropies, divergences from given

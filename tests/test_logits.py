@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 import mst_fx
 from mst_fx import port
+from mst_fx.graph import fill_values
 from mst_fx.logits import DeferredLogits
+from mst_fx.defer import row_inputs
 from tests.helpers import (
     SMALL_CHUNKS,
     ToyLM,
@@ -296,6 +298,22 @@ def test_what_comes_after_the_head(after: Callable[[Tensor, Tensor], Tensor], ba
         assert relative_error(found, wanted) <= 1e-5
 
 
+def test_rows_that_are_not_independent() -> None:
+    """No pass makes such a graph of logits; if one did, its rows would not be computed alone."""
+    inputs = (torch.randn(BATCH, LENGTH, 16), torch.randn(VOCAB, 16))
+    functions: dict[Callable[..., Tensor], Any] = {
+        lambda h, w: torch.tanh(F.linear(h, w)) * 2: (True, False),
+        lambda h, w: torch.tanh(F.linear(h, w).cumsum(1)) * 2: None,
+        lambda h, w: F.linear(torch.softmax(h, 0), w) * 2: None,
+        lambda h, w: F.linear(h - h.mean(1, keepdim=True), w) * 2: None,
+        lambda h, w: F.linear(h.view(-1, 16), w).view(BATCH, LENGTH, VOCAB): None,
+    }
+    for function, rows in functions.items():
+        graph = torch.fx.symbolic_trace(function)
+        fill_values(graph, inputs)
+        assert row_inputs(graph) == rows
+
+
 def test_two_logits_of_one_head() -> None:
     """One is computed from the other; both are outputs, and neither is in memory."""
     head = nn.Linear(16, VOCAB).double()
@@ -311,21 +329,29 @@ def test_two_logits_of_one_head() -> None:
     truth = torch.autograd.grad(sum(y.square().sum() for y in lm(x, labels)), leaves)
     out = compile_mst(lm)(x, labels)
     assert [type(y) for y in out] == [Tensor, DeferredLogits, DeferredLogits]
+    assert all(x.shape[-1] == 16 for y in out[1:] for x in y._source.inputs if x.ndim > 1)
     found = torch.autograd.grad(sum(y.square().sum() for y in out), leaves)
     assert max(relative_error(f, t) for f, t in zip(found, truth, strict=True)) <= _BAR
 
 
-def test_logits_of_an_autocast_region() -> None:
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_autocast_is_part_of_the_logits(where: str) -> None:
     head = nn.Linear(16, VOCAB)
 
     def lm(x: Tensor, labels: Tensor) -> Any:
+        logits = head(x)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()), logits
+
+    def cast(x: Tensor, labels: Tensor, run: Callable[..., Any] = lm) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(x)
-            return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()), logits
+            return run(x, labels)
 
     x, labels = torch.randn(BATCH, LENGTH, 16), token_batch(BATCH, LENGTH)["labels"]
-    _, logits = compile_mst(lm)(x, labels)
-    truth = lm(x, labels)[1]
+    if where == "inside":
+        _, logits = compile_mst(cast)(x, labels)
+    else:
+        _, logits = cast(x, labels, compile_mst(lm))
+    truth = cast(x, labels)[1]
     assert type(logits) is DeferredLogits and logits.dtype is torch.bfloat16
     assert (logits * 1).dtype is torch.bfloat16 and logits[:, 0].clone().dtype is torch.bfloat16
     assert relative_error(logits * 1, truth) <= 1e-2
@@ -673,3 +699,20 @@ def test_no_tangent_for_logits_that_nobody_uses() -> None:
         assert mode == "keep" or logits._value is None
     wide = 4 * 128 * VOCAB
     assert 0 < elements["auto"] < wide <= elements["keep"]
+
+
+def test_dynamic_lengths() -> None:
+    """One compilation; rows of each length are computed alone, their gradient comes by the port."""
+    model = ToyLM(layers=1)
+    compiled = compile_mst(model, dynamic=True)
+    for batch, length in ((2, 33), (3, 47), (2, 61)):
+        inputs = token_batch(batch, length)
+        loss, logits = compiled(**inputs)
+        assert type(logits) is DeferredLogits and logits.shape == (batch, length, VOCAB)
+        total = loss + logits[:, -1].square().sum() + logits[0, 3:9].exp().sum()
+        assert logits._value is None
+        eager_loss, eager = model(**inputs)
+        truth = eager_loss + eager[:, -1].square().sum() + eager[0, 3:9].exp().sum()
+        found, wanted = (torch.autograd.grad(y, list(model.parameters())) for y in (total, truth))
+        assert max(relative_error(f, t) for f, t in zip(found, wanted, strict=True)) <= _BAR
+        assert any(type(x.grad_fn).__name__ == "_JunctionBackward" for x in logits._source.inputs)

@@ -231,6 +231,28 @@ def _in_place(given: Given) -> Any:
     return rows, cast, detached, given.logits.logsumexp(-1)
 
 
+def _in_place_then_kernel(given: Given) -> Any:
+    """verl's ``logits.div_(temperature)``, then flash-attn's ``CrossEntropyLoss.apply``."""
+    given.logits.div_(0.7)
+    return _Exponential.apply(given.logits)  # type: ignore[no-untyped-call]
+
+
+def _selective(given: Given) -> Any:
+    """Selective checkpointing counts the operators it saves; those of the logits are not its business."""
+    save = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+    recompute = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+    weight = torch.linspace(-1, 1, VOCAB * 3, dtype=given.logits.dtype).view(VOCAB, 3)
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        return save if op is torch.ops.aten.mm.default else recompute
+
+    def consumer(logits: Tensor) -> Tensor:
+        return (logits.flatten(0, 1) @ weight).exp().sin()
+
+    contexts = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, policy)
+    return checkpoint(consumer, given.logits, use_reentrant=False, context_fn=contexts)
+
+
 def _in_place_rows(given: Given) -> Any:
     rows = given.logits[:, 3:5]
     before = rows.sum()
@@ -241,7 +263,7 @@ def _in_place_rows(given: Given) -> Any:
 def _hook_on_rows(given: Given) -> Any:
     rows = given.logits[:, 3:9]
     rows.register_hook(lambda grad: grad * 3)
-    return rows, rows[:, 0]
+    return rows[:, 0].exp(), rows
 
 
 def _retained(given: Given) -> Any:
@@ -457,6 +479,8 @@ USES = (
     Use("torch autograd.grad for rows", _gradient_of_rows),
     Use("torch Tensor.div_", _in_place),
     Use("torch Tensor.mul_ of rows", _in_place_rows),
+    Use("verl torch_functional.py logprobs_from_logits_flash_attn", _in_place_then_kernel),
+    Use("torch utils/checkpoint.py selective", _selective),
     Use("torch Tensor.__setitem__ of a clone", _sampling_in_place, rows=4),
     Use("torch Tensor.topk", lambda g: g.logits[:, -1].topk(5), rows=2),
     Use(
