@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 import mst_fx
 from mst_fx import port
+from mst_fx.defer import row_inputs
 from mst_fx.graph import fill_values
 from mst_fx.logits import DeferredLogits
-from mst_fx.defer import row_inputs
 from tests.helpers import (
     SMALL_CHUNKS,
     ToyLM,
