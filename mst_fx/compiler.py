@@ -11,11 +11,11 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._inductor.choices.InductorChoices``, set with ``V.set_choices_handler``: one heuristic of ours.
 - ``torch._functorch.config.donated_buffer``: off, so that ``retain_graph=True`` works.
 - ``torch._TorchCompileInductorWrapper``: the backend object that ``torch.compile`` makes when no other
-  backend is named. ``mst_fx.enable`` replaces its ``__call__``. Two ways with public names were tried and
-  fall short. ``torch._inductor.config.pre_grad_custom_pass`` may not change what a graph returns, so
+  backend is named. ``mst_fx.enable`` replaces its ``__call__``. Two ways with public names fall
+  short. ``torch._inductor.config.pre_grad_custom_pass``, which was tried, may not change what a graph returns, so
   logits that are an output (of every Hugging Face model) could not be deferred; and it runs after the
   lookup in the cache of compiled graphs, so that a second process would have the graph but not the
-  bodies of its loops. ``torch.compiler.set_stance(force_backend=...)`` drops ``mode``, ``options`` and
+  bodies of its loops. ``torch.compiler.set_stance(force_backend=...)``, by its code, drops ``mode``, ``options`` and
   ``fullgraph``, and replaces backends that were named.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 import mst_fx.keep  # noqa: F401  (registers the op)
 from mst_fx.compiler import decompositions
+from mst_fx.graph import sum_dtype
 
 aten = torch.ops.aten
 
@@ -35,10 +36,9 @@ def body_decompositions(inner: str) -> dict[Any, Any]:
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = x.to(sum_dtype(x.dtype))
     most = torch.amax(wide, dim, keepdim=True)
-    total = torch.sum(torch.exp(wide - most), dim, keepdim=True)
-    total = torch.log(total)
+    total = torch.log(torch.sum(torch.exp(wide - most), dim, keepdim=True))
     if x.is_cuda:  # a buffer of the sums is a border between the kernel that reduces and the one that writes
         most, total = torch.ops.mst_fx.kept(most), torch.ops.mst_fx.kept(total)
     found = wide - most - total

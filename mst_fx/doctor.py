@@ -75,7 +75,7 @@ def _nothing_compiled(report: Report) -> Finding | None:
 
 
 def _split_by_ddp(report: Report) -> Finding | None:
-    split = [facts for facts in report.facts if facts.ended.startswith("DDPOptimizer")]
+    split = [facts for facts in report.facts if _is_ddp(facts)]
     if not split:
         return None
     return Finding(
@@ -114,7 +114,7 @@ def _head_not_compiled(report: Report) -> Finding | None:
 
 
 def _loss_not_compiled(report: Report) -> Finding | None:
-    heads = [r.name for r in report.refusals if r.kind == "vocab" and r.reason == IS_OUTPUT]
+    heads = _heads_of_outputs(report)
     is_other = _split_by_ddp(report) or _head_not_compiled(report)
     if not heads or any(f.has_loss for f in report.facts) or is_other:
         return None
@@ -127,7 +127,7 @@ def _loss_not_compiled(report: Report) -> Finding | None:
 
 
 def _logits_kept(report: Report) -> Finding | None:
-    heads = [r.name for r in report.refusals if r.kind == "vocab" and r.reason == IS_OUTPUT]
+    heads = _heads_of_outputs(report)
     if not heads or not any(f.has_head and f.has_loss for f in report.facts) or _split_by_ddp(report):
         return None
     return Finding(
@@ -194,6 +194,11 @@ def _sharded(report: Report) -> Finding | None:
         "FSDP2 instead: inside of its graphs the weights are plain tensors; places without DTensors are rewritten "
         "all the same",
     )
+
+
+def _heads_of_outputs(report: Report) -> list[str]:
+    """The heads that were refused because their logits are an output."""
+    return [r.name for r in report.refusals if r.kind == "vocab" and r.reason == IS_OUTPUT]
 
 
 def _is_ddp(facts: Facts) -> bool:
