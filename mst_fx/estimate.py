@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.graph import attribute, hint, tensors_of
+from mst_fx.graph import called_graph, hint, tensors_of
 from mst_fx.report import Memory
 
 # Parts of names of operators whose backward pass needs neither their operands nor their results.
@@ -129,12 +129,10 @@ class _Walk:
         chunks = [self.chunk_bytes[x] for x in node.args if isinstance(x, str) and x in self.chunk_bytes]
         if chunks:
             return 0 if backward and "with_grad" in _name(node) else chunks[0]
-        body = node.args[0] if node.args else None
-        if isinstance(body, fx.Node) and body.op == "get_attr":
-            inner = attribute(self.gm, str(body.target))
-            if isinstance(inner, fx.GraphModule):
-                step = estimate_memory(inner, self.chunk_bytes)
-                return step.peak if backward else max(step.forward, default=0) - step.kept
+        inner = called_graph(self.gm, node)
+        if inner is not None:
+            step = estimate_memory(inner, self.chunk_bytes)
+            return step.peak if backward else max(step.forward, default=0) - step.kept
         if any(part in _name(node) for part in _LOSSES):
             return sum(sum(_storages(operand).values()) for operand in node.all_input_nodes[:1])
         return 0

@@ -12,7 +12,7 @@ from torch import fx
 from torch._guards import CompileContext
 
 from mst_fx.estimate import estimate_memory
-from mst_fx.graph import attribute, module_path, subgraphs, tensor_value, tensors_of
+from mst_fx.graph import called_graph, module_path, subgraphs, tensor_value, tensors_of
 from mst_fx.region import target_name
 from mst_fx.report import Facts, Line, Report
 
@@ -105,11 +105,9 @@ def _lines(gm: fx.GraphModule, prefix: str = "", depth: int = 0) -> Iterator[Lin
         shapes = ", ".join(_shape(tensor) for tensor in tensors_of(node)) if node.op != "output" else ""
         operands = tuple(operand.name for operand in node.all_input_nodes)
         yield Line(prefix + name, name, text, shapes, module_path(node), depth, operands)
-        body = node.args[0] if node.args else None
-        if isinstance(body, fx.Node) and body.op == "get_attr":
-            inner = attribute(gm, str(body.target))
-            if isinstance(inner, fx.GraphModule):
-                yield from _lines(inner, f"{prefix}{body.target}.", depth + 1)
+        inner = called_graph(gm, node)
+        if inner is not None:
+            yield from _lines(inner, f"{prefix}{node.args[0].target}.", depth + 1)
 
 
 def _call_text(node: fx.Node) -> str:

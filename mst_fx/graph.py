@@ -92,6 +92,15 @@ def is_graph(gm: torch.nn.Module, node: fx.Node) -> bool:
     return isinstance(attribute(gm, str(node.target)), fx.GraphModule)
 
 
+def called_graph(gm: torch.nn.Module, node: fx.Node) -> fx.GraphModule | None:
+    """The sub-GraphModule that a node calls with its other operands (a checkpointed layer); None for others."""
+    body = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(body, fx.Node) or body.op != "get_attr":
+        return None
+    found = attribute(gm, str(body.target))
+    return found if isinstance(found, fx.GraphModule) else None
+
+
 def add_call(graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
     """Adds a ``call_function`` (or, for a string, ``call_method``) node with its fake value.
 

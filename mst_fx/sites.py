@@ -19,7 +19,7 @@ from torch import fx
 
 from mst_fx.errors import Refusal
 from mst_fx.fold import expression, is_identity_dropout
-from mst_fx.graph import VALUE, attribute, fake_mode_of, hint, tensor_value, tensors_of, value
+from mst_fx.graph import VALUE, attribute, called_graph, fake_mode_of, hint, tensor_value, tensors_of, value
 
 aten = torch.ops.aten
 
@@ -126,10 +126,8 @@ class Site:
 def find_sites(level: Level) -> Iterator[Site | Any]:
     calls: dict[str, list[fx.Node]] = {}
     for node in level.gm.graph.nodes:
-        if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-            body = node.args[0]
-            if body.op == "get_attr" and isinstance(attribute(level.gm, str(body.target)), fx.GraphModule):
-                calls.setdefault(str(body.target), []).append(node)
+        if called_graph(level.gm, node) is not None:
+            calls.setdefault(str(node.args[0].target), []).append(node)  # type: ignore[union-attr]
     for name, callers in calls.items():
         body = attribute(level.gm, name)
         is_plain = len(callers) == 1 and len(placeholders_of(body)) == len(callers[0].args) - 1
@@ -272,9 +270,6 @@ def _is_last_dim(node: fx.Node) -> bool:
 def all_levels(level: Level) -> Iterator[Level]:
     yield level
     for node in level.gm.graph.nodes:
-        if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-            body = node.args[0]
-            if body.op == "get_attr":
-                child = attribute(level.gm, str(body.target))
-                if isinstance(child, fx.GraphModule):
-                    yield from all_levels(Level(child, node, level))
+        child = called_graph(level.gm, node)
+        if child is not None:
+            yield from all_levels(Level(child, node, level))
