@@ -5,6 +5,7 @@
     python tools/bench.py --documents 4096 --seq 65536 --only mst+ckpt
     python tools/bench.py --level mlp --seq 65536                 # one MLP; --level head: one head with its loss
     python tools/bench.py --only mst+ckpt --seq 32768 --kernels mst+ckpt --alive mst+ckpt  # where time and memory go
+    python tools/bench.py --only "mst,mst[chunk_rows=8192],mst[mode=reduce-overhead]"      # variants
     python tools/bench.py --cpu                                   # a small size that runs anywhere
 
 Each contender has a process of its own that builds, compiles and warms up. Then they take turns: a turn is
@@ -46,6 +47,7 @@ from tools.contenders import (
     block,
     compiled,
     config_of,
+    find_contender,
     loss_function,
     make_model,
     model_flops,
@@ -388,9 +390,10 @@ def main() -> None:
     arguments = _arguments()
     known = CONTENDERS if arguments.level == "model" else BLOCKS[arguments.level]
     names = arguments.only.split(",") if arguments.only else list(known)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"unknown contenders {unknown}; there are {', '.join(known)}")
+    try:
+        contenders = {name: find_contender(name, known) for name in names}
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     if arguments.cpu:
         arguments.model, arguments.layers, arguments.seq = "tiny", 2, [1024]
     results: list[dict[str, Any]] = []
@@ -401,7 +404,7 @@ def main() -> None:
         }
         case = Case(seq=seq, device="cpu" if arguments.cpu else "cuda", **settings)
         print(f"{case}", flush=True)
-        workers = compare(case, {name: known[name] for name in names}, arguments)
+        workers = compare(case, contenders, arguments)
         mine = [summary(worker, case) for worker in workers]
         results += mine
         tables.append(table(mine))

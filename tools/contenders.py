@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
@@ -84,11 +85,13 @@ class Contender:
         way: "eager", "inductor", "autochunker", "liger", "liger-tiled", "cce" or "mst".
         checkpoint: with gradient checkpointing of each layer.
         options: of mst.
+        mode: of ``torch.compile``, for "inductor" and "mst" (there, instead of options).
     """
 
     way: str
     checkpoint: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mode: str | None = None
 
 
 _ATTENTION_ONLY = {"passes": ("attention",)}
@@ -125,6 +128,34 @@ BLOCKS = {
         "mst": Contender("mst"),
     },
 }
+
+
+def find_contender(name: str, known: Mapping[str, Contender]) -> Contender:
+    """A contender by its name, or a variant of mst or Inductor: ``mst[chunk_rows=8192;accumulate=weight]``.
+
+    Settings are options of mst, ``inductor.NAME`` patches of Inductor's config, and ``mode``.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    base, _, settings = name.removesuffix("]").partition("[")
+    if base not in known:
+        raise ValueError(f"unknown contender {name!r}; there are {', '.join(known)}")
+    found = known[base]
+    for setting in filter(None, settings.split(";")):
+        key, _, text = setting.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        if key == "mode":
+            found = dataclasses.replace(found, mode=value)
+        elif key.startswith("inductor."):
+            patches = {**found.options.get("inductor", {}), key.removeprefix("inductor."): value}
+            found = dataclasses.replace(found, options={**found.options, "inductor": patches})
+        else:
+            found = dataclasses.replace(found, options={**found.options, key: value})
+    return found
 
 
 def config_of(model: str, seq: int, **overrides: Any) -> Any:
@@ -175,10 +206,12 @@ def loss_function(model: nn.Module, contender: Contender) -> Callable[..., Tenso
 
 def compiled(module: nn.Module, contender: Contender) -> Callable[..., Any]:
     if contender.way in ("inductor", "autochunker"):
-        run = torch.compile(module)
+        run = torch.compile(module, mode=contender.mode)
         return run if contender.way == "inductor" else _autochunked(run)  # type: ignore[no-any-return]
     if contender.way == "mst":
-        return torch.compile(module, backend="mst", options=dict(contender.options))  # type: ignore[no-any-return]
+        return torch.compile(  # type: ignore[no-any-return]
+            module, backend="mst", options=dict(contender.options) or None, mode=contender.mode
+        )
     return module
 
 
