@@ -3,6 +3,7 @@
     python tools/bench.py --seq 16384,32768                       # Llama3-8B, 8 layers, all contenders
     python tools/bench.py --model mistral-7b --window 4096 --seq 65536 --only mst+ckpt
     python tools/bench.py --documents 4096 --seq 65536 --only mst+ckpt
+    python tools/bench.py --lora 16 --seq 32768 --only eager+ckpt,liger+ckpt,mst+ckpt     # PEFT's LoRA
     python tools/bench.py --level mlp --seq 65536                 # one MLP; --level head: one head with its loss
     python tools/bench.py --only mst+ckpt --seq 32768 --kernels mst+ckpt --alive mst+ckpt  # where time and memory go
     python tools/bench.py --only "mst,mst[chunk_rows=8192],mst[mode=reduce-overhead]"      # variants
@@ -14,7 +15,7 @@ waits holds no parameters (they are made anew from the seed). A step is forward 
 random bfloat16 weights on the text of Python's standard library, gradients made anew
 (``set_to_none=True``), no optimizer. What fails or outlasts its time is reported, and the others go on.
 
-``liger-kernel`` and ``cut-cross-entropy`` are needed for the contenders that are named after them.
+``liger-kernel`` and ``cut-cross-entropy`` are needed for the contenders that are named after them, PEFT for LoRA.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Case:
         seq: tokens; rows of a block.
         window: of a sliding window, 0: none.
         documents: tokens of each packed document, 0: one document.
+        lora: rank of LoRA, 0: all parameters train.
     """
 
     level: str
@@ -76,6 +78,7 @@ class Case:
     seq: int
     window: int = 0
     documents: int = 0
+    lora: int = 0
     device: str = "cuda"
 
     @property
@@ -118,7 +121,9 @@ class _Runner:
     def __init__(self, contender: Contender, case: Case) -> None:
         self._on_gpu = case.device == "cuda"
         if case.level == "model":
-            self._model = make_model(case.model, contender, case.seq, case.device, **case.overrides)
+            self._model = make_model(
+                case.model, contender, case.seq, case.device, lora=case.lora, **case.overrides
+            )
             self._step = self._training_step(contender, case)
         else:
             config = config_of(case.model, case.seq)
@@ -357,8 +362,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """The results of one case as Markdown."""
     first = results[0]
     case = Case(**{field.name: first[field.name] for field in dataclasses.fields(Case)})
+    special = case.documents or case.window or case.lora
     head = ["contender", "s a step (fastest – slowest)", "peak GiB", "above parameters", "and gradients"]
-    head += ["TFLOP/s", "of peak"] if case.level == "model" and not (case.documents or case.window) else []
+    head += ["TFLOP/s", "of peak"] if case.level == "model" and not special else []
     rows: list[Sequence[Any]] = [
         [*head, "first step s", "loss" if case.level != "mlp" else "norm", "gradient norm"]
     ]
@@ -377,9 +383,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         rest = [r["first_step_seconds"], f"{r['loss']:.5f}", f"{r['gradient_norm']:.5g}"]
         rows.append([r["contender"], spread, *memory, *speed, *rest])
     title = f"{case.model}, {case.level}" + (f", {case.layers} layers" if case.level == "model" else "")
-    more = [f"window {case.window}"] * bool(case.window) + [f"documents of {case.documents}"] * bool(
-        case.documents
-    )
+    more = [f"window {case.window}"] * bool(case.window)
+    more += [f"documents of {case.documents}"] * bool(case.documents)
+    more += [f"LoRA of rank {case.lora}"] * bool(case.lora)
     failed = [f"{r['contender']}:\n\n```\n{r['error'].strip()[-1500:]}\n```" for r in results if "error" in r]
     return "\n\n".join(
         [f"### {', '.join([title, f'{case.seq:,} tokens', *more])}", markdown_table(rows), *failed]
@@ -400,7 +406,7 @@ def main() -> None:
     tables = []
     for seq in arguments.seq:
         settings = {
-            key: getattr(arguments, key) for key in ("level", "model", "layers", "window", "documents")
+            key: getattr(arguments, key) for key in ("level", "model", "layers", "window", "documents", "lora")
         }
         case = Case(seq=seq, device="cpu" if arguments.cpu else "cuda", **settings)
         print(f"{case}", flush=True)
@@ -424,6 +430,7 @@ def _arguments() -> argparse.Namespace:
     add("--seq", type=_numbers, default=[16384, 32768], help="tokens, separated by commas")
     add("--window", type=int, default=0, help="keys a sliding window shows")
     add("--documents", type=int, default=0, help="tokens of each of the packed documents")
+    add("--lora", type=int, default=0, help="rank of PEFT's LoRA on all linear layers but the head")
     add("--only", help=f"contenders, separated by commas: {', '.join(CONTENDERS)}; of blocks: {BLOCKS_TEXT}")
     add("--rounds", type=int, default=2)
     add("--steps", type=int, default=3, help="steps of a turn that count")

@@ -167,8 +167,14 @@ def config_of(model: str, seq: int, **overrides: Any) -> Any:
     return getattr(transformers, f"{_CLASSES[family]}Config")(**known)
 
 
-def make_model(model: str, contender: Contender, seq: int, device: str, **overrides: Any) -> nn.Module:
-    """A causal language model with random weights, bfloat16 on a GPU, in training mode."""
+def make_model(
+    model: str, contender: Contender, seq: int, device: str, *, lora: int = 0, **overrides: Any
+) -> nn.Module:
+    """A causal language model with random weights, bfloat16 on a GPU, in training mode.
+
+    Args:
+        lora: rank of PEFT's LoRA on all linear layers but the head, all else frozen; 0: none.
+    """
     import transformers
 
     family = MODELS[model][0]
@@ -188,6 +194,11 @@ def make_model(model: str, contender: Contender, seq: int, device: str, **overri
         )
     if contender.checkpoint:
         made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora:
+        import peft
+
+        settings = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
+        made = peft.get_peft_model(made, settings, autocast_adapter_dtype=False)
     found: nn.Module = made.train()
     return found
 
