@@ -172,7 +172,10 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     elif fake.ndim != 2:
         return None
     with graph.inserting_before(node):
-        losses = add_call(graph, target, **given, reduction="none")
+        if fake_labels.is_floating_point() and fake.dtype == sum_dtype(fake.dtype):
+            losses = _soft_losses(graph, **given)
+        else:
+            losses = add_call(graph, target, **given, reduction="none")
         if reduction == "sum":
             return _sum_over(graph, losses, None)
         if fake_labels.is_floating_point():  # probabilities: every row counts
@@ -184,6 +187,29 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         first = add_call(graph, torch.mul, labels, valid)  # class 0 where the row is ignored
         weights = add_call(graph, torch.index_select, weight, 0, first)
         return _sum_over(graph, losses, add_call(graph, "sum", add_call(graph, torch.mul, weights, valid)))
+
+
+def _soft_losses(
+    graph: fx.Graph,
+    input: fx.Node,
+    target: fx.Node,
+    weight: fx.Node | None = None,
+    label_smoothing: float = 0.0,
+    **_: Any,
+) -> fx.Node:
+    """Losses of rows whose targets are probabilities, as ``cross_entropy_loss_prob_target`` of ATen's LossNLL.cpp.
+
+    Before torch 2.13 the trace of ``cross_entropy`` itself ends in a guard on the number of rows. Logits of
+    16 bits are left to it all the same: which parts are rounded, or autocast, is its own affair.
+    """
+    if label_smoothing:
+        classes = tensor_value(input).shape[1]  # type: ignore[union-attr]
+        kept = add_call(graph, torch.mul, target, 1 - label_smoothing)
+        target = add_call(graph, torch.add, kept, label_smoothing / classes)
+    losses = add_call(graph, torch.mul, add_call(graph, "log_softmax", input, 1), target)
+    if weight is not None:
+        losses = add_call(graph, torch.mul, losses, weight)
+    return add_call(graph, torch.neg, add_call(graph, "sum", losses, 1))
 
 
 def _class_last(logits: fx.Node) -> fx.Node | None:

@@ -34,6 +34,14 @@ def step(
     return loss.detach(), gradients(model)
 
 
+def breaks_the_graph(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """Whether Dynamo cannot capture a model whole: for some, a matter of their library's version."""
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(**batch)
+    torch._dynamo.reset()
+    return bool(explained.graph_break_count > 0)
+
+
 def loss_of(out: Any) -> Tensor:
     if isinstance(out, Tensor):
         return out

@@ -50,6 +50,11 @@ def _soft_targets(m: Head, h: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(m.head(h), m.targets)  # type: ignore[arg-type]
 
 
+def _smoothed_soft_targets(m: Head, h: Tensor, y: Tensor) -> Tensor:
+    weight: Tensor = m.class_weights  # type: ignore[assignment]
+    return F.cross_entropy(m.head(h), m.targets, weight, label_smoothing=0.1)  # type: ignore[arg-type]
+
+
 def _softcap(m: Head, h: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(torch.tanh(m.head(h) / 3.0) * 3.0, y)
 
@@ -115,6 +120,7 @@ SCALARS = {
     "label_smoothing": _ce(label_smoothing=0.1),
     "label_smoothing_sum": _ce(label_smoothing=0.1, reduction="sum"),
     "soft_targets": _soft_targets,
+    "smoothed_soft_targets": _smoothed_soft_targets,
     "teacher": _teacher,
 }
 

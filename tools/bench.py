@@ -406,7 +406,8 @@ def main() -> None:
     tables = []
     for seq in arguments.seq:
         settings = {
-            key: getattr(arguments, key) for key in ("level", "model", "layers", "window", "documents", "lora")
+            key: getattr(arguments, key)
+            for key in ("level", "model", "layers", "window", "documents", "lora")
         }
         case = Case(seq=seq, device="cpu" if arguments.cpu else "cuda", **settings)
         print(f"{case}", flush=True)
