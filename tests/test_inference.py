@@ -241,6 +241,10 @@ def _run_example(name: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.__version__ < "2.12",
+    reason="torch 2.11's Inductor writes C++ for the tokens' step that does not compile, with backend='inductor' too",
+)
 def test_example_prefill() -> None:
     assert "prompt of 3,000 tokens" in _run_example("prefill.py", "3000")
 
