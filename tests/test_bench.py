@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tools.bench_support import markdown_table, text_tokens
+from tools.contenders import CONTENDERS, find_contender
+from tools.draw import draw, whole_steps
 from tools.gpu_profile import blocks_at_peak
 
 MIB = 2**20
@@ -45,3 +49,29 @@ def test_markdown_table() -> None:
     assert markdown_table([("a", "b"), (None, 0.5), ("x", 1234.5)]) == (
         "| a | b |\n| --- | --- |\n| – | 0.5 |\n| x | 1234 |"
     )
+
+
+def test_variants_of_contenders() -> None:
+    found = find_contender(
+        "mst+ckpt[chunk_rows=512;accumulate=weight;inductor.max_autotune=True]", CONTENDERS
+    )
+    assert found.checkpoint and found.mode is None
+    assert found.options == {
+        "chunk_rows": 512,
+        "accumulate": "weight",
+        "inductor": {"max_autotune": True},
+    }
+    assert find_contender("mst[mode=reduce-overhead]", CONTENDERS).mode == "reduce-overhead"
+    assert find_contender("eager", CONTENDERS) is CONTENDERS["eager"]
+    with pytest.raises(ValueError, match=r"unknown contender 'fast\[x=1\]'"):
+        find_contender("fast[x=1]", CONTENDERS)
+
+
+def test_pictures_hold_plain_steps_only(tmp_path: Path) -> None:
+    plain = {"level": "model", "model": "llama3-8b", "contender": "mst", "seq": 16384, "lora": 0}
+    plain |= {"peak_bytes": 2**34, "step_seconds": 0.5}
+    failed = {**plain, "contender": "eager", "error": "out of memory"}
+    tables = {"a": {"results": [plain, failed]}, "b": {"results": [{**plain, "lora": 16}]}}
+    assert whole_steps(tables, "llama3-8b") == [plain, failed]
+    draw([plain, {**plain, "seq": 32768}], tmp_path / "x.png", "")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -53,6 +53,7 @@ from tools.contenders import (
     make_model,
     model_flops,
 )
+from tools.draw import draw
 from tools.gpu_profile import describe_peak, kernel_table
 
 # Of the H200 for bf16 matmuls of random data, measured; what the arithmetic column is held against.
@@ -417,7 +418,10 @@ def main() -> None:
         tables.append(table(mine))
         print(tables[-1], flush=True)
         # After each: a run that is cut short leaves what it has.
-        write_results(arguments.out, arguments.name or arguments.level, results, "\n\n".join(tables))
+        name = arguments.name or arguments.level
+        write_results(arguments.out, name, results, "\n\n".join(tables))
+    if len(arguments.seq) > 1:
+        draw(results, arguments.out / f"{name}.png", f"{arguments.model}, {arguments.layers} layers")
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,0 +1,93 @@
+"""Pictures of what ``tools/bench.py`` measured: memory and time of a step against the length of the sequence.
+
+python tools/draw.py benchmarks/h200.json --out docs/h200.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+# Peers in muted colours, mst in one that stands out; checkpointing is a broken line.
+_STYLES = {
+    "eager": ("tab:gray", "-"),
+    "eager+ckpt": ("tab:gray", "--"),
+    "inductor": ("tab:brown", "-"),
+    "liger+ckpt": ("tab:blue", "--"),
+    "liger-tiled+ckpt": ("tab:cyan", "--"),
+    "mst": ("tab:red", "-"),
+    "mst+ckpt": ("tab:red", "--"),
+}
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Two panels, peak GiB and seconds a step against tokens, a line a contender.
+
+    Args:
+        results: as in the JSON that ``bench.py`` writes; contenders without a style, and failures, are left out.
+        path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    panels = (("peak_bytes", GIB, "peak GiB", panels[0]), ("step_seconds", 1.0, "s a step", panels[1]))
+    lengths = sorted({r["seq"] for r in results})
+    for key, unit, label, panel in panels:
+        for name, (color, line) in _STYLES.items():
+            mine = sorted((r["seq"], r[key] / unit) for r in results if r["contender"] == name and key in r)
+            if mine:
+                panel.plot(*zip(*mine, strict=True), color=color, linestyle=line, marker="o", label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        panel.set_xlabel("tokens")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[0][3].legend(fontsize=8)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def whole_steps(tables: dict[str, Any], model: str) -> list[dict[str, Any]]:
+    """The results of a model's plain training steps: no window, documents or LoRA; one a contender and length."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for table in tables.values():
+        for result in table["results"]:
+            special = any(result.get(key) for key in ("window", "documents", "lora"))
+            if result["level"] == "model" and result["model"] == model and not special:
+                found.setdefault((result["contender"], result["seq"]), result)
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="JSON with the tables of several runs")
+    parser.add_argument("--model", default="llama3-8b")
+    parser.add_argument("--out", type=Path, default=Path("bench.png"))
+    arguments = parser.parse_args()
+    kept = json.loads(arguments.file.read_text())
+    results = whole_steps(kept["tables"], arguments.model)
+    if not results:
+        raise SystemExit(f"{arguments.file} has no training step of {arguments.model}")
+    gpu = kept["environment"].get("gpu", "CPU")
+    draw(
+        results,
+        arguments.out,
+        f"{arguments.model}'s shape, {results[0]['layers']} layers, bfloat16, one {gpu}",
+    )
+
+
+if __name__ == "__main__":
+    main()
