@@ -37,6 +37,7 @@ bench-gpu: $(STAMP)
 bench-cpu: $(STAMP)
 	$(BIN)/python tools/bench_memory.py --out benchmarks/memory
 	$(BIN)/python tools/bench_compile.py --out benchmarks/compile
+	$(BIN)/python tools/bench_accumulation.py --out benchmarks/accumulation
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info
