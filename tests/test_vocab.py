@@ -127,6 +127,7 @@ SCALARS = {
 PER_ROW = {
     "losses": _ce(reduction="none"),
     "weighted_losses": _weighted_rows,
+    "soft_losses": lambda m, h, y: F.cross_entropy(m.head(h), m.targets, reduction="none"),
     "log_probabilities": lambda m, h, y: (
         m.head(h).log_softmax(-1).gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
     ),
