@@ -232,19 +232,29 @@ def test_two_forwards_of_perturbed_weights() -> None:
 # Examples
 
 
+# Inductor of torch 2.11 writes C++ for a step of one token that checks an index before it is computed, with
+# backend="inductor" too (github.com/pytorch/pytorch/issues/178244): there the examples run without such checks.
+_WRITES_BAD_CHECKS = torch.__version__ < "2.12"
+_UNCHECKED = """
+import runpy, sys
+import torch._inductor.config
+torch._inductor.config.assert_indirect_indexing = False
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "examples")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def _run_example(name: str, *arguments: str) -> str:
     path = ROOT / "examples" / name
     assert len(path.read_text().splitlines()) <= 40
-    done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", _UNCHECKED] if _WRITES_BAD_CHECKS else [sys.executable]
+    done = subprocess.run([*command, str(path), *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    torch.__version__ < "2.12",
-    reason="torch 2.11's Inductor writes C++ for the tokens' step that does not compile, with backend='inductor' too",
-)
 def test_example_prefill() -> None:
     assert "prompt of 3,000 tokens" in _run_example("prefill.py", "3000")
 
