@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from tests.helpers import SMALL_CHUNKS, check_parity, kinds, report_of
 from tests.models import ACCEPTED, OTHERS, Entry, inputs_of
@@ -58,7 +57,9 @@ def test_grouped_experts() -> None:
     if report_of(model, SMALL_CHUNKS, **inputs).graphs == 1:
         _check_report(entry, model, inputs)
     else:
-        assert transformers.__version__ < "5.20", "transformers 5.17 breaks the graph in the experts"
+        # AOTAutograd cannot trace the experts' backward pass of transformers 5.17, whatever the backend.
+        backward = getattr(torch.ops.transformers, "grouped_mm_fallback_backward", None)
+        assert backward is None, "models are captured whole"
     check_parity(model, inputs, 1e-5, 1e-5)
 
 
