@@ -165,8 +165,10 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     fake, fake_labels = tensor_value(logits), tensor_value(labels)
     if fake is None or fake_labels is None:
         return None
-    if reduction == "none":
-        return _soft_row_losses(graph, node, given)
+    is_soft = fake_labels.is_floating_point()  # probabilities
+    is_written_out = is_soft and fake.dtype == sum_dtype(fake.dtype)
+    if reduction == "none" and (not is_written_out or fake.ndim != 2):
+        return None
     if fake.ndim == 3 and (source := _class_last(logits)) is not None and fake_labels.ndim == 2:
         with graph.inserting_before(node):
             given["input"] = logits = add_call(graph, "flatten", source, 0, 1)
@@ -174,13 +176,15 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     elif fake.ndim != 2:
         return None
     with graph.inserting_before(node):
-        if _is_soft(given):
+        if is_written_out:
             losses = _soft_losses(graph, **given)
         else:
             losses = add_call(graph, target, **given, reduction="none")
+        if reduction == "none":
+            return losses
         if reduction == "sum":
             return _sum_over(graph, losses, None)
-        if fake_labels.is_floating_point():  # probabilities: every row counts
+        if is_soft:  # every row counts
             return _sum_over(graph, losses, _numel(graph, losses))
         ignore = given.get("ignore_index", -100)
         valid = add_call(graph, torch.ne, labels, ignore)
@@ -189,21 +193,6 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         first = add_call(graph, torch.mul, labels, valid)  # class 0 where the row is ignored
         weights = add_call(graph, torch.index_select, weight, 0, first)
         return _sum_over(graph, losses, add_call(graph, "sum", add_call(graph, torch.mul, weights, valid)))
-
-
-def _is_soft(given: dict[str, Any]) -> bool:
-    """Whether targets are probabilities, of logits that are not of 16 bits."""
-    fake, fake_labels = tensor_value(given["input"]), tensor_value(given["target"])
-    assert fake is not None and fake_labels is not None
-    return fake_labels.is_floating_point() and fake.dtype == sum_dtype(fake.dtype)
-
-
-def _soft_row_losses(graph: fx.Graph, node: fx.Node, given: dict[str, Any]) -> fx.Node | None:
-    """A cross-entropy of ``[rows, V]`` probabilities that is not reduced, written out; None for others."""
-    if tensor_value(given["input"]).ndim != 2 or not _is_soft(given):  # type: ignore[union-attr]
-        return None
-    with graph.inserting_before(node):
-        return _soft_losses(graph, **given)
 
 
 def _soft_losses(

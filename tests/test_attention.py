@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -449,10 +450,10 @@ def test_hugging_face(name: str, batch: int, variant: str, how: str, forms: list
     model = _model(name, how == "checkpoint", how == "eager")
     inputs = attention_batch(name, batch, variant)
     found = _forms(report_of(model, OPTIONS, **inputs))
-    if not breaks_the_graph(model, inputs):  # transformers 5.17 draws numbers for OPT's layerdrop of 0
-        assert len(found) == 2 and (forms is None or found == forms), found
+    if name == "opt" and breaks_the_graph(model, inputs):  # it draws numbers for a layerdrop of 0
+        assert transformers.__version__ < "5.20", "newer versions of the library do not"
     else:
-        assert name == "opt", "models are captured whole"
+        assert len(found) == 2 and (forms is None or found == forms), found
     check_parity(model, inputs, _BAR, _BAR, OPTIONS, **({"dynamic": True} if how == "dynamic" else {}))
 
 

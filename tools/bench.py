@@ -403,6 +403,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     if arguments.cpu:
         arguments.model, arguments.layers, arguments.seq = "tiny", 2, [1024]
+    name = arguments.name or arguments.level
     results: list[dict[str, Any]] = []
     tables = []
     for seq in arguments.seq:
@@ -418,7 +419,6 @@ def main() -> None:
         tables.append(table(mine))
         print(tables[-1], flush=True)
         # After each: a run that is cut short leaves what it has.
-        name = arguments.name or arguments.level
         write_results(arguments.out, name, results, "\n\n".join(tables))
     if len(arguments.seq) > 1:
         draw(results, arguments.out / f"{name}.png", f"{arguments.model}, {arguments.layers} layers")

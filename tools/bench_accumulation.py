@@ -1,11 +1,11 @@
-"""What gradient accumulation costs a compiled model: the peak of a second micro-batch, whose gradients have a ``.grad`` to go to.
+"""What gradient accumulation costs a compiled model: peaks of a first micro-batch, and of a second.
 
     python tools/bench_accumulation.py --out bench-out/accumulation
 
 A backward pass that was compiled whole hands over all parameter gradients when it ends, so that they are
 alive beside the ones from before. Compiled layer by layer (``layer.compile(backend="mst")``), a layer's are
-added before the next layer's come. Peaks above the parameters in the first micro-batch and in the second, of a small Llama
-with gradient checkpointing, on the CPU, by the exact malloc meter, each way in a process of its own.
+added before the next layer's come. Peaks above the parameters, of a small Llama with gradient checkpointing,
+on the CPU, by the exact malloc meter, each way in a process of its own.
 """
 
 from __future__ import annotations

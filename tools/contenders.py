@@ -138,10 +138,12 @@ def find_contender(name: str, known: Mapping[str, Contender]) -> Contender:
     Raises:
         ValueError: for a name that is not known.
     """
+    if name in known:
+        return known[name]
     base, _, settings = name.removesuffix("]").partition("[")
     if base not in known:
         raise ValueError(f"unknown contender {name!r}; there are {', '.join(known)}")
-    found = known[base]
+    mode, options = known[base].mode, dict(known[base].options)
     for setting in filter(None, settings.split(";")):
         key, _, text = setting.partition("=")
         try:
@@ -149,13 +151,12 @@ def find_contender(name: str, known: Mapping[str, Contender]) -> Contender:
         except (ValueError, SyntaxError):
             value = text
         if key == "mode":
-            found = dataclasses.replace(found, mode=value)
+            mode = value
         elif key.startswith("inductor."):
-            patches = {**found.options.get("inductor", {}), key.removeprefix("inductor."): value}
-            found = dataclasses.replace(found, options={**found.options, "inductor": patches})
+            options["inductor"] = {**options.get("inductor", {}), key.removeprefix("inductor."): value}
         else:
-            found = dataclasses.replace(found, options={**found.options, key: value})
-    return found
+            options[key] = value
+    return dataclasses.replace(known[base], mode=mode, options=options)
 
 
 def config_of(model: str, seq: int, **overrides: Any) -> Any:

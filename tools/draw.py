@@ -1,17 +1,23 @@
 """Pictures of what ``tools/bench.py`` measured: memory and time of a step against the length of the sequence.
 
-python tools/draw.py benchmarks/h200.json --out docs/h200.png
+    python tools/draw.py benchmarks/h200.json --out docs/h200.png
+
+``bench.py`` draws what it measured at several lengths by itself; this is for files that hold several runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.bench_support import GIB
+
 # Peers in muted colours, mst in one that stands out; checkpointing is a broken line.
 _STYLES = {
     "eager": ("tab:gray", "-"),
@@ -37,9 +43,9 @@ def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    panels = (("peak_bytes", GIB, "peak GiB", panels[0]), ("step_seconds", 1.0, "s a step", panels[1]))
     lengths = sorted({r["seq"] for r in results})
-    for key, unit, label, panel in panels:
+    axes = (("peak_bytes", GIB, "peak GiB"), ("step_seconds", 1.0, "s a step"))
+    for panel, (key, unit, label) in zip(panels, axes, strict=True):
         for name, (color, line) in _STYLES.items():
             mine = sorted((r["seq"], r[key] / unit) for r in results if r["contender"] == name and key in r)
             if mine:
@@ -51,7 +57,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         panel.set_xlabel("tokens")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    panels[0][3].legend(fontsize=8)
+    panels[0].legend(fontsize=8)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
