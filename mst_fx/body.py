@@ -142,7 +142,8 @@ class Body:
 
     @functools.cached_property
     def inside_bytes_a_row(self) -> int:
-        """Bytes a row of all values inside: what training keeps of the un-chunked region."""
+        """Bytes a row of all values inside, but integers, which have no gradient: what training keeps of the
+        un-chunked region."""
         outputs = set(self.forward.graph.output_node().all_input_nodes)
         total = 0
         for node in self.forward.graph.nodes:
@@ -150,7 +151,7 @@ class Body:
                 continue
             for tensor in tensors_of(node):
                 sizes = [size for size in tensor.shape if isinstance(size, int)]
-                if len(sizes) < tensor.ndim:
+                if len(sizes) < tensor.ndim and (tensor.is_floating_point() or tensor.dtype == torch.bool):
                     total += math.prod(sizes) * tensor.element_size()
         return total
 

@@ -185,16 +185,23 @@ def _is_dtype_view(node: fx.Node) -> bool:
     return len(node.args) > 1 and isinstance(node.args[1], torch.dtype)
 
 
-def is_identity_dropout(node: fx.Node) -> bool:
-    """Whether a dropout is the identity: probability 0, or not training."""
+def dropout_probability(node: fx.Node) -> float | None:
+    """The probability with which a dropout drops, 0 when not training; None for other nodes."""
     if node.target not in _DROPOUTS:
-        return False
+        return None
     default = _DROPOUTS[node.target]
     p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", default)
     training = (
         node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
     )
-    return bool(p == 0) or training is False
+    if training is False:
+        return 0.0
+    return float(p) if isinstance(p, (int, float)) and training is True else None
+
+
+def is_identity_dropout(node: fx.Node) -> bool:
+    """Whether a dropout is the identity: probability 0, or not training."""
+    return dropout_probability(node) == 0
 
 
 @contextlib.contextmanager

@@ -268,11 +268,13 @@ def _reachable(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> 
 def _detours(
     chosen: set[fx.Node], users: Callable[[fx.Node], Iterable[fx.Node]], order: dict[fx.Node, int]
 ) -> set[fx.Node]:
-    """The nodes of a set at which a path that left the set comes back to it."""
+    """The nodes of a set at which a path that left the set comes back to it; not those behind them."""
     last = max(order[node] for node in chosen)
     outside = {user for node in chosen for user in users(node)} - chosen
 
     def step(node: fx.Node) -> list[fx.Node]:
+        if node in chosen:
+            return []
         return [user for user in users(node) if order.get(user, last + 1) <= last]
 
     reached: set[fx.Node] = set()

@@ -12,20 +12,22 @@ A region is any convex set of row-wise nodes around a widening matmul whose insi
 goes in and what comes out, and whose rows go on: nothing here knows a model, an activation or a norm.
 
 Not supported, and refused: operators without a row-wise rule inside (mixture-of-experts with grouped
-or batched expert matmuls, linears of other libraries with quantised weights, dropout with a
-probability above 0, tensors written in place).
+or batched expert matmuls, linears of other libraries with quantised weights, tensors written in place).
+Dropout inside is seeded (:mod:`mst_fx.dropout`).
 """
 
 from __future__ import annotations
 
 from mst_fx.canonical import make_functional
 from mst_fx.chunking import PassContext, blocked, chunk_regions, refuse_experts, refuse_opaque, rows_of
+from mst_fx.dropout import SeededDropouts
 from mst_fx.plan import plan_mlp
 
 
 def run(context: PassContext) -> None:
     """Rewrites every MLP of a graph."""
     make_functional(context.gm.graph)
+    dropouts = SeededDropouts(context.gm.graph)
     for analysis in context.analyses():
         regions, others = context.bulges(analysis)
         regions = [region for region in regions if not region.ends_narrow]
@@ -35,3 +37,4 @@ def run(context: PassContext) -> None:
         refuse_experts(context, analysis)
         refuse_opaque(context, analysis)
         chunk_regions(context, analysis, regions, "mlp", plans)
+    dropouts.restore()
