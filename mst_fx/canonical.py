@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.fold import writes_in_place
+from mst_fx.fold import autocast_contexts, contexts, writes_in_place
 from mst_fx.graph import add_call, sum_dtype, tensor_value
 
 aten = torch.ops.aten
@@ -125,8 +125,10 @@ def sum_losses(graph: fx.Graph) -> None:
     A mean over chunks would weigh chunks by their number and not by their valid rows; a sum over
     chunks divided once is the mean. All rows ignored gives 0 / 0 = NaN, as in eager.
     """
+    modes = contexts(graph)
     for node in list(graph.nodes):
-        new = _as_sum(graph, node)
+        with autocast_contexts(modes[node].autocast):  # which decide the types of the values made here
+            new = _as_sum(graph, node)
         if new is not None:
             sources = node.all_input_nodes
             _replace(node, new)
@@ -289,11 +291,12 @@ def hoist_row_slices(graph: fx.Graph) -> None:
     Before: ``logits = linear(x, w).float(); loss(logits[:, :-1], ...)``. After: the same chain on
     the sliced rows of ``x``, for this use of the logits only.
     """
+    modes = contexts(graph)
     for node in list(graph.nodes):
         if node.target is operator.getitem and (chain := _sliced_chain(node)):
             head, index = chain[-1], node.args[1]
             assert isinstance(index, tuple)
-            with graph.inserting_before(node):
+            with graph.inserting_before(node), autocast_contexts(modes[head].autocast):
                 current = add_call(graph, operator.getitem, head.args[0], _rows_only(index))
                 for link in reversed(chain):
                     old = current

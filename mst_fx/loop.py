@@ -38,6 +38,7 @@ from mst_fx.body import Body, CompiledBody, GradientPlan, OutputMeta, TensorMeta
 from mst_fx.body import body as body_of
 from mst_fx.graph import sum_dtype
 from mst_fx.port import new_port, pick_up
+from mst_fx.scale import product
 
 aten = torch.ops.aten
 
@@ -329,12 +330,8 @@ def scaled(gradient: Tensor, tangent: Tensor) -> Tensor:
     Inductor would make one kernel of all such products and hold every gradient twice at once. One call
     a gradient holds one twice: the saved one is freed before the next call.
     """
-    return _product(gradient, tangent)
-
-
-def _product(gradient: Tensor, tangent: Tensor) -> Tensor:
-    # With a dimension the tangent counts for the type of the product: it is not rounded to 16 bits first.
-    return torch.mul(gradient, tangent.view(1), out=torch.empty_like(gradient))
+    with _plain_mode():
+        return product(gradient, tangent)
 
 
 @scaled.register_fake
@@ -350,8 +347,9 @@ def joined(gradient: Tensor, tangent: Tensor | None, port: Tensor) -> Tensor:
     found = pick_up(port)
     if tangent is None:
         return torch.zeros_like(gradient) if found is None else found.to(gradient.dtype, copy=True)
-    product = _product(gradient, tangent)
-    return product if found is None else product.add_(found)
+    with _plain_mode():
+        scaled_gradient = product(gradient, tangent)
+    return scaled_gradient if found is None else scaled_gradient.add_(found)
 
 
 @joined.register_fake

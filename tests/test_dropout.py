@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mst_fx
+from mst_fx import plan
 from mst_fx.dropout import dropout_rows, mixed, new_key
 from tests.direct import results, rewritten, worst
 from tests.helpers import compile_mst, kinds, report_of
@@ -160,14 +161,19 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_recomputation_drops_the_same(inner: str, checkpoint: bool) -> None:
-    """The backward pass recomputes with other chunks than the forward pass had (10 rows against 5)."""
+def test_recomputation_drops_the_same(inner: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass recomputes with other chunks than the forward pass had: 8 rows, not 16."""
+    monkeypatch.setitem(plan._LEAST_ROWS, "cpu", 10)
+    monkeypatch.setitem(plan._LEAST_BACKWARD_ROWS, "cpu", 5)
     torch.manual_seed(2)
     model = Linear(2)
     model.checkpoint = checkpoint
-    options = {"inner": inner, "chunk_rows": 10}
+    options = {"inner": inner}
     x = torch.randn(3, 20, 16, dtype=_F64, requires_grad=True)
-    assert kinds(report_of(model, options, x)) == {"mlp": 2}
+    report = report_of(model, options, x)
+    assert (
+        kinds(report) == {"mlp": 2} and report.rewrites[0].why == "d_model = 16 rows; 8 in the backward pass"
+    )
     compiled = compile_mst(model, options)
     weights = torch.randn(3, 20, 16, dtype=_F64)
     losses = []

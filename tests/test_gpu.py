@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from mst_fx import kernels
 from mst_fx.attention import attention, mask_reach
 from mst_fx.loop import scaled
 from mst_fx.masks import CAUSAL, FULL, GENERAL, SPANS, Vectors, allowed
-from tests.helpers import compile_mst, relative_error, report_of, step, worst_error
+from tests.helpers import compile_mst, kinds, relative_error, report_of, step, worst_error
 from tests.models import ACCEPTED, attention_batch, inputs_of
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +95,47 @@ def test_memory_of_an_mlp() -> None:
 
     boundary = 3 * x.numel() * 4 + 3 * gate.numel() * 4  # out and its tangent, dx, dW
     assert _peak(run) <= boundary + 1.3 * rewrite.chunk_bytes
+
+
+def test_memory_of_dropout() -> None:
+    """The masks are made where they are read: they take no memory, neither between the passes nor in a chunk."""
+    up, down = (torch.randn(*shape, device="cuda") / 32 for shape in ((4096, 512), (512, 4096)))
+    x = torch.randn(1, 32768, 512, device="cuda", requires_grad=True)
+
+    def mlp(x: Tensor, p: float) -> Tensor:
+        return F.linear(F.dropout(F.silu(F.linear(F.dropout(x, p), up)), p), down)
+
+    peaks = []
+    for p in (0.0, 0.1):
+        compiled = compile_mst(functools.partial(mlp, p=p), {"chunk_rows": 1024})
+        peaks.append(_peak(functools.partial(lambda run: torch.autograd.grad(run(x).sum(), x), compiled)))
+    assert peaks[1] <= peaks[0] + 32768 * 8 + 2**20  # the numbers of the rows
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointed"])
+def test_dropout(checkpoint: bool) -> None:
+    """As many are dropped as asked, and the recomputation drops the same: see tests/test_dropout.py."""
+    up, down = (torch.randn(*shape, device="cuda", dtype=torch.float64) for shape in ((256, 64), (64, 256)))
+    x = torch.randn(2, 3001, 64, device="cuda", dtype=torch.float64)
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.dropout(F.linear(F.dropout(x, 0.2), up), 0.4), down)
+
+    def run(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        if checkpoint:
+            return torch.utils.checkpoint.checkpoint(mlp, x, up, down, use_reentrant=False)  # type: ignore[no-any-return]
+        return mlp(x, up, down)
+
+    inputs = [t.requires_grad_() for t in (x, up, down)]
+    assert kinds(report_of(run, CHUNKS, *inputs)) == {"mlp": 1}
+    loss = (
+        compile_mst(run, CHUNKS)(*inputs) * torch.linspace(-1, 2, 64, device="cuda", dtype=torch.float64)
+    ).sum()
+    for tensor, grad in zip(inputs, torch.autograd.grad(loss, inputs), strict=True):  # it is linear in each
+        assert abs(float((tensor.detach() * grad).sum() / loss.detach()) - 1) <= 1e-10
+    ones = [torch.ones_like(t) for t in (x, up, down)]
+    share = float(compile_mst(run, CHUNKS)(*ones).detach().mean()) / (64 * 256)  # 1 in the mean
+    assert abs(share - 1) <= 6 * (0.25 / x.numel() + 2 / 3 / (6002 * 256)) ** 0.5
 
 
 def test_memory_of_a_head() -> None:
@@ -200,9 +242,11 @@ def test_a_step_waits_for_the_device_once_at_most(variant: str) -> None:
     assert waits.count("cudaStreamSynchronize") <= 1 and waits.count("cudaDeviceSynchronize") <= 1, waits
 
 
-def test_scaling_does_not_round_the_tangent() -> None:
-    """1/700 in bfloat16 is off by 1.3e-3, the same for all elements."""
-    gradient, tangent = torch.rand(100_000, device="cuda").bfloat16(), torch.tensor(1 / 700, device="cuda")
+@pytest.mark.parametrize("size", [100_000, 3_000_000])
+def test_scaling_does_not_round_the_tangent(size: int) -> None:
+    """1/700 in bfloat16 is off by 1.3e-3, the same for all elements; large ones are Inductor's."""
+    gradient, tangent = torch.rand(size, device="cuda").bfloat16(), torch.tensor(1 / 700, device="cuda")
     found = scaled(gradient, tangent)
     assert found.dtype == torch.bfloat16
+    assert torch.equal(found, (gradient.float() * tangent).bfloat16())
     assert abs(float(found.double().sum() / gradient.double().sum() / tangent.double()) - 1.0) <= 3e-4

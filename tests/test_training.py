@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -118,6 +119,44 @@ def test_autocast(wrap: Callable[[nn.Module], Callable[..., Any]]) -> None:
     assert worst_error(found, truth) > 1e-4  # autocast was on
     bar = max(1.1 * relative_error(eager_loss, truth_loss), 1e-5)
     assert relative_error(found_loss, truth_loss) <= bar
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "flat": lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
+    "smoothed": lambda logits, labels: F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1
+    ),
+    "sum": lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"),
+    "shifted": lambda logits, labels: F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()),
+    "nll": lambda logits, labels: F.nll_loss(logits.log_softmax(-1).flatten(0, 1), labels.flatten()),
+    "probabilities": lambda logits, labels: F.cross_entropy(
+        logits.flatten(0, 1), F.one_hot(labels.flatten(), 96).float()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _LOSSES)
+def test_losses_inside_of_an_autocast_region(name: str) -> None:
+    """Logits are bfloat16 there, and losses float32: the region decides the types of what the passes make."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 96)
+    x, labels = torch.randn(3, 20, 16, requires_grad=True), torch.randint(0, 96, (3, 20))
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return _LOSSES[name](head(x), labels)
+
+    def results(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        found = run(x)
+        assert found.dtype == torch.float32
+        return [found.detach(), *torch.autograd.grad(found, [x, head.weight, head.bias])]
+
+    truth_loss = _LOSSES[name](head(x), labels)
+    truth = [truth_loss.detach(), *torch.autograd.grad(truth_loss, [x, head.weight, head.bias])]
+    assert kinds(report_of(loss, SMALL_CHUNKS, x)) == {"vocab": 1}
+    eager, found = results(loss), results(compile_mst(loss))
+    for e, f, t in zip(eager, found, truth, strict=True):
+        assert relative_error(f, t) <= 1.1 * relative_error(e, t) + 1e-6
 
 
 def test_train_eval_train() -> None:

@@ -1,0 +1,49 @@
+"""A gradient times a scalar of another type, in one pass over its memory."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mst_fx.body import Body, BodyConfig, OutputMeta, TensorMeta
+from mst_fx.fold import Folder
+from mst_fx.graph import SIXTEEN_BITS
+
+# Fewer elements are not worth a kernel of their own; more would need another, with indices of 64 bits.
+_LEAST, _MOST = 2**20, 2**31 - 1
+
+
+def product(gradient: Tensor, tangent: Tensor) -> Tensor:
+    """``gradient * tangent``, of the gradient's type; the tangent is not rounded to it first.
+
+    On a GPU ATen multiplies two types element by element: 2.5 ms for the gradient of a head (128,256 x 4,096 in
+    bfloat16) on an H200, of which reading and writing takes 0.5. Inductor's kernel does it at that speed.
+
+    Args:
+        gradient: of any shape.
+        tangent: one element, float32 if the gradient has 16 bits.
+    """
+    is_large = _LEAST <= gradient.numel() <= _MOST
+    if gradient.is_cuda and gradient.dtype in SIXTEEN_BITS and gradient.is_contiguous() and is_large:
+        run = _body(gradient.dtype, tangent.dtype, gradient.device).compiled_forward().run
+        found: Tensor = run([gradient.numel(), gradient.view(-1), tangent.view(1)])[0]
+        return found.view(gradient.shape)
+    # With a dimension the tangent counts for the type of the product.
+    return torch.mul(gradient, tangent.view(1), out=torch.empty_like(gradient))
+
+
+@functools.cache
+def _body(dtype: torch.dtype, tangent_dtype: torch.dtype, device: torch.device) -> Body:
+    def multiplied(n: Any, x: Tensor, tangent: Tensor) -> list[Tensor]:
+        return [(x * tangent).to(x.dtype)]
+
+    rows, shared = TensorMeta((), (), dtype, device), TensorMeta((1,), (1,), tangent_dtype, device)
+    folder = Folder(1)
+    with folder.mode:
+        forward = make_fx(multiplied)(folder.n, rows.empty(folder.n), shared.empty())
+    output = OutputMeta(False, (), dtype, device)
+    return Body(forward, [rows], [shared], [output], BodyConfig("inductor", "auto"), set())
