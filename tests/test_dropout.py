@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 import mst_fx
 from mst_fx import plan
-from mst_fx.dropout import dropout_rows, mixed, new_key
+from mst_fx.dropout import dropout_rows, mixed, row_keys
 from tests.direct import results, rewritten, worst
 from tests.helpers import compile_mst, kinds, report_of
 
@@ -26,10 +27,9 @@ _ALL = 2**32
 
 
 def _reference(x: int) -> int:
-    """lowbias32 in unsigned arithmetic, as its author writes it in C."""
+    """lowbias32 in unsigned arithmetic, as its author writes it in C, without its last step."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) % _ALL
-    x = ((x ^ (x >> 15)) * 0x846CA68B) % _ALL
-    return x ^ (x >> 16)
+    return ((x ^ (x >> 15)) * 0x846CA68B) % _ALL
 
 
 @given(st.integers(0, _ALL - 1))
@@ -43,15 +43,28 @@ def test_the_hash_at_its_ends() -> None:
     assert mixed(torch.tensor(ends)).tolist() == [_reference(x) for x in ends]
 
 
-def _kept(key: Tensor, numbers: Tensor, width: int, p: float) -> Tensor:
-    return dropout_rows(torch.ones(len(numbers), width), key, numbers, p) != 0
+_CPU = torch.device("cpu")
+
+
+def _kept(keys: Tensor, width: int, p: float) -> Tensor:
+    return dropout_rows(torch.ones(len(keys), width), keys, p) != 0
+
+
+def test_keys_of_rows() -> None:
+    """In range, all different, and others with each draw."""
+    torch.manual_seed(0)
+    first, second = row_keys([300, 400], _CPU), row_keys([300, 400], _CPU)
+    assert first.shape == (300, 400) and first.dtype == torch.int64
+    assert len(torch.cat([first, second]).unique()) == 240_000
+    high = first >> 32
+    assert int(high.max()) < 2**30 and bool((high % 2 == 1).all()) and int(first.min()) > 0
 
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
 def test_as_many_are_dropped_as_asked(p: float) -> None:
     """In all, by row and by column: each within 6 standard deviations (5 million elements)."""
     torch.manual_seed(0)
-    dropped = ~_kept(new_key(torch.device("cpu")), torch.arange(5000), 1000, p)
+    dropped = ~_kept(row_keys([5000], _CPU), 1000, p)
     assert abs(float(dropped.double().mean()) - p) <= 6 * (p * (1 - p) / dropped.numel()) ** 0.5
     for dim, count in ((0, 5000), (1, 1000)):
         shares = dropped.double().mean(dim)
@@ -60,33 +73,30 @@ def test_as_many_are_dropped_as_asked(p: float) -> None:
         assert 0.8 * spread <= float(shares.std()) <= 1.2 * spread  # neither clumped nor evened out
 
 
-def test_neighbours_and_keys_are_independent() -> None:
-    """Shifted by a row, by a column, by 2^32 elements, and under keys that differ in one bit."""
-    width, numbers, key = 1024, torch.arange(4096), torch.tensor([123456789, 987654321])
-    kept = _kept(key, numbers, width, 0.5)
+def test_elements_are_independent() -> None:
+    """Of those some rows or columns further, and of the next draw's: half agree, within 6 standard deviations."""
+    torch.manual_seed(0)
+    kept = _kept(row_keys([4096], _CPU), 1024, 0.5)
     others = {
-        "row": kept.roll(1, 0),
-        "column": kept.roll(1, 1),
+        **{f"{rows} rows": kept.roll(rows, 0) for rows in (1, 2, 3, 64, 1024, 2048)},
+        **{f"{columns} columns": kept.roll(columns, 1) for columns in (1, 2, 3, 64, 256, 512)},
         "both": kept.roll((1, 1), (0, 1)),
-        "high": _kept(key, numbers + 2**32 // width, width, 0.5),
-        **{
-            f"bit {bit} of {which}": _kept(
-                key ^ torch.eye(2, dtype=torch.int64)[which] * 2**bit, numbers, width, 0.5
-            )
-            for which in (0, 1)
-            for bit in (0, 5, 13, 31)
-        },
+        "another draw": _kept(row_keys([4096], _CPU), 1024, 0.5),
     }
     for name, other in others.items():
         agree = float((kept == other).double().mean())
         assert abs(agree - 0.5) <= 6 * 0.5 / kept.numel() ** 0.5, name
+    # The number of pairs of neighbouring rows that agree more than chance allows, and of columns.
+    for dim in (0, 1):
+        alike = (kept == kept.roll(1, 1 - dim)).double().mean(dim)
+        assert float((alike - 0.5).abs().max()) <= 6 * 0.5 / kept.shape[dim] ** 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, _F64])
 def test_what_is_kept_is_scaled_and_rounded_once(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(300, 40, dtype=dtype)
-    found = dropout_rows(x, new_key(x.device), torch.arange(300), 0.25)
+    found = dropout_rows(x, row_keys([300], _CPU), 0.25)
     kept = found != 0
     assert found.dtype == dtype and kept.sum() > 1000
     error = (found.double() - x.double() / 0.75)[kept].abs() / x.double()[kept].abs()
@@ -123,9 +133,8 @@ def test_masks_are_those_of_the_keys(shape: tuple[int, ...]) -> None:
     torch.manual_seed(7)
     found = results(run, [x], model)
     torch.manual_seed(7)
-    keys = [new_key(x.device) for _ in _P]
-    numbers = torch.arange(x.shape[:-1].numel()).view(x.shape[:-1])
-    model.drop = lambda site, x: dropout_rows(x, keys[site], numbers, _P[site])
+    keys = [row_keys(x.shape[:-1], _CPU) for _ in _P]
+    model.drop = lambda site, x: dropout_rows(x, keys[site], _P[site])
     truth = results(model, [x], model)
     assert kinds(report) == {"mlp": 1} and not report.refusals
     assert worst(found, truth) <= 1e-12
@@ -187,6 +196,27 @@ def test_recomputation_drops_the_same(inner: str, checkpoint: bool, monkeypatch:
         for tensor in (x, *model.parameters()):
             assert _linear_in(tensor, loss) <= 1e-12
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_masks_are_stored_nowhere() -> None:
+    """Of what decides them, Inductor's code holds what was drawn and the keys of the rows, and nothing by chunk."""
+    torch.manual_seed(0)
+    base, down = torch.randn(48, 16), torch.randn(16, 48)
+    adapters = [torch.randn(*shape, requires_grad=True) for shape in ((4, 16), (48, 4), (4, 48), (16, 4))]
+
+    def adapted(x: Tensor) -> Tensor:
+        a, b, c, d = adapters
+        inside = F.silu(F.linear(x, base) + F.linear(F.linear(F.dropout(x, 0.1), a), b))
+        return x + F.linear(inside, down) + F.linear(F.linear(F.dropout(inside, 0.1), c), d)
+
+    x = torch.randn(1, 60, 16, requires_grad=True)
+    compiled = compile_mst(adapted, {"chunk_rows": 20})
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(lambda: torch.autograd.grad(compiled(x).sum(), [x, *adapters]))
+    lines = [line for code in codes for line in code.splitlines() if "= empty_strided_cpu((" in line]
+    assert len(lines) > 10
+    whole = [line for line in lines if "torch.float32" not in line]
+    assert len(whole) >= 2 and all("((60, )" in line or "((2, )" in line for line in whole), whole  # 60 rows
 
 
 def test_dynamic_shapes() -> None:
@@ -270,4 +300,4 @@ def test_dropout_elsewhere_stays() -> None:
     torch.compile(Model(), backend=backend)(x)
     targets = [node.target for node in gms[0].graph.nodes]
     assert targets.count(F.dropout) == 2 and targets.count(torch.ops.mst_fx.loop.default) == 1
-    assert targets.count(new_key) == 2 and dropout_rows not in targets
+    assert targets.count(row_keys) == 2 and dropout_rows not in targets
