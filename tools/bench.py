@@ -297,8 +297,13 @@ class _Worker:
         self._process.join()
 
 
-def compare(case: Case, contenders: dict[str, Contender], arguments: argparse.Namespace) -> list[_Worker]:
-    """Runs all contenders of a case and fills their results."""
+def compare(
+    case: Case,
+    contenders: dict[str, Contender],
+    arguments: argparse.Namespace,
+    keep: Callable[[Sequence[_Worker]], None],
+) -> list[_Worker]:
+    """Runs all contenders of a case and fills their results; ``keep`` gets them after each round."""
     end = time.monotonic() + arguments.budget
     arguments.out.mkdir(parents=True, exist_ok=True)
     finished: list[_Worker] = []
@@ -316,6 +321,7 @@ def compare(case: Case, contenders: dict[str, Contender], arguments: argparse.Na
         for worker in _alive(finished):
             worker.ask("turn", arguments.steps)
             worker.turns += worker.answer(end - time.monotonic()) or []
+        keep(finished)
     for kind in ("kernels", "alive"):
         for worker in _alive(finished):
             if worker.name not in getattr(arguments, kind).split(","):
@@ -413,12 +419,18 @@ def main() -> None:
         }
         case = Case(seq=seq, device="cpu" if arguments.cpu else "cuda", **settings)
         print(f"{case}", flush=True)
-        workers = compare(case, contenders, arguments)
+
+        def keep(workers: Sequence[_Worker], case: Case = case) -> None:
+            # Often: a run that is cut short leaves what it has.
+            mine = [summary(worker, case) for worker in workers]
+            found = [*results, *mine]
+            write_results(arguments.out, name, found, "\n\n".join([*tables, table(mine)]))
+
+        workers = compare(case, contenders, arguments, keep)
         mine = [summary(worker, case) for worker in workers]
         results += mine
         tables.append(table(mine))
         print(tables[-1], flush=True)
-        # After each: a run that is cut short leaves what it has.
         write_results(arguments.out, name, results, "\n\n".join(tables))
     if len(arguments.seq) > 1:
         draw(results, arguments.out / f"{name}.png", f"{arguments.model}, {arguments.layers} layers")
