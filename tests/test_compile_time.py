@@ -14,11 +14,13 @@ from tools.bench_compile import compile_run
 pytestmark = pytest.mark.slow
 
 
-def test_a_second_process_compiles_nothing_anew(tmp_path: Path) -> None:
-    cold = compile_run("mst", 2, 4, tmp_path, checkpoint=True, timeout=300)
+@pytest.mark.parametrize("way", ["mst", "enabled"])
+def test_a_second_process_compiles_nothing_anew(way: str, tmp_path: Path) -> None:
+    """Nor does it miss the bodies of loops whose graph it took from the cache."""
+    cold = compile_run(way, 2, 4, tmp_path, checkpoint=True, timeout=300)
     assert cold.counters["fxgraph_cache_miss"] > 0  # the folder was empty
     assert not [name for name in cold.counters if "bypass" in name]
-    warm = compile_run("mst", 2, 4, tmp_path, checkpoint=True, timeout=300)
+    warm = compile_run(way, 2, 4, tmp_path, checkpoint=True, timeout=300)
     assert warm.compiled_anew() == {}
     assert warm.counters["fxgraph_cache_hit"] > 0 and warm.counters["autograd_cache_hit"] > 0
     assert warm.loss == cold.loss

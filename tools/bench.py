@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import os
@@ -399,6 +400,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _keep(
+    out: Path,
+    name: str,
+    case: Case,
+    earlier: Sequence[dict[str, Any]],
+    tables: Sequence[str],
+    workers: Sequence[_Worker],
+) -> None:
+    """Writes what is there so far, so that a run that is cut short leaves it."""
+    mine = [summary(worker, case) for worker in workers]
+    write_results(out, name, [*earlier, *mine], "\n\n".join([*tables, table(mine)]))
+
+
 def main() -> None:
     arguments = _arguments()
     known = CONTENDERS if arguments.level == "model" else BLOCKS[arguments.level]
@@ -411,7 +425,7 @@ def main() -> None:
         arguments.model, arguments.layers, arguments.seq = "tiny", 2, [1024]
     name = arguments.name or arguments.level
     results: list[dict[str, Any]] = []
-    tables = []
+    tables: list[str] = []
     for seq in arguments.seq:
         settings = {
             key: getattr(arguments, key)
@@ -420,18 +434,12 @@ def main() -> None:
         case = Case(seq=seq, device="cpu" if arguments.cpu else "cuda", **settings)
         print(f"{case}", flush=True)
 
-        def keep(workers: Sequence[_Worker], case: Case = case) -> None:
-            # Often: a run that is cut short leaves what it has.
-            mine = [summary(worker, case) for worker in workers]
-            found = [*results, *mine]
-            write_results(arguments.out, name, found, "\n\n".join([*tables, table(mine)]))
-
+        keep = functools.partial(_keep, arguments.out, name, case, results, tables)
         workers = compare(case, contenders, arguments, keep)
-        mine = [summary(worker, case) for worker in workers]
-        results += mine
-        tables.append(table(mine))
+        keep(workers)
+        results += [summary(worker, case) for worker in workers]
+        tables.append(table(results[-len(workers) :]))
         print(tables[-1], flush=True)
-        write_results(arguments.out, name, results, "\n\n".join(tables))
     if len(arguments.seq) > 1:
         draw(results, arguments.out / f"{name}.png", f"{arguments.model}, {arguments.layers} layers")
 

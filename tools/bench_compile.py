@@ -63,7 +63,7 @@ def compile_run(
     """Trains a toy Llama (hidden 64) for two steps in a process of its own.
 
     Args:
-        way: "mst" or "inductor".
+        way: "mst", "inductor", or "enabled": the latter inside of ``mst_fx.enable``.
         chunks: of every loop.
         cache: folder of Inductor's caches.
 
@@ -76,17 +76,17 @@ def compile_run(
 
 
 def _measure(way: str, layers: int, chunks: int, checkpoint: bool) -> dict[str, Any]:
+    import mst_fx
     from mst_fx.compiler import cache_counters
 
     shape = Shape(hidden=64, intermediate=256, heads=4, kv_heads=2, vocabulary=1000, layers=layers)
     model = make_llama(shape, SEQ, "cpu", torch.float32, checkpoint=checkpoint)
     ids = text_tokens(SEQ, shape.vocabulary)[None]
-    if way == "mst":
-        rows = SEQ // chunks
-        options: dict[str, Any] = {"chunk_rows": rows, "vocab_chunk_rows": rows, "strict": True}
-        run: Any = torch.compile(model, backend="mst", options=options)
-    else:
-        run = torch.compile(model)
+    rows = SEQ // chunks
+    options: dict[str, Any] = {"chunk_rows": rows, "vocab_chunk_rows": rows, "strict": True}
+    if way == "enabled":
+        mst_fx.enable(options)
+    run: Any = torch.compile(model, backend="mst", options=options) if way == "mst" else torch.compile(model)
 
     def step() -> tuple[float, float, float]:
         model.zero_grad(set_to_none=True)
