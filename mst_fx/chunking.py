@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
 from mst_fx.errors import Refusal
-from mst_fx.fold import RowAnalysis, State, row_counts
+from mst_fx.fold import RowAnalysis, State, products_of_unknown_rows, row_counts
 from mst_fx.graph import hint, module_path, tensor_value
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
@@ -202,6 +202,18 @@ def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
                 f"{node.name} ({target_name(node)}) multiplies rows with the weights of their experts, "
                 "and the routing is not proved row-wise",
             )
+
+
+def refuse_unknown_rows(context: PassContext) -> None:
+    """Notes matmuls that widen rows of which nobody knows how many there will be."""
+    names = set()
+    for node in products_of_unknown_rows(context.gm.graph):
+        source, out = tensor_value(node.all_input_nodes[0]), tensor_value(node)
+        name = module_path(node) or node.name
+        if source is None or out is None or out.shape[-1] <= source.shape[-1] or name in names:
+            continue
+        names.add(name)
+        context.refuse("mlp", name, f"{node.name} ({target_name(node)}) has as many rows as its data say")
 
 
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:

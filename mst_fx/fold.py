@@ -33,7 +33,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.errors import Refusal
-from mst_fx.graph import call, hint, is_plain, row_bytes, subgraphs, tensor_value, tensors_of, value
+from mst_fx.graph import call, hint, is_known, is_plain, row_bytes, subgraphs, tensor_value, tensors_of, value
 from mst_fx.rows import SUMMED, Matmul, Row, RowTracer, is_same_size
 
 aten = torch.ops.aten
@@ -502,9 +502,18 @@ def row_counts(graph: fx.Graph) -> list[Any]:
     counts: list[Any] = []
     for node in graph.nodes:
         count = _rows_at_matrix(node)
-        if count is not None and hint(count) > 1 and not any(fold_rank([count], known) for known in counts):
+        if count is None or not is_known(count):
+            continue
+        if hint(count) > 1 and not any(fold_rank([count], known) for known in counts):
             counts.append(count)
     return counts
+
+
+def products_of_unknown_rows(graph: fx.Graph) -> list[fx.Node]:
+    """The products with a matrix whose number of rows depends on data: how many tokens were picked."""
+    return [
+        node for node in graph.nodes if (count := _rows_at_matrix(node)) is not None and not is_known(count)
+    ]
 
 
 _MATRIX_PRODUCTS = {

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
+from mst_fx.errors import Refusal
+
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 VALUE = "example_value"  # the meta key under which Dynamo keeps a node's fake value
 
@@ -39,10 +41,21 @@ def row_bytes(tensor: torch.Tensor, rows: int) -> int:
 
 
 def hint(size: Any) -> int:
-    """The size that a symbolic integer has at capture."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint)
-    return int(size)
+    """The size that a symbolic integer has at capture.
+
+    Raises:
+        Refusal: if it depends on data (how many tokens are picked), and is not known then.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    if not is_known(size):
+        raise Refusal(f"the size {size} depends on data")
+    return int(size.node.hint)
+
+
+def is_known(size: Any) -> bool:
+    """Whether a size has a value at capture."""
+    return not isinstance(size, torch.SymInt) or size.node.hint is not None
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

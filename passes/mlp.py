@@ -19,7 +19,15 @@ Dropout inside is seeded (:mod:`mst_fx.dropout`).
 from __future__ import annotations
 
 from mst_fx.canonical import make_functional
-from mst_fx.chunking import PassContext, blocked, chunk_regions, refuse_experts, refuse_opaque, rows_of
+from mst_fx.chunking import (
+    PassContext,
+    blocked,
+    chunk_regions,
+    refuse_experts,
+    refuse_opaque,
+    refuse_unknown_rows,
+    rows_of,
+)
 from mst_fx.dropout import SeededDropouts
 from mst_fx.plan import plan_mlp
 
@@ -38,3 +46,4 @@ def run(context: PassContext) -> None:
         refuse_opaque(context, analysis)
         chunk_regions(context, analysis, regions, "mlp", plans)
     dropouts.restore()
+    refuse_unknown_rows(context)

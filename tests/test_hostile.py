@@ -15,6 +15,7 @@ import mst_fx
 from tests.direct import DIRECT, check
 from tests.helpers import (
     SMALL_CHUNKS,
+    GatedMLP,
     ToyLM,
     check_parity,
     compile_mst,
@@ -322,3 +323,24 @@ def test_distributed_weight() -> None:
     assert not report.rewrites
     found = compile_mst(model, DIRECT)(placed).full_tensor()
     assert relative_error(found, truth[0]) <= 1e-9
+
+
+def test_rows_that_data_pick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many there are is known when the step runs: that MLP is refused by name, and the one before it chunked."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+
+    class Picking(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = GatedMLP(16, 48).to(_F64), GatedMLP(16, 48).to(_F64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x + self.first(x)
+            return x, self.second(x[x[..., 0] > 0]).sum()
+
+    report = check(Picking(), [_input(2, 40, 16)])
+    assert kinds(report) == {"mlp": 1}
+    assert {(r.name, r.reason.split(") ")[1]) for r in report.refusals} == {
+        ("second.gate", "has as many rows as its data say"),
+        ("second.up", "has as many rows as its data say"),
+    }
