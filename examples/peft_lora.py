@@ -4,8 +4,7 @@ from _common import OPTIONS, token_blocks, toy_llama
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-# Dropout inside an MLP keeps that MLP from being chunked: leave it at 0 (or the MLP out of target_modules).
-config = LoraConfig(r=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+config = LoraConfig(r=8, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
 model = get_peft_model(toy_llama(), config)
 model.compile(backend="mst", options=OPTIONS)  # after get_peft_model
 

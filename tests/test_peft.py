@@ -75,15 +75,16 @@ def test_the_head_in_modules_to_save_is_trained() -> None:
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointed"])
-def test_dropout_in_adapters(checkpoint: bool) -> None:
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["", "checkpointed", "reentrant"])
+def test_dropout_in_adapters(reentrant: bool | None) -> None:
     """MLPs with adapters are chunked; the gradient is that of the loss with the masks of its forward pass.
 
     Held against differences of that loss in float64: the same seed draws the same masks.
     """
     model = _adapted(lora_dropout=0.1).double()
-    if checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
     def loss_in_float64(input_ids: Tensor, labels: Tensor, **more: Any) -> Tensor:
         logits = model(input_ids=input_ids, **more).logits  # model(labels=...) makes a float32 loss
