@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mst_fx.fold import dropout_probability, expression
-from mst_fx.graph import add_call, fake_mode_of, tensor_value, value
+from mst_fx.graph import add_call, fake_mode_of, is_plain, tensor_value, value
 
 _BITS = 32
 _MASK = 2**_BITS - 1
@@ -105,10 +105,16 @@ class SeededDropouts:
     def _exchange(self, node: fx.Node) -> _Seeded | None:
         p = dropout_probability(node)
         x = node.args[0] if node.args else None
-        out = tensor_value(node)
-        if p is None or not 0 < p < 1 or not isinstance(x, fx.Node) or out is None or out.ndim < 2:
+        if p is None or not 0 < p < 1 or not isinstance(x, fx.Node) or _is_in_place(node):
             return None
-        if _is_in_place(node) or not out.is_floating_point() or isinstance(out.shape[-1], torch.SymInt):
+        out = tensor_value(node)
+        if (
+            out is None
+            or out.ndim < 2
+            or not is_plain(out)
+            or not out.is_floating_point()
+            or isinstance(out.shape[-1], torch.SymInt)
+        ):
             return None
         sizes = [self._size(size) for size in out.shape[:-1]]
         if any(size is None for size in sizes):
