@@ -325,9 +325,9 @@ def test_distributed_weight() -> None:
     assert relative_error(found, truth[0]) <= 1e-9
 
 
-def test_rows_that_data_pick(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_data_pick() -> None:
     """How many there are is known when the step runs: that MLP is refused by name, and the one before it chunked."""
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
 
     class Picking(torch.nn.Module):
         def __init__(self) -> None:
