@@ -325,7 +325,7 @@ def test_distributed_weight() -> None:
     assert relative_error(found, truth[0]) <= 1e-9
 
 
-@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)  # type: ignore[untyped-decorator]
 def test_rows_that_data_pick() -> None:
     """How many there are is known when the step runs: that MLP is refused by name, and the one before it chunked."""
 
