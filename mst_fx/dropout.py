@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,10 +49,7 @@ def row_keys(sizes: Sequence[int], device: torch.device) -> Tensor:
     The high word is odd and below 2^30, the low one has 32 bits; both are hashes, twice over, of the row's number
     and of 62 bits that the device's generator draws.
     """
-    count = 1
-    for size in sizes:
-        count = count * size
-    numbers = torch.arange(count, device=device)
+    numbers = torch.arange(math.prod(sizes), device=device)
     first, second = torch.randint(0, 2**31, (2, 1), device=device)
     steps = mixed(mixed(numbers & _MASK ^ first) ^ torch.bitwise_right_shift(numbers, _BITS))
     starts = mixed(mixed(steps ^ second) ^ numbers & _MASK)

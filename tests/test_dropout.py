@@ -232,17 +232,20 @@ def test_dynamic_shapes() -> None:
     assert kinds(report) == {"mlp": 1}
 
 
+class Between(nn.Module):
+    """An MLP with something between its activation and its second matmul."""
+
+    def __init__(self, drop: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.drop = nn.Linear(16, 48), nn.Linear(48, 16), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.drop(F.relu(self.up(x))))
+        return found
+
+
 def test_off_when_not_training() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.drop, self.down = nn.Linear(16, 48), nn.Dropout(0.5), nn.Linear(48, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.down(self.drop(F.relu(self.up(x))))
-            return found
-
-    model, x = Model().eval(), torch.randn(2, 20, 16)
+    model, x = Between(nn.Dropout(0.5)).eval(), torch.randn(2, 20, 16)
     compiled = compile_mst(model)
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
     model.train()
@@ -261,16 +264,7 @@ def test_off_when_not_training() -> None:
     ids=["everything", "in-place", "channels", "alpha", "rand_like"],
 )
 def test_other_random_numbers_are_refused(drop: Callable[[Tensor], Tensor]) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.down(drop(F.relu(self.up(x))))
-            return found
-
-    report = report_of(Model(), None, torch.randn(2, 20, 16))
+    report = report_of(Between(drop), None, torch.randn(2, 20, 16))
     assert not report.rewrites and report.refusals
 
 
