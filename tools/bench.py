@@ -72,6 +72,7 @@ class Case:
         window: of a sliding window, 0: none.
         documents: tokens of each packed document, 0: one document.
         lora: rank of LoRA, 0: all parameters train.
+        lora_dropout: of the adapters' inputs, in [0, 1).
     """
 
     level: str
@@ -81,12 +82,17 @@ class Case:
     window: int = 0
     documents: int = 0
     lora: int = 0
+    lora_dropout: float = 0.0
     device: str = "cuda"
 
     @property
     def overrides(self) -> dict[str, Any]:
         window = {"sliding_window": self.window} if self.window else {}
         return {"num_hidden_layers": self.layers, **window}
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        return {"lora": self.lora, "lora_dropout": self.lora_dropout}
 
 
 # In the process of a contender
@@ -124,7 +130,7 @@ class _Runner:
         self._on_gpu = case.device == "cuda"
         if case.level == "model":
             self._model = make_model(
-                case.model, contender, case.seq, case.device, lora=case.lora, **case.overrides
+                case.model, contender, case.seq, case.device, **case.adapters, **case.overrides
             )
             self._step = self._training_step(contender, case)
         else:
@@ -394,6 +400,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     more = [f"window {case.window}"] * bool(case.window)
     more += [f"documents of {case.documents}"] * bool(case.documents)
     more += [f"LoRA of rank {case.lora}"] * bool(case.lora)
+    more += [f"dropout {case.lora_dropout}"] * bool(case.lora_dropout)
     failed = [f"{r['contender']}:\n\n```\n{r['error'].strip()[-1500:]}\n```" for r in results if "error" in r]
     return "\n\n".join(
         [f"### {', '.join([title, f'{case.seq:,} tokens', *more])}", markdown_table(rows), *failed]
@@ -429,7 +436,7 @@ def main() -> None:
     for seq in arguments.seq:
         settings = {
             key: getattr(arguments, key)
-            for key in ("level", "model", "layers", "window", "documents", "lora")
+            for key in ("level", "model", "layers", "window", "documents", "lora", "lora_dropout")
         }
         case = Case(seq=seq, device="cpu" if arguments.cpu else "cuda", **settings)
         print(f"{case}", flush=True)
@@ -456,6 +463,7 @@ def _arguments() -> argparse.Namespace:
     add("--window", type=int, default=0, help="keys a sliding window shows")
     add("--documents", type=int, default=0, help="tokens of each of the packed documents")
     add("--lora", type=int, default=0, help="rank of PEFT's LoRA on all linear layers but the head")
+    add("--lora-dropout", type=float, default=0.0, help="of the adapters' inputs")
     add("--only", help=f"contenders, separated by commas: {', '.join(CONTENDERS)}; of blocks: {BLOCKS_TEXT}")
     add("--rounds", type=int, default=2)
     add("--steps", type=int, default=3, help="steps of a turn that count")

@@ -169,12 +169,20 @@ def config_of(model: str, seq: int, **overrides: Any) -> Any:
 
 
 def make_model(
-    model: str, contender: Contender, seq: int, device: str, *, lora: int = 0, **overrides: Any
+    model: str,
+    contender: Contender,
+    seq: int,
+    device: str,
+    *,
+    lora: int = 0,
+    lora_dropout: float = 0.0,
+    **overrides: Any,
 ) -> nn.Module:
     """A causal language model with random weights, bfloat16 on a GPU, in training mode.
 
     Args:
         lora: rank of PEFT's LoRA on all linear layers but the head, all else frozen; 0: none.
+        lora_dropout: of the adapters' inputs, in [0, 1).
     """
     import transformers
 
@@ -198,7 +206,9 @@ def make_model(
     if lora:
         import peft
 
-        settings = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
+        settings = peft.LoraConfig(
+            r=lora, lora_alpha=2 * lora, lora_dropout=lora_dropout, target_modules="all-linear"
+        )
         made = peft.get_peft_model(made, settings, autocast_adapter_dtype=False)
     found: nn.Module = made.train()
     return found
