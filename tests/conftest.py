@@ -5,9 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("short", max_examples=50)
+settings.register_profile("long", max_examples=1000)
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)

@@ -34,14 +34,6 @@ def step(
     return loss.detach(), gradients(model)
 
 
-def breaks_the_graph(model: nn.Module, batch: dict[str, Any]) -> bool:
-    """Whether Dynamo cannot capture a model whole: for some, a matter of their library's version."""
-    torch._dynamo.reset()
-    explained = torch._dynamo.explain(model)(**batch)
-    torch._dynamo.reset()
-    return bool(explained.graph_break_count > 0)
-
-
 def loss_of(out: Any) -> Tensor:
     if isinstance(out, Tensor):
         return out
@@ -83,12 +75,14 @@ def check_parity(
     gradient_bar: float,
     options: dict[str, Any] | None = None,
     **compile_options: Any,
-) -> None:
-    """Loss and all gradients under mst agree with eager's."""
+) -> mst_fx.Report:
+    """Loss and all gradients under mst agree with eager's; returns what was rewritten in that step."""
     loss, grads = step(model, model, batch)
-    found_loss, found = step(model, compile_mst(model, options, **compile_options), batch)
+    with mst_fx.watch() as report:
+        found_loss, found = step(model, compile_mst(model, options, **compile_options), batch)
     assert relative_error(found_loss, loss) <= loss_bar
     assert worst_error(found, grads) <= gradient_bar
+    return report
 
 
 def report_of(fn: Any, options: dict[str, Any] | None = None, /, *args: Any, **kwargs: Any) -> mst_fx.Report:

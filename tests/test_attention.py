@@ -19,7 +19,7 @@ from mst_fx.attention import attention, mask_reach
 from mst_fx.graph import subgraphs, tensors_of
 from mst_fx.masks import BLIND, CAUSAL, FULL, GENERAL, HEADER, SPANS, WHOLE, Mask, Vectors, allowed, reach
 from tests.direct import check, rewritten
-from tests.helpers import breaks_the_graph, check_parity, compile_mst, report_of
+from tests.helpers import check_parity, compile_mst, report_of
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
 from tools.meter import call_metered, is_available
 
@@ -449,12 +449,13 @@ CASES = [
 def test_hugging_face(name: str, batch: int, variant: str, how: str, forms: list[str] | None) -> None:
     model = _model(name, how == "checkpoint", how == "eager")
     inputs = attention_batch(name, batch, variant)
-    found = _forms(report_of(model, OPTIONS, **inputs))
-    if name == "opt" and breaks_the_graph(model, inputs):  # it draws numbers for a layerdrop of 0
+    more = {"dynamic": True} if how == "dynamic" else {}
+    report = check_parity(model, inputs, _BAR, _BAR, OPTIONS, **more)
+    found = _forms(report)
+    if name == "opt" and report.graphs > 1:  # it draws numbers for a layerdrop of 0
         assert transformers.__version__ < "5.20", "newer versions of the library do not"
     else:
         assert len(found) == 2 and (forms is None or found == forms), found
-    check_parity(model, inputs, _BAR, _BAR, OPTIONS, **({"dynamic": True} if how == "dynamic" else {}))
 
 
 @pytest.mark.slow
@@ -469,18 +470,16 @@ def test_fully_masked_rows_of_eager_attention(name: str) -> None:
     """Left padding: such queries see all keys alike in eager attention, and fused kernels get that wrong."""
     model = _model(name, False, True).float()
     inputs = attention_batch(name, 3, "left", torch.float32)
-    assert len(_forms(report_of(model, OPTIONS, **inputs))) == 2
-    check_parity(model, inputs, 1e-6, 1e-5, OPTIONS)
+    assert len(_forms(check_parity(model, inputs, 1e-6, 1e-5, OPTIONS))) == 2
 
 
 @pytest.mark.parametrize(("name", "variant"), [("t5", ""), ("llama", "square")])
 def test_models_that_are_refused(name: str, variant: str) -> None:
     model, inputs = _model(name, False, False), attention_batch(name, 1, variant)
-    report = report_of(model, OPTIONS, **inputs)
+    report = check_parity(model, inputs, _BAR, _BAR, OPTIONS)
     assert not _forms(report)
     reasons = {r.reason for r in report.refusals if r.kind == "attention"}
     assert reasons and all("mask" in reason for reason in reasons), reasons
-    check_parity(model, inputs, _BAR, _BAR, OPTIONS)
 
 
 def _graphs(gm: fx.GraphModule) -> Iterator[fx.Graph]:

@@ -162,8 +162,8 @@ SHAPES = [(1, 12), (2, 7), (3, 6), (6, 6), (1, 24), (24, 1), (4, 24)]
 _chain = st.lists(st.sampled_from(sorted(ROWWISE)), min_size=0, max_size=3)
 
 
+# How many examples: of the profile, as in pytest --hypothesis-profile=long.
 _settings = settings(
-    max_examples=160,
     derandomize=True,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -194,7 +194,7 @@ def test_row_wise_bodies_are_rewritten() -> None:
     """A suite in which everything is refused would pass the test above."""
     dice = random.Random(3)
     names, fired = sorted(ROWWISE), 0
-    for _ in range(30):
+    for _ in range(20):
         before = [dice.choice(names) for _ in range(dice.randint(0, 3))]
         fired += Example(dice.choice(SHAPES), before, "", [dice.choice(names)]).fired
-    assert fired >= 10
+    assert fired >= 8

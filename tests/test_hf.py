@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from mst_fx import Report
 from tests.helpers import SMALL_CHUNKS, check_parity, kinds, report_of
 from tests.models import ACCEPTED, OTHERS, Entry, inputs_of
 
 _BAR = 3e-6
 
 
-def _check_report(entry: Entry, model: Any, inputs: dict[str, Any]) -> None:
-    report = report_of(model, SMALL_CHUNKS, **inputs)
+def _check_report(entry: Entry, report: Report) -> None:
     expected = {kind: n for kind, n in (("mlp", entry.mlps), ("vocab", entry.vocab)) if n}
     assert kinds(report) == expected, str(report)
     experts = [r for r in report.refusals if "experts" in r.reason]
@@ -25,17 +25,25 @@ def _check_report(entry: Entry, model: Any, inputs: dict[str, Any]) -> None:
     assert len(report.refusals) == entry.experts, str(report)
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 32), (3, 35), (3, 5)])
-@pytest.mark.parametrize("name", ACCEPTED)
+# Rows that chunks divide, that they do not, and fewer than a chunk: what becomes of them is no model's matter.
+_SHAPES = [
+    *((name, 3, 35) for name in ACCEPTED),
+    ("llama", 1, 32),
+    ("t5", 1, 32),
+    ("llama", 3, 5),
+    ("gpt2", 3, 5),
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "length"), _SHAPES)
 def test_accepted(name: str, batch: int, length: int) -> None:
     entry = ACCEPTED[name]
     model = entry.build().double()
     if entry.experts:
         model.set_experts_implementation("batched_mm")  # type: ignore[operator]  # grouped_mm has no float64
-    inputs = inputs_of(entry, batch, length)
+    report = check_parity(model, inputs_of(entry, batch, length), _BAR, _BAR)
     if batch * length > 20:
-        _check_report(entry, model, inputs)
-    check_parity(model, inputs, _BAR, _BAR)
+        _check_report(entry, report)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -44,23 +52,20 @@ def test_others(name: str) -> None:
     model = entry.build().double()
     if entry.experts:
         model.set_experts_implementation("batched_mm")  # type: ignore[operator]
-    inputs = inputs_of(entry, 3, 35)
-    _check_report(entry, model, inputs)
-    check_parity(model, inputs, _BAR, _BAR)
+    _check_report(entry, check_parity(model, inputs_of(entry, 3, 35), _BAR, _BAR))
 
 
 def test_grouped_experts() -> None:
     entry = ACCEPTED["mixtral"]
     model = entry.build()
     model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
-    inputs = inputs_of(entry, 3, 35)
-    if report_of(model, SMALL_CHUNKS, **inputs).graphs == 1:
-        _check_report(entry, model, inputs)
+    report = check_parity(model, inputs_of(entry, 3, 35), 1e-5, 1e-5)
+    if report.graphs == 1:
+        _check_report(entry, report)
     else:
         # AOTAutograd cannot trace the experts' backward pass of transformers 5.17, whatever the backend.
         backward = getattr(torch.ops.transformers, "grouped_mm_fallback_backward", None)
         assert backward is None, "models are captured whole"
-    check_parity(model, inputs, 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("count", [torch.tensor(77), 77, torch.tensor(77.0)])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+import mst_fx
 from mst_fx.logits import DeferredLogits
 from tests.helpers import (
     SMALL_CHUNKS,
@@ -49,9 +50,7 @@ def test_inductor_with_checkpointing_and_a_mode() -> None:
 def test_checkpointing() -> None:
     model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
     model.gradient_checkpointing_enable()  # type: ignore[operator]
-    report = report_of(model, SMALL_CHUNKS, **inputs)
-    assert kinds(report) == {"mlp": 2, "vocab": 1}
-    check_parity(model, inputs, _BAR, _BAR)
+    assert kinds(check_parity(model, inputs, _BAR, _BAR)) == {"mlp": 2, "vocab": 1}
 
 
 def test_checkpointing_with_changing_lengths() -> None:
@@ -102,8 +101,6 @@ def _autocast_inside(model: nn.Module) -> Callable[..., Any]:
         with torch.autocast("cpu", torch.bfloat16):
             return model(**inputs)
 
-    report = report_of(run, SMALL_CHUNKS, **inputs_of(LLAMA, 3, 35))
-    assert kinds(report) == {"mlp": 2, "vocab": 1}
     return compile_mst(run)  # type: ignore[no-any-return]
 
 
@@ -114,7 +111,9 @@ def test_autocast(wrap: Callable[[nn.Module], Callable[..., Any]]) -> None:
     truth_loss, truth = step(model, model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         eager_loss, eager = step(model, model, inputs)
-    found_loss, found = step(model, wrap(model), inputs)
+    with mst_fx.watch() as report:
+        found_loss, found = step(model, wrap(model), inputs)
+    assert kinds(report) == {"mlp": 2, "vocab": 1}
     assert worst_error(found, truth) <= 1.1 * worst_error(eager, truth)
     assert worst_error(found, truth) > 1e-4  # autocast was on
     bar = max(1.1 * relative_error(eager_loss, truth_loss), 1e-5)
@@ -153,8 +152,10 @@ def test_losses_inside_of_an_autocast_region(name: str) -> None:
 
     truth_loss = _LOSSES[name](head(x), labels)
     truth = [truth_loss.detach(), *torch.autograd.grad(truth_loss, [x, head.weight, head.bias])]
-    assert kinds(report_of(loss, SMALL_CHUNKS, x)) == {"vocab": 1}
-    eager, found = results(loss), results(compile_mst(loss))
+    eager = results(loss)
+    with mst_fx.watch() as report:
+        found = results(compile_mst(loss))
+    assert kinds(report) == {"vocab": 1}
     for e, f, t in zip(eager, found, truth, strict=True):
         assert relative_error(f, t) <= 1.1 * relative_error(e, t) + 1e-6
 
@@ -328,8 +329,7 @@ def test_writes_in_place_inside_of_checkpointed_layers() -> None:
         "x": torch.randn(2, 33, 16, dtype=torch.float64),
         "labels": torch.randint(96, (2, 33)),
     }
-    assert kinds(report_of(model, SMALL_CHUNKS, **batch))["vocab"] == 1
-    check_parity(model, batch, 1e-10, 1e-9)
+    assert kinds(check_parity(model, batch, 1e-10, 1e-9))["vocab"] == 1
 
 
 @pytest.mark.slow
