@@ -65,12 +65,13 @@ def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def whole_steps(tables: dict[str, Any], model: str) -> list[dict[str, Any]]:
-    """The results of a model's plain training steps: no window, documents or LoRA; one a contender and length."""
+    """A model's plain training steps, without window, documents or LoRA, that did not fail; one a contender and length."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for table in tables.values():
         for result in table["results"]:
             special = any(result.get(key) for key in ("window", "documents", "lora"))
-            if result["level"] == "model" and result["model"] == model and not special:
+            is_plain = result["level"] == "model" and result["model"] == model and not special
+            if is_plain and "error" not in result:
                 found.setdefault((result["contender"], result["seq"]), result)
     return list(found.values())
 
