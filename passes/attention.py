@@ -517,59 +517,17 @@ _ANY_STRIDES = (
 def _replace(
     context: PassContext, understood: Understood, reaches: dict[Any, _Reach], counted: set[fx.Node]
 ) -> None:
-    site, level = understood.site, understood.site.level
-    graph = level.gm.graph
-    out = tensor_value(site.out)
-    query, mask = tensor_value(site.query), site.mask
-    assert out is not None and query is not None
-    key, values = _ungrouped(site)
-    known = understood.known
-    is_native = _is_native(site, known)
-    top = level.top
+    """Puts a fused call in the place of a site, and into the report.
+
+    Args:
+        reaches: of the masks whose values are not known yet.
+        counted: the masks whose bytes are in the report.
+    """
+    site, graph = understood.site, understood.site.level.gm.graph
     before = site.out.format_node() or site.out.name
-    parts = [site.query, key, values]
-    fakes = [tensor_value(part) for part in parts]
-    grouped = fakes[0].shape[1] != fakes[1].shape[1]  # type: ignore[union-attr]
-    vectors = _Reach()
-    if known is None:
-        vectors = reaches[_key_of(understood)].imported(level)
-    elif not is_native and (understood.keys or understood.queries):
-        vectors = _Reach(*_vector_nodes(top, understood, level.at_top(site.out))).imported(level)
     with graph.inserting_before(site.out):
-        # Under autocast the fused call casts; the eager one has cast where it multiplied.
-        cast = [
-            part if fake is not None and fake.dtype == out.dtype else add_call(graph, "to", part, out.dtype)
-            for part, fake in zip(parts, fakes, strict=True)
-        ]
-        if is_native and not _is_ours(site):
-            assert known is not None
-            kwargs: dict[str, Any] = {"is_causal": int(known[0, 0]) == CAUSAL, "scale": site.scale}
-            if grouped:
-                kwargs["enable_gqa"] = True
-            new = add_call(graph, F.scaled_dot_product_attention, *cast, **kwargs)
-        else:
-            both = add_call(
-                graph,
-                torch.ops.mst_fx.attention.default,
-                *cast,
-                list(vectors.keys),
-                list(vectors.queries),
-                vectors.rows,
-                vectors.starts,
-                known.flatten().tolist() if known is not None else [],
-                repr(understood.formula),
-                vectors.which,
-                understood.chunk,
-                site.scale,
-                site.softcap,
-                understood.fill,
-            )
-            new = add_call(graph, operator.getitem, both, 0)
-        after = new.format_node() or new.name
-        fake = tensor_value(new)
-        is_safe = all(user.target in _ANY_STRIDES for user in site.out.users)
-        if not is_safe and fake is not None and out.is_contiguous() and not fake.is_contiguous():
-            new = add_call(graph, "contiguous", new)
+        call = _fused_call(understood, reaches)
+        new = _with_strides_of(site.out, call)
     for meta in ("nn_module_stack", "stack_trace"):
         if meta in site.out.meta:
             new.meta[meta] = site.out.meta[meta]
@@ -578,24 +536,18 @@ def _replace(
     for node in site.inner:
         if not node.users:
             graph.erase_node(node)
-    rows, chunk = hint(query.shape[2]), understood.chunk
-    made = 0
-    if mask is not None and level.resolve(mask) not in counted:  # layers share a mask
-        counted.add(level.resolve(mask))
-        fake = tensor_value(mask)
-        assert fake is not None
-        made = hint(fake.numel()) * fake.element_size()
-    if site.is_eager:  # the scores and their softmax
-        other = tensor_value(site.key)
-        assert other is not None
-        made += 2 * math.prod(map(hint, query.shape[:3])) * hint(other.shape[2]) * query.element_size()
-    chunks = 1 if is_native else -(-rows // chunk)
+    query = tensor_value(site.query)
+    assert query is not None
+    is_native, rows = _is_native(site, understood.known), hint(query.shape[2])
+    chunk = rows if is_native else understood.chunk
+    chunks = -(-rows // chunk)
+    made = _square_bytes(site, counted)
     context.report.rewrites.append(
         Rewrite(
             kind="attention",
             name=module_path(new) or new.name,
             rows=rows,
-            chunk_rows=rows if is_native else chunk,
+            chunk_rows=chunk,
             chunks=chunks,
             intermediate_bytes=made,
             chunk_bytes=0 if is_native else made // chunks,
@@ -604,10 +556,78 @@ def _replace(
             body="",
             why=f"the mask is {describe(understood.formula)}",
             before=(before,),
-            after=(after,),
+            after=(call.format_node() or call.name,),
             form=understood.form,
         )
     )
+
+
+def _fused_call(understood: Understood, reaches: dict[Any, _Reach]) -> fx.Node:
+    """The call of torch's fused attention, or of :mod:`mst_fx.attention`, at the graph's insertion point."""
+    site, known, level = understood.site, understood.known, understood.site.level
+    graph, out = level.gm.graph, tensor_value(understood.site.out)
+    assert out is not None
+    key, values = _ungrouped(site)
+    parts = [site.query, key, values]
+    fakes = [tensor_value(part) for part in parts]
+    # Under autocast the fused call casts; the eager one has cast where it multiplied.
+    cast = [
+        part if fake is not None and fake.dtype == out.dtype else add_call(graph, "to", part, out.dtype)
+        for part, fake in zip(parts, fakes, strict=True)
+    ]
+    is_native = _is_native(site, known)
+    if is_native and not _is_ours(site):
+        assert known is not None
+        kwargs: dict[str, Any] = {"is_causal": int(known[0, 0]) == CAUSAL, "scale": site.scale}
+        if fakes[0].shape[1] != fakes[1].shape[1]:  # type: ignore[union-attr]
+            kwargs["enable_gqa"] = True
+        return add_call(graph, F.scaled_dot_product_attention, *cast, **kwargs)
+    vectors = _Reach()
+    if known is None:
+        vectors = reaches[_key_of(understood)].imported(level)
+    elif not is_native and (understood.keys or understood.queries):
+        vectors = _Reach(*_vector_nodes(level.top, understood, level.at_top(site.out))).imported(level)
+    both = add_call(
+        graph,
+        torch.ops.mst_fx.attention.default,
+        *cast,
+        list(vectors.keys),
+        list(vectors.queries),
+        vectors.rows,
+        vectors.starts,
+        known.flatten().tolist() if known is not None else [],
+        repr(understood.formula),
+        vectors.which,
+        understood.chunk,
+        site.scale,
+        site.softcap,
+        understood.fill,
+    )
+    return add_call(graph, operator.getitem, both, 0)
+
+
+def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:
+    """``new``, or a contiguous copy of it where a user of ``old`` may count on that."""
+    was, fake = tensor_value(old), tensor_value(new)
+    is_safe = all(user.target in _ANY_STRIDES for user in old.users)
+    if is_safe or was is None or fake is None or fake.is_contiguous() or not was.is_contiguous():
+        return new
+    return add_call(old.graph, "contiguous", new)
+
+
+def _square_bytes(site: Site, counted: set[fx.Node]) -> int:
+    """Bytes of what is S x S and no longer made: the mask, which layers share, and eager scores."""
+    made, level = 0, site.level
+    if site.mask is not None and level.resolve(site.mask) not in counted:
+        counted.add(level.resolve(site.mask))
+        mask = tensor_value(site.mask)
+        assert mask is not None
+        made = hint(mask.numel()) * mask.element_size()
+    if site.is_eager:  # the scores and their softmax
+        query, key = tensor_value(site.query), tensor_value(site.key)
+        assert query is not None and key is not None
+        made += 2 * math.prod(map(hint, query.shape[:3])) * hint(key.shape[2]) * query.element_size()
+    return made
 
 
 def _drop_unused_operands(top: Level, body: fx.GraphModule) -> None:
