@@ -123,7 +123,7 @@ class _Parameters:
                 tensor.fill_(constant)
 
 
-class _Runner:
+class Runner:
     """One contender: builds, warms up, measures."""
 
     def __init__(self, contender: Contender, case: Case) -> None:
@@ -258,7 +258,7 @@ def _serve(connection: Connection, contender: Contender, case: Case, log: str) -
     while True:
         request, *arguments = connection.recv()
         try:
-            runner = runner or _Runner(contender, case)
+            runner = runner or Runner(contender, case)
             connection.send((True, getattr(runner, request)(*arguments)))
         except Exception:
             connection.send((False, traceback.format_exc()))

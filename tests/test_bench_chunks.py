@@ -1,0 +1,37 @@
+"""The sweep over chunk sizes measures each size, and the plan's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tools.bench import Case
+from tools.bench_chunks import Point, draw, planned_rows, sweep, table
+
+
+@pytest.mark.parametrize("level", ["mlp", "head"])
+def test_sweep(level: str, tmp_path: Path) -> None:
+    case = Case(level=level, model="tiny", layers=1, seq=600, device="cpu")
+    points = sweep(case, [50, 300, 601], rounds=2, steps=1, inner="aot_eager")
+    assert [point.chunk_rows for point in points] == [50, planned_rows(case), 300]
+    assert [point.is_planned for point in points] == [False, True, False]
+    assert all(len(point.seconds) == 2 and min(point.seconds) > 0 for point in points)
+    draw([(case, points)], tmp_path / "chunks.png", "")
+    assert (tmp_path / "chunks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_planned_sizes_are_those_of_a_gpu() -> None:
+    case = Case(level="mlp", model="llama3-8b", layers=1, seq=65536)
+    assert planned_rows(case) == 4096
+    assert planned_rows(dataclasses.replace(case, model="qwen2-7b")) == 3584
+    assert planned_rows(dataclasses.replace(case, level="head", seq=262144)) == 8192  # 32 chunks
+
+
+def test_table() -> None:
+    case = Case(level="mlp", model="tiny", layers=1, seq=64)
+    points = [Point(16, False, (0.2, 0.1, 0.4), 2**30), Point(32, True, (0.1, 0.1), 2**31)]
+    lines = table(case, points).splitlines()
+    assert lines[-2] == "| 16 | 200.0 (100.0 – 400.0) | 2.00 | 1.00 |"
+    assert lines[-1] == "| 32 (planned) | 100.0 (100.0 – 100.0) | 1.00 | 2.00 |"

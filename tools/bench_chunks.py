@@ -1,0 +1,192 @@
+"""How fast blocks are by the rows of their chunks, and what they take: the curves that the plan follows.
+
+    python tools/bench_chunks.py --model llama3-8b --seq 16384,65536        # one MLP, and one head with its loss
+    python tools/bench_chunks.py --level mlp --chunks 1024,2048,4096,8192,16384
+    python tools/bench_chunks.py --cpu                                      # a small size that runs anywhere
+
+A block's variants are compiled in one process and then take turns, forward and backward. The forward pass
+and the backward pass of an MLP have chunks of the same size here, below what the plan would halve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from mst_fx.plan import plan_mlp, plan_vocab
+from tools.bench import Case, Runner
+from tools.bench_support import GIB, markdown_table, write_results
+from tools.contenders import MODELS, Contender, config_of
+
+OPTIONS = {"mlp": "chunk_rows", "head": "vocab_chunk_rows"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One size of chunks.
+
+    Attributes:
+        is_planned: it is the size that the plan takes.
+        seconds: of each step that counts.
+        above: bytes at the peak above parameters and inputs; 0 on a CPU.
+    """
+
+    chunk_rows: int
+    is_planned: bool
+    seconds: tuple[float, ...]
+    above: int
+
+
+def planned_rows(case: Case) -> int:
+    """The rows of a chunk under ``chunk_rows="auto"``."""
+    config = config_of(case.model, case.seq)
+    if case.level == "mlp":
+        return plan_mlp(case.seq, config.hidden_size, case.device).chunk_rows
+    return plan_vocab(case.seq, config.hidden_size, config.vocab_size, case.device).chunk_rows
+
+
+def sweep(
+    case: Case, chunk_rows: Sequence[int], rounds: int, steps: int, inner: str = "inductor"
+) -> list[Point]:
+    """Measures a block with chunks of several sizes, and of the planned one.
+
+    Args:
+        chunk_rows: those above the case's rows are left out.
+    """
+    planned = planned_rows(case)
+    sizes = sorted({planned, *(rows for rows in chunk_rows if rows <= case.seq)})
+    runners = {
+        rows: Runner(Contender("mst", options={OPTIONS[case.level]: rows, "inner": inner}), case)
+        for rows in sizes
+    }
+    found: dict[int, list[dict[str, float]]] = {rows: [] for rows in sizes}
+    # All variants run the same code, and Dynamo would give up after 8 of them.
+    with torch._dynamo.config.patch(recompile_limit=2 * len(sizes) + 8, fail_on_recompile_limit_hit=True):
+        for runner in runners.values():
+            runner.warm_up()
+        for _ in range(rounds):
+            for rows, runner in runners.items():
+                found[rows] += runner.turn(steps)
+    torch._dynamo.reset()
+    return [
+        Point(
+            rows,
+            rows == planned,
+            tuple(turn["seconds"] for turn in turns),
+            int(max(turn["peak_bytes"] - turn["before_bytes"] for turn in turns))
+            if case.device != "cpu"
+            else 0,
+        )
+        for rows, turns in found.items()
+    ]
+
+
+def table(case: Case, points: Sequence[Point]) -> str:
+    """Markdown of one block."""
+    medians = [statistics.median(point.seconds) for point in points]
+    rows: list[Sequence[Any]] = [
+        ("rows a chunk", "ms (fastest – slowest)", "of the fastest", "peak GiB above")
+    ]
+    for point, median in zip(points, medians, strict=True):
+        low, high = min(point.seconds) * 1e3, max(point.seconds) * 1e3
+        name = f"{point.chunk_rows:,}" + (" (planned)" if point.is_planned else "")
+        rows.append(
+            (name, f"{median * 1e3:.1f} ({low:.1f} – {high:.1f})", median / min(medians), point.above / GIB)
+        )
+    return f"### {case.model}, {case.level}, {case.seq:,} rows\n\n{markdown_table(rows)}"
+
+
+def draw(curves: Sequence[tuple[Case, Sequence[Point]]], path: Path, title: str) -> None:
+    """Time relative to the fastest, and the peak, against the rows of a chunk; the planned ones are filled."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for case, points in curves:
+        medians = [statistics.median(point.seconds) for point in points]
+        sizes = [point.chunk_rows for point in points]
+        lines = ([median / min(medians) for median in medians], [point.above / GIB for point in points])
+        for panel, values in zip(panels, lines, strict=True):
+            (line,) = panel.plot(
+                sizes,
+                values,
+                marker="o",
+                fillstyle="none",
+                label=f"{case.model} {case.level}, {case.seq:,} rows",
+            )
+            planned = [(s, v) for s, v, p in zip(sizes, values, points, strict=True) if p.is_planned]
+            panel.plot(*zip(*planned, strict=True), marker="o", color=line.get_color(), linestyle="")
+    for panel, label in zip(
+        panels, ("time, of the fastest", "peak GiB above parameters and inputs"), strict=True
+    ):
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("rows a chunk")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    arguments = _arguments()
+    device = "cpu" if arguments.cpu else "cuda"
+    if arguments.cpu:
+        arguments.model, arguments.seq, arguments.chunks = ["tiny"], [2048], [128, 512, 2048]
+    curves: list[tuple[Case, list[Point]]] = []
+    for model in arguments.model:
+        for level in arguments.level:
+            for seq in arguments.seq:
+                case = Case(level=level, model=model, layers=1, seq=seq, device=device)
+                points = sweep(case, arguments.chunks, arguments.rounds, arguments.steps)
+                curves.append((case, points))
+                print(table(case, points), flush=True)
+                results = [
+                    {**dataclasses.asdict(case), "points": list(map(dataclasses.asdict, points))}
+                    for case, points in curves
+                ]
+                write_results(
+                    arguments.out, arguments.name, results, "\n\n".join(table(*curve) for curve in curves)
+                )
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    draw(curves, arguments.out / f"{arguments.name}.png", f"Chunks of one block, forward and backward, {gpu}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=lambda text: text.split(","), default=["llama3-8b"], help=f"of {', '.join(MODELS)}")
+    add("--level", type=lambda text: text.split(","), default=["mlp", "head"], help="mlp, head")
+    add("--seq", type=_numbers, default=[16384, 65536], help="rows, separated by commas")
+    add("--chunks", type=_numbers, default=[512, 1024, 2048, 4096, 8192, 16384], help="rows a chunk")
+    add("--rounds", type=int, default=3)
+    add("--steps", type=int, default=3, help="steps of a turn that count")
+    add("--out", type=Path, default=Path("bench-out"))
+    add("--name", default="chunks", help="of the files with the results")
+    add("--cpu", action="store_true", help="a small size on the CPU")
+    return parser.parse_args()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()
