@@ -186,12 +186,30 @@ class _QuantisedLinear(nn.Module):
         return _quantised_linear(x, self.packed, self.scale)
 
 
-def test_an_unknown_quantised_linear_is_refused() -> None:
-    """Nothing is known of such an operator's rows. The head is not quantised, and chunked."""
+class _DequantisedLinear(_QuantisedLinear):
+    """The same weights, made in the graph, as torchao's weight-only linears have them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.packed.to(x.dtype) * self.scale)
+
+
+def _quantised(kind: type[_QuantisedLinear]) -> Any:
+    """The toy Llama with quantised MLPs."""
     model: Any = build_llama()
     for layer in model.model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(layer.mlp, name, _QuantisedLinear(getattr(layer.mlp, name)))
+            setattr(layer.mlp, name, kind(getattr(layer.mlp, name)))
+    return model
+
+
+def test_a_quantised_linear_that_makes_its_weight_in_the_graph() -> None:
+    report = check_parity(_quantised(_DequantisedLinear), _batch(), 1e-5, 1e-5)
+    assert kinds(report) == {"mlp": 2, "vocab": 1} and not report.refusals
+
+
+def test_an_unknown_quantised_linear_is_refused() -> None:
+    """Nothing is known of such an operator's rows. The head is not quantised, and chunked."""
+    model = _quantised(_QuantisedLinear)
     report = check_parity(model, _batch(), 1e-5, 1e-5)
     assert kinds(report) == {"vocab": 1}
     assert {r.name for r in report.refusals} == {
