@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-from tools.bench_support import GIB, markdown_table, text_tokens, write_results
+from tools.bench_support import GIB, markdown_table, numbers, text_tokens, write_results
 from tools.contenders import (
     BLOCKS,
     CONTENDERS,
@@ -459,7 +459,7 @@ def _arguments() -> argparse.Namespace:
     add("--level", choices=("model", "mlp", "head"), default="model")
     add("--model", choices=sorted(MODELS), default="llama3-8b", help="whose shapes")
     add("--layers", type=int, default=8)
-    add("--seq", type=_numbers, default=[16384, 32768], help="tokens, separated by commas")
+    add("--seq", type=numbers, default=[16384, 32768], help="tokens, separated by commas")
     add("--window", type=int, default=0, help="keys a sliding window shows")
     add("--documents", type=int, default=0, help="tokens of each of the packed documents")
     add("--lora", type=int, default=0, help="rank of PEFT's LoRA on all linear layers but the head")
@@ -479,10 +479,6 @@ def _arguments() -> argparse.Namespace:
 
 
 BLOCKS_TEXT = "; ".join(f"{level}: {', '.join(known)}" for level, known in BLOCKS.items())
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """How fast blocks are by the rows of their chunks, and what they take: the curves that the plan follows.
 
-    python tools/bench_chunks.py --model llama3-8b --seq 16384,65536        # one MLP, and one head with its loss
+    python tools/bench_chunks.py --model llama3-8b qwen2-7b --seq 16384,65536  # one MLP, one head with its loss
     python tools/bench_chunks.py --level mlp --chunks 1024,2048,4096,8192,16384
-    python tools/bench_chunks.py --cpu                                      # a small size that runs anywhere
+    python tools/bench_chunks.py --cpu                                         # a small size that runs anywhere
 
-A block's variants are compiled in one process and then take turns, forward and backward. The forward pass
-and the backward pass of an MLP have chunks of the same size here, below what the plan would halve.
+A block's variants are compiled in one process and then take turns, forward and backward. Chunks have the
+same size in both passes; with ``"auto"`` those of the backward pass may be half as large.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import torch
 
 from mst_fx.plan import plan_mlp, plan_vocab
 from tools.bench import Case, Runner
-from tools.bench_support import GIB, markdown_table, write_results
+from tools.bench_support import GIB, markdown_table, numbers, write_results
 from tools.contenders import MODELS, Contender, config_of
+from tools.draw import panels
 
 OPTIONS = {"mlp": "chunk_rows", "head": "vocab_chunk_rows"}
 
@@ -44,6 +45,10 @@ class Point:
     is_planned: bool
     seconds: tuple[float, ...]
     above: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
 def planned_rows(case: Case) -> int:
@@ -82,9 +87,7 @@ def sweep(
             rows,
             rows == planned,
             tuple(turn["seconds"] for turn in turns),
-            int(max(turn["peak_bytes"] - turn["before_bytes"] for turn in turns))
-            if case.device != "cpu"
-            else 0,
+            int(max(turn["peak_bytes"] - turn["before_bytes"] for turn in turns)),
         )
         for rows, turns in found.items()
     ]
@@ -92,53 +95,38 @@ def sweep(
 
 def table(case: Case, points: Sequence[Point]) -> str:
     """Markdown of one block."""
-    medians = [statistics.median(point.seconds) for point in points]
+    fastest = min(point.median for point in points)
     rows: list[Sequence[Any]] = [
         ("rows a chunk", "ms (fastest – slowest)", "of the fastest", "peak GiB above")
     ]
-    for point, median in zip(points, medians, strict=True):
+    for point in points:
         low, high = min(point.seconds) * 1e3, max(point.seconds) * 1e3
         name = f"{point.chunk_rows:,}" + (" (planned)" if point.is_planned else "")
         rows.append(
-            (name, f"{median * 1e3:.1f} ({low:.1f} – {high:.1f})", median / min(medians), point.above / GIB)
+            (
+                name,
+                f"{point.median * 1e3:.1f} ({low:.1f} – {high:.1f})",
+                point.median / fastest,
+                point.above / GIB,
+            )
         )
     return f"### {case.model}, {case.level}, {case.seq:,} rows\n\n{markdown_table(rows)}"
 
 
 def draw(curves: Sequence[tuple[Case, Sequence[Point]]], path: Path, title: str) -> None:
     """Time relative to the fastest, and the peak, against the rows of a chunk; the planned ones are filled."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for case, points in curves:
-        medians = [statistics.median(point.seconds) for point in points]
-        sizes = [point.chunk_rows for point in points]
-        lines = ([median / min(medians) for median in medians], [point.above / GIB for point in points])
-        for panel, values in zip(panels, lines, strict=True):
-            (line,) = panel.plot(
-                sizes,
-                values,
-                marker="o",
-                fillstyle="none",
-                label=f"{case.model} {case.level}, {case.seq:,} rows",
-            )
-            planned = [(s, v) for s, v, p in zip(sizes, values, points, strict=True) if p.is_planned]
-            panel.plot(*zip(*planned, strict=True), marker="o", color=line.get_color(), linestyle="")
-    for panel, label in zip(
-        panels, ("time, of the fastest", "peak GiB above parameters and inputs"), strict=True
-    ):
-        panel.set_xscale("log", base=2)
-        panel.set_xlabel("rows a chunk")
-        panel.set_ylabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    labels = ("time, of the fastest", "peak GiB above parameters and inputs")
+    with panels(path, title, "rows a chunk", labels) as axes:
+        for case, points in curves:
+            fastest = min(point.median for point in points)
+            name = f"{case.model} {case.level}, {case.seq:,} rows"
+            planned = [index for index, point in enumerate(points) if point.is_planned]
+            sizes = [point.chunk_rows for point in points]
+            times, peaks = [p.median / fastest for p in points], [p.above / GIB for p in points]
+            for panel, values in zip(axes, (times, peaks), strict=True):
+                (line,) = panel.plot(sizes, values, marker="o", fillstyle="none", label=name)
+                filled = {"color": line.get_color(), "markevery": planned, "linestyle": "", "marker": "o"}
+                panel.plot(sizes, values, **filled)
 
 
 def main() -> None:
@@ -161,8 +149,6 @@ def main() -> None:
                 write_results(
                     arguments.out, arguments.name, results, "\n\n".join(table(*curve) for curve in curves)
                 )
-                if device == "cuda":
-                    torch.cuda.empty_cache()
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     draw(curves, arguments.out / f"{arguments.name}.png", f"Chunks of one block, forward and backward, {gpu}")
 
@@ -172,20 +158,16 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=lambda text: text.split(","), default=["llama3-8b"], help=f"of {', '.join(MODELS)}")
-    add("--level", type=lambda text: text.split(","), default=["mlp", "head"], help="mlp, head")
-    add("--seq", type=_numbers, default=[16384, 65536], help="rows, separated by commas")
-    add("--chunks", type=_numbers, default=[512, 1024, 2048, 4096, 8192, 16384], help="rows a chunk")
+    add("--model", nargs="+", choices=sorted(MODELS), default=["llama3-8b"], help="whose shapes")
+    add("--level", nargs="+", choices=sorted(OPTIONS), default=["mlp", "head"])
+    add("--seq", type=numbers, default=[16384, 65536], help="rows, separated by commas")
+    add("--chunks", type=numbers, default=[512, 1024, 2048, 4096, 8192, 16384], help="rows a chunk")
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=3, help="steps of a turn that count")
     add("--out", type=Path, default=Path("bench-out"))
     add("--name", default="chunks", help="of the files with the results")
     add("--cpu", action="store_true", help="a small size on the CPU")
     return parser.parse_args()
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from tools.bench_support import Shape, make_llama, markdown_table, text_tokens, write_results
+from tools.bench_support import Shape, make_llama, markdown_table, numbers, text_tokens, write_results
 from tools.meter import call_apart
 
 SEQ = 512
@@ -119,9 +119,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=1, help="cold runs of each; medians count")
-    parser.add_argument(
-        "--chunks", type=lambda text: [int(part) for part in text.split(",")], default=[2, 16]
-    )
+    parser.add_argument("--chunks", type=numbers, default=[2, 16])
     parser.add_argument("--checkpoint", action="store_true", help="with gradient checkpointing")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     arguments = parser.parse_args()

@@ -166,6 +166,15 @@ def _git_commit() -> str:
         return "unknown"
 
 
+def numbers(text: str) -> list[int]:
+    """``1,2`` of a command line.
+
+    Raises:
+        ValueError: if a part is no integer.
+    """
+    return [int(part) for part in text.split(",")]
+
+
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; the first row is the head. Floats get three decimals at most, None a dash."""
 

@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,28 @@ _STYLES = {
 }
 
 
+@contextlib.contextmanager
+def panels(path: Path, title: str, across: str, labels: tuple[str, str]) -> Iterator[Any]:
+    """Two axes beside each other, of powers of two ``across``; the legend, and the PNG, are made when the context ends."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for panel, label in zip(axes, labels, strict=True):
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel(across)
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    yield axes
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Two panels, peak GiB and seconds a step against tokens, a line a contender.
 
@@ -37,31 +60,18 @@ def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         results: as in the JSON that ``bench.py`` writes; contenders without a style, and failures, are left out.
         path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     lengths = sorted({r["seq"] for r in results})
-    axes = (("peak_bytes", GIB, "peak GiB"), ("step_seconds", 1.0, "s a step"))
-    for panel, (key, unit, label) in zip(panels, axes, strict=True):
-        for name, (color, line) in _STYLES.items():
-            mine = sorted((r["seq"], r[key] / unit) for r in results if r["contender"] == name and key in r)
-            if mine:
-                panel.plot(*zip(*mine, strict=True), color=color, linestyle=line, marker="o", label=name)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        panel.set_xlabel("tokens")
-        panel.set_ylabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with panels(path, title, "tokens", ("peak GiB", "s a step")) as axes:
+        for panel, (key, unit) in zip(axes, (("peak_bytes", GIB), ("step_seconds", 1.0)), strict=True):
+            for name, (color, line) in _STYLES.items():
+                mine = sorted(
+                    (r["seq"], r[key] / unit) for r in results if r["contender"] == name and key in r
+                )
+                if mine:
+                    panel.plot(*zip(*mine, strict=True), color=color, linestyle=line, marker="o", label=name)
+            panel.set_yscale("log", base=2)
+            panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            panel.yaxis.set_major_formatter("{x:g}")
 
 
 def whole_steps(tables: dict[str, Any], model: str) -> list[dict[str, Any]]:

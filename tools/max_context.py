@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-from tools.bench_support import GIB, markdown_table, text_tokens, write_results
+from tools.bench_support import GIB, markdown_table, numbers, text_tokens, write_results
 from tools.contenders import CONTENDERS, MODELS, Contender, loss_function, make_model
 from tools.meter import call_apart
 
@@ -874,12 +874,8 @@ def main() -> None:
     print(f"\n{text}")
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _pair(text: str) -> tuple[int, int]:
-    low, high = sorted(_numbers(text))
+    low, high = sorted(numbers(text))
     if not 0 < low < high:
         raise ValueError
     return low, high
