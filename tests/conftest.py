@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 
@@ -10,10 +9,6 @@ from hypothesis import settings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-# Compilers make millions of objects that stay: to look at them again and again takes a tenth of the suite's time.
-gc.freeze()
-gc.set_threshold(100_000, 50, 50)
 
 settings.register_profile("short", max_examples=50)
 settings.register_profile("long", max_examples=1000)

@@ -90,6 +90,7 @@ def test_dropout_in_adapters(reentrant: bool | None) -> None:
         logits = model(input_ids=input_ids, **more).logits  # model(labels=...) makes a float32 loss
         return F.cross_entropy(logits.flatten(0, 1), F.pad(labels, (0, 1), value=-100)[:, 1:].flatten())
 
+    assert kinds(report_of(model, SMALL_CHUNKS, **_batch())) == {"mlp": 2, "vocab": 1}
     compiled = compile_mst(loss_in_float64)
 
     def seeded(**batch: Any) -> Any:
@@ -98,7 +99,8 @@ def test_dropout_in_adapters(reentrant: bool | None) -> None:
 
     with mst_fx.watch() as report:
         loss, found = step(model, seeded, _batch())
-    assert kinds(report)["mlp"] == 2
+    # The hook on the embedding breaks the graph, and this loss is not in the model's part of it.
+    assert kinds(report) == {"mlp": 2, **({"vocab": 1} if reentrant is None else {})}
     torch.manual_seed(8)
     assert abs(float(compiled(**_batch())) - float(loss)) > 1e-6  # other masks
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}

@@ -33,8 +33,9 @@ INDUCTOR = {"chunk_rows": 16, "vocab_chunk_rows": 20}
 
 
 @pytest.mark.slow
-def test_inductor() -> None:
-    entry = ACCEPTED["gemma2"]
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_inductor(name: str) -> None:
+    entry = ACCEPTED[name]
     check_parity(entry.build(), inputs_of(entry, 3, 35), _BAR, _BAR, INDUCTOR)
 
 
