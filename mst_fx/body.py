@@ -17,7 +17,7 @@ import hashlib
 import math
 import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -101,10 +101,26 @@ class GradientPlan:
     terms: tuple[tuple[Term, ...], ...]
 
 
-@dataclasses.dataclass
 class CompiledBody:
-    run: Compiled
-    plan: GradientPlan | None = None
+    """A body's code, and what it assumes of its number of rows.
+
+    Inductor indexes with 32 bits where the rows at hand allow it, and adds a guard to the shape environment.
+    Dynamo's guards do not know a body's rows, so whoever runs it asks first.
+
+    Attributes:
+        run: takes a list of inputs, and empties it.
+        plan: of a backward body.
+    """
+
+    def __init__(self, run: Compiled, n: torch.SymInt, plan: GradientPlan | None = None) -> None:
+        self.run, self.plan = run, plan
+        self._rows = n
+        self._taken: dict[int, bool] = {}
+
+    def takes(self, rows: int) -> bool:
+        if rows not in self._taken:
+            self._taken[rows] = not failed_guards(self._rows, rows)
+        return self._taken[rows]
 
 
 class Body:
@@ -129,7 +145,7 @@ class Body:
         self.rows, self.shared, self.outputs = tuple(rows), tuple(shared), tuple(outputs)
         self.config = config
         self._avoid = avoid
-        self._compiled: dict[Any, CompiledBody] = {}
+        self._compiled: dict[Any, list[CompiledBody]] = {}
         self._lock = threading.Lock()
         versions = (torch.__version__, __version__)
         content = repr((forward.code, self.rows, self.shared, self.outputs, config, versions))
@@ -157,28 +173,37 @@ class Body:
 
     def differentiable_for(self, needs: Sequence[bool]) -> tuple[bool, ...]:
         """Which outputs depend differentiably on the inputs that need gradients."""
-        with self._fakes() as (n, inputs), torch.enable_grad(), enable_python_dispatcher():
+        with self._fakes(None) as (n, inputs), torch.enable_grad(), enable_python_dispatcher():
             leaves = _as_leaves(inputs, needs)
             return tuple(out.requires_grad for out in self.forward(n, *leaves))
 
-    def compiled_forward(self) -> CompiledBody:
-        def build() -> CompiledBody:
-            with self._fakes() as (n, inputs):
+    def compiled_forward(self, chunks: Collection[int]) -> CompiledBody:
+        """``(n, *rows, *shared)`` → outputs.
+
+        Args:
+            chunks: the numbers of rows that it will be run on.
+        """
+
+        def build(hint: int | None) -> CompiledBody:
+            with self._fakes(hint) as (n, inputs):
                 gm = self._trace(self.forward, n, *inputs)
-                return CompiledBody(self._compile(gm, n, *inputs))
+                return CompiledBody(self._compile(gm, n, *inputs), n)
 
-        return self._once("forward", build)
+        return self._once("forward", chunks, build)
 
-    def compiled_backward(self, needs: Sequence[bool], tangents: Sequence[bool]) -> CompiledBody:
+    def compiled_backward(
+        self, chunks: Collection[int], needs: Sequence[bool], tangents: Sequence[bool]
+    ) -> CompiledBody:
         """``(n, *rows, *shared, *tangents)`` → row gradients and terms of weight gradients.
 
         Args:
+            chunks: the numbers of rows that it will be run on.
             needs: which of ``(*rows, *shared)`` need a gradient.
             tangents: which outputs have a tangent.
         """
 
-        def build() -> CompiledBody:
-            with self._fakes() as (n, inputs):
+        def build(hint: int | None) -> CompiledBody:
+            with self._fakes(hint) as (n, inputs):
                 given = [
                     self._output_fake(meta, n)
                     for meta, has in zip(self.outputs, tangents, strict=True)
@@ -187,29 +212,45 @@ class Body:
                 gradient = functools.partial(self._gradient, needs, tangents)
                 return self._compile_gradient(gradient, needs, 0, n, *inputs, *given)
 
-        return self._once(("backward", tuple(needs), tuple(tangents)), build)
+        return self._once(("backward", tuple(needs), tuple(tangents)), chunks, build)
 
-    def compiled_with_grad(self, needs: Sequence[bool], output: int) -> CompiledBody:
+    def compiled_with_grad(self, chunks: Collection[int], needs: Sequence[bool], output: int) -> CompiledBody:
         """Forward outputs, then the gradients of the scalar ``outputs[output]``, as one body."""
 
-        def build() -> CompiledBody:
-            with self._fakes() as (n, inputs):
+        def build(hint: int | None) -> CompiledBody:
+            with self._fakes(hint) as (n, inputs):
                 gradient = functools.partial(self._forward_and_gradient, needs, output)
                 return self._compile_gradient(gradient, needs, len(self.outputs), n, *inputs)
 
-        return self._once(("with_grad", tuple(needs), output), build)
+        return self._once(("with_grad", tuple(needs), output), chunks, build)
 
-    def _once(self, key: Any, build: Callable[[], CompiledBody]) -> CompiledBody:
+    def _once(
+        self, key: Any, chunks: Collection[int], build: Callable[[int | None], CompiledBody]
+    ) -> CompiledBody:
+        """Code that takes all these numbers of rows, compiled if there is none.
+
+        Args:
+            build: compiles it for numbers like the hint that it gets.
+        """
+
+        def takes(compiled: CompiledBody) -> bool:
+            return all(map(compiled.takes, chunks))
+
         with self._lock:
-            if key not in self._compiled:
+            known = self._compiled.setdefault(key, [])
+            for compiled in filter(takes, known):
+                return compiled
+            for hint in [None, max(2, *chunks)][bool(known) :]:
                 with outside_of_kernels():
-                    self._compiled[key] = build()
-            return self._compiled[key]
+                    known.append(build(hint))
+                if takes(known[-1]):
+                    return known[-1]
+        raise RuntimeError(f"the code of a body does not hold for chunks of {sorted(chunks)} rows")
 
     # Tracing
 
-    def _fakes(self) -> _Fakes:
-        return _Fakes(self.rows, self.shared, self._avoid)
+    def _fakes(self, hint: int | None) -> _Fakes:
+        return _Fakes(self.rows, self.shared, Folder(1, self._avoid, hint))
 
     def _output_fake(self, meta: OutputMeta, n: Any) -> torch.Tensor:
         shape = meta.shape if meta.is_sum else (n, *meta.shape)
@@ -255,15 +296,15 @@ class Body:
             if need
         ]
         terms = _split_into_terms(gm, kept + row_grads, wide)
-        return CompiledBody(self._compile(gm, *inputs), GradientPlan(kept, terms))
+        return CompiledBody(self._compile(gm, *inputs), inputs[0], GradientPlan(kept, terms))
 
 
 class _Fakes:
     """Fake inputs of a body in a mode of their own."""
 
-    def __init__(self, rows: Sequence[TensorMeta], shared: Sequence[TensorMeta], avoid: set[int]) -> None:
+    def __init__(self, rows: Sequence[TensorMeta], shared: Sequence[TensorMeta], folder: Folder) -> None:
         self._rows, self._shared = rows, shared
-        self._folder = Folder(1, avoid)
+        self._folder = folder
 
     def __enter__(self) -> tuple[Any, list[torch.Tensor]]:
         self._folder.mode.__enter__()
@@ -578,12 +619,16 @@ _SAMPLE_ROWS = (2, 3, 64, 1_000_003)
 
 def _check_guards(folder: Folder) -> None:
     """Refuses a body that was traced under an assumption about its number of rows."""
-    symbol = folder.n.node.expr
-    if not isinstance(symbol, sympy.Symbol):
+    if not isinstance(folder.n.node.expr, sympy.Symbol):
         raise Refusal("depends on the number of rows")
-    for guard in folder.mode.shape_env.guards:  # type: ignore[union-attr]
-        if any(guard.expr.subs(symbol, sample) is sympy.false for sample in _SAMPLE_ROWS):
-            raise Refusal(f"depends on the number of rows ({guard.expr})")
+    for failed in (guard for rows in _SAMPLE_ROWS for guard in failed_guards(folder.n, rows)):
+        raise Refusal(f"depends on the number of rows ({failed})")
+
+
+def failed_guards(n: Any, rows: int) -> list[Any]:
+    """The guards of a symbolic number of rows that do not hold for a given one."""
+    guards = (guard.expr for guard in n.node.shape_env.guards)
+    return [guard for guard in guards if guard.subs(n.node.expr, rows) is sympy.false]
 
 
 def body_text(traced: Body) -> str:

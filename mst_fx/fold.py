@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,12 +114,14 @@ class Folder:
     Args:
         rows: the number of rows of the graph's tensors, an int or Dynamo's symbolic integer.
         avoid: sizes that the stand-in for the number of rows must not equal.
+        hint: a number near which the stand-in shall lie.
     """
 
-    def __init__(self, rows: Any, avoid: set[int] | None = None) -> None:
+    def __init__(self, rows: Any, avoid: set[int] | None = None, hint: int | None = None) -> None:
         self.rows = rows
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        stand_in = next(size for size in _ROW_HINTS if size not in (avoid or ()))
+        candidates = _ROW_HINTS if hint is None else itertools.count(hint)
+        stand_in = next(size for size in candidates if size not in (avoid or ()))
         with torch.device("meta"):
             vector = torch.empty(stand_in)
         dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])

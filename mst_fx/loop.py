@@ -54,6 +54,10 @@ def chunk_bounds(rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
+def _chunk_sizes(rows: int, chunk_rows: int) -> set[int]:
+    return {end - start for start, end in chunk_bounds(rows, chunk_rows)}
+
+
 @contextlib.contextmanager
 def _plain_mode() -> Iterator[None]:
     """Bodies are traced with all casts and modes in them: nothing ambient may act twice."""
@@ -241,7 +245,7 @@ def loop_list(
     with _plain_mode():
         outputs = _Outputs(found.outputs, _output_shapes(found, rows, lead))
         if count:
-            run = found.compiled_forward().run
+            run = found.compiled_forward(_chunk_sizes(count, chunk_rows)).run
             flat, traced = _flat(rows, found.rows), _as_traced(shared, found.shared)
             for start, end in chunk_bounds(count, chunk_rows):
                 outputs.put(run(_chunk_inputs(flat, traced, start, end)), start, end)
@@ -295,9 +299,10 @@ def loop_backward(
 ) -> list[Tensor]:
     found = body_of(body)
     with _plain_mode():
-        if not _count(rows, found):
+        count = _count(rows, found)
+        if not count:
             return _Gradients(found, needs, rows).result()
-        compiled = found.compiled_backward(needs, has_tangent)
+        compiled = found.compiled_backward(_chunk_sizes(count, chunk_rows), needs, has_tangent)
         present = [meta for meta, has in zip(found.outputs, has_tangent, strict=True) if has]
         order = [
             (True, tangent) if meta.is_sum else (False, tangent.flatten(0, _rank(tangent, meta) - 1))
@@ -379,9 +384,10 @@ def loop_with_grad(
     ports = [] if port < 0 else [new_port()]
     with _plain_mode():
         outputs = _Outputs(found.outputs, _output_shapes(found, rows, lead))
-        if not _count(rows, found):
+        count = _count(rows, found)
+        if not count:
             return [*outputs.result(), *_Gradients(found, needs, rows).result(), *ports]
-        compiled = found.compiled_with_grad(needs, output)
+        compiled = found.compiled_with_grad(_chunk_sizes(count, chunk_rows), needs, output)
         return [*_run_with_gradients(compiled, found, needs, rows, shared, chunk_rows, outputs), *ports]
 
 

@@ -13,8 +13,8 @@ from mst_fx.body import Body, BodyConfig, OutputMeta, TensorMeta
 from mst_fx.fold import Folder
 from mst_fx.graph import SIXTEEN_BITS
 
-# Fewer elements are not worth a kernel of their own; more would need another, with indices of 64 bits.
-_LEAST, _MOST = 2**20, 2**31 - 1
+# Fewer elements are not worth a kernel of their own.
+_LEAST = 2**20
 
 
 def product(gradient: Tensor, tangent: Tensor) -> Tensor:
@@ -27,10 +27,10 @@ def product(gradient: Tensor, tangent: Tensor) -> Tensor:
         gradient: of any shape.
         tangent: one element, float32 if the gradient has 16 bits.
     """
-    is_large = _LEAST <= gradient.numel() <= _MOST
-    if gradient.is_cuda and gradient.dtype in SIXTEEN_BITS and gradient.is_contiguous() and is_large:
-        run = _body(gradient.dtype, tangent.dtype, gradient.device).compiled_forward().run
-        found: Tensor = run([gradient.numel(), gradient.view(-1), tangent.view(1)])[0]
+    count = gradient.numel()
+    if gradient.is_cuda and gradient.dtype in SIXTEEN_BITS and gradient.is_contiguous() and count >= _LEAST:
+        run = _body(gradient.dtype, tangent.dtype, gradient.device).compiled_forward({count}).run
+        found: Tensor = run([count, gradient.view(-1), tangent.view(1)])[0]
         return found.view(gradient.shape)
     # With a dimension the tangent counts for the type of the product.
     return torch.mul(gradient, tangent.view(1), out=torch.empty_like(gradient))

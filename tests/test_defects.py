@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+import mst_fx.body
+from mst_fx.compiler import compile_body
 from tests.helpers import (
     SMALL_CHUNKS,
     ToyLM,
@@ -148,3 +154,36 @@ def test_lora_around_frozen_weights() -> None:
     inputs = token_batch(1, 64)
     assert kinds(check_parity(model, inputs, _LOSS, _GRAD)) == {"mlp": 2, "vocab": 1}
     assert model.blocks[0].mlp.up.base.weight.grad is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("order", [(64, 2500), (2500, 64)])
+def test_code_for_small_chunks_is_not_run_on_large_ones(
+    order: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's GPU kernels count elements in 32 bits where the rows that they are compiled for allow it,
+    under a guard. A body that was shared nonetheless read what was not its own: 16,384 rows of 152,064 logits,
+    after 4,096. test_gpu.py has the kernels themselves; here a compiler that makes such a guard."""
+    limit = 2**15
+    made: list[bool] = []
+
+    def compile_guarded(
+        gm: fx.GraphModule, inputs: Sequence[Any], inner: str, patches: Mapping[str, Any]
+    ) -> Callable[[list[Any]], Any]:
+        run = compile_body(gm, inputs, inner, patches)
+        is_narrow = bool(inputs[0] * 16 <= limit)  # a guard
+        made.append(is_narrow)
+
+        def checked(args: list[Any]) -> Any:
+            assert not is_narrow or args[0] * 16 <= limit
+            return run(args)
+
+        return checked
+
+    monkeypatch.setattr(mst_fx.body, "_BODIES", {})
+    monkeypatch.setattr(mst_fx.body, "compile_body", compile_guarded)
+    head, inputs = Head(), _head_batch(1, 5000)
+    truth = step(head, head, inputs)[1]
+    for chunk_rows in (*order, *order):
+        found = step(head, compile_mst(head, {"vocab_chunk_rows": chunk_rows}), inputs)[1]
+        assert worst_error(found, truth) <= _GRAD
+    assert sorted(made) == [False, True]

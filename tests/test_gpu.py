@@ -157,6 +157,26 @@ def test_memory_of_a_head() -> None:
     assert _peak(run) <= gradients + 1.3 * rewrite.chunk_bytes
 
 
+def test_chunks_of_more_elements_than_32_bits_count() -> None:
+    """One body for chunks of 2.7e8 and of 2.6e9 logits, in this order and back."""
+    rows, width, vocab = 40_000, 64, 131_072
+    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = (torch.randn(vocab, width, device="cuda") / 8).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocab, (rows,), device="cuda")
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, head).float(), labels)
+
+    def run(chunk_rows: int) -> list[Tensor]:
+        found = compile_mst(loss, {"vocab_chunk_rows": chunk_rows})(x)
+        return [found.detach(), *torch.autograd.grad(found, [x, head])]
+
+    first = run(2048)
+    for chunk_rows in (20_000, 2048):
+        for found, truth in zip(run(chunk_rows), first, strict=True):
+            assert relative_error(found, truth) <= 1e-3
+
+
 @pytest.mark.parametrize("variant", ["", "right", "left", "packed"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_attention(name: str, variant: str) -> None:
@@ -242,11 +262,12 @@ def test_a_step_waits_for_the_device_once_at_most(variant: str) -> None:
     assert waits.count("cudaStreamSynchronize") <= 1 and waits.count("cudaDeviceSynchronize") <= 1, waits
 
 
-@pytest.mark.parametrize("size", [100_000, 3_000_000])
+@pytest.mark.parametrize("size", [100_000, 3_000_000, 2**31 + 1])
 def test_scaling_does_not_round_the_tangent(size: int) -> None:
     """1/700 in bfloat16 is off by 1.3e-3, the same for all elements; large ones are Inductor's."""
     gradient, tangent = torch.rand(size, device="cuda").bfloat16(), torch.tensor(1 / 700, device="cuda")
     found = scaled(gradient, tangent)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, (gradient.float() * tangent).bfloat16())
-    assert abs(float(found.double().sum() / gradient.double().sum() / tangent.double()) - 1.0) <= 3e-4
+    for part, whole in zip(found.split(2**28), gradient.split(2**28), strict=True):
+        assert torch.equal(part, (whole.float() * tangent).bfloat16())
+        assert abs(float(part.double().sum() / whole.double().sum() / tangent.double()) - 1.0) <= 3e-4
