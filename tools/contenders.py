@@ -26,6 +26,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 128256,
         },
     ),
+    "llama3-70b": (
+        "llama",
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 80,
+            "vocab_size": 128256,
+        },
+    ),
+    "llama3.2-1b": (
+        "llama",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 16,
+            "vocab_size": 128256,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mistral-7b": (
         "mistral",
         {
@@ -36,6 +59,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 32,
             "vocab_size": 32768,
             "sliding_window": None,
+        },
+    ),
+    "qwen2.5-0.5b": (
+        "qwen2",
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 24,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
         },
     ),
     "qwen2-7b": (
