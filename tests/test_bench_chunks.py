@@ -25,8 +25,13 @@ def test_sweep(level: str, tmp_path: Path) -> None:
 def test_planned_sizes_are_those_of_a_gpu() -> None:
     case = Case(level="mlp", model="llama3-8b", layers=1, seq=65536)
     assert planned_rows(case) == 4096
-    assert planned_rows(dataclasses.replace(case, model="qwen2-7b")) == 3584
-    assert planned_rows(dataclasses.replace(case, level="head", seq=262144)) == 8192  # 32 chunks
+    assert planned_rows(dataclasses.replace(case, model="llama3-70b")) == 8192
+    assert planned_rows(dataclasses.replace(case, model="qwen2.5-0.5b")) == 4096
+    head = dataclasses.replace(case, level="head")
+    assert planned_rows(head) == 4096
+    assert planned_rows(dataclasses.replace(head, seq=262144)) == 8192  # 32 chunks
+    assert planned_rows(dataclasses.replace(head, model="qwen2-7b")) == 3584
+    assert planned_rows(dataclasses.replace(head, model="qwen2.5-0.5b")) == 2048
 
 
 def test_table() -> None:

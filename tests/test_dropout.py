@@ -172,8 +172,7 @@ class Linear(nn.Module):
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_recomputation_drops_the_same(inner: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass recomputes with other chunks than the forward pass had: 8 rows, not 16."""
-    monkeypatch.setitem(plan._LEAST_ROWS, "cpu", 10)
-    monkeypatch.setitem(plan._LEAST_BACKWARD_ROWS, "cpu", 5)
+    monkeypatch.setitem(plan._LEAST_ROWS, "cpu", 8)
     torch.manual_seed(2)
     model = Linear(2)
     model.checkpoint = checkpoint

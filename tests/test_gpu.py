@@ -270,4 +270,5 @@ def test_scaling_does_not_round_the_tangent(size: int) -> None:
     assert found.dtype == torch.bfloat16
     for part, whole in zip(found.split(2**28), gradient.split(2**28), strict=True):
         assert torch.equal(part, (whole.float() * tangent).bfloat16())
-        assert abs(float(part.double().sum() / whole.double().sum() / tangent.double()) - 1.0) <= 3e-4
+    sums = [float(x[:100_000].double().sum()) for x in (found, gradient)]
+    assert abs(sums[0] / sums[1] / float(tangent.double()) - 1.0) <= 3e-4
