@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from tools.bench import Case
-from tools.bench_chunks import Point, draw, planned_rows, sweep, table
+from tools.bench_chunks import Point, draw, planned_rows, read, sweep, table
 
 
 @pytest.mark.parametrize("level", ["mlp", "head"])
@@ -20,6 +21,19 @@ def test_sweep(level: str, tmp_path: Path) -> None:
     assert all(len(point.seconds) == 2 and min(point.seconds) > 0 for point in points)
     draw([(case, points)], tmp_path / "chunks.png", "")
     assert (tmp_path / "chunks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_read_is_planned_as_today(tmp_path: Path) -> None:
+    case = Case(level="mlp", model="llama3-8b", layers=1, seq=65536)
+    points = [Point(1024, True, (0.2, 0.1), 7), Point(4096, False, (0.1, 0.1), 9)]
+    results = [{**dataclasses.asdict(case), "points": list(map(dataclasses.asdict, points))}]
+    (tmp_path / "chunks.json").write_text(json.dumps({"results": results}))
+    ((found, curve),) = read(tmp_path / "chunks.json")
+    assert found == case
+    assert [(p.chunk_rows, p.is_planned, p.median, p.above) for p in curve] == [
+        (1024, False, pytest.approx(0.15), 7),
+        (4096, True, 0.1, 9),
+    ]
 
 
 def test_planned_sizes_are_those_of_a_gpu() -> None:

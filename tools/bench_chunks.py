@@ -3,6 +3,7 @@
     python tools/bench_chunks.py --model llama3-8b qwen2-7b --seq 16384,65536  # one MLP, one head with its loss
     python tools/bench_chunks.py --level mlp --chunks 1024,2048,4096,8192,16384
     python tools/bench_chunks.py --cpu                                         # a small size that runs anywhere
+    python tools/bench_chunks.py --draw benchmarks/chunks-h200.json --level mlp --seq 65536 --out docs --name chunks-mlp
 
 A block's variants are compiled in one process and then take turns, forward and backward. Chunks have the
 same size in both passes; with ``"auto"`` those of the backward pass may be half as large.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ from tools.contenders import MODELS, Contender, config_of
 from tools.draw import panels
 
 OPTIONS = {"mlp": "chunk_rows", "head": "vocab_chunk_rows"}
+_SLOWEST = 1.6  # that the picture shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +118,9 @@ def table(case: Case, points: Sequence[Point]) -> str:
 
 def draw(curves: Sequence[tuple[Case, Sequence[Point]]], path: Path, title: str) -> None:
     """Time relative to the fastest, and the peak, against the rows of a chunk; the planned ones are filled."""
-    labels = ("time, of the fastest", "peak GiB above parameters and inputs")
+    labels = (f"time, of the fastest (up to {_SLOWEST})", "peak GiB above parameters and inputs")
     with panels(path, title, "rows a chunk", labels) as axes:
+        axes[0].set_ylim(0.97, _SLOWEST)
         for case, points in curves:
             fastest = min(point.median for point in points)
             name = f"{case.model} {case.level}, {case.seq:,} rows"
@@ -129,12 +133,31 @@ def draw(curves: Sequence[tuple[Case, Sequence[Point]]], path: Path, title: str)
                 panel.plot(sizes, values, **filled)
 
 
+def read(path: Path) -> list[tuple[Case, list[Point]]]:
+    """The curves of a JSON file of this script, with the sizes planned that are so today."""
+    curves = []
+    for found in json.loads(path.read_text())["results"]:
+        points = found.pop("points")
+        case = Case(**found)
+        planned = planned_rows(case)
+        curves.append((case, [Point(**{**p, "is_planned": p["chunk_rows"] == planned}) for p in points]))
+    return curves
+
+
 def main() -> None:
     arguments = _arguments()
+    if arguments.draw:
+        curves = [
+            (case, points)
+            for case, points in read(arguments.draw)
+            if case.level in arguments.level and case.seq in arguments.seq
+        ]
+        draw(curves, arguments.out / f"{arguments.name}.png", arguments.title)
+        return
     device = "cpu" if arguments.cpu else "cuda"
     if arguments.cpu:
         arguments.model, arguments.seq, arguments.chunks = ["tiny"], [2048], [128, 512, 2048]
-    curves: list[tuple[Case, list[Point]]] = []
+    curves = []
     for model in arguments.model:
         for level in arguments.level:
             for seq in arguments.seq:
@@ -150,7 +173,7 @@ def main() -> None:
                     arguments.out, arguments.name, results, "\n\n".join(table(*curve) for curve in curves)
                 )
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    draw(curves, arguments.out / f"{arguments.name}.png", f"Chunks of one block, forward and backward, {gpu}")
+    draw(curves, arguments.out / f"{arguments.name}.png", f"{arguments.title}, {gpu}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -166,6 +189,8 @@ def _arguments() -> argparse.Namespace:
     add("--steps", type=int, default=3, help="steps of a turn that count")
     add("--out", type=Path, default=Path("bench-out"))
     add("--name", default="chunks", help="of the files with the results")
+    add("--title", default="Chunks of one block, forward and backward", help="of the picture")
+    add("--draw", type=Path, help="a JSON file of before, to draw the levels and lengths of, all models")
     add("--cpu", action="store_true", help="a small size on the CPU")
     return parser.parse_args()
 
