@@ -230,7 +230,10 @@ class Body:
         """Code that takes all these numbers of rows, compiled if there is none.
 
         Args:
-            build: compiles it for numbers like the hint that it gets.
+            build: compiles it for numbers near the hint that it gets, or usual ones.
+
+        Raises:
+            RuntimeError: if Inductor assumes something of that number that does not hold for all of these.
         """
 
         def takes(compiled: CompiledBody) -> bool:
@@ -240,7 +243,7 @@ class Body:
             known = self._compiled.setdefault(key, [])
             for compiled in filter(takes, known):
                 return compiled
-            for hint in [None, max(2, *chunks)][bool(known) :]:
+            for hint in [max(chunks)] if known else [None, max(chunks)]:
                 with outside_of_kernels():
                     known.append(build(hint))
                 if takes(known[-1]):

@@ -114,13 +114,13 @@ class Folder:
     Args:
         rows: the number of rows of the graph's tensors, an int or Dynamo's symbolic integer.
         avoid: sizes that the stand-in for the number of rows must not equal.
-        hint: a number near which the stand-in shall lie.
+        hint: the least that the stand-in shall be.
     """
 
     def __init__(self, rows: Any, avoid: set[int] | None = None, hint: int | None = None) -> None:
         self.rows = rows
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        candidates = _ROW_HINTS if hint is None else itertools.count(hint)
+        candidates = _ROW_HINTS if hint is None else filter(sympy.isprime, itertools.count(hint))
         stand_in = next(size for size in candidates if size not in (avoid or ()))
         with torch.device("meta"):
             vector = torch.empty(stand_in)

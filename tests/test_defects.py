@@ -76,6 +76,11 @@ def test_fewer_rows_than_chunks() -> None:
     check_parity(ToyLM(), token_batch(1, 3), _LOSS, _GRAD)
 
 
+def test_chunks_of_one_row() -> None:
+    report = check_parity(ToyLM(), token_batch(1, 5), _LOSS, _GRAD, {"chunk_rows": 1, "vocab_chunk_rows": 1})
+    assert [rewrite.chunks for rewrite in report.rewrites] == [5, 5, 5]
+
+
 def test_frozen_head_gets_no_gradient() -> None:
     model = ToyLM()
     model.head.weight.requires_grad_(False)
