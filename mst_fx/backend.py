@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from mst_fx.compiler import compile_graph, mode_patches
-from mst_fx.logits import deferring
+from mst_fx.deferral import deferring
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 

@@ -1,7 +1,7 @@
 """Takes logits out of a rewritten graph: what their caller needs to compute them becomes outputs instead.
 
 Before: ``loss = …; logits = linear(norm(h), head); return loss, logits``. After: ``return loss, h``, and a
-:class:`~mst_fx.logits.Deferral` with the graph ``(h, norm_weight, head) -> logits``. Where the loop of the
+:class:`~mst_fx.deferral.Deferral` with the graph ``(h, norm_weight, head) -> logits``. Where the loop of the
 loss computes the gradient of ``h``, the graph returns ``h`` detached and a port (:mod:`mst_fx.port`).
 """
 
@@ -16,10 +16,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_fx.chunking import LOGITS_START
+from mst_fx.deferral import Deferral, Origin
 from mst_fx.errors import Refusal
 from mst_fx.fold import Context, RowAnalysis, contexts, expression, static_sizes
 from mst_fx.graph import VALUE, hint, is_graph, tensor_value, value
-from mst_fx.logits import Deferral, Origin
 from mst_fx.port import new_port
 
 _Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their gradient, and its port

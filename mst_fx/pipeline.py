@@ -17,13 +17,13 @@ from mst_fx.canonical import join_casts
 from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.defer import defer_all
+from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Refusal
 from mst_fx.facts import observe
 from mst_fx.fold import eliminate_dead_code
 from mst_fx.graph import VALUE, copy_tree, fill_values, is_graph, subgraphs, value
 from mst_fx.keep import keep_waves
-from mst_fx.logits import Deferral, arguments_of, defer_outputs
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
 from mst_fx.report import Refused, Report
