@@ -3,7 +3,8 @@
 A body is traced to ATen twice over: forward, from the region's nodes on folded rows under
 :class:`~mst_fx.rows.RowTracer` (which is the proof), and backward, by ``torch.autograd.grad`` under
 ``make_fx`` (which recomputes the forward inside). The number of rows is symbolic, so one compiled body
-serves chunks of every size, all layers of equal structure and all graphs of the process.
+serves chunks of every size, all layers of equal structure and all graphs of the process; a second one is
+compiled for chunks that the first one's indices of 32 bits do not reach.
 
 Weight gradients leave the backward body as *terms*: where a gradient is a matmul of two values of the
 body, the body returns the two and the loop adds their product to the accumulator in place.
@@ -114,12 +115,12 @@ class CompiledBody:
 
     def __init__(self, run: Compiled, n: torch.SymInt, plan: GradientPlan | None = None) -> None:
         self.run, self.plan = run, plan
-        self._rows = n
+        self._guards = RowGuards(n)
         self._taken: dict[int, bool] = {}
 
     def takes(self, rows: int) -> bool:
         if rows not in self._taken:
-            self._taken[rows] = not failed_guards(self._rows, rows)
+            self._taken[rows] = not self._guards.failed(rows)
         return self._taken[rows]
 
 
@@ -624,14 +625,21 @@ def _check_guards(folder: Folder) -> None:
     """Refuses a body that was traced under an assumption about its number of rows."""
     if not isinstance(folder.n.node.expr, sympy.Symbol):
         raise Refusal("depends on the number of rows")
-    for failed in (guard for rows in _SAMPLE_ROWS for guard in failed_guards(folder.n, rows)):
+    guards = RowGuards(folder.n)
+    for failed in (guard for rows in _SAMPLE_ROWS for guard in guards.failed(rows)):
         raise Refusal(f"depends on the number of rows ({failed})")
 
 
-def failed_guards(n: Any, rows: int) -> list[Any]:
-    """The guards of a symbolic number of rows that do not hold for a given one."""
-    guards = (guard.expr for guard in n.node.shape_env.guards)
-    return [guard for guard in guards if guard.subs(n.node.expr, rows) is sympy.false]
+class RowGuards:
+    """What a shape environment has assumed of a symbolic number of rows so far."""
+
+    def __init__(self, n: Any) -> None:
+        self._symbol = n.node._expr  # not ``expr``, which is a number where a guard says which
+        self._guards = [guard.expr for guard in n.node.shape_env.guards]
+
+    def failed(self, rows: int) -> list[Any]:
+        """The guards that do not hold for a number of rows."""
+        return [guard for guard in self._guards if guard.subs(self._symbol, rows) is sympy.false]
 
 
 def body_text(traced: Body) -> str:

@@ -147,6 +147,7 @@ class _Source:
         rows: for each input whether its leading dimensions are those of the logits, each row of which
             depends on the same row of these inputs only; None where this is not proved.
         like: a meta tensor like the logits.
+        device: of the logits.
     """
 
     def __init__(
@@ -574,7 +575,7 @@ class _Followed(torch.autograd.Function):
 
 
 def _version(x: Tensor) -> int:
-    """How often a tensor was written; inference tensors do not know (see :func:`_deferred`)."""
+    """How often a tensor was written; inference tensors do not know (see :func:`mst_fx.deferral._deferred`)."""
     return -1 if x.is_inference() else x._version
 
 

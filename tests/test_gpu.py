@@ -158,7 +158,7 @@ def test_memory_of_a_head() -> None:
 
 
 def test_chunks_of_more_elements_than_32_bits_count() -> None:
-    """One body for chunks of 2.7e8 and of 2.6e9 logits, in this order and back."""
+    """One body for chunks of 2.6e8 and of 2.6e9 logits, in this order and back."""
     rows, width, vocab = 40_000, 64, 131_072
     x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     head = (torch.randn(vocab, width, device="cuda") / 8).bfloat16().requires_grad_()
