@@ -79,7 +79,9 @@ def test_fewer_rows_than_chunks() -> None:
 
 
 def test_chunks_of_one_row() -> None:
-    report = check_parity(ToyLM(), token_batch(1, 5), _LOSS, _GRAD, {"chunk_rows": 1, "vocab_chunk_rows": 1})
+    report = check_parity(
+        ToyLM(), token_batch(1, 5), _LOSS, _GRAD, {**SMALL_CHUNKS, "chunk_rows": 1, "vocab_chunk_rows": 1}
+    )
     assert [rewrite.chunks for rewrite in report.rewrites] == [5, 5, 5]
 
 
