@@ -12,13 +12,14 @@ body, the body returns the two and the loop adds their product to the accumulato
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
 import operator
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -102,6 +103,19 @@ class GradientPlan:
     terms: tuple[tuple[Term, ...], ...]
 
 
+class RowGuards:
+    """What a shape environment has assumed of a symbolic number of rows so far."""
+
+    def __init__(self, n: Any) -> None:
+        self._symbol = n.node._expr  # not ``expr``, which is a number where a guard says which
+        self._guards = [guard.expr for guard in n.node.shape_env.guards]
+
+    def failed(self, rows: int) -> list[Any]:
+        """The guards that do not hold for a number of rows."""
+        return [guard for guard in self._guards if guard.subs(self._symbol, rows) is sympy.false]
+
+
+@dataclasses.dataclass
 class CompiledBody:
     """A body's code, and what it assumes of its number of rows.
 
@@ -113,14 +127,14 @@ class CompiledBody:
         plan: of a backward body.
     """
 
-    def __init__(self, run: Compiled, n: torch.SymInt, plan: GradientPlan | None = None) -> None:
-        self.run, self.plan = run, plan
-        self._guards = RowGuards(n)
-        self._taken: dict[int, bool] = {}
+    run: Compiled
+    guards: RowGuards
+    plan: GradientPlan | None
+    _taken: dict[int, bool] = dataclasses.field(default_factory=dict, init=False)
 
     def takes(self, rows: int) -> bool:
         if rows not in self._taken:
-            self._taken[rows] = not self._guards.failed(rows)
+            self._taken[rows] = not self.guards.failed(rows)
         return self._taken[rows]
 
 
@@ -174,7 +188,7 @@ class Body:
 
     def differentiable_for(self, needs: Sequence[bool]) -> tuple[bool, ...]:
         """Which outputs depend differentiably on the inputs that need gradients."""
-        with self._fakes(None) as (n, inputs), torch.enable_grad(), enable_python_dispatcher():
+        with self._fakes() as (n, *inputs), torch.enable_grad(), enable_python_dispatcher():
             leaves = _as_leaves(inputs, needs)
             return tuple(out.requires_grad for out in self.forward(n, *leaves))
 
@@ -185,10 +199,8 @@ class Body:
             chunks: the numbers of rows that it will be run on.
         """
 
-        def build(hint: int | None) -> CompiledBody:
-            with self._fakes(hint) as (n, inputs):
-                gm = self._trace(self.forward, n, *inputs)
-                return CompiledBody(self._compile(gm, n, *inputs), n)
+        def build(n: Any, *inputs: torch.Tensor) -> CompiledBody:
+            return self._compile(self._trace(self.forward, n, *inputs), None, n, *inputs)
 
         return self._once("forward", chunks, build)
 
@@ -203,35 +215,29 @@ class Body:
             tangents: which outputs have a tangent.
         """
 
-        def build(hint: int | None) -> CompiledBody:
-            with self._fakes(hint) as (n, inputs):
-                given = [
-                    self._output_fake(meta, n)
-                    for meta, has in zip(self.outputs, tangents, strict=True)
-                    if has
-                ]
-                gradient = functools.partial(self._gradient, needs, tangents)
-                return self._compile_gradient(gradient, needs, 0, n, *inputs, *given)
+        def build(n: Any, *inputs: torch.Tensor) -> CompiledBody:
+            given = [
+                self._output_fake(meta, n) for meta, has in zip(self.outputs, tangents, strict=True) if has
+            ]
+            gradient = functools.partial(self._gradient, needs, tangents)
+            return self._compile_gradient(gradient, needs, 0, n, *inputs, *given)
 
         return self._once(("backward", tuple(needs), tuple(tangents)), chunks, build)
 
     def compiled_with_grad(self, chunks: Collection[int], needs: Sequence[bool], output: int) -> CompiledBody:
         """Forward outputs, then the gradients of the scalar ``outputs[output]``, as one body."""
 
-        def build(hint: int | None) -> CompiledBody:
-            with self._fakes(hint) as (n, inputs):
-                gradient = functools.partial(self._forward_and_gradient, needs, output)
-                return self._compile_gradient(gradient, needs, len(self.outputs), n, *inputs)
+        def build(n: Any, *inputs: torch.Tensor) -> CompiledBody:
+            gradient = functools.partial(self._forward_and_gradient, needs, output)
+            return self._compile_gradient(gradient, needs, len(self.outputs), n, *inputs)
 
         return self._once(("with_grad", tuple(needs), output), chunks, build)
 
-    def _once(
-        self, key: Any, chunks: Collection[int], build: Callable[[int | None], CompiledBody]
-    ) -> CompiledBody:
+    def _once(self, key: Any, chunks: Collection[int], build: Callable[..., CompiledBody]) -> CompiledBody:
         """Code that takes all these numbers of rows, compiled if there is none.
 
         Args:
-            build: compiles it for numbers near the hint that it gets, or usual ones.
+            build: compiles it from fakes of a number of rows, rows and shared inputs.
 
         Raises:
             RuntimeError: if Inductor assumes something of that number that does not hold for all of these.
@@ -245,16 +251,21 @@ class Body:
             for compiled in filter(takes, known):
                 return compiled
             for hint in [max(chunks)] if known else [None, max(chunks)]:
-                with outside_of_kernels():
-                    known.append(build(hint))
+                with outside_of_kernels(), self._fakes(hint) as fakes:
+                    known.append(build(*fakes))
                 if takes(known[-1]):
                     return known[-1]
         raise RuntimeError(f"the code of a body does not hold for chunks of {sorted(chunks)} rows")
 
     # Tracing
 
-    def _fakes(self, hint: int | None) -> _Fakes:
-        return _Fakes(self.rows, self.shared, Folder(1, self._avoid, hint))
+    @contextlib.contextmanager
+    def _fakes(self, hint: int | None = None) -> Iterator[list[Any]]:
+        """Fake inputs in a mode of their own, which is active meanwhile: the number of rows comes first."""
+        folder = Folder(1, self._avoid, hint)
+        with folder.mode:
+            rows = [meta.empty(folder.n) for meta in self.rows]
+            yield [folder.n, *rows, *(meta.empty() for meta in self.shared)]
 
     def _output_fake(self, meta: OutputMeta, n: Any) -> torch.Tensor:
         shape = meta.shape if meta.is_sum else (n, *meta.shape)
@@ -285,8 +296,11 @@ class Body:
         gm.recompile()
         return gm
 
-    def _compile(self, gm: fx.GraphModule, *inputs: Any) -> Compiled:
-        return compile_body(gm, inputs, self.config.inner, dict(self.config.inductor))
+    def _compile(
+        self, gm: fx.GraphModule, plan: GradientPlan | None, n: torch.SymInt, *inputs: torch.Tensor
+    ) -> CompiledBody:
+        run = compile_body(gm, (n, *inputs), self.config.inner, dict(self.config.inductor))
+        return CompiledBody(run, RowGuards(n), plan)
 
     def _compile_gradient(
         self, function: Any, needs: Sequence[bool], kept: int, *inputs: Any
@@ -300,24 +314,7 @@ class Body:
             if need
         ]
         terms = _split_into_terms(gm, kept + row_grads, wide)
-        return CompiledBody(self._compile(gm, *inputs), inputs[0], GradientPlan(kept, terms))
-
-
-class _Fakes:
-    """Fake inputs of a body in a mode of their own."""
-
-    def __init__(self, rows: Sequence[TensorMeta], shared: Sequence[TensorMeta], folder: Folder) -> None:
-        self._rows, self._shared = rows, shared
-        self._folder = folder
-
-    def __enter__(self) -> tuple[Any, list[torch.Tensor]]:
-        self._folder.mode.__enter__()
-        n = self._folder.n
-        rows = [meta.empty(n) for meta in self._rows]
-        return n, rows + [meta.empty() for meta in self._shared]
-
-    def __exit__(self, *error: Any) -> None:
-        self._folder.mode.__exit__(*error)
+        return self._compile(gm, GradientPlan(kept, terms), *inputs)
 
 
 def _as_leaves(inputs: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor]:
@@ -628,18 +625,6 @@ def _check_guards(folder: Folder) -> None:
     guards = RowGuards(folder.n)
     for failed in (guard for rows in _SAMPLE_ROWS for guard in guards.failed(rows)):
         raise Refusal(f"depends on the number of rows ({failed})")
-
-
-class RowGuards:
-    """What a shape environment has assumed of a symbolic number of rows so far."""
-
-    def __init__(self, n: Any) -> None:
-        self._symbol = n.node._expr  # not ``expr``, which is a number where a guard says which
-        self._guards = [guard.expr for guard in n.node.shape_env.guards]
-
-    def failed(self, rows: int) -> list[Any]:
-        """The guards that do not hold for a number of rows."""
-        return [guard for guard in self._guards if guard.subs(self._symbol, rows) is sympy.false]
 
 
 def body_text(traced: Body) -> str:

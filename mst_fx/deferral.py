@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from mst_fx.graph import attribute
-from mst_fx.logits import deferred_logits
+from mst_fx.logits import Source, deferred_logits
 from mst_fx.port import joined_to_port
 
 
@@ -124,4 +124,4 @@ def _deferred(
     if any(u and seen for u, seen in zip(unknown, is_seen, strict=True)):
         return deferral.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
     like = torch.empty(shape, dtype=deferral.dtype, device="meta")
-    return deferred_logits(deferral.compute, inputs, deferral.rows, like, deferral.device)
+    return deferred_logits(Source(deferral.compute, inputs, deferral.rows, like, deferral.device))

@@ -138,7 +138,7 @@ class _Hooks(OrderedDict[int, Callable[[Tensor], Tensor | None]]):
         return grad
 
 
-class _Source:
+class Source:
     """What deferred logits, their slices and their casts are computed from.
 
     Args:
@@ -284,7 +284,7 @@ class DeferredLogits(torch.Tensor):
             logits would be others than those the loss was computed from.
     """
 
-    _source: _Source
+    _source: Source
     _parent: DeferredLogits | None
     _step: Step | None
     _like: Tensor
@@ -506,7 +506,7 @@ def _is_strided(leaf: Any) -> bool:
 # Autograd
 
 
-def _lazy(source: _Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
+def _lazy(source: Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
     self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
         DeferredLogits, like.shape, dtype=like.dtype, device=source.device
     )
@@ -526,7 +526,7 @@ class _First(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, source: _Source, *inputs: Any) -> DeferredLogits:
+    def forward(ctx: Any, source: Source, *inputs: Any) -> DeferredLogits:
         ctx.source = source
         return _lazy(source, None, None, source.like)
 
@@ -595,15 +595,8 @@ def _tell(place: str) -> None:
         log.info("deferred logits are computed for %s", place)
 
 
-def deferred_logits(
-    compute: Callable[..., Tensor],
-    inputs: Sequence[Any],
-    rows: Sequence[bool] | None,
-    like: Tensor,
-    device: torch.device,
-) -> DeferredLogits:
-    """Logits that are not computed yet; the arguments are those of :class:`_Source`."""
-    source = _Source(compute, inputs, rows, like, device)
-    logits: DeferredLogits = _First.apply(source, *inputs)  # type: ignore[no-untyped-call]
+def deferred_logits(source: Source) -> DeferredLogits:
+    """Logits that are not computed yet."""
+    logits: DeferredLogits = _First.apply(source, *source.inputs)  # type: ignore[no-untyped-call]
     logits._node = logits.grad_fn
     return logits

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -158,20 +159,17 @@ def main() -> None:
     if arguments.cpu:
         arguments.model, arguments.seq, arguments.chunks = ["tiny"], [2048], [128, 512, 2048]
     curves = []
-    for model in arguments.model:
-        for level in arguments.level:
-            for seq in arguments.seq:
-                case = Case(level=level, model=model, layers=1, seq=seq, device=device)
-                points = sweep(case, arguments.chunks, arguments.rounds, arguments.steps)
-                curves.append((case, points))
-                print(table(case, points), flush=True)
-                results = [
-                    {**dataclasses.asdict(case), "points": list(map(dataclasses.asdict, points))}
-                    for case, points in curves
-                ]
-                write_results(
-                    arguments.out, arguments.name, results, "\n\n".join(table(*curve) for curve in curves)
-                )
+    for model, level, seq in itertools.product(arguments.model, arguments.level, arguments.seq):
+        case = Case(level=level, model=model, layers=1, seq=seq, device=device)
+        points = sweep(case, arguments.chunks, arguments.rounds, arguments.steps)
+        curves.append((case, points))
+        print(table(case, points), flush=True)
+        results = [
+            {**dataclasses.asdict(case), "points": list(map(dataclasses.asdict, points))}
+            for case, points in curves
+        ]
+        tables = "\n\n".join(table(*curve) for curve in curves)
+        write_results(arguments.out, arguments.name, results, tables)
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     draw(curves, arguments.out / f"{arguments.name}.png", f"{arguments.title}, {gpu}")
 
