@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.compiler import Compiled, compile_body, outside_of_kernels
 from mst_fx.decompositions import add_up_labels, body_decompositions
-from mst_fx.errors import Refusal
+from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, static_sizes
 from mst_fx.graph import SIXTEEN_BITS, sum_dtype, tensor_value, tensors_of, value
 from mst_fx.region import Region
@@ -527,8 +527,10 @@ def _signature(analysis: RowAnalysis, region: Region, config: BodyConfig) -> str
 
 def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> Body:
     contexts = {analysis.contexts[node] for node in region.nodes}
+    if len({context.autocast for context in contexts}) > 1:
+        raise Refusal("lies in different autocast regions", Cause.AUTOCAST)
     if len(contexts) > 1:
-        raise Refusal("lies in different autocast regions")
+        raise Refusal("lies partly under no_grad", Cause.NO_GRAD)
     (context,) = contexts
     sizes = static_sizes([*region.nodes, *(i.node for i in region.inputs)])
     folder = Folder(analysis.rows, sizes)

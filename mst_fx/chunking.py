@@ -11,7 +11,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
-from mst_fx.errors import Refusal
+from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import RowAnalysis, State, products_of_unknown_rows, row_counts
 from mst_fx.graph import hint, module_path, tensor_value
 from mst_fx.options import Options
@@ -88,17 +88,17 @@ class PassContext:
 
     def refuse_all(self, refusals: Iterable[Refused]) -> None:
         for refused in refusals:
-            self.refuse(refused.kind, refused.name, refused.reason)
+            self.refuse(refused.kind, refused.name, refused.reason, refused.cause)
 
-    def refuse(self, kind: str, name: str, reason: str) -> None:
+    def refuse(self, kind: str, name: str, reason: str, cause: Cause = Cause.UNPROVED) -> None:
         """Notes a refusal.
 
         Raises:
             Refusal: with ``strict=True``.
         """
         if self.options.strict:
-            raise Refusal(f"{kind} {name}: {reason}")
-        self.report.refusals.append(Refused(kind, name, reason))
+            raise Refusal(f"{kind} {name}: {reason}", cause)
+        self.report.refusals.append(Refused(kind, name, reason, cause))
 
 
 def chunk_regions(
@@ -127,7 +127,7 @@ def chunk_regions(
         try:
             renamed |= _chunk(context, analysis, region, kind, plan, defers)
         except Refusal as refusal:
-            context.refuse(kind, region.name, str(refusal))
+            context.refuse(kind, region.name, str(refusal), refusal.cause)
             continue
         replaced.add(region.seed)
     return replaced
@@ -201,6 +201,7 @@ def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
                 name,
                 f"{node.name} ({target_name(node)}) multiplies rows with the weights of their experts, "
                 "and the routing is not proved row-wise",
+                Cause.EXPERTS,
             )
 
 
@@ -213,7 +214,8 @@ def refuse_unknown_rows(context: PassContext) -> None:
         if source is None or out is None or out.shape[-1] <= source.shape[-1] or name in names:
             continue
         names.add(name)
-        context.refuse("mlp", name, f"{node.name} ({target_name(node)}) has as many rows as its data say")
+        reason = f"{node.name} ({target_name(node)}) has as many rows as its data say"
+        context.refuse("mlp", name, reason, Cause.UNKNOWN_ROWS)
 
 
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
@@ -226,7 +228,8 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
         if state.rowwise or not state.rows or out is None or not fakes or fakes[0] is None:
             continue
         if out.ndim == fakes[0].ndim and hint(out.shape[-1]) > hint(fakes[0].shape[-1]):
-            context.refuse("mlp", module_path(node) or node.name, f"{node.name} ({state.reason})")
+            name = module_path(node) or node.name
+            context.refuse("mlp", name, f"{node.name} ({state.reason})", Cause.OPAQUE)
 
 
 def blocked(analysis: RowAnalysis, others: list[fx.Node], kind: str) -> list[Refused]:
@@ -244,5 +247,5 @@ def blocked(analysis: RowAnalysis, others: list[fx.Node], kind: str) -> list[Ref
             continue
         region = RegionFinder(analysis).grow(seed)
         name = region.name if region is not None else seed.name
-        found[Refused(kind, name, end.reason)] = None
+        found[Refused(kind, name, end.reason, end.cause)] = None
     return list(found)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from torch._dynamo.eval_frame import OptimizedModule
 
 from mst_fx import logits
+from mst_fx.errors import Cause
 from mst_fx.facts import watching
-from mst_fx.region import IS_OUTPUT
 from mst_fx.report import Facts, Finding, Report
 
 Check = Callable[[Report], Finding | None]
@@ -162,7 +162,7 @@ def _eager_experts(report: Report) -> Finding | None:
 
 
 def _grouped_experts(report: Report) -> Finding | None:
-    names = [r.name for r in report.refusals if "weights of their experts" in r.reason]
+    names = [r.name for r in report.refusals if r.cause is Cause.EXPERTS]
     if not names:
         return None
     return Finding(
@@ -198,7 +198,7 @@ def _sharded(report: Report) -> Finding | None:
 
 def _heads_of_outputs(report: Report) -> list[str]:
     """The heads that were refused because their logits are an output."""
-    return [r.name for r in report.refusals if r.kind == "vocab" and r.reason == IS_OUTPUT]
+    return [r.name for r in report.refusals if r.kind == "vocab" and r.cause is Cause.IS_OUTPUT]
 
 
 def _is_ddp(facts: Facts) -> bool:

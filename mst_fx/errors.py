@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import enum
+
 
 class OptionError(ValueError):
     """A user's option is unknown or has a value of the wrong kind."""
+
+
+class Cause(str, enum.Enum):
+    """Why a place was left as it was. Code asks for this; the reason beside it is for people."""
+
+    UNPROVED = "unproved"  # an operator mixes tokens, or has no row-wise rule
+    WRITTEN = "written-in-place"
+    NO_GRAD = "no-grad"  # a part runs under no_grad, another does not
+    AUTOCAST = "autocast"  # parts lie in different autocast regions
+    OPAQUE = "opaque"  # no rule can look inside: a sub-graph, a module, an operator of another library
+    NOT_PLAIN = "not-plain"  # a value is no plain tensor: a DTensor, a vmapped or sparse one
+    EXPERTS = "experts"  # rows are multiplied with the weights of their experts
+    UNKNOWN_ROWS = "unknown-rows"  # data decide how many rows there are
+    IS_OUTPUT = "is-output"  # the wide result is an output of the graph
+    MASK_INPUT = "mask-input"  # the mask of attention is an input of the graph, made outside of it
+    MASK = "mask"  # the mask of attention is not understood
+    SCORES = "scores"  # attention that is not recognised
+    DEFECT = "defect"  # an exception of ours
 
 
 class Refusal(Exception):
@@ -13,4 +33,12 @@ class Refusal(Exception):
     Raised by analysis and passes, caught by the pass runner (:mod:`mst_fx.pipeline`) and by
     nobody else, except where a refusal about one node is a fact of the analysis. With
     ``strict=True`` it reaches the user.
+
+    Args:
+        reason: in words that name the node.
+        cause: the kind of reason.
     """
+
+    def __init__(self, reason: str, cause: Cause = Cause.UNPROVED) -> None:
+        super().__init__(reason)
+        self.cause = cause

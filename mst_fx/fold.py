@@ -33,7 +33,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mst_fx.errors import Refusal
+from mst_fx.errors import Cause, Refusal
 from mst_fx.graph import call, hint, is_known, is_plain, row_bytes, subgraphs, tensor_value, tensors_of, value
 from mst_fx.rows import SUMMED, Matmul, Row, RowTracer, is_same_size
 
@@ -76,7 +76,7 @@ class State:
     """What the analysis knows of a node.
 
     Attributes:
-        rowwise: the node may be part of a region; otherwise ``reason`` says why not.
+        rowwise: the node may be part of a region; otherwise ``reason`` and ``cause`` say why not.
         rows: the node's value holds the rows, so a region may take it as a row input.
         summed: the value is a sum over rows.
         constant: the value is computed from weights and constants alone.
@@ -89,6 +89,7 @@ class State:
     summed: bool = False
     constant: bool = False
     reason: str = ""
+    cause: Cause = Cause.UNPROVED
     roles: dict[fx.Node, Role] = dataclasses.field(default_factory=dict)
     matmuls: list[Matmul] = dataclasses.field(default_factory=list)
 
@@ -271,7 +272,7 @@ class RowAnalysis:
         try:
             self._check(node)
         except Refusal as refusal:
-            return self._source(node, str(refusal))
+            return self._source(node, str(refusal), cause=refusal.cause)
         roles = {n: "row" if self.states[n].rows else "shared" for n in operands}
         first: State | None = None
         for flip in self._flips(operands):
@@ -280,7 +281,7 @@ class RowAnalysis:
                 return state
             first = first or state
         assert first is not None
-        return self._source(node, first.reason)
+        return self._source(node, first.reason, cause=first.cause)
 
     def _flips(self, operands: list[fx.Node]) -> list[dict[fx.Node, Role]]:
         """Other readings of operands that could be rows or shared, in the order they are tried."""
@@ -291,17 +292,17 @@ class RowAnalysis:
     def _check(self, node: fx.Node) -> None:
         """Refuses nodes that no operator rule sees as they are."""
         if node.op == "call_module":
-            raise Refusal(f"module {node.target} is opaque")
+            raise Refusal(f"module {node.target} is opaque", Cause.OPAQUE)
         if any(n.target in self._subgraphs for n in node.all_input_nodes if n.op == "get_attr"):
-            raise Refusal(f"{node.target} calls a sub-graph")
+            raise Refusal(f"{node.target} calls a sub-graph", Cause.OPAQUE)
         for n in (node, *node.all_input_nodes):
             for fake in tensors_of(n):
                 if not is_plain(fake):
-                    raise Refusal(f"{n.name} is a {_type_name(fake)}")
+                    raise Refusal(f"{n.name} is a {_type_name(fake)}", Cause.NOT_PLAIN)
                 if fake.untyped_storage()._cdata in self._mutated:
-                    raise Refusal(f"{n.name} is written to in place")
+                    raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
         if not self.contexts[node].grad and torch.is_grad_enabled():
-            raise Refusal("runs under no_grad")
+            raise Refusal("runs under no_grad", Cause.NO_GRAD)
 
     def _run_known(self, node: fx.Node, roles: dict[fx.Node, Role]) -> State:
         """:meth:`_run`, once for nodes of equal content."""
@@ -315,7 +316,7 @@ class RowAnalysis:
             try:
                 self._known[key] = self._run(node, roles)
             except Refusal as refusal:
-                self._known[key] = State(reason=str(refusal))
+                self._known[key] = State(reason=str(refusal), cause=refusal.cause)
             if not isinstance(self.folder.n.node.expr, sympy.Symbol):
                 # The node fixed the number of rows: its result is void, and so is the stand-in.
                 self._known[key] = State(reason="depends on the number of rows")
@@ -364,13 +365,16 @@ class RowAnalysis:
             raise Refusal("gives rows and sums at once")
         return summed.pop()
 
-    def _source(self, node: fx.Node, reason: str, constant: bool = False) -> State:
+    def _source(
+        self, node: fx.Node, reason: str, constant: bool = False, cause: Cause = Cause.UNPROVED
+    ) -> State:
         """The state of a node no region contains; its value may still be a region's row input.
 
         A constant (a weight, a table of positions) that happens to have as many entries as there
         are rows is read whole, unless only reading its rows works.
         """
-        return State(reason=reason, rows=not constant and self._has_rows(node), constant=constant)
+        rows = not constant and self._has_rows(node)
+        return State(reason=reason, cause=cause, rows=rows, constant=constant)
 
     def _has_rows(self, node: fx.Node) -> bool:
         fake = tensor_value(node)

@@ -19,7 +19,7 @@ from mst_fx.compiler import mode_patches
 from mst_fx.defer import defer_all
 from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
-from mst_fx.errors import Refusal
+from mst_fx.errors import Cause, Refusal
 from mst_fx.facts import observe
 from mst_fx.fold import eliminate_dead_code
 from mst_fx.graph import VALUE, copy_tree, fill_values, is_graph, subgraphs, value
@@ -105,7 +105,7 @@ def run_passes(
     except Exception as error:
         if options.strict:
             raise
-        report = Report(graphs=1, refusals=[Refused("graph", "", _defect("everything", error))])
+        report = Report(graphs=1, refusals=[Refused("graph", "", _defect("everything", error), Cause.DEFECT)])
     if report.rewrites:
         report.before.append(_text(gm))
         report.after.append(_text(new))
@@ -213,12 +213,14 @@ class _Runner:
             except Refusal as refusal:
                 if self.options.strict:
                     raise
-                self.report.refusals.append(Refused(name, "", str(refusal)))
+                self.report.refusals.append(Refused(name, "", str(refusal), refusal.cause))
                 continue
             except Exception as error:
                 if self.options.strict:
                     raise
-                self.report.refusals.append(Refused(name, "", _defect(f"the {name} pass", error)))
+                self.report.refusals.append(
+                    Refused(name, "", _defect(f"the {name} pass", error), Cause.DEFECT)
+                )
                 continue
             seconds = time.perf_counter() - start
             log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), seconds)

@@ -16,6 +16,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from mst_fx.errors import Cause
 from mst_fx.fold import Operand, RowAnalysis, bytes_a_row
 from mst_fx.graph import common_path, hint, module_path, tensor_value, tensors_of
 
@@ -284,9 +285,6 @@ def _detours(
     return reached & chosen
 
 
-IS_OUTPUT = "the wide result is an output of the graph"
-
-
 @dataclasses.dataclass(frozen=True)
 class Frontier:
     """Where the wide result of a seed that is no bulge gets out.
@@ -294,6 +292,7 @@ class Frontier:
     Attributes:
         blocker: the first consumer that is not row-wise; None if there is none.
         reason: why not, in words that name it.
+        cause: the kind of reason.
         is_output: the wide result is an output of the graph.
         to_attention: the blocker feeds attention, which mixes tokens by its nature.
         to_loss: the blocker ends in less than a row's worth of values.
@@ -301,6 +300,7 @@ class Frontier:
 
     blocker: fx.Node | None
     reason: str
+    cause: Cause
     is_output: bool
     to_attention: bool
     to_loss: bool
@@ -328,15 +328,16 @@ def frontier(analysis: RowAnalysis, seed: fx.Node) -> Frontier:
                 total = user
             elif not state.rowwise and tensors_of(user):
                 comes_back = any(map(is_wide, user.users))
-                return _blocked(analysis, user, state.reason, is_output, comes_back)
+                return _blocked(analysis, user, state.reason, state.cause, is_output, comes_back)
     if total is not None and not is_output:
         reason = "sums over rows, and the inside needs the sum"
-        return _blocked(analysis, total, reason, is_output, comes_back=True)
-    return Frontier(None, IS_OUTPUT, is_output, False, False)
+        return _blocked(analysis, total, reason, Cause.UNPROVED, is_output, comes_back=True)
+    reason = "the wide result is an output of the graph"
+    return Frontier(None, reason, Cause.IS_OUTPUT, is_output, False, False)
 
 
 def _blocked(
-    analysis: RowAnalysis, blocker: fx.Node, reason: str, is_output: bool, comes_back: bool
+    analysis: RowAnalysis, blocker: fx.Node, reason: str, cause: Cause, is_output: bool, comes_back: bool
 ) -> Frontier:
     reader = _first_computing(blocker)
     text = f"{blocker.name} ({target_name(blocker)}) {reason}"
@@ -346,6 +347,7 @@ def _blocked(
     return Frontier(
         blocker=blocker,
         reason=text,
+        cause=cause,
         is_output=is_output,
         to_attention=any(part in target_name(reader) for part in ("attention", "flex")),
         to_loss=(hint(count) <= hint(analysis.rows) and not comes_back)

@@ -7,6 +7,8 @@ import difflib
 import json
 from typing import Any
 
+from mst_fx.errors import Cause
+
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
@@ -47,11 +49,18 @@ class Rewrite:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A place that looked like a bulge and was left as it was."""
+    """A place that looked like a bulge and was left as it was.
+
+    Attributes:
+        kind, name: as of a :class:`Rewrite`.
+        reason: why, in words that name the node.
+        cause: the kind of reason, for code.
+    """
 
     kind: str
     name: str
     reason: str
+    cause: Cause = Cause.UNPROVED
 
 
 @dataclasses.dataclass(frozen=True)

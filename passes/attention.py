@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_map_only
 from mst_fx import attention as _ops  # noqa: F401  (registers them)
 from mst_fx.chunking import PassContext
 from mst_fx.compiler import real_tensors
-from mst_fx.errors import Refusal
+from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import (
     eliminate_dead_code,
     expression,
@@ -104,7 +104,7 @@ def run(context: PassContext) -> None:
         try:
             understood = _understand(context, site, mutated)
         except Refusal as refusal:
-            context.refuse("attention", name, str(refusal))
+            context.refuse("attention", name, str(refusal), refusal.cause)
             continue
         if understood is not None:
             found.append(understood)
@@ -129,9 +129,8 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
             least = plan_attention(fake.device.type, context.options.attention_chunk_rows)
             if min(hint(fake.shape[2]), hint(fake.shape[3])) > least:
                 name = module_path(node) or node.name
-                context.refuse(
-                    "attention", name, f"{node.name}: softmax of scores, but no attention known here"
-                )
+                reason = f"{node.name}: softmax of scores, but no attention known here"
+                context.refuse("attention", name, reason, Cause.SCORES)
 
 
 # What its mask says

@@ -34,10 +34,11 @@ from torch import fx
 
 from mst_fx.canonical import CLONE_OF, hoist_row_slices, make_functional, sum_losses
 from mst_fx.chunking import LOGITS_START, PassContext, blocked, chunk_regions, rows_of
+from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
 from mst_fx.graph import tensor_value
 from mst_fx.plan import plan_vocab
-from mst_fx.region import IS_OUTPUT, Region, RegionFinder
+from mst_fx.region import Region, RegionFinder
 from mst_fx.report import Refused, Rewrite
 
 
@@ -64,7 +65,7 @@ def run(context: PassContext) -> None:
             _defer_alone(context, analysis, free)
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
-    context.refuse_all(r for r in refusals if not (r.reason == IS_OUTPUT and r.name in done_for))
+    context.refuse_all(r for r in refusals if not (r.cause is Cause.IS_OUTPUT and r.name in done_for))
 
 
 def _deferrable(context: PassContext) -> set[fx.Node]:
