@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.fold import autocast_contexts, contexts, writes_in_place
-from mst_fx.graph import add_call, sum_dtype, tensor_value
+from mst_fx.fold import autocast_contexts, contexts, outside_transforms, writes_in_place
+from mst_fx.graph import add_call, storage_key, sum_dtype, tensor_value
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def _is_barrier(node: fx.Node) -> bool:
 
 def make_functional(graph: fx.Graph) -> None:
     """Replaces writes in place by new values where nobody else can see the written tensor."""
-    for node in list(graph.nodes):
+    for node in outside_transforms(graph):
         target = _OUT_OF_PLACE.get(node.target)
         if target is not None and _is_unseen_write(node):
             with graph.inserting_before(node):
@@ -108,7 +108,8 @@ def _shares_storage(fake: torch.Tensor, node: fx.Node) -> bool:
     source = tensor_value(node)
     if source is None:  # a tuple, whose members the written tensor may be a view of
         return True
-    return bool(fake.untyped_storage()._cdata == source.untyped_storage()._cdata)
+    key = storage_key(fake)
+    return key is None or key == storage_key(source)
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:
@@ -126,7 +127,7 @@ def sum_losses(graph: fx.Graph) -> None:
     chunks divided once is the mean. All rows ignored gives 0 / 0 = NaN, as in eager.
     """
     modes = contexts(graph)
-    for node in list(graph.nodes):
+    for node in outside_transforms(graph):
         with autocast_contexts(modes[node].autocast):  # which decide the types of the values made here
             new = _as_sum(graph, node)
         if new is not None:
@@ -292,7 +293,7 @@ def hoist_row_slices(graph: fx.Graph) -> None:
     the sliced rows of ``x``, for this use of the logits only.
     """
     modes = contexts(graph)
-    for node in list(graph.nodes):
+    for node in outside_transforms(graph):
         if node.target is operator.getitem and (chain := _sliced_chain(node)):
             head, index = chain[-1], node.args[1]
             assert isinstance(index, tuple)

@@ -12,12 +12,20 @@ from torch._ops import OpOverload
 
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import RowAnalysis, State, products_of_unknown_rows, row_counts
+from mst_fx.fold import RowAnalysis, State, outside_transforms, products_of_unknown_rows, row_counts
 from mst_fx.graph import hint, module_path, tensor_value
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.plan import Plan
-from mst_fx.region import Region, RegionFinder, expert_matmuls, frontier, seeds, target_name
+from mst_fx.region import (
+    Region,
+    RegionFinder,
+    expert_matmuls,
+    frontier,
+    is_matmul_name,
+    seeds,
+    target_name,
+)
 from mst_fx.report import Fit, Refused, Report, Rewrite
 
 log = logging.getLogger("mst_fx")
@@ -78,6 +86,8 @@ class PassContext:
         for seed in seeds(analysis):
             region = finder.grow(seed)
             if region is None:
+                if not analysis.states[seed].rowwise:  # a fault of ours
+                    others.append(seed)
                 continue
             if region.is_bulge:
                 finder.take(region)
@@ -216,6 +226,21 @@ def refuse_unknown_rows(context: PassContext) -> None:
         names.add(name)
         reason = f"{node.name} ({target_name(node)}) has as many rows as its data say"
         context.refuse("mlp", name, reason, Cause.UNKNOWN_ROWS)
+
+
+def refuse_transformed(context: PassContext) -> None:
+    """Notes matmuls that widen rows inside of ``torch.vmap``, ``torch.func.grad`` and the like."""
+    graph, names = context.gm.graph, set()
+    outside = set(outside_transforms(graph))
+    for node in (node for node in graph.nodes if node not in outside):
+        out, name = tensor_value(node), module_path(node) or node.name
+        source = tensor_value(node.all_input_nodes[0]) if node.all_input_nodes else None
+        if not is_matmul_name(node) or out is None or source is None or not out.ndim or name in names:
+            continue
+        if source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
+            names.add(name)
+            reason = f"{node.name} ({target_name(node)}) lies inside of a torch.func transform"
+            context.refuse("mlp", name, reason, Cause.NOT_PLAIN)
 
 
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:

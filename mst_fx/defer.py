@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mst_fx.chunking import LOGITS_START
 from mst_fx.deferral import Deferral, Origin
 from mst_fx.errors import Refusal
-from mst_fx.fold import Context, RowAnalysis, contexts, expression, static_sizes
+from mst_fx.fold import Context, RowAnalysis, contexts, expression, outside_transforms, static_sizes
 from mst_fx.graph import VALUE, hint, is_graph, tensor_value, value
 from mst_fx.port import new_port
 
@@ -219,7 +219,7 @@ def _only_for(logits: fx.Node, deferred: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes whose values reach nothing but the logits, and outputs that are taken out like them, back to
     where the logits start."""
     chain = {logits}
-    for node in reversed(list(logits.graph.nodes)):
+    for node in reversed(outside_transforms(logits.graph)):
         users = {user for user in node.users if user.op != "output" or node not in deferred}
         is_call = node.op in ("call_function", "call_method") and users
         if is_call and all(user in chain and LOGITS_START not in user.meta for user in users):

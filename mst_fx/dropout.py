@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mst_fx.fold import dropout_probability, expression
+from mst_fx.fold import dropout_probability, expression, outside_transforms
 from mst_fx.graph import add_call, fake_mode_of, is_plain, tensor_value, value
 
 _BITS = 32
@@ -90,7 +90,8 @@ class SeededDropouts:
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._sizes: dict[Any, fx.Node | None] = {}
-        self._seeded = [found for node in list(graph.nodes) if (found := self._exchange(node)) is not None]
+        nodes = outside_transforms(graph)
+        self._seeded = [found for node in nodes if (found := self._exchange(node)) is not None]
 
     def _exchange(self, node: fx.Node) -> _Seeded | None:
         p = dropout_probability(node)

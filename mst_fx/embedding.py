@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from mst_fx.fold import outside_transforms
 from mst_fx.graph import SIXTEEN_BITS, add_call, tensor_value
 
 
@@ -59,7 +60,7 @@ embedding.register_autograd(_backward, setup_context=_setup)
 
 def keep_embeddings_whole(graph: fx.Graph) -> None:
     """Exchanges the trained 16-bit embeddings of a graph."""
-    for node in list(graph.nodes):
+    for node in outside_transforms(graph):
         if node.target is not F.embedding or len(node.args) < 2:
             continue
         indices, weight = node.args[:2]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.graph import called_graph, hint, tensors_of
+from mst_fx.graph import called_graph, hint, is_plain, storage_key, tensors_of
 from mst_fx.report import Memory
 
 # Parts of names of operators whose backward pass needs neither their operands nor their results.
@@ -142,7 +142,8 @@ def _storages(node: fx.Node) -> dict[int, int]:
     """The storages behind the tensors of a node, with their bytes (those of a view, where it is all there is)."""
     found: dict[int, int] = {}
     for tensor in tensors_of(node):
-        key = tensor.untyped_storage()._cdata if _has_storage(tensor) else id(tensor)
+        key = storage_key(tensor) if is_plain(tensor) else None
+        key = id(tensor) if key is None else key
         count = tensor.numel()
         is_known = not isinstance(count, torch.SymInt) or count.node.hint is not None
         found[key] = hint(count) * tensor.element_size() if is_known else 0
@@ -153,11 +154,8 @@ def _weight_gradients(node: fx.Node) -> set[int]:
     """The storages of a loop's results that are gradients of what all its chunks share."""
     shared: Any = node.args[1]
     shapes = [tensor.shape for operand in shared for tensor in tensors_of(operand)]
-    return {t.untyped_storage()._cdata for t in tensors_of(node) if t.ndim and t.shape in shapes}
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    return type(tensor).__name__ != "DTensor" and tensor.layout == torch.strided
+    found = {storage_key(t) for t in tensors_of(node) if t.ndim and t.shape in shapes}
+    return {key for key in found if key is not None}
 
 
 def _name(node: fx.Node) -> str:

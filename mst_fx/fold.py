@@ -33,11 +33,25 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mst_fx.effects import has_effects, level_change
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph import call, hint, is_known, is_plain, row_bytes, subgraphs, tensor_value, tensors_of, value
+from mst_fx.graph import (
+    call,
+    hint,
+    is_known,
+    is_plain,
+    row_bytes,
+    storage_key,
+    storage_keys,
+    subgraphs,
+    tensor_value,
+    tensors_of,
+    value,
+)
 from mst_fx.rows import SUMMED, Matmul, Row, RowTracer, is_same_size
 
 aten = torch.ops.aten
+log = logging.getLogger("mst_fx")
 
 # Stands for the number of rows while tracing: a prime that no size of the region equals.
 _ROW_HINTS = (2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099)
@@ -182,6 +196,8 @@ class Folder:
 
 def _type_name(tensor: torch.Tensor) -> str:
     kind = type(tensor).__name__
+    if type(tensor) is torch.Tensor and storage_key(tensor) is None:
+        return "tensor inside of a torch.func transform"
     return kind if kind != "FakeTensor" else f"{tensor.layout} tensor"
 
 
@@ -258,7 +274,15 @@ class RowAnalysis:
         self._known = {} if known is None else known
         with torch.no_grad(), enable_python_dispatcher(), _quiet():
             for node in gm.graph.nodes:
-                self.states[node] = self._analyse(node)
+                self.states[node] = self._analyse_alone(node)
+
+    def _analyse_alone(self, node: fx.Node) -> State:
+        """:meth:`_analyse`; an exception of ours costs this node, which is then opaque, and not the graph."""
+        try:
+            return self._analyse(node)
+        except Exception as error:
+            log.debug("the analysis of %s failed", node.name, exc_info=True)
+            return State(reason=f"could not be analysed: {error!r}", cause=Cause.DEFECT)
 
     def _analyse(self, node: fx.Node) -> State:
         if node.op in ("placeholder", "get_attr"):
@@ -299,8 +323,10 @@ class RowAnalysis:
             for fake in tensors_of(n):
                 if not is_plain(fake):
                     raise Refusal(f"{n.name} is a {_type_name(fake)}", Cause.NOT_PLAIN)
-                if fake.untyped_storage()._cdata in self._mutated:
+                if storage_key(fake) in self._mutated:
                     raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
+        if self.contexts[node].level:
+            raise Refusal("lies inside of a torch.func transform or of inference_mode", Cause.NOT_PLAIN)
         if not self.contexts[node].grad and torch.is_grad_enabled():
             raise Refusal("runs under no_grad", Cause.NO_GRAD)
 
@@ -428,6 +454,7 @@ class Context:
 
     autocast: tuple[tuple[Any, ...], ...]
     grad: bool
+    level: int = 0  # of torch.func transforms (vmap, grad, jvp): no region may begin, end or be put there
 
 
 def contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
@@ -441,8 +468,15 @@ def contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
             current = dataclasses.replace(current, autocast=current.autocast[:-1])
         elif node.target is torch._C._set_grad_enabled:
             current = dataclasses.replace(current, grad=bool(node.args[0]))
+        elif change := level_change(node):
+            current = dataclasses.replace(current, level=max(0, current.level + change))
         contexts[node] = current
     return contexts
+
+
+def outside_transforms(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes in no ``torch.func`` transform: all that a pass may touch."""
+    return [node for node, context in contexts(graph).items() if not context.level]
 
 
 _INPLACE_OPERATORS = {
@@ -467,6 +501,9 @@ def writes_in_place(node: fx.Node) -> bool:
     """Whether a node may write to one of its arguments."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        overloads = (getattr(node.target, name) for name in node.target.overloads())
+        return any(overload._schema.is_mutable for overload in overloads)
     if node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None:
         return True
     if node.kwargs.get("inplace"):
@@ -478,13 +515,14 @@ def writes_in_place(node: fx.Node) -> bool:
 
 
 def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Removes nodes without readers, but not those that write to an argument.
+    """Removes nodes without readers: not those that write to an argument or have effects, and none inside
+    of a ``torch.func`` transform, where a value is marked by passing through functions.
 
     ``fx.Graph.eliminate_dead_code`` takes a test of impurity, but goes on into sub-graphs (bodies of
     activation checkpoints) without it, and there removes ``scatter_`` and ``x[i] = y``.
     """
-    for node in reversed(list(graph.nodes)):
-        if not node.users and not node.is_impure() and not writes_in_place(node):
+    for node in reversed(outside_transforms(graph)):
+        if not node.users and not has_effects(node) and not writes_in_place(node):
             graph.erase_node(node)
 
 
@@ -494,10 +532,42 @@ def mutated_storages(graph: fx.Graph) -> set[int]:
     for node in graph.nodes:
         if not writes_in_place(node):
             continue
-        written = node.all_input_nodes[:1] if node.kwargs.get("out") is None else node.all_input_nodes
-        for operand in written:
-            storages |= {fake.untyped_storage()._cdata for fake in tensors_of(operand)}
+        for operand in _written(node):
+            storages |= storage_keys(operand)
+            if not all(map(is_plain, tensors_of(operand))):
+                storages |= _storages_behind(operand)
     return storages
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The operands that a node in place may write to."""
+    found: list[fx.Node] = []
+    if isinstance(node.target, torch._ops.OpOverload):
+        for index, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+                found += [leaf for leaf in tree_leaves(given) if isinstance(leaf, fx.Node)]
+        return found
+    if isinstance(node.target, torch._ops.OpOverloadPacket) or node.kwargs.get("out") is not None:
+        return node.all_input_nodes
+    found += [leaf for leaf in tree_leaves(node.args[:1]) if isinstance(leaf, fx.Node)]
+    return found or node.all_input_nodes[:1]
+
+
+def _storages_behind(node: fx.Node) -> set[int]:
+    """The storages of the plain tensors that a value that is none was made from, or that were made from it."""
+    found, seen, waiting = set(), {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        for other in (*current.all_input_nodes, *current.users):
+            if other in seen or other.op == "output":
+                continue
+            seen.add(other)
+            if all(map(is_plain, tensors_of(other))):
+                found |= storage_keys(other)
+            else:
+                waiting.append(other)
+    return found
 
 
 def _is_weight(node: fx.Node) -> bool:

@@ -66,7 +66,26 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a fake stands for an ordinary strided tensor (a DTensor's does not)."""
     plain_type = type(tensor) in (FakeTensor, torch.Tensor, torch.nn.Parameter)
-    return plain_type and tensor.layout == torch.strided and not tensor.is_quantized
+    return (
+        plain_type
+        and tensor.layout == torch.strided
+        and not (tensor.is_quantized or tensor.is_nested)
+        and storage_key(tensor) is not None
+    )
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """What tells a tensor's storage from others; None if it has none to show: values inside of ``torch.vmap``
+    and ``torch.func.grad``, sparse tensors, some subclasses."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def storage_keys(node: fx.Node) -> set[int]:
+    """The storages behind the tensors of a node that have one."""
+    return {key for fake in tensors_of(node) if (key := storage_key(fake)) is not None}
 
 
 def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
@@ -112,6 +131,16 @@ def called_graph(gm: torch.nn.Module, node: fx.Node) -> fx.GraphModule | None:
         return None
     found = attribute(gm, str(body.target))
     return found if isinstance(found, fx.GraphModule) else None
+
+
+def called_graphs(node: fx.Node) -> list[fx.GraphModule]:
+    """All sub-GraphModules that a node calls, as operands (higher-order operators) or by itself."""
+    gm = node.graph.owning_module
+    names = [operand.target for operand in node.all_input_nodes if operand.op == "get_attr"]
+    if node.op == "call_module":
+        names.append(node.target)
+    found = [attribute(gm, str(name)) for name in names] if gm is not None else []
+    return [each for each in found if isinstance(each, fx.GraphModule)]
 
 
 def add_call(graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:

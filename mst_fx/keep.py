@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from mst_fx.fold import writes_in_place
+from mst_fx.fold import outside_transforms, writes_in_place
 from mst_fx.graph import add_call, hint, tensor_value
 
 # A value that is read for so many times its elements is worth a buffer.
@@ -32,7 +32,7 @@ def _(x: Tensor) -> Tensor:
 
 def keep_waves(graph: fx.Graph) -> None:
     """Keeps the sines and cosines of a graph that are small beside what reads them, and have no gradient."""
-    for node in list(graph.nodes):
+    for node in outside_transforms(graph):
         fake = tensor_value(node)
         if node.target not in _WAVES or fake is None or fake.requires_grad:
             continue

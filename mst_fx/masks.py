@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from mst_fx.errors import Refusal
+from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import expression
-from mst_fx.graph import tensor_value, value
+from mst_fx.graph import is_plain, storage_key, tensor_value, value
 
 aten = torch.ops.aten
 
@@ -506,7 +506,9 @@ class Reader:
         fake = tensor_value(node)
         if fake is None:
             raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not a tensor")
-        if fake.untyped_storage()._cdata in self._mutated:
+        if not is_plain(fake):
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is no plain tensor", Cause.NOT_PLAIN)
+        if storage_key(fake) in self._mutated:
             raise Refusal(f"{node.name} ({op_name(node)}) in the mask is written to in place")
         sizes = [1] * (4 - fake.ndim) + list(fake.shape)
         if fake.ndim > 4 or not _is_one(sizes[1]):

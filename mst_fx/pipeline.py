@@ -21,7 +21,7 @@ from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Cause, Refusal
 from mst_fx.facts import observe
-from mst_fx.fold import eliminate_dead_code
+from mst_fx.fold import eliminate_dead_code, outside_transforms
 from mst_fx.graph import VALUE, copy_tree, fill_values, is_graph, subgraphs, value
 from mst_fx.keep import keep_waves
 from mst_fx.options import Options, make_options
@@ -147,7 +147,6 @@ def _defect(what: str, error: Exception) -> str:
 def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """A copy of the graph whose nodes know their values and hide nothing in leaf modules."""
     new = copy_tree(gm)
-    eliminate_dead_code(new.graph)  # a loss that nobody returns is not worth a loop
     if any(n.op == "call_module" and not is_graph(gm, n) for n in new.graph.nodes):
         new = _inlined(new)
     nodes = [n for n in new.graph.nodes if n.op not in ("output", "get_attr")]
@@ -155,6 +154,7 @@ def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
         fill_values(new, example_inputs)
     if any(n.op == "get_attr" and value(n) is None and not is_graph(new, n) for n in new.graph.nodes):
         fill_values(new, example_inputs)
+    eliminate_dead_code(new.graph)  # a loss that nobody returns is not worth a loop
     join_casts(new.graph)
     return new
 
@@ -194,7 +194,11 @@ class _Runner:
 
     def run_tree(self, gm: fx.GraphModule, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
         """The passes over single graphs, on the graph and on those of its sub-graphs."""
+        free = set(outside_transforms(gm.graph))
+        inside = {operand.target for n in gm.graph.nodes if n not in free for operand in n.all_input_nodes}
         for name, child in subgraphs(gm):
+            if name in inside:  # of a torch.func transform, as all of it is then
+                continue
             new_child, _ = self.run_tree(child, is_top=False)
             gm.set_submodule(name, new_child)
         return self.run(gm, "graph", is_top)

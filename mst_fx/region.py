@@ -9,6 +9,7 @@ without being named: ``h = x + attn(x)`` is one H-wide tensor where everything b
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
@@ -16,9 +17,11 @@ import networkx as nx
 import torch
 from torch import fx
 
-from mst_fx.errors import Cause
+from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Operand, RowAnalysis, bytes_a_row
 from mst_fx.graph import common_path, hint, module_path, tensor_value, tensors_of
+
+log = logging.getLogger("mst_fx")
 
 # A matmul costs a little, so that it is absorbed where that narrows the boundary, not on a tie:
 # the head's region must not swallow the last layer's MLP.
@@ -112,9 +115,24 @@ class RegionFinder:
         self.order = {node: index for index, node in enumerate(analysis.graph.nodes)}
 
     def grow(self, seed: fx.Node) -> Region | None:
-        """The region around a seed; None if the seed lies in another region."""
+        """The region around a seed; None if the seed lies in another region, or cannot be grown.
+
+        An exception of ours, or a size that nobody knows, costs this seed; :func:`frontier` says so.
+        """
         if seed in self.taken:
             return None
+        try:
+            return self._grow(seed)
+        except Refusal as refusal:
+            reason, cause = str(refusal), refusal.cause
+        except Exception as error:
+            log.debug("no region could be grown around %s", seed.name, exc_info=True)
+            reason, cause = f"could not be analysed: {error!r}", Cause.DEFECT
+        state = self.analysis.states[seed]
+        self.analysis.states[seed] = dataclasses.replace(state, rowwise=False, reason=reason, cause=cause)
+        return None
+
+    def _grow(self, seed: fx.Node) -> Region:
         banned: set[fx.Node] = set()
         while True:
             chosen = self._cut(seed, banned)
@@ -308,6 +326,9 @@ class Frontier:
 
 def frontier(analysis: RowAnalysis, seed: fx.Node) -> Frontier:
     """Follows the wide result of a seed to where it gets out of the row-wise part."""
+    if not (state := analysis.states[seed]).rowwise:  # found out while its region was grown
+        reason = f"{seed.name} ({target_name(seed)}) {state.reason}"
+        return Frontier(seed, reason, state.cause, is_output=False, to_attention=False, to_loss=False)
     wide = bytes_a_row(seed, analysis.rows)
 
     def is_wide(node: fx.Node) -> bool:

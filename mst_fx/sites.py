@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Refusal
-from mst_fx.fold import expression, is_identity_dropout
+from mst_fx.fold import expression, is_identity_dropout, outside_transforms
 from mst_fx.graph import VALUE, attribute, called_graph, fake_mode_of, hint, tensor_value, tensors_of, value
 
 aten = torch.ops.aten
@@ -125,7 +125,8 @@ class Site:
 
 def find_sites(level: Level) -> Iterator[Site | Any]:
     calls: dict[str, list[fx.Node]] = {}
-    for node in level.gm.graph.nodes:
+    nodes = outside_transforms(level.gm.graph)
+    for node in nodes:
         if called_graph(level.gm, node) is not None:
             calls.setdefault(str(node.args[0].target), []).append(node)  # type: ignore[union-attr]
     for name, callers in calls.items():
@@ -133,7 +134,7 @@ def find_sites(level: Level) -> Iterator[Site | Any]:
         is_plain = len(callers) == 1 and len(placeholders_of(body)) == len(callers[0].args) - 1
         if is_plain and "checkpoint" in str(callers[0].target):
             yield from find_sites(Level(body, callers[0], level))
-    for node in level.gm.graph.nodes:
+    for node in nodes:
         site = _fused(level, node) if node.target in _SDPA else _eager(level, node)
         if site is not None:
             yield site
