@@ -77,7 +77,7 @@ def keep_embeddings_whole(graph: fx.Graph) -> None:
             continue
         if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
             continue
-        padding = given.get("padding_idx")
+        padding: Any = given.get("padding_idx")
         padding = -1 if padding is None else padding % fake.shape[0]
         with graph.inserting_before(node):
             new = add_call(graph, torch.ops.mst_fx.embedding.default, weight, indices, padding)

@@ -8,6 +8,9 @@ of a checkpointed step of eight layers. An opaque op behind them makes them a bu
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
 from torch import Tensor, fx
 
@@ -40,7 +43,7 @@ def keep_waves(graph: fx.Graph) -> None:
             continue
         with graph.inserting_after(node):
             new = add_call(graph, torch.ops.mst_fx.kept.default, node)
-        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        node.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
 
 
 def _reads(node: fx.Node, size: int) -> float:
