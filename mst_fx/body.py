@@ -28,7 +28,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.compiler import Compiled, compile_body, outside_of_kernels
+from mst_fx.compiler import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
 from mst_fx.decompositions import add_up_labels, body_decompositions
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, static_sizes
@@ -263,7 +263,7 @@ class Body:
     def _fakes(self, hint: int | None = None) -> Iterator[list[Any]]:
         """Fake inputs in a mode of their own, which is active meanwhile: the number of rows comes first."""
         folder = Folder(1, self._avoid, hint)
-        with folder.mode:
+        with without_saved_tensors_hooks(), folder.mode:
             rows = [meta.empty(folder.n) for meta in self.rows]
             yield [folder.n, *rows, *(meta.empty() for meta in self.shared)]
 

@@ -20,6 +20,10 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
+- ``torch._C._autograd._saved_tensors_hooks_set_tracing``: what AOTAutograd itself does while it traces.
+  ``torch.autograd.graph.disable_saved_tensors_hooks`` raises where there are hooks, and hooks of our own may not be
+  pushed where somebody else has disabled them.
+- ``torch._C._autograd._top_saved_tensors_default_hooks``: whether a checkpoint counts what is saved.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import checkpoint
 
 Compiled = Callable[..., Any]
 
@@ -184,8 +189,29 @@ def outside_of_kernels() -> Iterator[None]:
     device's autograd thread, which the gradient in the trace needs too. From that thread itself the
     engine takes it as a reentrant backward pass.
     """
-    with torch._C._ForceDispatchKeyGuard(*_neutral_keys()), torch.enable_grad():
+    with (
+        torch._C._ForceDispatchKeyGuard(*_neutral_keys()),
+        torch.enable_grad(),
+        without_saved_tensors_hooks(),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def without_saved_tensors_hooks() -> Iterator[None]:
+    """Hides the user's ``saved_tensors_hooks`` from what autograd saves inside of the block: of fakes, and
+    of values that live and die inside of an operator."""
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def is_checkpointed() -> bool:
+    """Whether what autograd saves now is counted by a non-reentrant checkpoint, by hooks of its own."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__module__
 
 
 @contextlib.contextmanager

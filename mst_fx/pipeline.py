@@ -15,7 +15,7 @@ import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import BodyConfig
 from mst_fx.canonical import join_casts
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.compiler import mode_patches
+from mst_fx.compiler import mode_patches, without_saved_tensors_hooks
 from mst_fx.defer import defer_all
 from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
@@ -88,6 +88,7 @@ def rewrite(
     return result.gm, result.report
 
 
+@without_saved_tensors_hooks()  # nodes run on fakes, some of them with gradients
 def run_passes(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
 ) -> Result:
