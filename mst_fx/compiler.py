@@ -23,6 +23,8 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._C._autograd._saved_tensors_hooks_set_tracing``: what AOTAutograd itself does while it traces.
   ``torch.autograd.graph.disable_saved_tensors_hooks`` raises where there are hooks, and hooks of our own may not be
   pushed where somebody else has disabled them.
+- ``torch.autograd.Variable._execution_engine.queue_callback``: what DDP and FSDP call; the only thing of ours that
+  lives as long as one backward pass, also one that raises.
 - ``torch._C._autograd._top_saved_tensors_default_hooks``: whether a checkpoint counts what is saved.
 """
 
@@ -206,6 +208,15 @@ def without_saved_tensors_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Calls a function when the backward pass that is under way has ended, and holds it no longer than that.
+
+    Raises:
+        RuntimeError: outside of a backward pass.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
 def is_checkpointed() -> bool:
