@@ -9,7 +9,9 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._guards.TracingContext``: a fresh one keeps a body's shape environment apart from that of
   the graph whose compilation, or backward pass, happens to be under way.
 - ``torch._inductor.choices.InductorChoices``, set with ``V.set_choices_handler``: one heuristic of ours.
-- ``torch._functorch.config.donated_buffer``: off, so that ``retain_graph=True`` works.
+- ``torch._functorch.config.donated_buffer``: off while graphs of ours are compiled, so that ``retain_graph=True`` works;
+  ``TracingContext.fw_metadata`` tells their backward pass (the same in torch 2.8 to 2.13, by their code). Of graphs
+  with tensor subclasses (DTensor) AOTAutograd asks other metadata than it shows there.
 - ``torch._TorchCompileInductorWrapper``: the backend object that ``torch.compile`` makes when no other
   backend is named. ``mst_fx.enable`` replaces its ``__call__``. Two ways with public names fall
   short. ``torch._inductor.config.pre_grad_custom_pass``, which was tried, may not change what a graph returns, so
@@ -38,8 +40,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
@@ -48,7 +51,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 Compiled = Callable[..., Any]
@@ -79,12 +82,30 @@ def compile_graph(
     """
     if inner == "eager":
         return gm.forward
-    # Set for good, not for this compilation: the check for retain_graph reads it in the backward pass.
-    torch._functorch.config.donated_buffer = False
-    if inner == "aot_eager":
-        return aot_eager(gm, list(example_inputs))
-    patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)
-    return compile_fx(gm, list(example_inputs), inner_compile=_compile_apart, config_patches=patched)  # type: ignore[return-value]
+    if any(is_traceable_wrapper_subclass(x) for x in example_inputs):
+        functorch_config.donated_buffer = False  # for good: what the backward pass asks is out of our reach
+    with functorch_config.patch(donated_buffer=False):
+        if inner == "aot_eager":
+            return aot_eager(gm, list(example_inputs), fw_compiler=_run_as_traced)
+        patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)
+        return compile_fx(gm, list(example_inputs), inner_compile=_compile_apart, config_patches=patched)  # type: ignore[return-value]
+
+
+def _donate_nothing() -> None:
+    """Tells the backward pass of the graph that AOTAutograd is compiling that no saved tensor is given away.
+
+    The check for ``retain_graph`` would take "nobody asked" for "some are", unless the option is off for the whole
+    process. To be called while the forward graph is compiled.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+
+
+@functools.wraps(boxed_nop)
+def _run_as_traced(*args: Any, **kwargs: Any) -> Any:
+    _donate_nothing()
+    return boxed_nop(*args, **kwargs)
 
 
 class _Choices(InductorChoices):
@@ -123,6 +144,7 @@ def _is_loop(operator: Any) -> bool:
 
 @functools.wraps(compile_fx_inner)
 def _compile_apart(*args: Any, **kwargs: Any) -> Any:
+    _donate_nothing()
     with V.set_choices_handler(_Choices()):
         return compile_fx_inner(*args, **kwargs)
 
