@@ -19,6 +19,7 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
   lookup in the cache of compiled graphs, so that a second process would have the graph but not the
   bodies of its loops. ``torch.compiler.set_stance(force_backend=...)``, by its code, drops ``mode``, ``options`` and
   ``fullgraph``, and replaces backends that were named.
+- ``torch._dynamo.code_context``: Dynamo's own place for what belongs to a function until ``torch._dynamo.reset()``.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
@@ -41,6 +42,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+from torch._dynamo.code_context import code_context
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
@@ -230,6 +232,11 @@ def without_saved_tensors_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def kept_until_reset() -> dict[Any, Any]:
+    """A dict of ours that ``torch._dynamo.reset()`` forgets."""
+    return code_context.get_context(kept_until_reset.__code__)
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
