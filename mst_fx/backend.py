@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from mst_fx.body import kept_alive
 from mst_fx.compiler import compile_graph, mode_patches
 from mst_fx.deferral import deferring
 from mst_fx.options import Options, make_options
@@ -37,4 +38,4 @@ def mst(
     patches = {**mode_patches(mode), **checked.inductor}
     result = run_passes(gm, example_inputs, checked, mode)
     compiled = compile_graph(result.gm, example_inputs, checked.inner, patches)
-    return deferring(compiled, result.deferrals, result.outputs)
+    return deferring(kept_alive(compiled, result.bodies), result.deferrals, result.outputs)

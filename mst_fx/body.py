@@ -19,6 +19,7 @@ import hashlib
 import math
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.compiler import Compiled, compile_body, outside_of_kernels
+from mst_fx.compiler import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
 from mst_fx.decompositions import add_up_labels, body_decompositions
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, static_sizes
@@ -166,6 +167,12 @@ class Body:
         content = repr((forward.code, self.rows, self.shared, self.outputs, config, versions))
         self.key = hashlib.sha256(content.encode()).hexdigest()[:32]
 
+    def __deepcopy__(self, memo: Any) -> Body:
+        return self
+
+    def __reduce__(self) -> Any:
+        return body, (self.key,)
+
     def accumulator_dtype(self, index: int) -> torch.dtype:
         """The type in which the gradient of shared input ``index`` is summed."""
         dtype = self.shared[index].dtype
@@ -263,7 +270,7 @@ class Body:
     def _fakes(self, hint: int | None = None) -> Iterator[list[Any]]:
         """Fake inputs in a mode of their own, which is active meanwhile: the number of rows comes first."""
         folder = Folder(1, self._avoid, hint)
-        with folder.mode:
+        with without_saved_tensors_hooks(), folder.mode:
             rows = [meta.empty(folder.n) for meta in self.rows]
             yield [folder.n, *rows, *(meta.empty() for meta in self.shared)]
 
@@ -464,7 +471,9 @@ def _derived(graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
 
 # From regions to bodies
 
-_BODIES: dict[str, Body] = {}
+# Graphs name their bodies by key. What runs a graph keeps them alive: the compiled function and the autograd graphs
+# that it makes (:func:`kept_alive`), or the module that :func:`~mst_fx.rewrite` returned.
+_BODIES: weakref.WeakValueDictionary[str, Body] = weakref.WeakValueDictionary()
 
 
 def body(key: str) -> Body:
@@ -479,6 +488,25 @@ def body(key: str) -> Body:
         raise RuntimeError(
             f"mst-fx has no body {key!r} in this process: the graph with this loop was compiled elsewhere"
         ) from None
+
+
+def kept_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable[..., Any]:
+    """A compiled graph that keeps the bodies of its loops alive.
+
+    ``torch._dynamo.reset()`` forgets the function, and there may be backward passes of it to come: the autograd
+    graphs of its results keep the bodies too.
+    """
+    if not bodies:
+        return function
+
+    def run(*args: Any) -> Any:
+        results = function(*args)
+        for result in results:
+            if isinstance(result, torch.Tensor) and result.grad_fn is not None:
+                result.grad_fn.metadata["mst_fx"] = bodies
+        return results
+
+    return run
 
 
 def trace_body(analysis: RowAnalysis, region: Region, config: BodyConfig, known: dict[str, Body]) -> Body:

@@ -9,7 +9,9 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._guards.TracingContext``: a fresh one keeps a body's shape environment apart from that of
   the graph whose compilation, or backward pass, happens to be under way.
 - ``torch._inductor.choices.InductorChoices``, set with ``V.set_choices_handler``: one heuristic of ours.
-- ``torch._functorch.config.donated_buffer``: off, so that ``retain_graph=True`` works.
+- ``torch._functorch.config.donated_buffer``: off while graphs of ours are compiled, so that ``retain_graph=True`` works;
+  ``TracingContext.fw_metadata`` tells their backward pass (the same in torch 2.8 to 2.13, by their code). Of graphs
+  with tensor subclasses (DTensor) AOTAutograd asks other metadata than it shows there.
 - ``torch._TorchCompileInductorWrapper``: the backend object that ``torch.compile`` makes when no other
   backend is named. ``mst_fx.enable`` replaces its ``__call__``. Two ways with public names fall
   short. ``torch._inductor.config.pre_grad_custom_pass``, which was tried, may not change what a graph returns, so
@@ -17,9 +19,16 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
   lookup in the cache of compiled graphs, so that a second process would have the graph but not the
   bodies of its loops. ``torch.compiler.set_stance(force_backend=...)``, by its code, drops ``mode``, ``options`` and
   ``fullgraph``, and replaces backends that were named.
+- ``torch._dynamo.code_context``: Dynamo's own place for what belongs to a function until ``torch._dynamo.reset()``.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
+- ``torch._C._autograd._saved_tensors_hooks_set_tracing``: what AOTAutograd itself does while it traces.
+  ``torch.autograd.graph.disable_saved_tensors_hooks`` raises where there are hooks, and hooks of our own may not be
+  pushed where somebody else has disabled them.
+- ``torch.autograd.Variable._execution_engine.queue_callback``: what DDP and FSDP call; the only thing of ours that
+  lives as long as one backward pass, also one that raises.
+- ``torch._C._autograd._top_saved_tensors_default_hooks``: whether a checkpoint counts what is saved.
 """
 
 from __future__ import annotations
@@ -32,8 +41,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+from torch._dynamo.code_context import code_context
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
@@ -42,7 +53,8 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils.checkpoint import checkpoint
 
 Compiled = Callable[..., Any]
 
@@ -72,12 +84,30 @@ def compile_graph(
     """
     if inner == "eager":
         return gm.forward
-    # Set for good, not for this compilation: the check for retain_graph reads it in the backward pass.
-    torch._functorch.config.donated_buffer = False
-    if inner == "aot_eager":
-        return aot_eager(gm, list(example_inputs))
-    patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)
-    return compile_fx(gm, list(example_inputs), inner_compile=_compile_apart, config_patches=patched)  # type: ignore[return-value]
+    if any(is_traceable_wrapper_subclass(x) for x in example_inputs):
+        functorch_config.donated_buffer = False  # for good: what the backward pass asks is out of our reach
+    with functorch_config.patch(donated_buffer=False):
+        if inner == "aot_eager":
+            return aot_eager(gm, list(example_inputs), fw_compiler=_run_as_traced)
+        patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)
+        return compile_fx(gm, list(example_inputs), inner_compile=_compile_apart, config_patches=patched)  # type: ignore[return-value]
+
+
+def _donate_nothing() -> None:
+    """Tells the backward pass of the graph that AOTAutograd is compiling that no saved tensor is given away.
+
+    The check for ``retain_graph`` would take "nobody asked" for "some are", unless the option is off for the whole
+    process. To be called while the forward graph is compiled.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+
+
+@functools.wraps(boxed_nop)
+def _run_as_traced(*args: Any, **kwargs: Any) -> Any:
+    _donate_nothing()
+    return boxed_nop(*args, **kwargs)
 
 
 class _Choices(InductorChoices):
@@ -116,6 +146,7 @@ def _is_loop(operator: Any) -> bool:
 
 @functools.wraps(compile_fx_inner)
 def _compile_apart(*args: Any, **kwargs: Any) -> Any:
+    _donate_nothing()
     with V.set_choices_handler(_Choices()):
         return compile_fx_inner(*args, **kwargs)
 
@@ -184,8 +215,43 @@ def outside_of_kernels() -> Iterator[None]:
     device's autograd thread, which the gradient in the trace needs too. From that thread itself the
     engine takes it as a reentrant backward pass.
     """
-    with torch._C._ForceDispatchKeyGuard(*_neutral_keys()), torch.enable_grad():
+    with (
+        torch._C._ForceDispatchKeyGuard(*_neutral_keys()),
+        torch.enable_grad(),
+        without_saved_tensors_hooks(),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def without_saved_tensors_hooks() -> Iterator[None]:
+    """Hides the user's ``saved_tensors_hooks`` from what autograd saves inside of the block: of fakes, and
+    of values that live and die inside of an operator."""
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def kept_until_reset() -> dict[Any, Any]:
+    """A dict of ours that ``torch._dynamo.reset()`` forgets."""
+    return code_context.get_context(kept_until_reset.__code__)
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Calls a function when the backward pass that is under way has ended, and holds it no longer than that.
+
+    Raises:
+        RuntimeError: outside of a backward pass.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def is_checkpointed() -> bool:
+    """Whether what autograd saves now is counted by a non-reentrant checkpoint, by hooks of its own."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__module__
 
 
 @contextlib.contextmanager

@@ -18,17 +18,32 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from mst_fx.graph import called_graph, hint, is_plain, storage_key, tensors_of
 from mst_fx.report import Memory
 
-# Parts of names of operators whose backward pass needs neither their operands nor their results.
-_KEEP_NOTHING = (
-    "add", "sub", "neg", "view", "reshape", "transpose", "permute", "getitem", "cat", "sum", "mean", "expand",
-    "to", "float", "contiguous", "split", "chunk", "squeeze", "pad", "clone", "detach", "flatten", "embedding",
-)  # fmt: skip
-_KEEP_RESULT = ("softmax", "tanh", "sigmoid", "exp", "sqrt", "rsqrt", "attention")
-_LOSSES = ("cross_entropy", "log_softmax")
+# Operators by their exact names: functions, methods and ATen's operators without their overload or trailing "_".
+# Their backward passes need neither their operands nor their results …
+_KEEP_NOTHING = frozenset((
+    "add", "iadd", "sub", "isub", "rsub", "subtract", "neg", "negative", "sum", "mean", "cumsum", "view",
+    "view_as", "_unsafe_view", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "expand", "expand_as", "broadcast_to", "t", "transpose", "swapaxes", "swapdims", "permute", "movedim",
+    "moveaxis", "mT", "adjoint", "flip", "roll", "rot90", "getitem", "getattr", "select", "slice",
+    "narrow", "unbind", "split", "split_with_sizes", "chunk", "tensor_split", "diagonal", "cat", "concat",
+    "concatenate", "stack", "hstack", "vstack", "repeat", "tile", "pad", "constant_pad_nd", "tril",
+    "triu", "to", "type", "type_as", "_to_copy", "convert_element_type", "float", "half", "bfloat16",
+    "double", "contiguous", "clone", "detach", "alias", "lift_fresh", "embedding",
+))  # fmt: skip
+# … or their operands alone where one of them is a number …
+_KEEP_NOTHING_OF_NUMBERS = frozenset(("mul", "imul", "multiply", "div", "truediv", "itruediv", "divide"))
+# … or their results only.
+_KEEP_RESULT = frozenset((
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "tanh", "sigmoid", "exp", "exp2", "expm1",
+    "sqrt", "rsqrt", "relu", "threshold", "reciprocal",
+))  # fmt: skip
+_ATTENTION = frozenset(("attention", "scaled_dot_product_attention"))  # results and operands
+_LOSSES = frozenset(("cross_entropy", "cross_entropy_loss", "log_softmax", "_log_softmax"))
 
 
 def estimate_memory(gm: fx.GraphModule, chunk_bytes: Mapping[str, int]) -> Memory:
@@ -61,7 +76,7 @@ class _Walk:
                 for key, size in _storages(node).items()
                 if key not in self.given | self.sizes.keys()
             }
-            if "with_grad" in _name(node):
+            if _name(node) == "loop_with_grad":
                 new = {key: size for key, size in new.items() if key not in _weight_gradients(node)}
             self.sizes |= new
             self.made[node] = list(new)
@@ -107,11 +122,11 @@ class _Walk:
             name = _name(node)
             if not any(t.requires_grad for t in tensors_of(node)):
                 continue
-            if any(part in name for part in _KEEP_RESULT):
+            if name in _ATTENTION:
+                keys = self._touched(node)
+            elif name in _KEEP_RESULT:
                 keys = set(_storages(node))
-                if "attention" in name:
-                    keys |= self._touched(node)
-            elif any(part in name for part in _KEEP_NOTHING) and "mst_fx" not in str(node.target):
+            elif name in _KEEP_NOTHING or (name in _KEEP_NOTHING_OF_NUMBERS and _has_number(node)):
                 keys = set()
             else:
                 keys = self._touched(node) - set(self.made[node])
@@ -128,12 +143,12 @@ class _Walk:
         """What a node needs beside its operands and results while it runs."""
         chunks = [self.chunk_bytes[x] for x in node.args if isinstance(x, str) and x in self.chunk_bytes]
         if chunks:
-            return 0 if backward and "with_grad" in _name(node) else chunks[0]
+            return 0 if backward and _name(node) == "loop_with_grad" else chunks[0]
         inner = called_graph(self.gm, node)
         if inner is not None:
             step = estimate_memory(inner, self.chunk_bytes)
             return step.peak if backward else max(step.forward, default=0) - step.kept
-        if any(part in _name(node) for part in _LOSSES):
+        if _name(node) in _LOSSES:
             return sum(sum(_storages(operand).values()) for operand in node.all_input_nodes[:1])
         return 0
 
@@ -158,5 +173,16 @@ def _weight_gradients(node: fx.Node) -> set[int]:
     return {key for key in found if key is not None}
 
 
+def _has_number(node: fx.Node) -> bool:
+    return any(
+        not tensors_of(x) if isinstance(x, fx.Node) else isinstance(x, (int, float)) for x in node.args[:2]
+    )
+
+
 def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    """The name of an operator, without its overload and the "_" of one that writes in place."""
+    target = node.target
+    if isinstance(target, OpOverload):
+        target = target.overloadpacket
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return name if name.endswith("__") else name.rstrip("_")

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
-from mst_fx.compiler import outside_of_modes
+from mst_fx.compiler import is_checkpointed, outside_of_modes, without_saved_tensors_hooks
 
 if TYPE_CHECKING:
     from mst_fx.logits import DeferredLogits
@@ -66,13 +65,10 @@ def plainly() -> Iterator[None]:
         outside_of_modes(),
         torch._C.DisableTorchFunctionSubclass(),
         torch.inference_mode(False),
-        saved_tensors_hooks(_same, _same),  # not those of a checkpoint, which counts what it saves
+        # A checkpoint counts what its function saves; other hooks see what these values save, as any operator's.
+        without_saved_tensors_hooks() if is_checkpointed() else contextlib.nullcontext(),
     ):
         yield
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def taker(steps: Sequence[Step], sizes: Sequence[int]) -> Callable[[Tensor], Tensor] | None:

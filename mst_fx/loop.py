@@ -408,6 +408,7 @@ def _(
 
 def _setup_loop(ctx: Any, inputs: tuple[Any, ...], output: Tensor | list[Tensor]) -> None:
     rows, shared, ctx.body, _, ctx.chunk_rows, _ = inputs
+    ctx.kept = body_of(ctx.body)  # where nobody compiled the graph, its autograd graph keeps its body alive
     ctx.rows = len(rows)
     ctx.save_for_backward(*rows, *shared)
     ctx.set_materialize_grads(False)

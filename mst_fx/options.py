@@ -23,8 +23,8 @@ class Options:
         attention_chunk_rows: queries a chunk where attention runs in chunks: ``"auto"`` or an int ≥ 1.
             Attention of no more queries is left alone.
         passes: the passes that run, a subset of :data:`PASS_NAMES`.
-        accumulate: type of weight-gradient accumulators: ``"auto"`` (float32 for 16-bit weights),
-            ``"float32"`` or ``"weight"`` (the weight's own type).
+        accumulate: type of weight-gradient accumulators: ``"auto"`` (float32 for 16-bit weights, the weight's
+            own type for others) or ``"weight"`` (the weight's own type).
         logits: whether a logits output may be deferred: ``"auto"`` (when the loss of the same graph
             consumes the logits), ``"keep"`` (never) or ``"defer"`` (also when there is no loss).
         inner: compiler of the rewritten graph and of the loops' bodies.
@@ -36,7 +36,7 @@ class Options:
     vocab_chunk_rows: ChunkRows = "auto"
     attention_chunk_rows: ChunkRows = "auto"
     passes: tuple[str, ...] = PASS_NAMES
-    accumulate: Literal["auto", "float32", "weight"] = "auto"
+    accumulate: Literal["auto", "weight"] = "auto"
     logits: Literal["auto", "keep", "defer"] = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     strict: bool = False
@@ -65,7 +65,7 @@ class Options:
 
 
 _CHOICES = {
-    "accumulate": ("auto", "float32", "weight"),
+    "accumulate": ("auto", "weight"),
     "logits": ("auto", "keep", "defer"),
     "inner": ("inductor", "aot_eager", "eager"),
 }

@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 import mst_fx.loop  # noqa: F401  (registers the ops)
-from mst_fx.body import BodyConfig
+from mst_fx.body import Body, BodyConfig
 from mst_fx.canonical import join_casts
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.compiler import mode_patches
+from mst_fx.compiler import kept_until_reset, mode_patches, without_saved_tensors_hooks
 from mst_fx.defer import defer_all
 from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
@@ -50,12 +50,14 @@ class Result:
         report: what was done.
         deferrals: outputs of ``gm`` that its caller must get in another form.
         outputs: how many outputs the graph had.
+        bodies: of the loops in ``gm``; whoever runs it must keep them (:func:`mst_fx.body.kept_alive`).
     """
 
     gm: fx.GraphModule
     report: Report
     deferrals: tuple[Deferral, ...] = ()
     outputs: int = 0
+    bodies: tuple[Body, ...] = ()
 
 
 def rewrite(
@@ -78,6 +80,9 @@ def rewrite(
         Refusal: with ``strict=True``, for the first refusal.
     """
     result = run_passes(gm, example_inputs, make_options(options))
+    if result.bodies:  # and what is compiled from the module may outlive it
+        result.gm.meta["mst_fx"] = result.bodies
+        kept_until_reset().update({body.key: body for body in result.bodies})
     if result.deferrals:
         deferrals, outputs = result.deferrals, result.outputs
 
@@ -88,6 +93,7 @@ def rewrite(
     return result.gm, result.report
 
 
+@without_saved_tensors_hooks()  # nodes run on fakes, some of them with gradients
 def run_passes(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
 ) -> Result:
@@ -96,9 +102,10 @@ def run_passes(
     report = Report(graphs=1)
     patches = {**mode_patches(mode), **options.inductor}
     config = BodyConfig(options.inner, options.accumulate, tuple(sorted(patches.items())))
+    shared = Shared()
     try:
         prepared = _prepare(gm, example_inputs)
-        runner = _Runner(options, config, report, Shared())
+        runner = _Runner(options, config, report, shared)
         new, _ = runner.run(prepared, "program", is_top=True)
         new, deferred = runner.run_tree(new, is_top=True)
         deferrals, outputs = _finish(new, deferred) if report.rewrites else ((), 0)
@@ -121,7 +128,8 @@ def run_passes(
         if options.strict:
             raise
         _defect("the doctor's facts", error)
-    return Result(new, report, deferrals, outputs)
+    bodies = tuple(shared.bodies.values()) if report.rewrites else ()
+    return Result(new, report, deferrals, outputs, bodies)
 
 
 def _finish(gm: fx.GraphModule, deferred: list[fx.Node]) -> tuple[tuple[Deferral, ...], int]:

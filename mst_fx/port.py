@@ -9,18 +9,35 @@ there is none.
 
 Numbers must not add up: there is one junction a port, and autograd runs it once a backward pass, with the
 sum of all gradients of the rows.
+
+A backward pass may raise between the two (out of memory, a user's hook). What was put down belongs to it, as one
+of its final callbacks, and goes with it.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_put_down: dict[int, Tensor] = {}
+from mst_fx.compiler import at_end_of_backward
+
+
+class _Parcel:
+    """A gradient on its way; called when its backward pass ends, dropped with it if that raises."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient: Tensor | None = gradient
+
+    def __call__(self) -> None:
+        self.gradient = None
+
+
+_put_down: weakref.WeakValueDictionary[int, _Parcel] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
@@ -37,14 +54,20 @@ def joined_to_port(port: Tensor, rows: Tensor) -> Tensor:
 def pick_up(tangent: Tensor) -> Tensor | None:
     """The gradient whose number a port's tangent is."""
     number = int(tangent.item())
-    return _put_down.pop(number) if number else None
+    if not number:
+        return None
+    parcel = _put_down.pop(number)
+    gradient, parcel.gradient = parcel.gradient, None
+    assert gradient is not None
+    return gradient
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _put(gradient: Tensor) -> Tensor:
     # Never compiled: a number must not become part of a graph.
-    number = next(_numbers)
-    _put_down[number] = gradient
+    number, parcel = next(_numbers), _Parcel(gradient)
+    at_end_of_backward(parcel)
+    _put_down[number] = parcel
     return torch.tensor(float(number), dtype=torch.float64, device="cpu")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.body import Body, BodyConfig, OutputMeta, TensorMeta
+from mst_fx.compiler import kept_until_reset
 from mst_fx.fold import Folder
 from mst_fx.graph import SIXTEEN_BITS
 
@@ -36,8 +36,14 @@ def product(gradient: Tensor, tangent: Tensor) -> Tensor:
     return torch.mul(gradient, tangent.view(1), out=torch.empty_like(gradient))
 
 
-@functools.cache
-def _body(dtype: torch.dtype, tangent_dtype: torch.dtype, device: torch.device) -> Body:
+def _body(*key: Any) -> Body:
+    known = kept_until_reset()
+    if key not in known:
+        known[key] = _make_body(*key)
+    return known[key]  # type: ignore[no-any-return]
+
+
+def _make_body(dtype: torch.dtype, tangent_dtype: torch.dtype, device: torch.device) -> Body:
     def multiplied(n: Any, x: Tensor, tangent: Tensor) -> list[Tensor]:
         return [(x * tangent).to(x.dtype)]
 

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 settings.register_profile("short", max_examples=50)
 settings.register_profile("long", max_examples=1000)
+settings.register_profile("longest", max_examples=10_000)
 settings.load_profile("short")
 
 

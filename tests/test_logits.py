@@ -482,6 +482,83 @@ def test_gradients_through_the_port(losses: Callable[..., list[Tensor]], inner: 
     assert not port._put_down, "a gradient was not picked up"
 
 
+class _Interrupted(RuntimeError):
+    pass
+
+
+def _interrupt(_: Tensor) -> None:
+    raise _Interrupted  # as running out of memory would
+
+
+def _used(run: Callable[..., Any], inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The compiled graph's loss, and one that its logits have a part in."""
+    loss, logits = run(**inputs)
+    return loss, loss + logits.square().mean()
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_backward_pass_that_raises_leaves_nothing_in_the_port(inner: str, retain: bool) -> None:
+    model, inputs = ToyLM(layers=1), token_batch(BATCH, LENGTH)
+    _, total = _used(model, inputs)
+    total.backward()
+    truth = gradients(model)
+    compiled = compile_mst(model, {**SMALL_CHUNKS, "inner": inner})
+    model.zero_grad()
+    loss, total = _used(compiled, inputs)
+    hook = loss.register_hook(_interrupt)  # behind the junction, before the loop
+    for _ in range(3):
+        with pytest.raises(_Interrupted):
+            total.backward(retain_graph=True)
+        assert not port._put_down
+    assert not gradients(model)
+    hook.remove()
+    if not retain:
+        loss, total = _used(compiled, inputs)
+    total.backward(retain_graph=retain)
+    found = gradients(model)
+    assert max(relative_error(found[name], truth[name]) for name in truth) <= _BAR
+    assert not port._put_down
+
+
+def test_a_backward_pass_that_raises_beside_others() -> None:
+    """Two models in one loss, one pass inside of another, one in another thread: each keeps its own."""
+    models, inputs = [ToyLM(layers=1), ToyLM(layers=1)], token_batch(BATCH, LENGTH)
+    truths = []
+    for model in models:
+        _used(model, inputs)[1].backward()
+        truths.append(gradients(model))
+        model.zero_grad()
+    compiled = [compile_mst(model) for model in models[:1]] + [
+        torch.compile(models[1], backend="mst", options=SMALL_CHUNKS)
+    ]
+    first, second = (_used(run, inputs) for run in compiled)
+
+    def others(_: Tensor) -> None:
+        assert len(port._put_down) >= 1  # of the pass that is under way
+        with torch.enable_grad():
+            failing = _used(compiled[1], inputs)
+        failing[0].register_hook(_interrupt)
+        with pytest.raises(_Interrupted):
+            failing[1].backward()
+        thread = threading.Thread(target=second[1].backward)
+        thread.start()
+        thread.join()
+
+    first[0].register_hook(others)
+    first[1].backward()
+    for model, truth in zip(models, truths, strict=True):
+        found = gradients(model)
+        assert max(relative_error(found[name], truth[name]) for name in truth) <= _BAR
+    both = sum(_used(run, inputs)[1] for run in compiled)
+    assert isinstance(both, Tensor)
+    both.backward()
+    for model, truth in zip(models, truths, strict=True):
+        found = gradients(model)
+        assert max(relative_error(found[name], 2 * truth[name]) for name in truth) <= _BAR
+    assert not port._put_down
+
+
 def test_the_port_is_there_and_numbers_do_not_add_up() -> None:
     """All uses of both logits of a head go through one junction."""
     head = nn.Linear(16, VOCAB).double()

@@ -27,7 +27,11 @@ def test_defaults() -> None:
         ({"passes": ("mlp", "mpl")}, ["passes", "mpl", "mlp", "vocab"]),
         ({"passes": "mlp"}, ["passes", "'mlp'"]),
         ({"passes": 3}, ["passes", "3"]),
-        ({"accumulate": "bf16"}, ["accumulate", "'bf16'", "float32", "weight"]),
+        ({"accumulate": "bf16"}, ["accumulate", "'bf16'", "auto", "weight"]),
+        (
+            {"accumulate": "float32"},
+            ["accumulate", "'float32'", "one of 'auto', 'weight'"],
+        ),  # it was auto's twin
         ({"logits": None}, ["logits", "None", "keep", "defer"]),
         ({"inner": "nvfuser"}, ["inner", "'nvfuser'", "aot_eager"]),
         ({"strict": 1}, ["strict", "1", "True or False"]),
