@@ -17,6 +17,9 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
   lookup in the cache of compiled graphs, so that a second process would have the graph but not the
   bodies of its loops. ``torch.compiler.set_stance(force_backend=...)``, by its code, drops ``mode``, ``options`` and
   ``fullgraph``, and replaces backends that were named.
+- ``torch._guards.TracingContext`` also says whether guards on a symbolic size will be checked: whether its shape
+  environment is that of the compilation under way. ``ShapeEnv.tracked_fakes`` knows of which sizes the user promised
+  a range (``mark_dynamic(x, 1, min=…, max=…)``): a guard inside of it is an error there.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
@@ -42,6 +45,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint
 from torch.utils._python_dispatch import _disable_current_modes
 
 Compiled = Callable[..., Any]
@@ -207,6 +211,26 @@ def _apart(mode: FakeTensorMode) -> Iterator[None]:
     """Outside of any compilation that is under way."""
     with tracing(TracingContext(mode)), torch.no_grad():
         yield
+
+
+def guards_are_kept(env: ShapeEnv) -> bool:
+    """Whether a guard that is added to a shape environment now will be checked before the graph runs."""
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    return mode is not None and mode.shape_env is env
+
+
+def promised_ranges(env: ShapeEnv) -> set[Any]:
+    """The symbols of sizes of which the user promised a range, which no guard may narrow."""
+    found = set()
+    for tracked in env.tracked_fakes or ():
+        if not isinstance(tracked.fake, torch.Tensor):
+            continue
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", ())
+        for size, constraint in zip(tracked.fake.shape, constraints, strict=False):
+            if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
+                found |= size.node.expr.free_symbols
+    return found
 
 
 def cache_counters() -> dict[str, int]:
