@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from mst_fx.compiler import compile_graph, mode_patches
+from mst_fx.compiler import compile_graph, mode_patches, settle_floats
 from mst_fx.deferral import deferring
+from mst_fx.graph import graphs_of
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 
@@ -35,6 +36,8 @@ def mst(
     """
     checked = make_options(options)
     patches = {**mode_patches(mode), **checked.inductor}
+    if checked.inner != "eager":
+        settle_floats(graphs_of(gm))
     result = run_passes(gm, example_inputs, checked, mode)
     compiled = compile_graph(result.gm, example_inputs, checked.inner, patches)
     return deferring(compiled, result.deferrals, result.outputs)

@@ -20,6 +20,9 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._guards.TracingContext`` also says whether guards on a symbolic size will be checked: whether its shape
   environment is that of the compilation under way. ``ShapeEnv.tracked_fakes`` knows of which sizes the user promised
   a range (``mark_dynamic(x, 1, min=…, max=…)``): a guard inside of it is an error there.
+- ``torch._dynamo.symbolic_convert.TensorifyState`` and ``torch._dynamo.exc.TensorifyScalarRestartAnalysis``: how
+  AOTAutograd tells Dynamo to capture anew with some floats as constants (``tensorify_python_scalars``, which runs
+  when our passes and bodies are done). What it is bound to say is said before.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
@@ -33,10 +36,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import sympy
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch._dynamo.backends.debugging import aot_eager
-from torch._dynamo.utils import counters
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.utils import _is_tensorify_enabled, counters
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
@@ -231,6 +238,54 @@ def promised_ranges(env: ShapeEnv) -> set[Any]:
             if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
                 found |= size.node.expr.free_symbols
     return found
+
+
+# Functions of Dynamo's graphs that take a float as such: AOTAutograd makes a constant of it.
+_TAKE_FLOATS = {
+    F.embedding,
+    F.scaled_dot_product_attention,
+    F.layer_norm,
+    F.rms_norm,
+    F.group_norm,
+    F.batch_norm,
+    F.dropout,
+    torch.dropout,
+}
+
+
+def settle_floats(graphs: Sequence[fx.Graph]) -> None:
+    """Tells torch now which floats of a graph AOTAutograd will make constants of, whatever the passes do.
+
+    A symbol that no node reads as a number (Dynamo has one for each float64 buffer without dimensions, such as
+    Gemma's embedding scale in a float64 model) is noted, and the graph stays valid.
+
+    Args:
+        graphs: of the program Dynamo captured, and of those that it refers to.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: what AOTAutograd would raise for the sake of others (norms' ``eps``), and
+            Dynamo awaits: it captures the frame anew.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if mode is None or mode.shape_env is None or not _is_tensorify_enabled():
+        return
+    known = getattr(mode.shape_env, "backed_var_to_val", {})
+    floats = {str(symbol) for symbol, value in known.items() if isinstance(value, sympy.Float)}
+    floats = {name for name in floats if not TensorifyState.should_specialize(name)}
+    read: dict[str, bool] = {}  # whether every reader takes it as a float
+    for node in (node for graph in graphs for node in graph.nodes):
+        found = node.meta.get("example_value")
+        if not isinstance(found, (torch.SymFloat, torch.SymInt, torch.SymBool)):
+            continue
+        takes = all(user.target in _TAKE_FLOATS for user in node.users)
+        for name in map(str, found.node._expr.free_symbols):  # ``expr`` is a number where a guard says which
+            read[name] = takes and read.get(name, True)
+    constants = {name for name in floats if read.get(name, True)}
+    for name in constants:
+        TensorifyState.specialize(name)
+    if constants & read.keys():
+        raise TensorifyScalarRestartAnalysis
 
 
 def cache_counters() -> dict[str, int]:
