@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from mst_fx.body import kept_alive
-from mst_fx.compiler import compile_graph, mode_patches
+from mst_fx.compiler import compile_graph, mode_patches, settle_floats
 from mst_fx.deferral import deferring
+from mst_fx.graph import graphs_of
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 
@@ -36,6 +37,8 @@ def mst(
     """
     checked = make_options(options)
     patches = {**mode_patches(mode), **checked.inductor}
+    if checked.inner != "eager":
+        settle_floats(graphs_of(gm))
     result = run_passes(gm, example_inputs, checked, mode)
     compiled = compile_graph(result.gm, example_inputs, checked.inner, patches)
     return deferring(kept_alive(compiled, result.bodies), result.deferrals, result.outputs)

@@ -11,6 +11,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
+from mst_fx.changing import Bounds, changes
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import RowAnalysis, State, outside_transforms, products_of_unknown_rows, row_counts
 from mst_fx.graph import hint, module_path, tensor_value
@@ -41,10 +42,12 @@ class Shared:
     Attributes:
         nodes: the analysis' results by the content of a node, for each number of rows.
         bodies: bodies by the structure of their region.
+        bounds: which places fit in one chunk.
     """
 
     nodes: dict[str, dict[Any, State]] = dataclasses.field(default_factory=dict)
     bodies: dict[str, Body] = dataclasses.field(default_factory=dict)
+    bounds: Bounds = dataclasses.field(default_factory=Bounds)
 
 
 @dataclasses.dataclass
@@ -127,11 +130,13 @@ def chunk_regions(
     Returns:
         The seeds of the regions that were replaced.
     """
+    fitting = _fitting(context, analysis, plans)
     replaced = set()
     renamed: dict[fx.Node, fx.Node] = {}
-    for region, plan, defers in zip(regions, plans, deferred or [False] * len(regions), strict=True):
+    deferred = deferred or [False] * len(regions)
+    for region, plan, defers, fits in zip(regions, plans, deferred, fitting, strict=True):
         region = _with_inputs_renamed(analysis, region, renamed)
-        if plan.chunks < 2:
+        if fits:
             context.report.fits.append(Fit(kind, region.name, plan.rows, plan.chunk_rows))
             continue
         try:
@@ -141,6 +146,14 @@ def chunk_regions(
             continue
         replaced.add(region.seed)
     return replaced
+
+
+def _fitting(context: PassContext, analysis: RowAnalysis, plans: list[Plan]) -> list[bool]:
+    """Which places fit in one chunk; where the number of rows changes, all or none, so that they need one guard."""
+    bounds = context.shared.bounds
+    if not plans or not changes(analysis.rows):
+        return [bounds.fits(analysis.rows, plan.chunk_rows) for plan in plans]
+    return [bounds.fits(analysis.rows, min(plan.chunk_rows for plan in plans))] * len(plans)
 
 
 def _chunk(

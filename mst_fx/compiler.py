@@ -20,6 +20,12 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
   bodies of its loops. ``torch.compiler.set_stance(force_backend=...)``, by its code, drops ``mode``, ``options`` and
   ``fullgraph``, and replaces backends that were named.
 - ``torch._dynamo.code_context``: Dynamo's own place for what belongs to a function until ``torch._dynamo.reset()``.
+- ``torch._guards.TracingContext`` also says whether guards on a symbolic size will be checked: whether its shape
+  environment is that of the compilation under way. ``ShapeEnv.tracked_fakes`` knows of which sizes the user promised
+  a range (``mark_dynamic(x, 1, min=…, max=…)``): a guard inside of it is an error there.
+- ``torch._dynamo.symbolic_convert.TensorifyState`` and ``torch._dynamo.exc.TensorifyScalarRestartAnalysis``: how
+  AOTAutograd tells Dynamo to capture anew with some floats as constants (``tensorify_python_scalars``, which runs
+  when our passes and bodies are done). What it is bound to say is said before.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
@@ -39,11 +45,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import sympy
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 from torch._dynamo.code_context import code_context
-from torch._dynamo.utils import counters
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.utils import _is_tensorify_enabled, counters
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -53,6 +63,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
@@ -273,6 +284,74 @@ def _apart(mode: FakeTensorMode) -> Iterator[None]:
     """Outside of any compilation that is under way."""
     with tracing(TracingContext(mode)), torch.no_grad():
         yield
+
+
+def guards_are_kept(env: ShapeEnv) -> bool:
+    """Whether a guard that is added to a shape environment now will be checked before the graph runs."""
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    return mode is not None and mode.shape_env is env
+
+
+def promised_ranges(env: ShapeEnv) -> set[Any]:
+    """The symbols of sizes of which the user promised a range, which no guard may narrow."""
+    found = set()
+    for tracked in env.tracked_fakes or ():
+        if not isinstance(tracked.fake, torch.Tensor):
+            continue
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", ())
+        for size, constraint in zip(tracked.fake.shape, constraints, strict=False):
+            if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
+                found |= size.node.expr.free_symbols
+    return found
+
+
+# Functions of Dynamo's graphs that take a float as such: AOTAutograd makes a constant of it.
+_TAKE_FLOATS = {
+    F.embedding,
+    F.scaled_dot_product_attention,
+    F.layer_norm,
+    F.rms_norm,
+    F.group_norm,
+    F.batch_norm,
+    F.dropout,
+    torch.dropout,
+}
+
+
+def settle_floats(graphs: Sequence[fx.Graph]) -> None:
+    """Tells torch now which floats of a graph AOTAutograd will make constants of, whatever the passes do.
+
+    A symbol that no node reads as a number (Dynamo has one for each float64 buffer without dimensions, such as
+    Gemma's embedding scale in a float64 model) is noted, and the graph stays valid.
+
+    Args:
+        graphs: of the program Dynamo captured, and of those that it refers to.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: what AOTAutograd would raise for the sake of others (norms' ``eps``), and
+            Dynamo awaits: it captures the frame anew.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if mode is None or mode.shape_env is None or not _is_tensorify_enabled():
+        return
+    known = getattr(mode.shape_env, "backed_var_to_val", {})
+    floats = {str(symbol) for symbol, value in known.items() if isinstance(value, sympy.Float)}
+    floats = {name for name in floats if not TensorifyState.should_specialize(name)}
+    read: dict[str, bool] = {}  # whether every reader takes it as a float
+    for node in (node for graph in graphs for node in graph.nodes):
+        found = node.meta.get("example_value")
+        if not isinstance(found, (torch.SymFloat, torch.SymInt, torch.SymBool)):
+            continue
+        takes = all(user.target in _TAKE_FLOATS for user in node.users)
+        for name in map(str, found.node._expr.free_symbols):  # ``expr`` is a number where a guard says which
+            read[name] = takes and read.get(name, True)
+    constants = {name for name in floats if read.get(name, True)}
+    for name in constants:
+        TensorifyState.specialize(name)
+    if constants & read.keys():
+        raise TensorifyScalarRestartAnalysis
 
 
 def cache_counters() -> dict[str, int]:

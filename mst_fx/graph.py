@@ -112,6 +112,11 @@ def subgraphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
                 yield node.target, child
 
 
+def graphs_of(gm: fx.GraphModule) -> list[fx.Graph]:
+    """A graph and all that it refers to."""
+    return [gm.graph, *(graph for _, child in subgraphs(gm) for graph in graphs_of(child))]
+
+
 def attribute(gm: torch.nn.Module, name: str) -> Any:
     found: Any = gm
     for part in name.split("."):

@@ -27,6 +27,7 @@ from mst_fx.keep import keep_waves
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
 from mst_fx.report import Refused, Report
+from mst_fx.scalars import numbers_to_tensors, tensors_to_numbers
 
 log = logging.getLogger("mst_fx")
 
@@ -107,6 +108,7 @@ def run_passes(
         prepared = _prepare(gm, example_inputs)
         runner = _Runner(options, config, report, shared)
         new, _ = runner.run(prepared, "program", is_top=True)
+        _for_all(new, numbers_to_tensors)
         new, deferred = runner.run_tree(new, is_top=True)
         deferrals, outputs = _finish(new, deferred) if report.rewrites else ((), 0)
     except Exception as error:
@@ -132,10 +134,20 @@ def run_passes(
     return Result(new, report, deferrals, outputs, bodies)
 
 
+def _for_all(gm: fx.GraphModule, change: Callable[[fx.Graph], None]) -> None:
+    """Changes a graph and those that it refers to."""
+    change(gm.graph)
+    for _, child in subgraphs(gm):
+        _for_all(child, change)
+        eliminate_dead_code(child.graph)
+        child.recompile()
+
+
 def _finish(gm: fx.GraphModule, deferred: list[fx.Node]) -> tuple[tuple[Deferral, ...], int]:
     """Takes the logits out of a rewritten graph and makes it runnable."""
     outputs = len(gm.graph.output_node().args[0]) if deferred else 0  # type: ignore[arg-type]
     deferrals = defer_all(gm, deferred)
+    _for_all(gm, tensors_to_numbers)
     keep_embeddings_whole(gm.graph)
     keep_waves(gm.graph)
     eliminate_dead_code(gm.graph)

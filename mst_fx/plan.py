@@ -77,13 +77,20 @@ def plan_attention(device: str, chosen: ChunkRows = "auto") -> int:
     return chosen if chosen != "auto" else _least(_QUERIES, device)
 
 
-def plan_vocab(rows: int, width: int, vocabulary: int, device: str, chosen: ChunkRows = "auto") -> Plan:
-    """The chunks of a loop whose body projects rows of ``width`` elements to a ``vocabulary``."""
+def plan_vocab(
+    rows: int, width: int, vocabulary: int, device: str, chosen: ChunkRows = "auto", changes: bool = False
+) -> Plan:
+    """The chunks of a loop whose body projects rows of ``width`` elements to a ``vocabulary``.
+
+    Args:
+        changes: ``rows`` is that of one batch of several: no chunk's size follows from it, or short batches
+            would take chunks as large as the longest one's.
+    """
     if chosen != "auto":
         return Plan(rows, chosen, "vocab_chunk_rows was given", chosen)
     chunks = -(-vocabulary // width)
     paper = -(-rows // chunks)
     least = max(_least(_LEAST_VOCAB_ROWS, device), min(width, _least(_LEAST_ROWS, device)))
-    if paper >= least:
+    if paper >= least and not changes:
         return _plan(rows, paper, f"ceil(V / d_model) = {chunks} chunks", device)
     return _plan(rows, least, f"the least rows that keep a {device} busy", device)

@@ -33,6 +33,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from mst_fx import attention as _ops  # noqa: F401  (registers them)
+from mst_fx.changing import changes
 from mst_fx.chunking import PassContext
 from mst_fx.compiler import real_tensors
 from mst_fx.errors import Cause, Refusal
@@ -145,10 +146,17 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
     query, key = tensor_value(site.query), tensor_value(site.key)
     if query is None or key is None or query.ndim != 4 or key.ndim != 4:
         return None
-    queries, keys = query.shape[2], key.shape[2]
+    queries = query.shape[2]
     chunk = plan_attention(query.device.type, context.options.attention_chunk_rows)
-    if hint(queries) <= chunk:
+    if hint(queries) <= chunk and not changes(queries):
         return None
+    found = _read_site(site, queries, key.shape[2], chunk, mutated)
+    # Asked last: a guard that gains nothing would compile longer batches anew.
+    return None if found is None or context.shared.bounds.fits(queries, chunk) else found
+
+
+def _read_site(site: Site, queries: Any, keys: Any, chunk: int, mutated: set[int]) -> Understood | None:
+    """:func:`_understand`, whatever the number of queries."""
     types = {
         fake.dtype
         for fake in map(tensor_value, (site.query, site.key, site.value, site.out))

@@ -33,11 +33,12 @@ from __future__ import annotations
 from torch import fx
 
 from mst_fx.canonical import CLONE_OF, hoist_row_slices, make_functional, sum_losses
+from mst_fx.changing import changes
 from mst_fx.chunking import LOGITS_START, PassContext, blocked, chunk_regions, rows_of
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
 from mst_fx.graph import tensor_value
-from mst_fx.plan import plan_vocab
+from mst_fx.plan import Plan, plan_vocab
 from mst_fx.region import Region, RegionFinder
 from mst_fx.report import Refused, Rewrite
 
@@ -53,8 +54,7 @@ def run(context: PassContext) -> None:
     for analysis in context.analyses():
         regions, others = context.bulges(analysis, free)
         regions = [region for region in regions if region.ends_narrow]
-        rows, chosen = rows_of(analysis), context.options.vocab_chunk_rows
-        plans = [plan_vocab(rows, region.width, region.wide, region.device, chosen) for region in regions]
+        plans = [_plan(context, analysis, region) for region in regions]
         refusals += blocked(analysis, others, "vocab")
         deferrals = [_outputs_of(region, free) for region in regions]
         done = chunk_regions(context, analysis, regions, "vocab", plans, [bool(d) for d in deferrals])
@@ -66,6 +66,11 @@ def run(context: PassContext) -> None:
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
     context.refuse_all(r for r in refusals if not (r.cause is Cause.IS_OUTPUT and r.name in done_for))
+
+
+def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:
+    rows, chosen = rows_of(analysis), context.options.vocab_chunk_rows
+    return plan_vocab(rows, region.width, region.wide, region.device, chosen, changes(analysis.rows))
 
 
 def _deferrable(context: PassContext) -> set[fx.Node]:
@@ -90,8 +95,7 @@ def _defer_alone(context: PassContext, analysis: RowAnalysis, free: set[fx.Node]
         region = RegionFinder(analysis).grow(seed) if seed is not None else None
         if seed is None or region is None:
             continue
-        plan = plan_vocab(rows, region.width, region.wide, region.device, context.options.vocab_chunk_rows)
-        if plan.chunks < 2:
+        if context.shared.bounds.fits(analysis.rows, _plan(context, analysis, region).chunk_rows):
             continue
         seed.meta[LOGITS_START] = True
         context.deferred.append(logits)
