@@ -339,7 +339,7 @@ def _start(name: str, family: str, timeout: float) -> _Job:
 
 
 def _run(name: str, family: str, connection: Connection) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
     connection.send(attempt(name, family))
 
@@ -476,7 +476,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAME,…")
     parser.add_argument("--redo", default="", metavar="STATUS,…", help='"all": whatever it was')
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=150, metavar="SECONDS", help="an architecture")
+    parser.add_argument("--timeout", type=float, default=240, metavar="SECONDS", help="an architecture")
     parser.add_argument("--limit-minutes", type=float, default=1e6, help="begins no architecture after that")
     parser.add_argument("--table", type=Path, metavar="PAGE", help="writes the page instead")
     parser.add_argument("--summary", action="store_true", help="prints what is known instead")
