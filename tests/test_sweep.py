@@ -72,10 +72,10 @@ def test_a_sweep_goes_on_where_it_was(
     monkeypatch.setattr(sweep.logging, "disable", lambda level: None)  # type: ignore[attr-defined]
     common = [str(path), "--jobs", "3", "--timeout", "5"]
     sweep.main([*common, "--only", "llama,fine,dead,late"])
-    found = {name: outcome.status for name, outcome in sweep.load(path).items()}
+    found = {name: outcome.status for (_, name), outcome in sweep.load(path).items()}
     assert found == {"llama": "right", "fine": "right", "dead": "died", "late": "timeout"}
     sweep.main([*common, "--only", "llama,fine,dead,new", "--redo", "died", "--limit-minutes", "0"])
-    assert "new" not in sweep.load(path)
+    assert ("causal", "new") not in sweep.load(path)
     sweep.main([*common, "--only", "llama,fine,dead,new", "--redo", "died"])
     assert [json.loads(line)["name"] for line in path.read_text().splitlines()][4:] == ["dead", "new"]
     sweep.main([str(path), "--table", str(tmp_path / "models.md")])

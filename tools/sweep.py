@@ -356,11 +356,11 @@ def _outcome(job: _Job, family: str) -> Outcome | None:
     return Outcome(job.name, family, "timeout") if late else None
 
 
-def load(path: Path) -> dict[str, Outcome]:
-    """The last line of each architecture."""
+def load(path: Path) -> dict[tuple[str, str], Outcome]:
+    """The last line of each architecture, by family and name."""
     lines = path.read_text().splitlines() if path.exists() else []
     outcomes = (Outcome(**json.loads(line)) for line in lines)
-    return {outcome.name: outcome for outcome in outcomes}
+    return {(outcome.family, outcome.name): outcome for outcome in outcomes}
 
 
 # What people read
@@ -409,7 +409,8 @@ def _table(rows: Sequence[Outcome]) -> str:
     lines = ["| architecture | attention | MLPs | head | left as it was, and why |", "| --- " * 5 + "|"]
     for outcome in rows:
         counts = [str(outcome.rewrites.get(kind) or "–") for kind in ("attention", "mlp", "vocab")]
-        lines.append(f"| `{outcome.name}` | {' | '.join(counts)} | {_cell(_left(outcome))} |")
+        family = "" if outcome.family == "causal" else f" ({outcome.family})"
+        lines.append(f"| `{outcome.name}`{family} | {' | '.join(counts)} | {_cell(_left(outcome))} |")
     return "\n".join(lines)
 
 
@@ -460,12 +461,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(counted)
 
 
-def _pending(args: argparse.Namespace, known: dict[str, Outcome]) -> Iterator[str]:
+def _pending(args: argparse.Namespace, known: dict[tuple[str, str], Outcome]) -> Iterator[str]:
     end = time.monotonic() + 60 * args.limit_minutes
     again = set(args.redo.split(","))
     for name in args.only.split(",") if args.only else architectures(args.family):
-        is_new = name not in known or known[name].status in again or "all" in again
-        if is_new and time.monotonic() < end:
+        before = known.get((args.family, name))
+        if (before is None or before.status in again or "all" in again) and time.monotonic() < end:
             yield name
 
 
