@@ -282,7 +282,7 @@ def test_a_mamba_step() -> None:
         "state_size": 4,
         "time_step_rank": 2,
     }
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
     model = transformers.MambaForCausalLM(
         transformers.MambaConfig(**sizes, **tokens, use_cache=False)
@@ -308,7 +308,7 @@ class _Masked(_Model):
         x = self.embed(ids)
         config = transformers.Gemma3TextConfig(sliding_window=6)
         config._attn_implementation = "sdpa"
-        mask = create_sliding_window_causal_mask(
+        mask: Any = create_sliding_window_causal_mask(
             config=config,
             inputs_embeds=x,
             attention_mask=None,
