@@ -275,7 +275,7 @@ def test_an_exception_of_ours_costs_one_place(where: str, monkeypatch: pytest.Mo
 @pytest.mark.slow
 def test_a_mamba_step() -> None:
     """Its scan is a chain of vmaps; logits go through float32."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 16,
         "num_hidden_layers": 1,
         "vocab_size": 96,
