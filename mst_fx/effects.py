@@ -18,7 +18,7 @@ _ENTERS = ("_increment_nesting", "_enter_dual_level")
 _LEAVES = ("_decrement_nesting", "_exit_dual_level")
 
 # Modes that end with the graph they are in.
-_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "lazy_load_decompositions")
+_MODES = ("_set_grad_enabled", "_autocast", "_inference_mode", "lazy_load_decompositions")
 
 # Give no tensor, and only look at their operands.
 _LOOKS = (
@@ -33,15 +33,19 @@ _PURE_NAMESPACES = ("aten", "prims", "mst_fx")  # but for what torch itself know
 
 
 def level_change(node: fx.Node) -> int:
-    """1 where a level of a transform (or of ``inference_mode``) begins, -1 where one ends, 0 elsewhere."""
+    """1 where a level of a transform begins, -1 where one ends, 0 elsewhere."""
     if node.op != "call_function" or isinstance(node.target, (OpOverload, OpOverloadPacket)):
         return 0
     name = _name(node)
-    if name == "_enter_inference_mode":
-        return int(node.args[0] is not False)
-    if name == "_exit_inference_mode":
-        return -level_change(node.all_input_nodes[0])
     return int(name.endswith(_ENTERS)) - int(name.endswith(_LEAVES))
+
+
+def inference_change(node: fx.Node) -> int:
+    """The same for ``torch.inference_mode()``."""
+    name = _name(node) if node.op == "call_function" else ""
+    if name == "_exit_inference_mode":
+        return -inference_change(node.all_input_nodes[0])
+    return int(name == "_enter_inference_mode" and node.args[0] is not False)
 
 
 def has_effects(node: fx.Node) -> bool:
@@ -65,7 +69,7 @@ def has_effects(node: fx.Node) -> bool:
 
 def _changes_outside(gm: fx.GraphModule) -> bool:
     calls = [node for node in gm.graph.nodes if node.op.startswith("call_")]
-    return any(has_effects(n) for n in calls if not level_change(n) and _name(n) not in _MODES)
+    return any(has_effects(n) for n in calls if not level_change(n) and not _name(n).endswith(_MODES))
 
 
 def _only_looks(node: fx.Node, name: str) -> bool:

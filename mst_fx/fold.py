@@ -33,7 +33,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mst_fx.effects import has_effects, level_change
+from mst_fx.effects import has_effects, inference_change, level_change
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph import (
     call,
@@ -323,10 +323,13 @@ class RowAnalysis:
             for fake in tensors_of(n):
                 if not is_plain(fake):
                     raise Refusal(f"{n.name} is a {_type_name(fake)}", Cause.NOT_PLAIN)
+                if self.contexts[n].inference and not self.contexts[node].inference:
+                    # Autograd saves no such tensor for a loop's backward pass.
+                    raise Refusal(f"{n.name} is made in inference_mode", Cause.NOT_PLAIN)
                 if storage_key(fake) in self._mutated:
                     raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
         if self.contexts[node].level:
-            raise Refusal("lies inside of a torch.func transform or of inference_mode", Cause.NOT_PLAIN)
+            raise Refusal("lies inside of a torch.func transform", Cause.NOT_PLAIN)
         if not self.contexts[node].grad and torch.is_grad_enabled():
             raise Refusal("runs under no_grad", Cause.NO_GRAD)
 
@@ -455,11 +458,13 @@ class Context:
     autocast: tuple[tuple[Any, ...], ...]
     grad: bool
     level: int = 0  # of torch.func transforms (vmap, grad, jvp): no region may begin, end or be put there
+    inference: bool = False  # in inference_mode, where there is no grad either
 
 
 def contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
     """The modes of every node; the graph starts in the ambient ones."""
     current = Context((), torch.is_grad_enabled())
+    outer: list[Context] = []  # of regions of inference_mode
     contexts = {}
     for node in graph.nodes:
         if node.target is torch.amp.autocast_mode._enter_autocast:
@@ -470,6 +475,11 @@ def contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
             current = dataclasses.replace(current, grad=bool(node.args[0]))
         elif change := level_change(node):
             current = dataclasses.replace(current, level=max(0, current.level + change))
+        elif (change := inference_change(node)) > 0:
+            outer.append(current)
+            current = dataclasses.replace(current, grad=False, inference=True)
+        elif change < 0 and outer:
+            current = outer.pop()
         contexts[node] = current
     return contexts
 
@@ -502,8 +512,7 @@ def writes_in_place(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     if isinstance(node.target, torch._ops.OpOverloadPacket):
-        overloads = (getattr(node.target, name) for name in node.target.overloads())
-        return any(overload._schema.is_mutable for overload in overloads)
+        return bool(_written_by_schema(node))
     if node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None:
         return True
     if node.kwargs.get("inplace"):
@@ -541,17 +550,27 @@ def mutated_storages(graph: fx.Graph) -> set[int]:
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The operands that a node in place may write to."""
-    found: list[fx.Node] = []
-    if isinstance(node.target, torch._ops.OpOverload):
-        for index, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-                found += [leaf for leaf in tree_leaves(given) if isinstance(leaf, fx.Node)]
-        return found
-    if isinstance(node.target, torch._ops.OpOverloadPacket) or node.kwargs.get("out") is not None:
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _written_by_schema(node)
+    if node.kwargs.get("out") is not None:
         return node.all_input_nodes
-    found += [leaf for leaf in tree_leaves(node.args[:1]) if isinstance(leaf, fx.Node)]
-    return found or node.all_input_nodes[:1]
+    first = [leaf for leaf in tree_leaves(node.args[:1]) if isinstance(leaf, fx.Node)]
+    return first or node.all_input_nodes[:1]
+
+
+def _written_by_schema(node: fx.Node) -> list[fx.Node]:
+    """The operands of an operator, or of a packet of overloads, that a schema says it writes to."""
+    target: Any = node.target
+    is_packet = isinstance(target, torch._ops.OpOverloadPacket)
+    overloads = [getattr(target, name) for name in target.overloads()] if is_packet else [target]
+    found: list[fx.Node] = []
+    for overload in overloads:
+        for index, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                is_positional = index < len(node.args) and not argument.kwarg_only
+                given = node.args[index] if is_positional else node.kwargs.get(argument.name)
+                found += [leaf for leaf in tree_leaves(given) if isinstance(leaf, fx.Node)]
+    return found
 
 
 def _storages_behind(node: fx.Node) -> set[int]:

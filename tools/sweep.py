@@ -339,7 +339,7 @@ def _start(name: str, family: str, timeout: float) -> _Job:
 
 
 def _run(name: str, family: str, connection: Connection) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
     connection.send(attempt(name, family))
 
@@ -356,11 +356,11 @@ def _outcome(job: _Job, family: str) -> Outcome | None:
     return Outcome(job.name, family, "timeout") if late else None
 
 
-def load(path: Path) -> dict[str, Outcome]:
-    """The last line of each architecture."""
+def load(path: Path) -> dict[tuple[str, str], Outcome]:
+    """The last line of each architecture, by family and name."""
     lines = path.read_text().splitlines() if path.exists() else []
     outcomes = (Outcome(**json.loads(line)) for line in lines)
-    return {outcome.name: outcome for outcome in outcomes}
+    return {(outcome.family, outcome.name): outcome for outcome in outcomes}
 
 
 # What people read
@@ -409,7 +409,8 @@ def _table(rows: Sequence[Outcome]) -> str:
     lines = ["| architecture | attention | MLPs | head | left as it was, and why |", "| --- " * 5 + "|"]
     for outcome in rows:
         counts = [str(outcome.rewrites.get(kind) or "–") for kind in ("attention", "mlp", "vocab")]
-        lines.append(f"| `{outcome.name}` | {' | '.join(counts)} | {_cell(_left(outcome))} |")
+        family = "" if outcome.family == "causal" else f" ({outcome.family})"
+        lines.append(f"| `{outcome.name}`{family} | {' | '.join(counts)} | {_cell(_left(outcome))} |")
     return "\n".join(lines)
 
 
@@ -460,12 +461,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(counted)
 
 
-def _pending(args: argparse.Namespace, known: dict[str, Outcome]) -> Iterator[str]:
+def _pending(args: argparse.Namespace, known: dict[tuple[str, str], Outcome]) -> Iterator[str]:
     end = time.monotonic() + 60 * args.limit_minutes
     again = set(args.redo.split(","))
     for name in args.only.split(",") if args.only else architectures(args.family):
-        is_new = name not in known or known[name].status in again or "all" in again
-        if is_new and time.monotonic() < end:
+        before = known.get((args.family, name))
+        if (before is None or before.status in again or "all" in again) and time.monotonic() < end:
             yield name
 
 
@@ -476,7 +477,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAME,…")
     parser.add_argument("--redo", default="", metavar="STATUS,…", help='"all": whatever it was')
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=150, metavar="SECONDS", help="an architecture")
+    parser.add_argument("--timeout", type=float, default=240, metavar="SECONDS", help="an architecture")
     parser.add_argument("--limit-minutes", type=float, default=1e6, help="begins no architecture after that")
     parser.add_argument("--table", type=Path, metavar="PAGE", help="writes the page instead")
     parser.add_argument("--summary", action="store_true", help="prints what is known instead")
