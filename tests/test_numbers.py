@@ -245,7 +245,12 @@ def test_passes_run_once_where_floats_become_constants(
     model, given = _gemma() if spelling != "dynamic=True" else (_Eps(), {"ids": batch()[1]})
     traced: list[Any] = []
     trace = body._trace_region
-    monkeypatch.setattr(body, "_trace_region", lambda *args: traced.append(args) or trace(*args))
+
+    def counted(*args: Any) -> Any:
+        traced.append(args)
+        return trace(*args)
+
+    monkeypatch.setattr(body, "_trace_region", counted)
     compiled = compile_mst(model, dynamic=True if spelling == "dynamic=True" else None)
     found, truth = step(model, compiled, given)[1], step(model, model, given)[1]
     assert worst_error(found, truth) < (
