@@ -166,6 +166,44 @@ def test_layers_share_a_number_and_deferred_logits_keep_it(scales: list[Any]) ->
     assert [(r.kind, r.chunks) for r in report.rewrites] == 2 * [*[("mlp", 5)] * mlps, ("vocab", 4)]
 
 
+def test_a_scale_of_eager_attention_is_taken_by_the_query() -> None:
+    class Eager(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, divisor: float, factor: float) -> Tensor:
+            at = torch.arange(q.shape[2])
+            mask = torch.where(at[None, :] <= at[:, None], 0.0, float("-inf"))
+            for scores in (lambda x: x / divisor, lambda x: factor * 0.5 * x, lambda x: x * factor):
+                weights = F.softmax(scores(torch.matmul(q, k.transpose(2, 3))) + mask, dim=-1)
+                v = torch.matmul(weights, v)
+            return v
+
+    model = Eager()
+    compiled = compile_mst(model, {**SMALL_CHUNKS, "attention_chunk_rows": 16})
+    counters.clear()
+    q, k, v = (torch.randn(1, 2, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with mst_fx.watch() as report:
+        for divisor, factor in ((-2.5, 0.3), (2.0, 0.4), (1.5, -0.5), (0.5, 0.0)):
+            found, truth = compiled(q, k, v, divisor, factor), model(q, k, v, divisor, factor)
+            assert relative_error(found, truth) < 1e-12
+            grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, truth)]
+            assert all(relative_error(a, b) < 1e-10 for a, b in zip(*grads, strict=True))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert [r.kind for r in report.rewrites].count("attention") >= 4
+
+
+def test_negative_scales_of_fused_attention_are_left_alone() -> None:
+    """With a mask torch's attention takes them; its causal kernel gives NaN on a CPU (torch 2.13)."""
+
+    def run(x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[2])
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=at[None, :] <= at[:, None], scale=-0.5)
+
+    x = torch.randn(1, 2, 40, 8, dtype=torch.float64)
+    with mst_fx.watch() as report:
+        found = compile_mst(run, {**SMALL_CHUNKS, "attention_chunk_rows": 16})(x)
+    assert relative_error(found, run(x)) < 1e-12
+    assert [r.kind for r in report.refusals] == ["attention"] and not report.rewrites
+
+
 def test_numbers_outside_of_loops_stay_numbers() -> None:
     class Weighed(Net):
         def forward(self, x: Tensor, labels: Tensor, number: Any) -> Tensor:
