@@ -32,7 +32,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mst_fx.compiler import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
 from mst_fx.decompositions import add_up_labels, body_decompositions
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, static_sizes
+from mst_fx.fold import (
+    Folder,
+    RowAnalysis,
+    autocast_contexts,
+    fold_rank,
+    read_operand,
+    settled,
+    static_sizes,
+)
 from mst_fx.graph import SIXTEEN_BITS, sum_dtype, tensor_value, tensors_of, value
 from mst_fx.region import Region
 from mst_fx.rows import SUMMED, Row, RowTracer
@@ -635,13 +643,13 @@ def _rest(tensor: torch.Tensor, is_sum: bool) -> tuple[int, ...]:
 
 def _meta(tensor: torch.Tensor | None) -> TensorMeta:
     assert tensor is not None
-    return TensorMeta(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+    return TensorMeta(settled(tensor.shape), settled(tensor.stride()), tensor.dtype, tensor.device)
 
 
 def _row_meta(node: fx.Node, rows: Any) -> TensorMeta:
     fake = tensor_value(node)
     assert fake is not None
-    shape = tuple(fake.shape[fold_rank(fake.shape, rows) :])
+    shape = settled(fake.shape[fold_rank(fake.shape, rows) :])
     return TensorMeta(shape, (), fake.dtype, fake.device)
 
 

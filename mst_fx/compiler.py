@@ -295,7 +295,7 @@ def guards_are_kept(env: ShapeEnv) -> bool:
 
 def promised_ranges(env: ShapeEnv) -> set[Any]:
     """The symbols of sizes of which the user promised a range, which no guard may narrow."""
-    found = set()
+    found: set[Any] = set()
     for tracked in env.tracked_fakes or ():
         if not isinstance(tracked.fake, torch.Tensor):
             continue

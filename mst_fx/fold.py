@@ -123,6 +123,11 @@ def expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+def settled(sizes: Iterable[Any]) -> tuple[Any, ...]:
+    """Sizes, with ints for symbols that Dynamo has found to be one number since it made them (an input's width)."""
+    return tuple(int(expr) if (expr := expression(size)).is_number else size for size in sizes)
+
+
 class Folder:
     """Runs nodes on folded fakes in a private fake mode.
 
@@ -145,7 +150,7 @@ class Folder:
     def folded_shape(self, tensor: torch.Tensor, n: Any = None) -> tuple[Any, ...] | None:
         """``[B, S, H]`` → ``(1, n, H)``; None when the leading dimensions do not hold the rows."""
         rank = fold_rank(tensor.shape, self.rows)
-        rest = tensor.shape[rank:]
+        rest = settled(tensor.shape[rank:])
         if not rank or any(isinstance(size, torch.SymInt) for size in rest):
             return None
         return (*[1] * (rank - 1), self.n if n is None else n, *rest)
@@ -163,14 +168,13 @@ class Folder:
         Raises:
             Refusal: for dynamic sizes and for tensor subclasses.
         """
-        if any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *tensor.stride())):
-            raise Refusal(f"a shared operand has the dynamic shape {tuple(tensor.shape)}")
+        shape, stride = settled(tensor.shape), settled(tensor.stride())
+        if any(isinstance(size, torch.SymInt) for size in (*shape, *stride)):
+            raise Refusal(f"a shared operand has the dynamic shape {shape}")
         if not is_plain(tensor):
             raise Refusal(f"an operand is a {_type_name(tensor)}")
         with self.mode:
-            return torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            )
+            return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
 
     def run_node(self, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
         """Runs ``node`` on folded operands; sizes in views follow from the node's own value."""
@@ -247,7 +251,7 @@ def autocast_contexts(contexts: Sequence[tuple[Any, ...]]) -> Iterator[None]:
 
 def static_sizes(nodes: Iterable[fx.Node]) -> set[int]:
     """All sizes of the tensors of some nodes, but for symbolic ones."""
-    return {size for n in nodes for t in tensors_of(n) for size in t.shape if isinstance(size, int)}
+    return {size for n in nodes for t in tensors_of(n) for size in settled(t.shape) if isinstance(size, int)}
 
 
 class RowAnalysis:

@@ -19,7 +19,17 @@ from torch import fx
 
 from mst_fx.errors import Refusal
 from mst_fx.fold import expression, is_identity_dropout, outside_transforms
-from mst_fx.graph import VALUE, attribute, called_graph, fake_mode_of, hint, tensor_value, tensors_of, value
+from mst_fx.graph import (
+    VALUE,
+    add_call,
+    attribute,
+    called_graph,
+    fake_mode_of,
+    hint,
+    tensor_value,
+    tensors_of,
+    value,
+)
 
 aten = torch.ops.aten
 
@@ -107,6 +117,8 @@ class Site:
         mask: None, Boolean, or to be added.
         causal: the node is causal already.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0: not.
+        scaling: a product of the scores with a number that changes from step to step, or is negative, which the
+            query takes over.
     """
 
     level: Level
@@ -121,6 +133,7 @@ class Site:
     inner: tuple[fx.Node, ...] = ()
     is_eager: bool = False
     dropout: float = 0.0
+    scaling: fx.Node | None = None
 
 
 def find_sites(level: Level) -> Iterator[Site | Any]:
@@ -200,15 +213,21 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         scores_first = isinstance(left, fx.Node) and len(left.users) == 1
         mask, current = (right, step(left)) if scores_first else (left, step(right))
     softcap = 0.0
-    factor = _factor(current)
-    if current is not None and factor is not None and _is_tanh(current.args[0]):
+    is_capped = current is not None and bool(current.args) and _is_tanh(current.args[0])
+    factor = _factor(current) if is_capped else None
+    if current is not None and factor is not None:
         tanh = step(current.args[0])
         capped = step(tanh.args[0]) if tanh is not None else None
         divisor = _factor(capped)
         if divisor is None or capped is None or abs(divisor * factor - 1.0) > 1e-6:
             return None
         softcap, current = factor, step(capped.args[0])
-    scale = _factor(current)
+    scaling = current if current is not None and _is_scaling(current) else None
+    scale = 1.0 if scaling is not None else _factor(current)
+    if (
+        scale is not None and scale <= 0.0
+    ):  # a causal kernel's NaN: torch 2.13 scales minus infinity, on a CPU
+        scaling, scale = current, 1.0
     if scale is not None and current is not None:
         current = step(current.args[0])
     if current is None or current.target not in _MATMULS:
@@ -234,16 +253,36 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         softcap,
         inner=tuple(inner),
         is_eager=True,
+        scaling=scaling,
     )
+
+
+def _is_scaling(node: fx.Node) -> bool:
+    """Whether a node is ``x * c`` or ``x / c`` with a number that changes: no value of it may be written down."""
+    number = value(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], fx.Node) else None
+    is_scaled = node.target in (*_PRODUCTS, *_QUOTIENTS)
+    return is_scaled and isinstance(number, torch.SymFloat) and not number.node.expr.is_number
+
+
+def scaled_query(site: Site, query: fx.Node) -> fx.Node:
+    """The query of a site, times the number that scaled its scores; at the graph's insertion point."""
+    if site.scaling is None:
+        return query
+    target = torch.mul if site.scaling.target in _PRODUCTS else torch.div
+    return add_call(site.level.gm.graph, target, query, site.scaling.args[1])
+
+
+_PRODUCTS = (torch.mul, operator.mul, "mul", operator.imul)
+_QUOTIENTS = (torch.div, operator.truediv, "div", operator.itruediv)
 
 
 def _factor(node: fx.Node | None) -> float | None:
     """``c`` of ``x * c`` and ``1 / c`` of ``x / c``."""
     if node is None or len(node.args) != 2:
         return None
-    if node.target in (torch.mul, operator.mul, "mul", operator.imul):
+    if node.target in _PRODUCTS:
         return number_of(node.args[1])
-    if node.target in (torch.div, operator.truediv, "div", operator.itruediv):
+    if node.target in _QUOTIENTS:
         divisor = number_of(node.args[1])
         return None if not divisor else 1.0 / divisor
     return None

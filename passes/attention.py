@@ -70,7 +70,7 @@ from mst_fx.masks import (
 )
 from mst_fx.plan import plan_attention
 from mst_fx.report import Rewrite
-from mst_fx.sites import SOFTMAXES, Level, Site, all_levels, find_sites, number_of, placeholders_of
+from mst_fx.sites import SOFTMAXES, Level, Site, all_levels, find_sites, number_of, placeholders_of, scaled_query
 
 aten = torch.ops.aten
 
@@ -157,6 +157,8 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
 
 def _read_site(site: Site, queries: Any, keys: Any, chunk: int, mutated: set[int]) -> Understood | None:
     """:func:`_understand`, whatever the number of queries."""
+    if site.scale <= 0.0:  # torch's causal kernels give NaN (2.13, on a CPU), where with a mask they do not
+        raise Refusal(f"{site.out.name}: the scale {site.scale} is not positive")
     types = {
         fake.dtype
         for fake in map(tensor_value, (site.query, site.key, site.value, site.out))
@@ -582,6 +584,7 @@ def _fused_call(understood: Understood, reaches: dict[Any, _Reach]) -> fx.Node:
         part if fake is not None and fake.dtype == out.dtype else add_call(graph, "to", part, out.dtype)
         for part, fake in zip(parts, fakes, strict=True)
     ]
+    cast[0] = scaled_query(site, cast[0])
     is_native = _is_native(site, known)
     if is_native and not _is_ours(site):
         assert known is not None
