@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,19 +21,6 @@ from mst_fx.graph import add_call, sum_dtype, tensor_value
 aten = torch.ops.aten
 
 CLONE_OF = "mst_clone_of"  # meta key: the node whose rows the marked node computes a part of
-
-# In-place form → out-of-place form.
-_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    "add_": torch.add,
-    "sub_": torch.sub,
-    "mul_": torch.mul,
-    "div_": torch.div,
-}
-_INPLACE_ACTIVATIONS = (F.relu, F.silu, F.elu, F.leaky_relu, F.hardtanh, F.relu6, F.mish, F.selu, F.celu)
 
 # Losses whose mean is the sum divided by the number of elements.
 _PLAIN_LOSSES = (
@@ -73,42 +60,6 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 def _is_barrier(node: fx.Node) -> bool:
     return node.target is torch._C._set_grad_enabled or writes_in_place(node)
-
-
-def make_functional(graph: fx.Graph) -> None:
-    """Replaces writes in place by new values where nobody else can see the written tensor."""
-    for node in list(graph.nodes):
-        target = _OUT_OF_PLACE.get(node.target)
-        if target is not None and _is_unseen_write(node):
-            with graph.inserting_before(node):
-                new = add_call(graph, target, *node.args, **node.kwargs)
-            if tensor_value(new).dtype != tensor_value(node).dtype:  # type: ignore[union-attr]
-                graph.erase_node(new)
-                continue
-            _replace(node, new)
-        elif node.target in _INPLACE_ACTIVATIONS and node.kwargs.get("inplace") and _is_unseen_write(node):
-            node.update_kwarg("inplace", False)
-
-
-def _is_unseen_write(node: fx.Node) -> bool:
-    """Whether ``node`` writes to a value nobody reads after it, whose storage is its own."""
-    written = node.args[0] if node.args else None
-    if not isinstance(written, fx.Node) or node.op == "placeholder":
-        return False
-    if written.op not in ("call_function", "call_method") or list(written.users) != [node]:
-        return False
-    out, other = tensor_value(node), node.args[1] if len(node.args) > 1 else None
-    fake = tensor_value(written)
-    if out is None or fake is None or other is written:
-        return False
-    return not any(_shares_storage(fake, source) for source in written.all_input_nodes)
-
-
-def _shares_storage(fake: torch.Tensor, node: fx.Node) -> bool:
-    source = tensor_value(node)
-    if source is None:  # a tuple, whose members the written tensor may be a view of
-        return True
-    return bool(fake.untyped_storage()._cdata == source.untyped_storage()._cdata)
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:

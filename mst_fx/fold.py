@@ -14,9 +14,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import logging
 import operator
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -469,12 +472,22 @@ def writes_in_place(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     if node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None:
         return True
-    if node.kwargs.get("inplace"):
+    place = _inplace_place(node.target)
+    if node.kwargs.get("inplace") or any(node.args[place : place + 1]):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if getattr(node.target, "__module__", "") == "_operator":  # and_, or_, not_ write to nothing
         return False
     return node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
+
+
+@functools.cache
+def _inplace_place(target: Any) -> int:
+    """Where ``inplace`` stands among the arguments of a function such as ``F.relu``; beyond them if nowhere."""
+    if not isinstance(target, types.FunctionType):
+        return sys.maxsize - 1
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else sys.maxsize - 1
 
 
 def eliminate_dead_code(graph: fx.Graph) -> None:

@@ -446,6 +446,22 @@ def _scatter(call: _Call) -> Label:
     return Row(dim)
 
 
+def _scatter_part(call: _Call) -> Label:
+    """slice_scatter, select_scatter: ``source`` with another tensor in a part of one dimension."""
+    source, part, along = call.args[0], call.args[1], _wrap(call.arg(2, "dim", 0), call.args[0].ndim)
+    dim, dim_of_part = call.row_dim(source), call.row_dim(part)
+    if dim is None or dim_of_part is None or dim_of_part != dim or part.ndim + (along > dim) < source.ndim:
+        raise call.refusal("joins rows with something else")
+    return Row(_check_along(call, source, [along]))
+
+
+def _index_fill(call: _Call) -> Label:
+    source, along, index, filled = call.args[:4]
+    if any(call.label(t) is not None for t in (index, filled) if isinstance(t, torch.Tensor)):
+        raise call.refusal("picks columns by row")
+    return Row(_check_along(call, source, [_wrap(along, source.ndim)]))
+
+
 def _nll_loss(call: _Call) -> list[Label]:
     """Per-row losses only; means and sums are rewritten to them before (mst_fx.canonical)."""
     source, target, weight, reduction = call.args[:4]
@@ -545,6 +561,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.native_layer_norm.default, aten._fused_rms_norm.default), _layer_norm),
     aten.gather.default: _gather,
     **dict.fromkeys((aten.scatter.src, aten.scatter.value), _scatter),
+    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _scatter_part),
+    **dict.fromkeys((aten.index_fill.int_Scalar, aten.index_fill.int_Tensor), _index_fill),
     aten.nll_loss_forward.default: _nll_loss,
     aten.constant_pad_nd.default: _pad,
     **dict.fromkeys((aten.flip.default, aten.roll.default), _along_given),

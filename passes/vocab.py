@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.canonical import CLONE_OF, hoist_row_slices, make_functional, sum_losses
+from mst_fx.canonical import CLONE_OF, hoist_row_slices, sum_losses
 from mst_fx.chunking import LOGITS_START, PassContext, blocked, chunk_regions, rows_of
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
@@ -40,6 +40,7 @@ from mst_fx.graph import tensor_value
 from mst_fx.plan import plan_vocab
 from mst_fx.region import Region, RegionFinder
 from mst_fx.report import Refused, Rewrite
+from mst_fx.writes import make_functional
 
 
 def run(context: PassContext) -> None:
