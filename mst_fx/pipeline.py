@@ -13,7 +13,7 @@ from torch import fx
 
 import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import BodyConfig
-from mst_fx.canonical import join_casts
+from mst_fx.canonical import join_casts, make_positional
 from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import mode_patches
 from mst_fx.defer import defer_all
@@ -156,6 +156,9 @@ def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
     if any(n.op == "get_attr" and value(n) is None and not is_graph(new, n) for n in new.graph.nodes):
         fill_values(new, example_inputs)
     join_casts(new.graph)
+    for module in new.modules():
+        if isinstance(module, fx.GraphModule):
+            make_positional(module.graph)
     return new
 
 
