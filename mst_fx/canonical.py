@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.fold import autocast_contexts, contexts, writes_in_place
+from mst_fx.fold import autocast_contexts, contexts, eliminate_dead_code, writes_in_place
 from mst_fx.graph import add_call, hint, sum_dtype, tensor_value
 
 aten = torch.ops.aten
@@ -139,11 +139,8 @@ def sum_losses(graph: fx.Graph) -> None:
         with autocast_contexts(modes[node].autocast):  # which decide the types of the values made here
             new = _as_sum(graph, node)
         if new is not None:
-            sources = node.all_input_nodes
             _replace(node, new)
-            for source in sources:  # a transpose that only the mean needed
-                if not source.users and source.op != "placeholder":
-                    graph.erase_node(source)
+    eliminate_dead_code(graph)  # what only the old form read would be one more reader of the logits
 
 
 def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -306,6 +303,8 @@ def _layout_of(logits: fx.Node) -> _Layout | None:
 
 def _parts_of(node: fx.Node) -> _Layout | None:
     """The layout of ``[..., K * C].view(..., K, C)`` or ``.view(-1, C)``."""
+    while node.args and isinstance(node.args[0], fx.Node) and _keeps_rows(node):
+        node = node.args[0]
     source = node.args[0] if node.args else None
     if node.target not in _VIEWS or not isinstance(source, fx.Node):
         return None
@@ -328,6 +327,9 @@ _VIEWS = (
     aten.view.default,
     aten.reshape.default,
 )
+
+
+_PERMUTES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t"))
 
 
 def _order_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -489,6 +491,7 @@ def hoist_row_slices(graph: fx.Graph) -> None:
     the sliced rows of ``x``, for this use of the logits only. Slices of any dimensions but the last, narrows
     and members of chunks are hoisted, through what works on each row and through flattened batches.
     """
+    _slice_before_permuting(graph)
     modes = contexts(graph)
     for node in list(graph.nodes):
         chain = _sliced_chain(node)
@@ -514,6 +517,23 @@ def hoist_row_slices(graph: fx.Graph) -> None:
         modes |= {clone: modes[node] for _, clone in clones}
         node.replace_all_uses_with(current)
         graph.erase_node(node)
+    eliminate_dead_code(graph)
+
+
+def _slice_before_permuting(graph: fx.Graph) -> None:
+    """``x.transpose(1, 2)[..., :-1]`` → ``x[:, :-1].transpose(1, 2)``."""
+    for node in list(graph.nodes):
+        permuted = node.args[0] if node.args else None
+        if node.target is not operator.getitem or not isinstance(permuted, fx.Node):
+            continue
+        order = _order_of(permuted)
+        parts = _index_parts(node.args[1], len(order)) if order is not None else None
+        if order is None or parts is None or not any(map(_is_cut, parts)):
+            continue
+        with graph.inserting_before(node):
+            index = tuple(parts[order.index(dim)] for dim in range(len(order)))
+            new = add_call(graph, operator.getitem, permuted.args[0], index)
+            _replace(node, _permuted(graph, new, order))
 
 
 _LINEAR = (F.linear, aten.linear.default)

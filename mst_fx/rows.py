@@ -472,6 +472,19 @@ def _nll_loss(call: _Call) -> list[Label]:
     return [Row(0), None]
 
 
+def _bce_with_logits(call: _Call) -> Label:
+    """Pointwise in logits, targets and both weights, if nothing is reduced (mst_fx.canonical does that)."""
+    if call.arg(4, "reduction", 1) != 0:
+        raise call.refusal("reduces over the rows")
+    return _pointwise(call)
+
+
+def _log_sigmoid(call: _Call) -> list[Label]:
+    """The second result is what the gradient needs: as large as the first one on a CPU, empty elsewhere."""
+    row = _pointwise(call)
+    return [row, row if _tensors(call.out)[1].ndim == call.args[0].ndim else None]
+
+
 def _constant_like(call: _Call) -> Label:
     """new_zeros and the like take no values from their operand."""
     return call.tracer.label_of_constant(call.func, _tensors(call.out)[0])
@@ -563,6 +576,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.scatter.src, aten.scatter.value), _scatter),
     **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _scatter_part),
     **dict.fromkeys((aten.index_fill.int_Scalar, aten.index_fill.int_Tensor), _index_fill),
+    aten.binary_cross_entropy_with_logits.default: _bce_with_logits,
+    aten.log_sigmoid_forward.default: _log_sigmoid,
     aten.nll_loss_forward.default: _nll_loss,
     aten.constant_pad_nd.default: _pad,
     **dict.fromkeys((aten.flip.default, aten.roll.default), _along_given),
