@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.fold import autocast_contexts, contexts, eliminate_dead_code, writes_in_place
+from mst_fx.fold import contexts, eliminate_dead_code, in_context, writes_in_place
 from mst_fx.graph import add_call, hint, sum_dtype, tensor_value
 
 aten = torch.ops.aten
@@ -33,6 +33,8 @@ _PLAIN_LOSSES = (
     F.kl_div,
     F.binary_cross_entropy_with_logits,
     F.binary_cross_entropy,
+    F.soft_margin_loss,
+    F.multilabel_soft_margin_loss,
 )
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
@@ -136,7 +138,7 @@ def sum_losses(graph: fx.Graph) -> None:
     """
     modes = contexts(graph)
     for node in list(graph.nodes):
-        with autocast_contexts(modes[node].autocast):  # which decide the types of the values made here
+        with in_context(modes[node]):  # which decides the types of the values made here
             new = _as_sum(graph, node)
         if new is not None:
             _replace(node, new)
@@ -498,7 +500,7 @@ def hoist_row_slices(graph: fx.Graph) -> None:
         if chain is None or any(modes.get(link) != modes[node] for link in chain):
             continue
         head, links = chain[-1], chain[-2::-1]
-        with graph.inserting_before(node), autocast_contexts(modes[node].autocast):
+        with graph.inserting_before(node), in_context(modes[node]):
             rows = head.args[0]
             for link in links:
                 if _plain_name(link) in _FLATTENS:

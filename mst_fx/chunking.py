@@ -137,18 +137,17 @@ def _chunk(
     context: PassContext, analysis: RowAnalysis, region: Region, kind: str, plan: Plan, defers: bool
 ) -> dict[fx.Node, fx.Node]:
     body = trace_body(analysis, region, context.config, context.shared.bodies)
-    needs = needs_gradient(region)
+    needs = body.reached_by(needs_gradient(region))
     gradient_of = scalar_with_gradient(region, body, needs) if any(needs) and context.is_top else None
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
     before = tuple(node.format_node() or node.name for node in region.nodes)
     known = set(context.gm.graph.nodes)
-    new = replace_region(analysis, region, body, plan, gradient_of)
+    new = replace_region(analysis, region, body, plan, gradient_of, needs)
     after = tuple(n.format_node() or n.name for n in context.gm.graph.nodes if n not in known)
     for old, node in new.items():
         analysis.states[node] = dataclasses.replace(analysis.states[old], rowwise=False, reason="is a loop's")
-        analysis.contexts[node] = analysis.contexts[old]
     inside = body.inside_bytes_a_row
     gradient = "none" if not any(needs) else "recompute" if gradient_of is None else "forward"
     context.report.rewrites.append(

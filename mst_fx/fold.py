@@ -232,6 +232,13 @@ def autocast_contexts(contexts: Sequence[tuple[Any, ...]]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_context(context: Context) -> Iterator[None]:
+    """The modes of a node, for values that are made in its place."""
+    with autocast_contexts(context.autocast), torch.set_grad_enabled(context.grad):
+        yield
+
+
 def static_sizes(nodes: Iterable[fx.Node]) -> set[int]:
     """All sizes of the tensors of some nodes, but for symbolic ones."""
     return {size for n in nodes for t in tensors_of(n) for size in t.shape if isinstance(size, int)}
@@ -304,8 +311,6 @@ class RowAnalysis:
                     raise Refusal(f"{n.name} is a {_type_name(fake)}", Cause.NOT_PLAIN)
                 if fake.untyped_storage()._cdata in self._mutated:
                     raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
-        if not self.contexts[node].grad and torch.is_grad_enabled():
-            raise Refusal("runs under no_grad", Cause.NO_GRAD)
 
     def _run_known(self, node: fx.Node, roles: dict[fx.Node, Role]) -> State:
         """:meth:`_run`, once for nodes of equal content."""

@@ -472,11 +472,19 @@ def _nll_loss(call: _Call) -> list[Label]:
     return [Row(0), None]
 
 
-def _bce_with_logits(call: _Call) -> Label:
-    """Pointwise in logits, targets and both weights, if nothing is reduced (mst_fx.canonical does that)."""
-    if call.arg(4, "reduction", 1) != 0:
-        raise call.refusal("reduces over the rows")
-    return _pointwise(call)
+def _loss(position: int) -> Rule:
+    """Rule for a loss that is pointwise if nothing is reduced (:mod:`mst_fx.canonical` sees to that).
+
+    Args:
+        position: of ``reduction`` among the arguments.
+    """
+
+    def rule(call: _Call) -> Label:
+        if call.arg(position, "reduction", 1) != 0:
+            raise call.refusal("reduces over the rows")
+        return _pointwise(call)
+
+    return rule
 
 
 def _log_sigmoid(call: _Call) -> list[Label]:
@@ -576,7 +584,17 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.scatter.src, aten.scatter.value), _scatter),
     **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _scatter_part),
     **dict.fromkeys((aten.index_fill.int_Scalar, aten.index_fill.int_Tensor), _index_fill),
-    aten.binary_cross_entropy_with_logits.default: _bce_with_logits,
+    **dict.fromkeys(
+        (
+            aten.mse_loss.default,
+            aten.smooth_l1_loss.default,
+            aten.huber_loss.default,
+            aten.soft_margin_loss.default,
+        ),
+        _loss(2),
+    ),
+    aten.binary_cross_entropy.default: _loss(3),
+    aten.binary_cross_entropy_with_logits.default: _loss(4),
     aten.log_sigmoid_forward.default: _log_sigmoid,
     aten.nll_loss_forward.default: _nll_loss,
     aten.constant_pad_nd.default: _pad,

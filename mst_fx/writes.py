@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import Context, autocast_contexts, contexts, expression, writes_in_place
+from mst_fx.fold import Context, contexts, expression, in_context, writes_in_place
 from mst_fx.graph import add_call, fake_mode_of, hint, is_plain, tensor_value, tensors_of
 
 log = logging.getLogger("mst_fx")
@@ -336,8 +336,7 @@ class _Adder:
     def __call__(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._graph.inserting_before(self._node))
-            stack.enter_context(autocast_contexts(self._modes.autocast))
-            stack.enter_context(torch.set_grad_enabled(self._modes.grad))
+            stack.enter_context(in_context(self._modes))
             if self._mode is not None:
                 stack.enter_context(self._mode)
             found = add_call(self._graph, target, *args, **kwargs)
