@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.fold import contexts, eliminate_dead_code, in_context, writes_in_place
+from mst_fx.fold import Context, contexts, eliminate_dead_code, in_context, writes_in_place
 from mst_fx.graph import add_call, hint, sum_dtype, tensor_value
 
 aten = torch.ops.aten
@@ -337,20 +337,15 @@ _PERMUTES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "movedim"
 def _order_of(node: fx.Node) -> tuple[int, ...] | None:
     """The order in which a transpose or permute puts the dimensions of its operand; None for other nodes."""
     fake, name = tensor_value(node), _plain_name(node)
-    if fake is None or name not in (
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "permute",
-        "movedim",
-        "moveaxis",
-        "t",
-    ):
-        return None
-    if node.kwargs or not all(isinstance(x, (int, tuple, list)) for x in node.args[1:]):
+    if fake is None or node.kwargs:
         return None
     labelled = torch.empty(tuple(range(2, 2 + fake.ndim)), device="meta")
-    moved = getattr(labelled, name)(*node.args[1:])
+    if node.target is getattr and node.args[1] in ("mT", "T"):
+        moved = getattr(labelled, str(node.args[1]))
+    elif name in _PERMUTES and all(isinstance(x, (int, tuple, list)) for x in node.args[1:]):
+        moved = getattr(labelled, name)(*node.args[1:])
+    else:
+        return None
     return tuple(size - 2 for size in moved.shape)
 
 
@@ -484,6 +479,76 @@ def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | int | None) -> 
             safe = add_call(graph, torch.div, total, add_call(graph, torch.where, empty, 1, count))
             total = add_call(graph, torch.where, empty, float("nan"), safe)
     return total if wide == dtype else add_call(graph, "to", total, dtype)
+
+
+def stack_last(graph: fx.Graph) -> None:
+    """``stack([p, q], 0).mean(0)`` → ``stack([p, q], -1).mean(-1)``: divergences from several teachers.
+
+    A new first dimension would move the rows. Done where all that reads the stack, or a pointwise function of
+    it, reduces that dimension, reduces everything or takes a member.
+    """
+    modes = contexts(graph)
+    for node in list(graph.nodes):
+        if _plain_name(node) != "stack" or node.target not in (torch.stack, aten.stack.default):
+            continue
+        fake, members = tensor_value(node), node.args[0] if node.args else None
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if (
+            fake is None
+            or fake.ndim < 2
+            or dim not in (0, -fake.ndim)
+            or not isinstance(members, (list, tuple))
+        ):
+            continue
+        if all(map(_is_moved_reader, node.users)):
+            with graph.inserting_before(node), in_context(modes[node]):
+                new = add_call(graph, torch.stack, members, -1)
+            _move_readers(graph, node, new, modes)
+            new.meta = {**node.meta, **new.meta}
+            graph.erase_node(node)
+
+
+_REDUCTIONS_OVER = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
+
+
+def _is_moved_reader(node: fx.Node) -> bool:
+    """Whether what reads a stack can read one whose new dimension is the last."""
+    name, source = _plain_name(node), node.args[0] if node.args else None
+    fake = tensor_value(source) if isinstance(source, fx.Node) else None
+    if fake is None or len(node.all_input_nodes) > 1:
+        return False
+    if node.target is operator.getitem:
+        return isinstance(node.args[1], int)
+    if name in _POINTWISE_LINKS and not writes_in_place(node):
+        return all(map(_is_moved_reader, node.users)) and bool(node.users)
+    if name not in _REDUCTIONS_OVER or node.kwargs.keys() - {"dim", "keepdim", "dtype"}:
+        return False
+    if len(node.args) == 1 and "dim" not in node.kwargs:
+        return name in ("sum", "mean") and "keepdim" not in node.kwargs
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return _reduced(node) in (0, -fake.ndim) and keepdim is False and len(node.args) <= 3
+
+
+def _reduced(node: fx.Node) -> Any:
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+
+
+def _move_readers(graph: fx.Graph, old: fx.Node, new: fx.Node, modes: dict[fx.Node, Context]) -> None:
+    """Lets the readers of a stack, and of pointwise functions of it, read one whose new dimension is the last."""
+    for user in list(old.users):
+        args, kwargs = user.args[1:], dict(user.kwargs)
+        if user.target is operator.getitem:
+            args = ((Ellipsis, *args),)  # type: ignore[arg-type]
+        elif _plain_name(user) in _REDUCTIONS_OVER and (args or "dim" in kwargs):
+            args, kwargs = (-1, *args[1:]), {key: given for key, given in kwargs.items() if key != "dim"}
+        with graph.inserting_before(user), in_context(modes[user]):
+            moved = add_call(graph, user.target, new, *args, **kwargs)
+        if _plain_name(user) in _POINTWISE_LINKS and user.target is not operator.getitem:
+            _move_readers(graph, user, moved, modes)
+            graph.erase_node(user)
+        else:
+            _replace(user, moved)
 
 
 def hoist_row_slices(graph: fx.Graph) -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.canonical import CLONE_OF, hoist_row_slices, sum_losses
+from mst_fx.canonical import CLONE_OF, hoist_row_slices, stack_last, sum_losses
 from mst_fx.chunking import LOGITS_START, PassContext, blocked, chunk_regions, rows_of
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
@@ -47,6 +47,7 @@ def run(context: PassContext) -> None:
     """Rewrites every head whose loss is in the graph."""
     graph = context.gm.graph
     make_functional(graph)
+    stack_last(graph)
     hoist_row_slices(graph)
     sum_losses(graph)
     free = _deferrable(context)
