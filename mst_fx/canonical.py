@@ -6,11 +6,13 @@ pass rewrites anything.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import operator
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,9 +20,23 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.fold import Context, contexts, eliminate_dead_code, in_context, writes_in_place
-from mst_fx.graph import add_call, hint, sum_dtype, tensor_value
+from mst_fx.graph import add_call, hint, is_known, module_path, sum_dtype, tensor_value
+from mst_fx.rows import is_same_size
 
 aten = torch.ops.aten
+
+# Where one place of several is worked on: an exception inside costs that place alone. By kind and name.
+Place = Callable[[str, str], AbstractContextManager[None]]
+
+
+def nowhere(kind: str, name: str) -> AbstractContextManager[None]:
+    """A place that costs everything."""
+    return contextlib.nullcontext()
+
+
+def _place_of(node: fx.Node) -> str:
+    return module_path(node) or node.name
+
 
 CLONE_OF = "mst_clone_of"  # meta key: the node whose rows the marked node computes a part of
 
@@ -130,7 +146,7 @@ def _replace(node: fx.Node, new: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def sum_losses(graph: fx.Graph) -> None:
+def sum_losses(graph: fx.Graph, place: Place = nowhere) -> None:
     """Writes means and sums of losses as a sum of row losses, divided by the global count.
 
     A mean over chunks would weigh chunks by their number and not by their valid rows; a sum over
@@ -138,7 +154,9 @@ def sum_losses(graph: fx.Graph) -> None:
     """
     modes = contexts(graph)
     for node in list(graph.nodes):
-        with in_context(modes[node]):  # which decides the types of the values made here
+        new = None
+        # The context decides the types of the values made here.
+        with place("vocab", _place_of(node)), in_context(modes[node]):
             new = _as_sum(graph, node)
         if new is not None:
             _replace(node, new)
@@ -481,7 +499,7 @@ def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | int | None) -> 
     return total if wide == dtype else add_call(graph, "to", total, dtype)
 
 
-def stack_last(graph: fx.Graph) -> None:
+def stack_last(graph: fx.Graph, place: Place = nowhere) -> None:
     """``stack([p, q], 0).mean(0)`` → ``stack([p, q], -1).mean(-1)``: divergences from several teachers.
 
     A new first dimension would move the rows. Done where all that reads the stack, or a pointwise function of
@@ -489,23 +507,22 @@ def stack_last(graph: fx.Graph) -> None:
     """
     modes = contexts(graph)
     for node in list(graph.nodes):
-        if _plain_name(node) != "stack" or node.target not in (torch.stack, aten.stack.default):
-            continue
-        fake, members = tensor_value(node), node.args[0] if node.args else None
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        if (
-            fake is None
-            or fake.ndim < 2
-            or dim not in (0, -fake.ndim)
-            or not isinstance(members, (list, tuple))
-        ):
-            continue
-        if all(map(_is_moved_reader, node.users)):
-            with graph.inserting_before(node), in_context(modes[node]):
-                new = add_call(graph, torch.stack, members, -1)
-            _move_readers(graph, node, new, modes)
-            new.meta = {**node.meta, **new.meta}
-            graph.erase_node(node)
+        if node.target in (torch.stack, aten.stack.default):
+            with place("vocab", _place_of(node)):
+                _stack_one_last(graph, node, modes)
+
+
+def _stack_one_last(graph: fx.Graph, node: fx.Node, modes: dict[fx.Node, Context]) -> None:
+    fake, members = tensor_value(node), node.args[0] if node.args else None
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if fake is None or fake.ndim < 2 or dim not in (0, -fake.ndim) or not isinstance(members, (list, tuple)):
+        return
+    if all(map(_is_moved_reader, node.users)):
+        with graph.inserting_before(node), in_context(modes[node]):
+            new = add_call(graph, torch.stack, members, -1)
+        new.meta = {**node.meta, **new.meta}
+        _move_readers(graph, node, new, modes)
+        graph.erase_node(node)
 
 
 _REDUCTIONS_OVER = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
@@ -551,40 +568,46 @@ def _move_readers(graph: fx.Graph, old: fx.Node, new: fx.Node, modes: dict[fx.No
             _replace(user, moved)
 
 
-def hoist_row_slices(graph: fx.Graph) -> None:
+def hoist_row_slices(graph: fx.Graph, place: Place = nowhere) -> None:
     """``linear(x, w)[:, :-1]`` → ``linear(x[:, :-1], w)``: losses that shift the logits.
 
     Before: ``logits = linear(x, w).float(); loss(logits[:, :-1], ...)``. After: the same chain on
     the sliced rows of ``x``, for this use of the logits only. Slices of any dimensions but the last, narrows
     and members of chunks are hoisted, through what works on each row and through flattened batches.
     """
-    _slice_before_permuting(graph)
+    with place("vocab", ""):
+        _slice_before_permuting(graph)
     modes = contexts(graph)
     for node in list(graph.nodes):
-        chain = _sliced_chain(node)
-        if chain is None or any(modes.get(link) != modes[node] for link in chain):
-            continue
-        head, links = chain[-1], chain[-2::-1]
-        with graph.inserting_before(node), in_context(modes[node]):
-            rows = head.args[0]
-            for link in links:
-                if _plain_name(link) in _FLATTENS:
-                    rows = _reshaped_rows(graph, link, rows)
-            current = add_call(graph, head.target, _sliced(graph, node, rows), *head.args[1:], **head.kwargs)
-            clones = [(head, current)]
-            for link in links:
-                if _plain_name(link) not in _FLATTENS:
-                    current = _linked(graph, link, current)
-                    clones.append((link, current))
-        for link, clone in clones:
-            for key in ("nn_module_stack", "stack_trace"):
-                if key in link.meta:
-                    clone.meta[key] = link.meta[key]
-            clone.meta[CLONE_OF] = link.meta.get(CLONE_OF, link)
-        modes |= {clone: modes[node] for _, clone in clones}
-        node.replace_all_uses_with(current)
-        graph.erase_node(node)
+        with place("vocab", _place_of(node)):
+            _hoist(graph, node, modes)
     eliminate_dead_code(graph)
+
+
+def _hoist(graph: fx.Graph, node: fx.Node, modes: dict[fx.Node, Context]) -> None:
+    chain = _sliced_chain(node)
+    if chain is None or any(modes.get(link) != modes[node] for link in chain):
+        return
+    head, links = chain[-1], chain[-2::-1]
+    with graph.inserting_before(node), in_context(modes[node]):
+        rows = head.args[0]
+        for link in links:
+            if _plain_name(link) in _FLATTENS:
+                rows = _reshaped_rows(graph, link, rows)
+        current = add_call(graph, head.target, _sliced(graph, node, rows), *head.args[1:], **head.kwargs)
+        clones = [(head, current)]
+        for link in links:
+            if _plain_name(link) not in _FLATTENS:
+                current = _linked(graph, link, current)
+                clones.append((link, current))
+    for link, clone in clones:
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in link.meta:
+                clone.meta[key] = link.meta[key]
+        clone.meta[CLONE_OF] = link.meta.get(CLONE_OF, link)
+        modes[clone] = modes[node]
+    node.replace_all_uses_with(current)
+    graph.erase_node(node)
 
 
 def _slice_before_permuting(graph: fx.Graph) -> None:
@@ -623,8 +646,10 @@ def _sliced_chain(node: fx.Node) -> list[fx.Node] | None:
             return None
         if current.target in _LINEAR:
             wide = tensor_value(operand)
-            widens = wide is not None and hint(fake.shape[-1]) > hint(wide.shape[-1])
-            return chain if widens else None
+            widths = [fake.shape[-1], wide.shape[-1]] if wide is not None else []
+            return (
+                chain if widths and all(map(is_known, widths)) and hint(widths[0]) > hint(widths[1]) else None
+            )
         if not (_keeps_rows(current) or _is_link(current, fake.ndim - 1, rank=1) or _cuts_columns(current)):
             return None
         current = operand
@@ -700,12 +725,9 @@ def _keeps_rows(node: fx.Node) -> bool:
     if _plain_name(node) not in _FLATTENS or node.kwargs:
         return False
     fake, source = tensor_value(node), tensor_value(node.args[0])  # type: ignore[arg-type]
-    if (
-        fake is None
-        or source is None
-        or not isinstance(fake.shape[-1], int)
-        or fake.shape[-1] != source.shape[-1]
-    ):
+    if fake is None or source is None or not isinstance(fake.shape[-1], int):
+        return False
+    if not is_same_size(fake.shape[-1], source.shape[-1]):
         return False
     if _plain_name(node) != "flatten":
         return len(_sizes_of(node)) == fake.ndim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -76,7 +77,9 @@ class PassContext:
         finder = RegionFinder(analysis, free)
         regions, others = [], []
         for seed in seeds(analysis):
-            region = finder.grow(seed)
+            region = None
+            with self.place("graph", module_path(seed) or seed.name):
+                region = finder.grow(seed)
             if region is None:
                 continue
             if region.is_bulge:
@@ -85,6 +88,27 @@ class PassContext:
             else:
                 others.append(seed)
         return regions, others
+
+    @contextlib.contextmanager
+    def place(self, kind: str, name: str) -> Iterator[None]:
+        """One place of several: a refusal or an exception of ours costs this place, not the pass.
+
+        What runs inside must leave the graph as it was when it fails.
+
+        Raises:
+            Exception: any, with ``strict=True``.
+        """
+        try:
+            yield
+        except Refusal as refusal:
+            self.refuse(kind, name, str(refusal), refusal.cause)
+        except Exception as error:
+            if self.options.strict:
+                raise
+            text = f"{type(error).__name__}: {error}"
+            log.warning("mst-fx left %s %s as it was: %s", kind, name, text)
+            log.debug("the defect", exc_info=True)
+            self.refuse(kind, name, text, Cause.DEFECT)
 
     def refuse_all(self, refusals: Iterable[Refused]) -> None:
         for refused in refusals:
@@ -125,7 +149,12 @@ def chunk_regions(
             context.report.fits.append(Fit(kind, region.name, plan.rows, plan.chunk_rows))
             continue
         try:
-            renamed |= _chunk(context, analysis, region, kind, plan, defers)
+            body = None
+            with context.place(kind, region.name):
+                body, needs, gradient_of = _prepared(context, analysis, region)
+            if body is None:
+                continue
+            renamed |= _chunk(context, analysis, region, kind, plan, defers, body, needs, gradient_of)
         except Refusal as refusal:
             context.refuse(kind, region.name, str(refusal), refusal.cause)
             continue
@@ -133,12 +162,27 @@ def chunk_regions(
     return replaced
 
 
-def _chunk(
-    context: PassContext, analysis: RowAnalysis, region: Region, kind: str, plan: Plan, defers: bool
-) -> dict[fx.Node, fx.Node]:
+def _prepared(
+    context: PassContext, analysis: RowAnalysis, region: Region
+) -> tuple[Body, list[bool], int | None]:
+    """A region's body, which inputs get gradients, and the output whose gradients the forward loop computes."""
     body = trace_body(analysis, region, context.config, context.shared.bodies)
     needs = body.reached_by(needs_gradient(region))
     gradient_of = scalar_with_gradient(region, body, needs) if any(needs) and context.is_top else None
+    return body, needs, gradient_of
+
+
+def _chunk(
+    context: PassContext,
+    analysis: RowAnalysis,
+    region: Region,
+    kind: str,
+    plan: Plan,
+    defers: bool,
+    body: Body,
+    needs: list[bool],
+    gradient_of: int | None,
+) -> dict[fx.Node, fx.Node]:
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")

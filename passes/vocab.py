@@ -47,9 +47,9 @@ def run(context: PassContext) -> None:
     """Rewrites every head whose loss is in the graph."""
     graph = context.gm.graph
     make_functional(graph)
-    stack_last(graph)
-    hoist_row_slices(graph)
-    sum_losses(graph)
+    stack_last(graph, context.place)
+    hoist_row_slices(graph, context.place)
+    sum_losses(graph, context.place)
     free = _deferrable(context)
     refusals: list[Refused] = []
     for analysis in context.analyses():
