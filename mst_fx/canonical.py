@@ -1,4 +1,4 @@
-"""Equal graphs that are easier to chunk: losses as sums of row losses, no writes in place.
+"""Equal graphs that are easier to chunk: losses as sums of row losses, slices of rows before the head.
 
 Every function here changes a copy of the user's graph; the runner throws the copy away when no
 pass rewrites anything.
@@ -586,10 +586,15 @@ def hoist_row_slices(graph: fx.Graph, place: Place = nowhere) -> None:
 
 def _hoist(graph: fx.Graph, node: fx.Node, modes: dict[fx.Node, Context]) -> None:
     chain = _sliced_chain(node)
-    if chain is None or any(modes.get(link) != modes[node] for link in chain):
+    if chain is None or any(modes.get(link) != modes.get(chain[0]) for link in chain):
         return
+    mode, place = modes[chain[0]], node
+    if modes[node] != mode:  # the slice lies behind an autocast region: the clones go where the logits are
+        place = chain[0].next
+        if modes[node].grad != mode.grad or len(node.all_input_nodes) > 1 or tensor_value(chain[0]) is None:
+            return
     head, links = chain[-1], chain[-2::-1]
-    with graph.inserting_before(node), in_context(modes[node]):
+    with graph.inserting_before(place), in_context(mode):
         rows = head.args[0]
         for link in links:
             if _plain_name(link) in _FLATTENS:
@@ -605,7 +610,7 @@ def _hoist(graph: fx.Graph, node: fx.Node, modes: dict[fx.Node, Context]) -> Non
             if key in link.meta:
                 clone.meta[key] = link.meta[key]
         clone.meta[CLONE_OF] = link.meta.get(CLONE_OF, link)
-        modes[clone] = modes[node]
+        modes[clone] = mode
     node.replace_all_uses_with(current)
     graph.erase_node(node)
 

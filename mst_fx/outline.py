@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from mst_fx.body import Body, without_gradients
-from mst_fx.errors import Refusal
+from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import RowAnalysis, expression, fold_rank, writes_in_place
 from mst_fx.graph import VALUE, add_call, tensor_value
 from mst_fx.plan import Plan
@@ -136,8 +136,12 @@ def _users_before(
     autocast = analysis.contexts[region.nodes[-1]].autocast
     for node in late:
         context = analysis.contexts.get(node)
-        if writes_in_place(node) or context is None or context.autocast != autocast:
-            raise Refusal(f"{node.name} stands between the region's nodes and cannot be moved")
+        if writes_in_place(node):
+            raise Refusal(f"{node.name} writes between the region's nodes and cannot be moved", Cause.WRITTEN)
+        if context is None or context.autocast != autocast:
+            raise Refusal(
+                f"{node.name} stands between the region's nodes and cannot be moved", Cause.AUTOCAST
+            )
     return late
 
 

@@ -101,6 +101,9 @@ class RowTracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is aten.nll_loss.default:  # composite, but on the meta device
+            with self:
+                return _nll_loss_parts(*args, **kwargs)[0]
         out = func(*args, **kwargs)
         if not _tensors(out):  # a property, such as prim.device
             return out
@@ -491,6 +494,19 @@ def _log_sigmoid(call: _Call) -> list[Label]:
     """The second result is what the gradient needs: as large as the first one on a CPU, empty elsewhere."""
     row = _pointwise(call)
     return [row, row if _tensors(call.out)[1].ndim == call.args[0].ndim else None]
+
+
+def _nll_loss_parts(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: Any = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found: tuple[torch.Tensor, torch.Tensor] = aten.nll_loss_forward.default(
+        source, target, weight, reduction, ignore_index
+    )
+    return found
 
 
 def _constant_like(call: _Call) -> Label:

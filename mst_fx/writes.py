@@ -127,7 +127,10 @@ def make_functional(graph: fx.Graph) -> None:
             rewrite.run()
         except Refusal as refusal:
             log.debug("a write in place is left: %s", refusal)
-        except Exception:  # a call that does not run on fakes as it was made here: nothing is changed yet
+            rewrite.undo()
+        except (
+            Exception
+        ):  # a call that does not run on fakes as it is made here; old nodes are not changed yet
             log.debug("a write in place is left", exc_info=True)
             rewrite.undo()
 
@@ -262,7 +265,7 @@ class _Rewrite:
         if not any(fake.requires_grad for fake in fakes):
             return
         if not all(self.modes[node].grad for node in (*self.views, *writers)):
-            raise Refusal("is written to without gradients, and has some", Cause.WRITTEN)
+            raise Refusal("is written to without gradients, and has some", Cause.NO_GRAD)
         for writer in writers:
             view = writer.args[0]
             while view in self.parents:

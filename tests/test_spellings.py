@@ -16,7 +16,7 @@ import mst_fx
 from mst_fx import canonical, chunking
 from mst_fx.errors import Cause
 from tests.direct import results, rewritten, worst
-from tests.helpers import check_parity, kinds
+from tests.helpers import check_parity, kinds, report_of
 
 WIDTH, INNER, VOCAB, BATCH, LENGTH, PARTS = 16, 64, 48, 2, 32, 4
 F64 = torch.float64
@@ -378,6 +378,18 @@ def test_heads(name: str) -> None:
 def test_temporaries_of_an_mlp(name: str) -> None:
     report = _check(TEMPORARIES[name], BATCH * LENGTH * INNER)
     assert report.rewrites and not report.refusals
+
+
+@pytest.mark.filterwarnings("ignore:aten::nll_loss")
+def test_on_the_meta_device() -> None:
+    """``explain`` of a model without memory: there, cross entropies are made of other operators."""
+
+    def step(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+        return _loss(m.head(x)[:, :-1], y[:, 1:]) + F.nll_loss(m.teacher(x).log_softmax(-1).mT, y)
+
+    model, (x, y) = Toy(step).to("meta"), _batch()
+    report = report_of(model, None, x.detach().to("meta"), y.to("meta"))
+    assert kinds(report) == {"vocab": 2} and not report.refusals
 
 
 # Under no_grad
