@@ -201,9 +201,10 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if reduction == "none" and not is_written_out and layout.source is logits:
         return None
     with graph.inserting_before(node):
-        kept = labels if is_soft else _permuted(graph, labels, layout.labels_order())
         if is_soft:
-            kept = _permuted(graph, labels, _inverse_order(layout.order))
+            kept = _with_classes_last(graph, labels, layout.order)
+        else:
+            kept = _permuted(graph, labels, layout.labels_order())
         losses = []
         for source, given_labels in layout.pairs(graph, kept, is_soft):
             if is_written_out:
@@ -375,6 +376,17 @@ def _plain_name(node: fx.Node) -> str:
 
 def _inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _with_classes_last(graph: fx.Graph, labels: fx.Node, order: tuple[int, ...]) -> fx.Node:
+    """Soft labels in the order of the logits' source, from before they were brought into that of the loss."""
+    own = _layout_of(labels)
+    if own is None or own.order != order or own.parts > 1:
+        return _permuted(graph, labels, _inverse_order(order))
+    current = own.source
+    for link in reversed(own.links):
+        current = _linked(graph, link, current)
+    return current
 
 
 def _permuted(graph: fx.Graph, node: fx.Node, order: tuple[int, ...]) -> fx.Node:

@@ -358,7 +358,6 @@ LOSSES: dict[str, Step] = {
 }
 
 HEADS: dict[str, tuple[Step, bool]] = {
-    **{f"labels_{name}": (_of_labels(edit), True) for name, edit in LABELS.items()},
     **{f"logits_{name}": (_of_logits(edit), True) for name, edit in LOGITS.items()},
     **{f"keywords_{name}": (step, True) for name, step in KEYWORDS.items()},
     **{f"layout_{name}": (step, True) for name, step in LAYOUTS.items()},
@@ -372,6 +371,13 @@ def test_heads(name: str) -> None:
     report = _check(step, (LENGTH - 1) * VOCAB if is_narrow else 0)
     assert "vocab" in kinds(report)
     assert not any(refused.kind == "vocab" for refused in report.refusals)
+
+
+def test_labels_edited_in_place() -> None:
+    report = _check(
+        lambda m, x, y: sum(_of_labels(edit)(m, x, y) for edit in LABELS.values()), LENGTH * VOCAB
+    )
+    assert kinds(report) == {"vocab": len(LABELS)} and not report.refusals
 
 
 @pytest.mark.parametrize("name", TEMPORARIES)
@@ -389,7 +395,7 @@ def test_on_the_meta_device() -> None:
 
     model, (x, y) = Toy(step).to("meta"), _batch()
     report = report_of(model, None, x.detach().to("meta"), y.to("meta"))
-    assert kinds(report) == {"vocab": 2} and not report.refusals
+    assert kinds(report) == {"vocab": 2}
 
 
 # Under no_grad
