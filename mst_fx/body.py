@@ -28,19 +28,12 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 from mst_fx.compiler import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
 from mst_fx.decompositions import add_up_labels, body_decompositions
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import (
-    Folder,
-    RowAnalysis,
-    autocast_contexts,
-    fold_rank,
-    read_operand,
-    settled,
-    static_sizes,
-)
+from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, settled, static_sizes
 from mst_fx.graph import SIXTEEN_BITS, sum_dtype, tensor_value, tensors_of, value
 from mst_fx.region import Region
 from mst_fx.rows import SUMMED, Row, RowTracer
@@ -206,6 +199,23 @@ class Body:
         with self._fakes() as (n, *inputs), torch.enable_grad(), enable_python_dispatcher():
             leaves = _as_leaves(inputs, needs)
             return tuple(out.requires_grad for out in self.forward(n, *leaves))
+
+    def reached_by(self, needs: Sequence[bool]) -> list[bool]:
+        """Which of the inputs that need gradients get some: not those that are read behind a ``detach`` alone."""
+        if not any(node.target is aten.detach.default for node in self.forward.graph.nodes):
+            return list(needs)
+        with self._fakes() as (n, *inputs), torch.enable_grad(), enable_python_dispatcher():
+            leaves = _as_leaves(inputs, needs)
+            outs = [out for out in self.forward(n, *leaves) if out.requires_grad]
+            found, queue = {id(out) for out in outs}, [out.grad_fn for out in outs]
+            seen = set(queue)
+            while queue:
+                function = queue.pop()
+                found.add(id(getattr(function, "variable", None)))
+                following = {f for f, _ in getattr(function, "next_functions", ()) if f is not None} - seen
+                seen |= following
+                queue += following
+            return [need and id(leaf) in found for leaf, need in zip(leaves, needs, strict=True)]
 
     def compiled_forward(self, chunks: Collection[int]) -> CompiledBody:
         """``(n, *rows, *shared)`` → outputs.
@@ -511,7 +521,7 @@ def kept_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable
         results = function(*args)
         for result in results:
             if isinstance(result, torch.Tensor) and result.grad_fn is not None:
-                result.grad_fn.metadata["mst_fx"] = bodies
+                result.grad_fn.metadata["mst_fx"] = bodies  # type: ignore[index]
         return results
 
     return run
@@ -544,7 +554,8 @@ def _signature(analysis: RowAnalysis, region: Region, config: BodyConfig) -> str
             return (rank, str(tensor.shape), str(tensor.stride()), str(tensor.dtype), str(tensor.device))
         return str(tensor)
 
-    lines = [repr((config, analysis.contexts[region.nodes[0]], torch.is_autocast_enabled("cpu")))]
+    stopped = without_gradients(analysis, region)
+    lines = [repr((config, torch.is_autocast_enabled("cpu")))]
     for operand in region.inputs:
         lines.append(repr((operand.role, [described(t) for t in tensors_of(operand.node)])))
     for node in region.nodes:
@@ -556,18 +567,31 @@ def _signature(analysis: RowAnalysis, region: Region, config: BodyConfig) -> str
             return inputs.get((operand, roles.get(operand, "")), str(value(operand)))
 
         args = fx.node.map_arg((node.args, node.kwargs), named)
-        lines.append(repr((node.op, node.target, args, [described(t) for t in tensors_of(node)])))
+        modes = (analysis.contexts[node].autocast, node in stopped)
+        lines.append(repr((node.op, node.target, args, modes, [described(t) for t in tensors_of(node)])))
     lines.append(repr([names[node] for node in (*region.row_outputs, *region.sums)]))
     return "\n".join(lines)
 
 
+def without_gradients(analysis: RowAnalysis, region: Region) -> set[fx.Node]:
+    """The nodes of a region that run without gradients while others, or the graph, run with them.
+
+    A body is traced as a whole and differentiated later: there, what such a node gives is detached.
+
+    Raises:
+        Refusal: if a part lies in ``inference_mode``, and another does not.
+    """
+    modes = {analysis.contexts[node].inference for node in region.nodes}
+    if len(modes) > 1:
+        raise Refusal("lies partly in inference_mode", Cause.NO_GRAD)
+    if modes == {True}:  # nothing has a gradient there, and nothing can be detached
+        return set()
+    without = {node for node in region.nodes if not analysis.contexts[node].grad}
+    return without if torch.is_grad_enabled() or len(without) < len(region.nodes) else set()
+
+
 def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> Body:
-    contexts = {analysis.contexts[node] for node in region.nodes}
-    if len({context.autocast for context in contexts}) > 1:
-        raise Refusal("lies in different autocast regions", Cause.AUTOCAST)
-    if len(contexts) > 1:
-        raise Refusal("lies partly under no_grad", Cause.NO_GRAD)
-    (context,) = contexts
+    stopped = without_gradients(analysis, region)
     sizes = static_sizes([*region.nodes, *(i.node for i in region.inputs)])
     folder = Folder(analysis.rows, sizes)
     tracer = RowTracer(folder.n)
@@ -590,13 +614,15 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
                 operand: env[operand, "row"] if (operand, role) not in env else env[operand, role]
                 for operand, role in roles.items()
             }
-            env[node, "row"] = folder.run_node(node, functools.partial(read_operand, operands))
+            with autocast_contexts(analysis.contexts[node].autocast):
+                found = folder.run_node(node, functools.partial(read_operand, operands))
+            env[node, "row"] = tree_map_only(torch.Tensor, torch.detach, found) if node in stopped else found
         return [_unfolded(env[node, "row"], tracer, n) for node in outs]
 
     with folder.mode:
         fakes = [meta.empty(folder.n) for meta in row_metas]
         fakes += [folder.shared(tensor_value(i.node)) for i in shared_inputs]  # type: ignore[arg-type]
-        with torch.no_grad(), enable_python_dispatcher(), autocast_contexts(context.autocast):
+        with torch.no_grad(), enable_python_dispatcher():
             for fake in fakes:
                 tracer.protect(fake)
             gm = make_fx(_under(tracer, replay))(folder.n, *fakes)

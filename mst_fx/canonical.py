@@ -1,4 +1,4 @@
-"""Equal graphs that are easier to chunk: losses as sums of row losses, no writes in place.
+"""Equal graphs that are easier to chunk: losses as sums of row losses, slices of rows before the head.
 
 Every function here changes a copy of the user's graph; the runner throws the copy away when no
 pass rewrites anything.
@@ -6,34 +6,46 @@ pass rewrites anything.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.fold import autocast_contexts, contexts, outside_transforms, writes_in_place
-from mst_fx.graph import add_call, storage_key, sum_dtype, tensor_value
+from mst_fx.fold import (
+    Context,
+    contexts,
+    eliminate_dead_code,
+    in_context,
+    outside_transforms,
+    writes_in_place,
+)
+from mst_fx.graph import add_call, hint, is_known, module_path, sum_dtype, tensor_value
+from mst_fx.rows import is_same_size
 
 aten = torch.ops.aten
 
-CLONE_OF = "mst_clone_of"  # meta key: the node whose rows the marked node computes a part of
+# Where one place of several is worked on: an exception inside costs that place alone. By kind and name.
+Place = Callable[[str, str], AbstractContextManager[None]]
 
-# In-place form → out-of-place form.
-_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    "add_": torch.add,
-    "sub_": torch.sub,
-    "mul_": torch.mul,
-    "div_": torch.div,
-}
-_INPLACE_ACTIVATIONS = (F.relu, F.silu, F.elu, F.leaky_relu, F.hardtanh, F.relu6, F.mish, F.selu, F.celu)
+
+def nowhere(kind: str, name: str) -> AbstractContextManager[None]:
+    """A place that costs everything."""
+    return contextlib.nullcontext()
+
+
+def _place_of(node: fx.Node) -> str:
+    return module_path(node) or node.name
+
+
+CLONE_OF = "mst_clone_of"  # meta key: the node whose rows the marked node computes a part of
 
 # Losses whose mean is the sum divided by the number of elements.
 _PLAIN_LOSSES = (
@@ -44,6 +56,8 @@ _PLAIN_LOSSES = (
     F.kl_div,
     F.binary_cross_entropy_with_logits,
     F.binary_cross_entropy,
+    F.soft_margin_loss,
+    F.multilabel_soft_margin_loss,
 )
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
@@ -66,6 +80,62 @@ def join_casts(graph: fx.Graph) -> None:
                 operands[0].append(node)
 
 
+# Arguments that code asks for by keyword, and other names that torch takes for the same argument.
+_LEFT_AS_KEYWORDS = ("inplace", "out", "dtype")
+_OTHER_NAMES = {"self": ("input",), "dim": ("axis",), "keepdim": ("keepdims",)}
+
+
+def make_positional(graph: fx.Graph) -> None:
+    """``linear(input=x, weight=w)`` → ``linear(x, w)``: whoever reads a node finds its operands in one place.
+
+    Only the arguments that follow the positional ones without a gap are moved.
+    """
+    for node in graph.nodes:
+        if not node.kwargs or not any(tensor_value(n) is not None for n in node.all_input_nodes):
+            continue
+        found = {_positional(node, names) for names in _signatures(node)}
+        if len(found) == 1 and (moved := found.pop()):
+            args = [*node.args, *(node.kwargs[key] for key in moved)]
+            node.kwargs = {key: given for key, given in node.kwargs.items() if key not in moved}
+            node.args = tuple(args)
+
+
+def _positional(node: fx.Node, names: Sequence[str]) -> tuple[str, ...]:
+    """The keywords of a node that are its next positional arguments."""
+    moved: list[str] = []
+    for name in names[len(node.args) :]:
+        keys = [key for key in (name, *_OTHER_NAMES.get(name, ())) if key in node.kwargs]
+        if len(keys) != 1 or name in _LEFT_AS_KEYWORDS:
+            break
+        moved += keys
+    return tuple(moved)
+
+
+def _signatures(node: fx.Node) -> list[tuple[str, ...]]:
+    """The names of the positional arguments of what a node calls: of each overload that takes its keywords."""
+    target: Any = node.target
+    if node.op == "call_method":
+        target = getattr(torch.Tensor, target, None)
+    if isinstance(target, types.FunctionType) and target.__module__.startswith("torch."):
+        parameters = inspect.signature(target).parameters.values()
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return []
+        return [tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(target, torch._ops.OpOverload):
+        schemas = [target._schema]
+    elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
+        packet = getattr(aten, target.__name__, None)
+        schemas = [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
+    else:
+        return []
+    found = []
+    for schema in schemas:
+        taken = {name for a in schema.arguments for name in (a.name, *_OTHER_NAMES.get(a.name, ()))}
+        if node.kwargs.keys() <= taken:
+            found.append(tuple(a.name for a in schema.arguments if not a.kwarg_only))
+    return found
+
+
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
     while (first := first.next) is not last:
         yield first
@@ -73,43 +143,6 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 def _is_barrier(node: fx.Node) -> bool:
     return node.target is torch._C._set_grad_enabled or writes_in_place(node)
-
-
-def make_functional(graph: fx.Graph) -> None:
-    """Replaces writes in place by new values where nobody else can see the written tensor."""
-    for node in outside_transforms(graph):
-        target = _OUT_OF_PLACE.get(node.target)
-        if target is not None and _is_unseen_write(node):
-            with graph.inserting_before(node):
-                new = add_call(graph, target, *node.args, **node.kwargs)
-            if tensor_value(new).dtype != tensor_value(node).dtype:  # type: ignore[union-attr]
-                graph.erase_node(new)
-                continue
-            _replace(node, new)
-        elif node.target in _INPLACE_ACTIVATIONS and node.kwargs.get("inplace") and _is_unseen_write(node):
-            node.update_kwarg("inplace", False)
-
-
-def _is_unseen_write(node: fx.Node) -> bool:
-    """Whether ``node`` writes to a value nobody reads after it, whose storage is its own."""
-    written = node.args[0] if node.args else None
-    if not isinstance(written, fx.Node) or node.op == "placeholder":
-        return False
-    if written.op not in ("call_function", "call_method") or list(written.users) != [node]:
-        return False
-    out, other = tensor_value(node), node.args[1] if len(node.args) > 1 else None
-    fake = tensor_value(written)
-    if out is None or fake is None or other is written:
-        return False
-    return not any(_shares_storage(fake, source) for source in written.all_input_nodes)
-
-
-def _shares_storage(fake: torch.Tensor, node: fx.Node) -> bool:
-    source = tensor_value(node)
-    if source is None:  # a tuple, whose members the written tensor may be a view of
-        return True
-    key = storage_key(fake)
-    return key is None or key == storage_key(source)
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:
@@ -120,7 +153,7 @@ def _replace(node: fx.Node, new: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def sum_losses(graph: fx.Graph) -> None:
+def sum_losses(graph: fx.Graph, place: Place = nowhere) -> None:
     """Writes means and sums of losses as a sum of row losses, divided by the global count.
 
     A mean over chunks would weigh chunks by their number and not by their valid rows; a sum over
@@ -128,14 +161,13 @@ def sum_losses(graph: fx.Graph) -> None:
     """
     modes = contexts(graph)
     for node in outside_transforms(graph):
-        with autocast_contexts(modes[node].autocast):  # which decide the types of the values made here
+        new = None
+        # The context decides the types of the values made here.
+        with place("vocab", _place_of(node)), in_context(modes[node]):
             new = _as_sum(graph, node)
         if new is not None:
-            sources = node.all_input_nodes
             _replace(node, new)
-            for source in sources:  # a transpose that only the mean needed
-                if not source.users and source.op != "placeholder":
-                    graph.erase_node(source)
+    eliminate_dead_code(graph)  # what only the old form read would be one more reader of the logits
 
 
 def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -164,38 +196,47 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         reduction = given.pop("reduction", "mean")
         if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
             return None
-    logits, labels, weight = given["input"], given["target"], given.get("weight")
+    logits, labels, weight = given.pop("input"), given.pop("target"), given.get("weight")
     fake, fake_labels = tensor_value(logits), tensor_value(labels)
-    if fake is None or fake_labels is None:
+    if fake is None or fake_labels is None or fake.ndim < 2:
         return None
     is_soft = fake_labels.is_floating_point()  # probabilities
     is_written_out = is_soft and fake.dtype == sum_dtype(fake.dtype)
-    if reduction == "none" and (not is_written_out or fake.ndim != 2):
+    layout = _layout_of(logits)
+    if layout is None or (is_soft and layout.parts > 1):
         return None
-    if fake.ndim == 3 and (source := _class_last(logits)) is not None and fake_labels.ndim == 2:
-        with graph.inserting_before(node):
-            given["input"] = logits = add_call(graph, "flatten", source, 0, 1)
-            given["target"] = labels = add_call(graph, "flatten", labels, 0, 1)
-    elif fake.ndim != 2:
+    if reduction == "none" and not is_written_out and layout.source is logits:
         return None
     with graph.inserting_before(node):
-        if is_written_out:
-            losses = _soft_losses(graph, **given)
+        if is_soft:
+            kept = _with_classes_last(graph, labels, layout.order)
         else:
-            losses = add_call(graph, target, **given, reduction="none")
+            kept = _permuted(graph, labels, layout.labels_order())
+        losses = []
+        for source, given_labels in layout.pairs(graph, kept, is_soft):
+            if is_written_out:
+                losses.append(_soft_losses(graph, source, given_labels, **given))
+            else:
+                losses.append(add_call(graph, target, source, given_labels, **given, reduction="none"))
+        rows = losses[0] if len(losses) == 1 else add_call(graph, torch.stack, losses, -1)
         if reduction == "none":
-            return losses
+            return _unpermuted(graph, rows, layout, kept, fake_labels if not is_soft else None)
         if reduction == "sum":
-            return _sum_over(graph, losses, None)
+            return _sum_over(graph, rows, None)
         if is_soft:  # every row counts
-            return _sum_over(graph, losses, _numel(graph, losses))
-        ignore = given.get("ignore_index", -100)
-        valid = add_call(graph, torch.ne, labels, ignore)
-        if weight is None:
-            return _sum_over(graph, losses, add_call(graph, "sum", valid))
-        first = add_call(graph, torch.mul, labels, valid)  # class 0 where the row is ignored
-        weights = add_call(graph, torch.index_select, weight, 0, first)
-        return _sum_over(graph, losses, add_call(graph, "sum", add_call(graph, torch.mul, weights, valid)))
+            return _sum_over(graph, rows, _numel(graph, rows))
+        return _sum_over(graph, rows, _valid_weight(graph, labels, weight, given.get("ignore_index", -100)))
+
+
+def _valid_weight(graph: fx.Graph, labels: fx.Node, weight: fx.Node | None, ignore: int) -> fx.Node:
+    """What a mean divides by: the number of labels that are not ignored, or the sum of their weights."""
+    valid = add_call(graph, torch.ne, labels, ignore)
+    if weight is None:
+        return add_call(graph, "sum", valid)
+    first = add_call(graph, "reshape", add_call(graph, torch.mul, labels, valid), -1)  # 0 where ignored
+    weights = add_call(graph, torch.index_select, weight, 0, first)
+    flat = add_call(graph, "reshape", valid, -1)
+    return add_call(graph, "sum", add_call(graph, torch.mul, weights, flat))
 
 
 def _soft_losses(
@@ -221,18 +262,209 @@ def _soft_losses(
     return add_call(graph, torch.neg, add_call(graph, "sum", losses, 1))
 
 
-def _class_last(logits: fx.Node) -> fx.Node | None:
-    """``x`` of ``x.transpose(1, 2)``: ``[B, S, V]`` logits, written as ``[B, V, S]`` for cross_entropy."""
-    source = logits.args[0] if logits.args else None
-    if not isinstance(source, fx.Node):
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where the logits of a loss come from: ``logits == links(source).permute(order)``.
+
+    Attributes:
+        source: the classes are its last dimension; with ``parts`` > 1, those of several codebooks side by side.
+        order: of the dimensions of the source (split into its parts, if there are some) in the logits.
+        links: pointwise functions in between, last one first.
+        parts: how many rows of the loss one row of the source holds.
+    """
+
+    source: fx.Node
+    order: tuple[int, ...]
+    links: tuple[fx.Node, ...] = ()
+    parts: int = 1
+
+    def labels_order(self) -> tuple[int, ...]:
+        """The order that brings labels, which have no classes, into that of the source."""
+        last = len(self.order) - 1
+        rest = [dim for dim in self.order if dim != last]
+        return _inverse_order(tuple(rest))
+
+    def pairs(self, graph: fx.Graph, labels: fx.Node, is_soft: bool) -> list[tuple[fx.Node, fx.Node]]:
+        """Logits ``[N, C]`` and their labels ``[N]`` (or ``[N, C]``), for each part."""
+        current = self.source
+        for link in reversed(self.links):
+            current = _linked(graph, link, current)
+        if self.parts == 1:
+            return [(_flat_rows(graph, current, 1), _flat_rows(graph, labels, int(is_soft)))]
+        width = tensor_value(current).shape[-1] // self.parts  # type: ignore[union-attr]
+        by_part = add_call(graph, "reshape", labels, (-1, self.parts))
+        pairs = []
+        for part in range(self.parts):
+            columns = slice(part * width, (part + 1) * width)
+            logits = add_call(graph, operator.getitem, current, (Ellipsis, columns))
+            given = add_call(graph, operator.getitem, by_part, (slice(None), part))
+            pairs.append((_flat_rows(graph, logits, 1), given))
+        return pairs
+
+
+_MOST_PARTS = 32  # codebooks a head: each becomes a loss of its own
+
+
+def _layout_of(logits: fx.Node) -> _Layout | None:
+    """The layout of logits whose classes are dimension 1; None if they are not the last one of their source."""
+    ndim = tensor_value(logits).ndim  # type: ignore[union-attr]
+    order, current = tuple(range(ndim)), logits
+    links: list[fx.Node] = []
+    found: _Layout | None = None
+    while True:
+        if order[1] == ndim - 1:
+            if found is None or order != found.order:
+                found = _Layout(current, order, tuple(links))
+            if (parts := _parts_of(current)) is not None:
+                return dataclasses.replace(parts, order=order, links=tuple(links))
+        swapped, operand = _order_of(current), current.args[0] if current.args else None
+        if not isinstance(operand, fx.Node) or tensor_value(operand) is None:
+            return found
+        if swapped is not None:
+            order = tuple(swapped[dim] for dim in order)
+        elif _is_link(current, order[1]):
+            links.append(current)
+        else:
+            return found
+        current = operand
+
+
+def _parts_of(node: fx.Node) -> _Layout | None:
+    """The layout of ``[..., K * C].view(..., K, C)`` or ``.view(-1, C)``."""
+    while node.args and isinstance(node.args[0], fx.Node) and _keeps_rows(node):
+        node = node.args[0]
+    source = node.args[0] if node.args else None
+    if node.target not in _VIEWS or not isinstance(source, fx.Node):
         return None
-    dims: Any = logits.args[1:]
-    order = tuple(dims[0]) if dims and isinstance(dims[0], (tuple, list)) else dims
-    if logits.target in ("transpose", torch.transpose, aten.transpose.int):
-        swaps = {dim % 3 for dim in order if isinstance(dim, int)} == {1, 2}
+    fake, wide = tensor_value(node), tensor_value(source)
+    if fake is None or wide is None or wide.ndim < 2:
+        return None
+    width, whole = fake.shape[-1], wide.shape[-1]
+    if not isinstance(width, int) or not isinstance(whole, int) or width >= whole or whole % width:
+        return None
+    parts = whole // width
+    return _Layout(source, (), (), parts) if parts <= _MOST_PARTS else None
+
+
+_VIEWS = (
+    "view",
+    "reshape",
+    "unflatten",
+    torch.reshape,
+    torch.unflatten,
+    aten.view.default,
+    aten.reshape.default,
+)
+
+
+_PERMUTES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t"))
+
+
+def _order_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The order in which a transpose or permute puts the dimensions of its operand; None for other nodes."""
+    fake, name = tensor_value(node), _plain_name(node)
+    if fake is None or node.kwargs:
+        return None
+    labelled = torch.empty(tuple(range(2, 2 + fake.ndim)), device="meta")
+    if node.target is getattr and node.args[1] in ("mT", "T"):
+        moved = getattr(labelled, str(node.args[1]))
+    elif name in _PERMUTES and all(isinstance(x, (int, tuple, list)) for x in node.args[1:]):
+        moved = getattr(labelled, name)(*node.args[1:])
     else:
-        swaps = logits.target in ("permute", torch.permute, aten.permute.default) and order == (0, 2, 1)
-    return source if swaps else None
+        return None
+    return tuple(size - 2 for size in moved.shape)
+
+
+def _plain_name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _with_classes_last(graph: fx.Graph, labels: fx.Node, order: tuple[int, ...]) -> fx.Node:
+    """Soft labels in the order of the logits' source, from before they were brought into that of the loss."""
+    own = _layout_of(labels)
+    if own is None or own.order != order or own.parts > 1:
+        return _permuted(graph, labels, _inverse_order(order))
+    current = own.source
+    for link in reversed(own.links):
+        current = _linked(graph, link, current)
+    return current
+
+
+def _permuted(graph: fx.Graph, node: fx.Node, order: tuple[int, ...]) -> fx.Node:
+    if order == tuple(range(len(order))):
+        return node
+    return add_call(graph, "permute", node, order)
+
+
+def _flat_rows(graph: fx.Graph, node: fx.Node, kept: int) -> fx.Node:
+    """``[B, S, ...]`` → ``[N, ...]`` with the last ``kept`` dimensions as they are."""
+    rank = tensor_value(node).ndim - kept  # type: ignore[union-attr]
+    return node if rank == 1 else add_call(graph, "flatten", node, 0, rank - 1)
+
+
+def _unpermuted(
+    graph: fx.Graph, rows: fx.Node, layout: _Layout, labels: fx.Node, like: torch.Tensor | None
+) -> fx.Node:
+    """Losses of rows in the shape in which the loss gives them."""
+    if like is None:  # soft labels: as many as there are rows
+        if tensor_value(labels).ndim == 2:  # type: ignore[union-attr]
+            return rows
+        labels = add_call(graph, "select", labels, -1, 0)
+    shaped = rows if tensor_value(labels).ndim == 1 and layout.parts == 1 else None  # type: ignore[union-attr]
+    shaped = shaped or add_call(graph, "reshape_as", rows, labels)
+    return _permuted(graph, shaped, _inverse_order(layout.labels_order()))
+
+
+# Pointwise functions of rows: ``links`` between a head and what reads its logits.
+
+_POINTWISE_NAMES = (
+    "float double half bfloat16 to type contiguous clone tanh sigmoid neg clamp mul truediv div add sub "
+    "masked_fill pow exp log softplus logsigmoid"
+)
+_POINTWISE_LINKS = frozenset(_POINTWISE_NAMES.split())
+_CLASS_LINKS = frozenset(("log_softmax", "softmax"))
+
+
+def _is_link(node: fx.Node, classes: int, rank: int = 0) -> bool:
+    """Whether a node is a function of each row of its first operand, in any order of dimensions.
+
+    Args:
+        classes: the dimension of the classes in this node's value.
+        rank: the most dimensions that its other operands have.
+    """
+    name, others = _plain_name(node), node.all_input_nodes[1:]
+    if any((fake := tensor_value(n)) is not None and fake.ndim > rank for n in others) or not node.args:
+        return False
+    if not isinstance(node.args[0], fx.Node) or writes_in_place(node):
+        return False
+    if name in _CLASS_LINKS:
+        dim, ndim = _dim_of(node), tensor_value(node).ndim  # type: ignore[union-attr]
+        return dim is not None and dim % ndim == classes % ndim
+    return name in _POINTWISE_LINKS
+
+
+def _dim_of(node: fx.Node) -> int | None:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return dim if isinstance(dim, int) else None
+
+
+def _linked(graph: fx.Graph, link: fx.Node, operand: fx.Node) -> fx.Node:
+    """A link's function of another operand, the classes of which come last."""
+    args, kwargs = link.args[1:], dict(link.kwargs)
+    if _plain_name(link) in _CLASS_LINKS:
+        args, kwargs = args[1:], {key: given for key, given in kwargs.items() if key != "dim"}
+        args = (-1, *args)
+    current = add_call(graph, link.target, operand, *args, **kwargs)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in link.meta:
+            current.meta[key] = link.meta[key]
+    return current
 
 
 def _sum_plain_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -286,74 +518,268 @@ def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | int | None) -> 
     return total if wide == dtype else add_call(graph, "to", total, dtype)
 
 
-def hoist_row_slices(graph: fx.Graph) -> None:
-    """``linear(x, w)[:, :-1]`` → ``linear(x[:, :-1], w)``: losses that shift the logits.
+def stack_last(graph: fx.Graph, place: Place = nowhere) -> None:
+    """``stack([p, q], 0).mean(0)`` → ``stack([p, q], -1).mean(-1)``: divergences from several teachers.
 
-    Before: ``logits = linear(x, w).float(); loss(logits[:, :-1], ...)``. After: the same chain on
-    the sliced rows of ``x``, for this use of the logits only.
+    A new first dimension would move the rows. Done where all that reads the stack, or a pointwise function of
+    it, reduces that dimension, reduces everything or takes a member.
     """
     modes = contexts(graph)
     for node in outside_transforms(graph):
-        if node.target is operator.getitem and (chain := _sliced_chain(node)):
-            head, index = chain[-1], node.args[1]
-            assert isinstance(index, tuple)
-            with graph.inserting_before(node), autocast_contexts(modes[head].autocast):
-                current = add_call(graph, operator.getitem, head.args[0], _rows_only(index))
-                for link in reversed(chain):
-                    old = current
-                    current = add_call(graph, link.target, old, *link.args[1:], **link.kwargs)
-                    for key in ("nn_module_stack", "stack_trace"):
-                        if key in link.meta:
-                            current.meta[key] = link.meta[key]
-                    current.meta[CLONE_OF] = link
-            node.replace_all_uses_with(current)
-            graph.erase_node(node)
+        if node.target in (torch.stack, aten.stack.default):
+            with place("vocab", _place_of(node)):
+                _stack_one_last(graph, node, modes)
 
 
-_ROWWISE_LINKS = {
-    torch.tanh,
-    operator.mul,
-    operator.truediv,
-    torch.mul,
-    torch.div,
-    "float",
-    "to",
-    "tanh",
-    "contiguous",
-}
+def _stack_one_last(graph: fx.Graph, node: fx.Node, modes: dict[fx.Node, Context]) -> None:
+    fake, members = tensor_value(node), node.args[0] if node.args else None
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if fake is None or fake.ndim < 2 or dim not in (0, -fake.ndim) or not isinstance(members, (list, tuple)):
+        return
+    if all(map(_is_moved_reader, node.users)):
+        with graph.inserting_before(node), in_context(modes[node]):
+            new = add_call(graph, torch.stack, members, -1)
+        new.meta = {**node.meta, **new.meta}
+        _move_readers(graph, node, new, modes)
+        graph.erase_node(node)
+
+
+_REDUCTIONS_OVER = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
+
+
+def _is_moved_reader(node: fx.Node) -> bool:
+    """Whether what reads a stack can read one whose new dimension is the last."""
+    name, source = _plain_name(node), node.args[0] if node.args else None
+    fake = tensor_value(source) if isinstance(source, fx.Node) else None
+    if fake is None or len(node.all_input_nodes) > 1:
+        return False
+    if node.target is operator.getitem:
+        return isinstance(node.args[1], int)
+    if name in _POINTWISE_LINKS and not writes_in_place(node):
+        return all(map(_is_moved_reader, node.users)) and bool(node.users)
+    if name not in _REDUCTIONS_OVER or node.kwargs.keys() - {"dim", "keepdim", "dtype"}:
+        return False
+    if len(node.args) == 1 and "dim" not in node.kwargs:
+        return name in ("sum", "mean") and "keepdim" not in node.kwargs
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return _reduced(node) in (0, -fake.ndim) and keepdim is False and len(node.args) <= 3
+
+
+def _reduced(node: fx.Node) -> Any:
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+
+
+def _move_readers(graph: fx.Graph, old: fx.Node, new: fx.Node, modes: dict[fx.Node, Context]) -> None:
+    """Lets the readers of a stack, and of pointwise functions of it, read one whose new dimension is the last."""
+    for user in list(old.users):
+        args, kwargs = user.args[1:], dict(user.kwargs)
+        if user.target is operator.getitem:
+            args = ((Ellipsis, *args),)  # type: ignore[arg-type]
+        elif _plain_name(user) in _REDUCTIONS_OVER and (args or "dim" in kwargs):
+            args, kwargs = (-1, *args[1:]), {key: given for key, given in kwargs.items() if key != "dim"}
+        with graph.inserting_before(user), in_context(modes[user]):
+            moved = add_call(graph, user.target, new, *args, **kwargs)
+        if _plain_name(user) in _POINTWISE_LINKS and user.target is not operator.getitem:
+            _move_readers(graph, user, moved, modes)
+            graph.erase_node(user)
+        else:
+            _replace(user, moved)
+
+
+def hoist_row_slices(graph: fx.Graph, place: Place = nowhere) -> None:
+    """``linear(x, w)[:, :-1]`` → ``linear(x[:, :-1], w)``: losses that shift the logits.
+
+    Before: ``logits = linear(x, w).float(); loss(logits[:, :-1], ...)``. After: the same chain on
+    the sliced rows of ``x``, for this use of the logits only. Slices of any dimensions but the last, narrows
+    and members of chunks are hoisted, through what works on each row and through flattened batches.
+    """
+    with place("vocab", ""):
+        _slice_before_permuting(graph)
+    modes = contexts(graph)
+    for node in outside_transforms(graph):
+        with place("vocab", _place_of(node)):
+            _hoist(graph, node, modes)
+    eliminate_dead_code(graph)
+
+
+def _hoist(graph: fx.Graph, node: fx.Node, modes: dict[fx.Node, Context]) -> None:
+    chain = _sliced_chain(node)
+    if chain is None or any(modes.get(link) != modes.get(chain[0]) for link in chain):
+        return
+    mode, place = modes[chain[0]], node
+    if modes[node] != mode:  # the slice lies behind an autocast region: the clones go where the logits are
+        place = chain[0].next
+        if modes[node].grad != mode.grad or len(node.all_input_nodes) > 1 or tensor_value(chain[0]) is None:
+            return
+    head, links = chain[-1], chain[-2::-1]
+    with graph.inserting_before(place), in_context(mode):
+        rows = head.args[0]
+        for link in links:
+            if _plain_name(link) in _FLATTENS:
+                rows = _reshaped_rows(graph, link, rows)
+        current = add_call(graph, head.target, _sliced(graph, node, rows), *head.args[1:], **head.kwargs)
+        clones = [(head, current)]
+        for link in links:
+            if _plain_name(link) not in _FLATTENS:
+                current = _linked(graph, link, current)
+                clones.append((link, current))
+    for link, clone in clones:
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in link.meta:
+                clone.meta[key] = link.meta[key]
+        clone.meta[CLONE_OF] = link.meta.get(CLONE_OF, link)
+        modes[clone] = mode
+    node.replace_all_uses_with(current)
+    graph.erase_node(node)
+
+
+def _slice_before_permuting(graph: fx.Graph) -> None:
+    """``x.transpose(1, 2)[..., :-1]`` → ``x[:, :-1].transpose(1, 2)``."""
+    for node in outside_transforms(graph):
+        permuted = node.args[0] if node.args else None
+        if node.target is not operator.getitem or not isinstance(permuted, fx.Node):
+            continue
+        order = _order_of(permuted)
+        parts = _index_parts(node.args[1], len(order)) if order is not None else None
+        if order is None or parts is None or not any(map(_is_cut, parts)):
+            continue
+        with graph.inserting_before(node):
+            index = tuple(parts[order.index(dim)] for dim in range(len(order)))
+            new = add_call(graph, operator.getitem, permuted.args[0], index)
+            _replace(node, _permuted(graph, new, order))
+
+
 _LINEAR = (F.linear, aten.linear.default)
-
-
-def _rows_only(index: tuple[Any, ...]) -> tuple[Any, ...]:
-    full = slice(None, None, None)
-    return tuple(full if part is Ellipsis else part for part in index)[:2]
+_FLATTENS = frozenset(("flatten", "view", "reshape"))
+_PARTS = frozenset(("chunk", "split", "tensor_split"))
+_FULL = slice(None, None, None)
 
 
 def _sliced_chain(node: fx.Node) -> list[fx.Node] | None:
-    """The links from a sliced 3-D tensor back to the linear that made it, last link first."""
-    source, index = node.args
-    fake = tensor_value(source) if isinstance(source, fx.Node) else None
-    if fake is None or fake.ndim != 3 or not isinstance(index, tuple):
-        return None
-    full = slice(None, None, None)
-    if index[0] is Ellipsis:  # [..., :-1, :]
-        index = (full, *index[1:])
-        if len(index) != 3:
-            return None
-    parts = [*index, *[full] * (3 - len(index))]
-    if not all(isinstance(part, slice) and part.step in (None, 1) for part in parts):
-        return None
-    if parts[0] != full or parts[2] != full or parts[1] in (full, slice(0, None, None)):
+    """The links from a tensor whose rows are sliced back to the linear that made it, last link first."""
+    source = _sliced_source(node)
+    if source is None:
         return None
     chain: list[fx.Node] = []
-    current = source
-    while isinstance(current, fx.Node):
+    current: Any = source
+    while isinstance(current, fx.Node) and (fake := tensor_value(current)) is not None and fake.ndim > 1:
         chain.append(current)
+        operand = current.args[0] if current.args else None
+        if not isinstance(operand, fx.Node):
+            return None
         if current.target in _LINEAR:
-            return chain
-        if current.target not in _ROWWISE_LINKS or not current.args:
+            wide = tensor_value(operand)
+            widths = [fake.shape[-1], wide.shape[-1]] if wide is not None else []
+            return (
+                chain if widths and all(map(is_known, widths)) and hint(widths[0]) > hint(widths[1]) else None
+            )
+        if not (_keeps_rows(current) or _is_link(current, fake.ndim - 1, rank=1) or _cuts_columns(current)):
             return None
-        if any(isinstance(arg, fx.Node) and arg is not current.args[0] for arg in current.all_input_nodes):
-            return None
-        current = current.args[0]
+        current = operand
     return None
+
+
+def _sliced_source(node: fx.Node) -> fx.Node | None:
+    """What a node takes rows of: slices of any dimensions but the last."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or node.kwargs:
+        return None
+    fake, name = tensor_value(source), _plain_name(node)
+    if node.target is operator.getitem and fake is None:
+        return _parted_source(source)
+    if fake is None or fake.ndim < 2:
+        return None
+    if node.target is operator.getitem:
+        parts = _index_parts(node.args[1], fake.ndim)
+        is_rows = parts is not None and parts[-1] == _FULL and any(map(_is_cut, parts))
+        return source if is_rows else None
+    if name in ("narrow", "slice") and len(node.args) > 2 and isinstance(node.args[1], int):
+        return source if node.args[1] % fake.ndim != fake.ndim - 1 else None
+    return None
+
+
+def _is_cut(part: Any) -> bool:
+    return part not in (_FULL, slice(0, None, None))
+
+
+def _parted_source(node: fx.Node) -> fx.Node | None:
+    """What ``chunk`` or ``split`` cuts along another dimension than the last."""
+    source = node.args[0] if node.args else None
+    fake = tensor_value(source) if isinstance(source, fx.Node) else None
+    if _plain_name(node) not in _PARTS or fake is None or not isinstance(source, fx.Node):
+        return None
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    return source if isinstance(dim, int) and dim % fake.ndim != fake.ndim - 1 else None
+
+
+def _index_parts(index: Any, ndim: int) -> list[Any] | None:
+    """The slice of each dimension that an index takes; None if it does anything else."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if (
+        any(part is not Ellipsis and not isinstance(part, slice) for part in parts)
+        or parts.count(Ellipsis) > 1
+    ):
+        return None
+    at = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
+    full = [_FULL] * (ndim - len(parts) + (Ellipsis in parts))
+    return [*parts[:at], *full, *parts[at + 1 :]]
+
+
+def _sliced(graph: fx.Graph, node: fx.Node, rows: Any) -> fx.Node:
+    """The slice that a node takes of logits, of the rows that the logits are made of."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    fake = tensor_value(source)
+    if fake is None:
+        parts = add_call(graph, source.target, rows, *source.args[1:], **source.kwargs)
+        return add_call(graph, operator.getitem, parts, node.args[1])
+    if node.target is operator.getitem:
+        index = _index_parts(node.args[1], fake.ndim)
+        assert index is not None
+        while index and not _is_cut(index[-1]):
+            index.pop()
+        return add_call(graph, operator.getitem, rows, tuple(index))
+    dim: Any = node.args[1]
+    return add_call(graph, node.target, rows, dim % fake.ndim, *node.args[2:])
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    """Whether a reshape leaves the last dimension as it is, and says what becomes of the others."""
+    if _plain_name(node) not in _FLATTENS or node.kwargs:
+        return False
+    fake, source = tensor_value(node), tensor_value(node.args[0])  # type: ignore[arg-type]
+    if fake is None or source is None or not isinstance(fake.shape[-1], int):
+        return False
+    if not is_same_size(fake.shape[-1], source.shape[-1]):
+        return False
+    if _plain_name(node) != "flatten":
+        return len(_sizes_of(node)) == fake.ndim
+    end = node.args[2] if len(node.args) > 2 else -1
+    return isinstance(end, int) and end % source.ndim != source.ndim - 1
+
+
+def _sizes_of(node: fx.Node) -> list[Any]:
+    sizes: Any = node.args[1:]
+    return list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else list(sizes)
+
+
+def _reshaped_rows(graph: fx.Graph, node: fx.Node, rows: Any) -> fx.Node:
+    """The reshape of logits, done to the rows that they are made of."""
+    if _plain_name(node) == "flatten":
+        start = node.args[1] if len(node.args) > 1 else 0
+        ndim = tensor_value(node.args[0]).ndim  # type: ignore[arg-type, union-attr]
+        return add_call(graph, "flatten", rows, start % ndim, node.args[2] % ndim)  # type: ignore[operator]
+    width = tensor_value(rows).shape[-1]  # type: ignore[union-attr]
+    sizes = [-1 if size == -1 else size for size in _sizes_of(node)[:-1]]
+    return add_call(graph, "reshape", rows, (*sizes, width))
+
+
+def _cuts_columns(node: fx.Node) -> bool:
+    """Whether a node takes a slice of the last dimension alone."""
+    source = node.args[0]
+    fake = tensor_value(source) if isinstance(source, fx.Node) else None
+    if node.target is not operator.getitem or fake is None or not isinstance(node.args[1], tuple):
+        return False
+    parts = _index_parts(node.args[1], fake.ndim)
+    return parts is not None and node.args[1][0] is Ellipsis and not any(map(_is_cut, parts[:-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -87,7 +88,9 @@ class PassContext:
         finder = RegionFinder(analysis, free)
         regions, others = [], []
         for seed in seeds(analysis):
-            region = finder.grow(seed)
+            region = None
+            with self.place("graph", module_path(seed) or seed.name):
+                region = finder.grow(seed)
             if region is None:
                 if not analysis.states[seed].rowwise:  # a fault of ours
                     others.append(seed)
@@ -98,6 +101,27 @@ class PassContext:
             else:
                 others.append(seed)
         return regions, others
+
+    @contextlib.contextmanager
+    def place(self, kind: str, name: str) -> Iterator[None]:
+        """One place of several: a refusal or an exception of ours costs this place, not the pass.
+
+        What runs inside must leave the graph as it was when it fails.
+
+        Raises:
+            Exception: any, with ``strict=True``.
+        """
+        try:
+            yield
+        except Refusal as refusal:
+            self.refuse(kind, name, str(refusal), refusal.cause)
+        except Exception as error:
+            if self.options.strict:
+                raise
+            text = f"{type(error).__name__}: {error}"
+            log.warning("mst-fx left %s %s as it was: %s", kind, name, text)
+            log.debug("the defect", exc_info=True)
+            self.refuse(kind, name, text, Cause.DEFECT)
 
     def refuse_all(self, refusals: Iterable[Refused]) -> None:
         for refused in refusals:
@@ -140,7 +164,12 @@ def chunk_regions(
             context.report.fits.append(Fit(kind, region.name, plan.rows, plan.chunk_rows))
             continue
         try:
-            renamed |= _chunk(context, analysis, region, kind, plan, defers)
+            body = None
+            with context.place(kind, region.name):
+                body, needs, gradient_of = _prepared(context, analysis, region)
+            if body is None:
+                continue
+            renamed |= _chunk(context, analysis, region, kind, plan, defers, body, needs, gradient_of)
         except Refusal as refusal:
             context.refuse(kind, region.name, str(refusal), refusal.cause)
             continue
@@ -156,22 +185,36 @@ def _fitting(context: PassContext, analysis: RowAnalysis, plans: list[Plan]) -> 
     return [bounds.fits(analysis.rows, min(plan.chunk_rows for plan in plans))] * len(plans)
 
 
-def _chunk(
-    context: PassContext, analysis: RowAnalysis, region: Region, kind: str, plan: Plan, defers: bool
-) -> dict[fx.Node, fx.Node]:
+def _prepared(
+    context: PassContext, analysis: RowAnalysis, region: Region
+) -> tuple[Body, list[bool], int | None]:
+    """A region's body, which inputs get gradients, and the output whose gradients the forward loop computes."""
     body = trace_body(analysis, region, context.config, context.shared.bodies)
-    needs = needs_gradient(region)
+    needs = body.reached_by(needs_gradient(region))
     gradient_of = scalar_with_gradient(region, body, needs) if any(needs) and context.is_top else None
+    return body, needs, gradient_of
+
+
+def _chunk(
+    context: PassContext,
+    analysis: RowAnalysis,
+    region: Region,
+    kind: str,
+    plan: Plan,
+    defers: bool,
+    body: Body,
+    needs: list[bool],
+    gradient_of: int | None,
+) -> dict[fx.Node, fx.Node]:
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
     before = tuple(node.format_node() or node.name for node in region.nodes)
     known = set(context.gm.graph.nodes)
-    new = replace_region(analysis, region, body, plan, gradient_of)
+    new = replace_region(analysis, region, body, plan, gradient_of, needs)
     after = tuple(n.format_node() or n.name for n in context.gm.graph.nodes if n not in known)
     for old, node in new.items():
         analysis.states[node] = dataclasses.replace(analysis.states[old], rowwise=False, reason="is a loop's")
-        analysis.contexts[node] = analysis.contexts[old]
     inside = body.inside_bytes_a_row
     gradient = "none" if not any(needs) else "recompute" if gradient_of is None else "forward"
     context.report.rewrites.append(

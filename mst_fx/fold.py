@@ -14,9 +14,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import logging
 import operator
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -249,6 +252,13 @@ def autocast_contexts(contexts: Sequence[tuple[Any, ...]]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_context(context: Context) -> Iterator[None]:
+    """The modes of a node, for values that are made in its place."""
+    with autocast_contexts(context.autocast), torch.set_grad_enabled(context.grad):
+        yield
+
+
 def static_sizes(nodes: Iterable[fx.Node]) -> set[int]:
     """All sizes of the tensors of some nodes, but for symbolic ones."""
     return {size for n in nodes for t in tensors_of(n) for size in settled(t.shape) if isinstance(size, int)}
@@ -334,8 +344,6 @@ class RowAnalysis:
                     raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
         if self.contexts[node].level:
             raise Refusal("lies inside of a torch.func transform", Cause.NOT_PLAIN)
-        if not self.contexts[node].grad and torch.is_grad_enabled():
-            raise Refusal("runs under no_grad", Cause.NO_GRAD)
 
     def _run_known(self, node: fx.Node, roles: dict[fx.Node, Role]) -> State:
         """:meth:`_run`, once for nodes of equal content."""
@@ -519,12 +527,22 @@ def writes_in_place(node: fx.Node) -> bool:
         return bool(_written_by_schema(node))
     if node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None:
         return True
-    if node.kwargs.get("inplace"):
+    place = _inplace_place(node.target)
+    if node.kwargs.get("inplace") or any(node.args[place : place + 1]):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if getattr(node.target, "__module__", "") == "_operator":  # and_, or_, not_ write to nothing
         return False
     return node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__")
+
+
+@functools.cache
+def _inplace_place(target: Any) -> int:
+    """Where ``inplace`` stands among the arguments of a function such as ``F.relu``; beyond them if nowhere."""
+    if not isinstance(target, types.FunctionType):
+        return sys.maxsize - 1
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else sys.maxsize - 1
 
 
 def eliminate_dead_code(graph: fx.Graph) -> None:

@@ -154,9 +154,10 @@ def add_call(graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.N
     The node goes to the graph's insertion point.
     """
     op = "call_method" if isinstance(target, str) else "call_function"
-    node = graph.create_node(op, target, args, kwargs)
     fakes, fake_kwargs = fx.node.map_arg((args, kwargs), value)
-    node.meta[VALUE] = call(op, target, fakes, fake_kwargs)
+    found = call(op, target, fakes, fake_kwargs)  # before there is a node: this may fail
+    node = graph.create_node(op, target, args, kwargs)
+    node.meta[VALUE] = found
     return node
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.body import Body
-from mst_fx.errors import Refusal
+from mst_fx.body import Body, without_gradients
+from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import RowAnalysis, expression, fold_rank, writes_in_place
-from mst_fx.graph import add_call, tensor_value
+from mst_fx.graph import VALUE, add_call, tensor_value
 from mst_fx.plan import Plan
 from mst_fx.region import Region
 
@@ -41,7 +42,12 @@ def scalar_with_gradient(region: Region, body: Body, needs: Sequence[bool]) -> i
 
 
 def replace_region(
-    analysis: RowAnalysis, region: Region, body: Body, plan: Plan, gradient_of: int | None
+    analysis: RowAnalysis,
+    region: Region,
+    body: Body,
+    plan: Plan,
+    gradient_of: int | None,
+    needs: Sequence[bool],
 ) -> dict[fx.Node, fx.Node]:
     """Replaces a region's nodes by a loop op and the views around it.
 
@@ -50,6 +56,7 @@ def replace_region(
 
     Args:
         gradient_of: the scalar output whose gradients the forward loop computes; None: recompute.
+        needs: which inputs get gradients, row inputs first.
 
     Returns:
         The new node of each output of the region. The region's nodes are erased, but for those that
@@ -71,18 +78,25 @@ def replace_region(
         if like < 0 and node in region.row_outputs
     }
 
-    anchor = last
+    anchor, stopped = last, without_gradients(analysis, region)
     with graph.inserting_after(anchor):
         cursor = graph.call_function(int, (0,))  # marks the place; erased below
     with graph.inserting_before(cursor):
         shared = [i.node for i in region.inputs if i.role == "shared"]
+        # In inference_mode nothing has a gradient, and nothing can be detached.
+        wanted = needs if analysis.contexts[region.nodes[0]].inference else needs_gradient(region)
+        operands = [
+            add_call(graph, "detach", node) if want and not need else node  # read under no_grad only
+            for node, want, need in zip([*row_inputs, *shared], wanted, needs, strict=True)
+        ]
+        row_inputs, shared = operands[: len(row_inputs)], operands[len(row_inputs) :]
         if gradient_of is None:
             args: tuple[Any, ...] = (row_inputs, shared, body.key, plan.chunk_rows, plan.backward_rows, lead)
             op = torch.ops.mst_fx.loop if len(outs) == 1 else torch.ops.mst_fx.loop_list
             loop = add_call(graph, op.default, *args)
         else:
-            needs, no_port = needs_gradient(region), -1
-            args = (row_inputs, shared, needs, gradient_of, body.key, plan.chunk_rows, lead, no_port)
+            no_port = -1
+            args = (row_inputs, shared, list(needs), gradient_of, body.key, plan.chunk_rows, lead, no_port)
             loop = add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
         new = {}
         for index, node in enumerate(outs):
@@ -90,6 +104,8 @@ def replace_region(
             current = loop if is_single else add_call(graph, operator.getitem, loop, index)
             if node in shapes:
                 current = _unflattened(graph, current, shapes[node])
+            if node in stopped and (fake := tensor_value(current)) is not None and fake.requires_grad:
+                current = add_call(graph, "detach", current)
             current.meta = {**node.meta, **current.meta}
             new[node] = current
     for key in ("nn_module_stack", "stack_trace"):
@@ -97,6 +113,7 @@ def replace_region(
             loop.meta[key] = region.seed.meta[key]
     for node in sorted(late, key=order.__getitem__):
         cursor.prepend(node)
+    _set_modes(analysis, region, anchor, cursor)
     graph.erase_node(cursor)
     inside = set(region.nodes)
     for old, node in new.items():
@@ -117,11 +134,42 @@ def _users_before(
         depends = any(operand in inside or operand in late for operand in node.all_input_nodes)
         if depends and order[node] < last and node not in inside:
             late.add(node)
-    context = analysis.contexts[region.seed]
+    autocast = analysis.contexts[region.nodes[-1]].autocast
     for node in late:
-        if writes_in_place(node) or analysis.contexts.get(node) != context:
-            raise Refusal(f"{node.name} stands between the region's nodes and cannot be moved")
+        context = analysis.contexts.get(node)
+        if writes_in_place(node):
+            raise Refusal(f"{node.name} writes between the region's nodes and cannot be moved", Cause.WRITTEN)
+        if context is None or context.autocast != autocast:
+            raise Refusal(
+                f"{node.name} stands between the region's nodes and cannot be moved", Cause.AUTOCAST
+            )
     return late
+
+
+def _set_modes(analysis: RowAnalysis, region: Region, anchor: fx.Node, cursor: fx.Node) -> None:
+    """Gives the nodes between two others the grad mode that each is to run in.
+
+    The place behind a region's last node may lie under ``no_grad``, where a loop would have no gradient.
+    """
+    graph, contexts = analysis.graph, analysis.contexts
+    place = contexts[anchor]
+    of_loop = dataclasses.replace(place, grad=any(contexts[node].grad for node in region.nodes))
+    current, node = place.grad, anchor.next
+    while node is not cursor:
+        wanted = contexts.setdefault(node, of_loop).grad
+        if wanted != current:
+            with graph.inserting_before(node):
+                contexts[_grad_mode(graph, wanted)] = dataclasses.replace(place, grad=wanted)
+        current, node = wanted, node.next
+    if current != place.grad:
+        with graph.inserting_before(cursor):
+            contexts[_grad_mode(graph, place.grad)] = place
+
+
+def _grad_mode(graph: fx.Graph, enabled: bool) -> fx.Node:
+    node = graph.call_function(torch._C._set_grad_enabled, (enabled,))  # as Dynamo writes it
+    node.meta[VALUE] = None
+    return node
 
 
 def _with_leading_sizes(inputs: Sequence[fx.Node], node: fx.Node, rows: Any) -> int:

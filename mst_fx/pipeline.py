@@ -13,7 +13,7 @@ from torch import fx
 
 import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import Body, BodyConfig
-from mst_fx.canonical import join_casts
+from mst_fx.canonical import join_casts, make_positional
 from mst_fx.chunking import PassContext, Shared
 from mst_fx.compiler import kept_until_reset, mode_patches, without_saved_tensors_hooks
 from mst_fx.defer import defer_all
@@ -176,6 +176,9 @@ def _prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
         fill_values(new, example_inputs)
     eliminate_dead_code(new.graph)  # a loss that nobody returns is not worth a loop
     join_casts(new.graph)
+    for module in new.modules():
+        if isinstance(module, fx.GraphModule):
+            make_positional(module.graph)
     return new
 
 

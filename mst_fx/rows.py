@@ -101,6 +101,9 @@ class RowTracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is aten.nll_loss.default:  # composite, but on the meta device
+            with self:
+                return _nll_loss_parts(*args, **kwargs)[0]
         out = func(*args, **kwargs)
         if not _tensors(out):  # a property, such as prim.device
             return out
@@ -446,6 +449,22 @@ def _scatter(call: _Call) -> Label:
     return Row(dim)
 
 
+def _scatter_part(call: _Call) -> Label:
+    """slice_scatter, select_scatter: ``source`` with another tensor in a part of one dimension."""
+    source, part, along = call.args[0], call.args[1], _wrap(call.arg(2, "dim", 0), call.args[0].ndim)
+    dim, dim_of_part = call.row_dim(source), call.row_dim(part)
+    if dim is None or dim_of_part is None or dim_of_part != dim or part.ndim + (along > dim) < source.ndim:
+        raise call.refusal("joins rows with something else")
+    return Row(_check_along(call, source, [along]))
+
+
+def _index_fill(call: _Call) -> Label:
+    source, along, index, filled = call.args[:4]
+    if any(call.label(t) is not None for t in (index, filled) if isinstance(t, torch.Tensor)):
+        raise call.refusal("picks columns by row")
+    return Row(_check_along(call, source, [_wrap(along, source.ndim)]))
+
+
 def _nll_loss(call: _Call) -> list[Label]:
     """Per-row losses only; means and sums are rewritten to them before (mst_fx.canonical)."""
     source, target, weight, reduction = call.args[:4]
@@ -454,6 +473,40 @@ def _nll_loss(call: _Call) -> list[Label]:
     if reduction != 0 or (weight is not None and call.label(weight) is not None):
         raise call.refusal("reduces over the rows")
     return [Row(0), None]
+
+
+def _loss(position: int) -> Rule:
+    """Rule for a loss that is pointwise if nothing is reduced (:mod:`mst_fx.canonical` sees to that).
+
+    Args:
+        position: of ``reduction`` among the arguments.
+    """
+
+    def rule(call: _Call) -> Label:
+        if call.arg(position, "reduction", 1) != 0:
+            raise call.refusal("reduces over the rows")
+        return _pointwise(call)
+
+    return rule
+
+
+def _log_sigmoid(call: _Call) -> list[Label]:
+    """The second result is what the gradient needs: as large as the first one on a CPU, empty elsewhere."""
+    row = _pointwise(call)
+    return [row, row if _tensors(call.out)[1].ndim == call.args[0].ndim else None]
+
+
+def _nll_loss_parts(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: Any = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found: tuple[torch.Tensor, torch.Tensor] = aten.nll_loss_forward.default(
+        source, target, weight, reduction, ignore_index
+    )
+    return found
 
 
 def _constant_like(call: _Call) -> Label:
@@ -545,6 +598,20 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.native_layer_norm.default, aten._fused_rms_norm.default), _layer_norm),
     aten.gather.default: _gather,
     **dict.fromkeys((aten.scatter.src, aten.scatter.value), _scatter),
+    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _scatter_part),
+    **dict.fromkeys((aten.index_fill.int_Scalar, aten.index_fill.int_Tensor), _index_fill),
+    **dict.fromkeys(
+        (
+            aten.mse_loss.default,
+            aten.smooth_l1_loss.default,
+            aten.huber_loss.default,
+            aten.soft_margin_loss.default,
+        ),
+        _loss(2),
+    ),
+    aten.binary_cross_entropy.default: _loss(3),
+    aten.binary_cross_entropy_with_logits.default: _loss(4),
+    aten.log_sigmoid_forward.default: _log_sigmoid,
     aten.nll_loss_forward.default: _nll_loss,
     aten.constant_pad_nd.default: _pad,
     **dict.fromkeys((aten.flip.default, aten.roll.default), _along_given),

@@ -70,7 +70,16 @@ from mst_fx.masks import (
 )
 from mst_fx.plan import plan_attention
 from mst_fx.report import Rewrite
-from mst_fx.sites import SOFTMAXES, Level, Site, all_levels, find_sites, number_of, placeholders_of, scaled_query
+from mst_fx.sites import (
+    SOFTMAXES,
+    Level,
+    Site,
+    all_levels,
+    find_sites,
+    number_of,
+    placeholders_of,
+    scaled_query,
+)
 
 aten = torch.ops.aten
 

@@ -18,7 +18,6 @@ Dropout inside is seeded (:mod:`mst_fx.dropout`).
 
 from __future__ import annotations
 
-from mst_fx.canonical import make_functional
 from mst_fx.chunking import (
     PassContext,
     blocked,
@@ -31,6 +30,7 @@ from mst_fx.chunking import (
 )
 from mst_fx.dropout import SeededDropouts
 from mst_fx.plan import plan_mlp
+from mst_fx.writes import make_functional
 
 
 def run(context: PassContext) -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.canonical import CLONE_OF, hoist_row_slices, make_functional, sum_losses
+from mst_fx.canonical import CLONE_OF, hoist_row_slices, stack_last, sum_losses
 from mst_fx.changing import changes
 from mst_fx.chunking import LOGITS_START, PassContext, blocked, chunk_regions, rows_of
 from mst_fx.errors import Cause
@@ -41,14 +41,16 @@ from mst_fx.graph import tensor_value
 from mst_fx.plan import Plan, plan_vocab
 from mst_fx.region import Region, RegionFinder
 from mst_fx.report import Refused, Rewrite
+from mst_fx.writes import make_functional
 
 
 def run(context: PassContext) -> None:
     """Rewrites every head whose loss is in the graph."""
     graph = context.gm.graph
     make_functional(graph)
-    hoist_row_slices(graph)
-    sum_losses(graph)
+    stack_last(graph, context.place)
+    hoist_row_slices(graph, context.place)
+    sum_losses(graph, context.place)
     free = _deferrable(context)
     refusals: list[Refused] = []
     for analysis in context.analyses():

@@ -1,0 +1,597 @@
+"""Ways of writing the same thing: each is rewritten, agrees with eager, and makes no ``[rows, V]`` value."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mst_fx
+from mst_fx import canonical, chunking
+from mst_fx.errors import Cause
+from tests.direct import results, rewritten, worst
+from tests.helpers import check_parity, kinds, report_of
+
+WIDTH, INNER, VOCAB, BATCH, LENGTH, PARTS = 16, 64, 48, 2, 32, 4
+F64 = torch.float64
+Step = Callable[["Toy", Tensor, Tensor], Any]
+
+
+class Toy(nn.Module):
+    """Hidden rows ``x`` [B, S, H] and labels ``y`` [B, S] to whatever ``step`` makes of them."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.step = step
+        self.head, self.teacher = nn.Linear(WIDTH, VOCAB), nn.Linear(WIDTH, VOCAB)
+        self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        self.weights, self.token_weights = (
+            torch.rand(VOCAB, dtype=F64) + 1,
+            torch.rand(BATCH, LENGTH, dtype=F64),
+        )
+        self.codes = torch.randint(0, VOCAB // PARTS, (BATCH, LENGTH, PARTS))
+        self.codes[:, :2] = -100
+        self.given = torch.rand(BATCH, LENGTH, VOCAB, dtype=F64)
+        self.double()
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.step(self, x, y)
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    y = torch.randint(0, 40, (BATCH, LENGTH))
+    y[:, :3] = -100
+    return torch.randn(BATCH, LENGTH, WIDTH, dtype=F64, requires_grad=True), y
+
+
+def _widest(run: Callable[[], Any]) -> int:
+    """Elements of the largest operand of any operator, those inside of loops included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        run()
+    shapes = [
+        s for e in seen.events() or () for s in e.input_shapes if s and all(isinstance(d, int) for d in s)
+    ]
+    return max(math.prod(s) for s in shapes)
+
+
+def _check(step: Step, wide: int) -> mst_fx.Report:
+    """Parity with eager; and no operand of ``wide`` elements, but for given ones, if something is rewritten."""
+    model, batch = Toy(step), _batch()
+    truth = results(model, batch, model)
+    run, report = rewritten(model)
+    assert worst(results(run, batch, model), truth) <= 1e-9
+    if wide and report.rewrites:
+        assert _widest(lambda: results(run, batch, model)) < wide
+    return report
+
+
+def _loss(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
+
+
+def _of_labels(edit: Callable[[Tensor], Tensor]) -> Step:
+    return lambda m, x, y: _loss(m.head(x), edit(y))
+
+
+def _of_logits(edit: Callable[[Toy, Tensor], Tensor]) -> Step:
+    return lambda m, x, y: _loss(edit(m, m.head(x)), y)
+
+
+def _inside(edit: Callable[[Tensor], Tensor]) -> Step:
+    return lambda m, x, y: x + m.down(edit(m.up(x)))
+
+
+# Labels edited in place
+
+
+def _masked(y: Tensor) -> Tensor:
+    t = y.clone()
+    t[t == -100] = 0
+    return t
+
+
+def _shifted_into_full(y: Tensor) -> Tensor:
+    t = y.new_full(y.shape, -100)
+    t[:, :-1] = y[:, 1:]
+    return t
+
+
+def _shifted_into_zeros(y: Tensor) -> Tensor:
+    t = torch.zeros_like(y)
+    t[..., :-1] = y[..., 1:]
+    t[:, -1] = -100
+    return t
+
+
+def _copied_and_filled(y: Tensor) -> Tensor:
+    t = torch.empty_like(y)
+    t[:, :-1].copy_(y[:, 1:])
+    t[:, -1:].fill_(-100)
+    return t
+
+
+def _through_a_view(y: Tensor) -> Tensor:
+    t = y.clone()
+    flat = t.view(-1)
+    flat[flat == 5] = -100
+    return t
+
+
+def _several_writes(y: Tensor) -> Tensor:
+    t = y.clone()
+    before = t * 1
+    t[t == 3] = 4
+    t[0] = -100
+    t[:, torch.tensor([4, 5])] = 7
+    t.clamp_(min=-100).masked_fill_(before == 9, -100)
+    t += 1
+    t.sub_(1)
+    return t
+
+
+LABELS = {
+    "masked": _masked,
+    "shifted_into_full": _shifted_into_full,
+    "shifted_into_zeros": _shifted_into_zeros,
+    "copied_and_filled": _copied_and_filled,
+    "through_a_view": _through_a_view,
+    "several_writes": _several_writes,
+}
+
+# Logits written in place
+
+
+def _set(index: Any, value: Any) -> Callable[[Toy, Tensor], Tensor]:
+    def edit(m: Toy, logits: Tensor) -> Tensor:
+        logits[index] = m.weights[:8] if value is None else value
+        return logits
+
+    return edit
+
+
+def _add_to_columns(m: Toy, logits: Tensor) -> Tensor:
+    logits[..., 40:] += -1e4
+    return logits
+
+
+def _through_views(m: Toy, logits: Tensor) -> Tensor:
+    logits.view(-1, VOCAB)[:, 40:] = -1e4
+    logits.narrow(-1, 40, 4).mul_(2)
+    logits.select(-1, 41).copy_(logits.sum(-1) * 0.1)
+    return logits
+
+
+def _chained(m: Toy, logits: Tensor) -> Tensor:
+    logits.div_(0.7)
+    logits *= 2
+    F.relu(logits.clamp_(-3, 3), True)
+    return logits
+
+
+def _masked_rows(m: Toy, logits: Tensor) -> Tensor:
+    logits[logits > 0.5] = 0.1
+    logits[logits.sum(-1) > 0] = 1.0
+    return logits
+
+
+LOGITS = {
+    "columns": _set((..., slice(40, None)), float("-inf")),
+    "columns_of_three": _set((slice(None), slice(None), slice(40, 48)), -1e4),
+    "columns_of_a_tensor": _set((..., slice(40, None)), None),
+    "every_other": _set((..., slice(1, None, 2)), 0.5),
+    "one": _set((..., 47), -1e4),
+    "picked": _set((..., torch.tensor([41, 43])), -1e4),
+    "added_to": _add_to_columns,
+    "through_views": _through_views,
+    "chained": _chained,
+    "masked_rows": _masked_rows,
+}
+
+# Temporaries of an MLP, and tensors that are read after somebody wrote to them
+
+
+def _eight_bits(h: Tensor) -> Tensor:
+    scale = 127 / h.abs().max(-1, keepdim=True).values.clamp_(min=1e-5)
+    return h + ((h * scale).round_().clamp_(-128, 127).div_(scale) - h).detach()
+
+
+def _scaled_where(h: Tensor) -> Tensor:
+    keep = torch.ones_like(h)
+    keep[h < 0] = 0.1
+    return h * keep
+
+
+def _own_columns(h: Tensor) -> Tensor:
+    t = h * 2
+    t.add_(h)
+    t[..., :4] = h[..., 4:8]
+    return t
+
+
+def _shared_expert(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    out = x + m.down(m.up(x).relu_())
+    out.add_((x * 2).tanh())
+    return out * out.sin()
+
+
+def _added_to_some(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    stack = torch.stack([x, x * 2, x * 3])
+    stack[1:] += m.down(F.gelu(m.up(x)))
+    return stack.sin()
+
+
+TEMPORARIES = {
+    "eight_bits": _inside(_eight_bits),
+    "scaled_where": _inside(_scaled_where),
+    "own_columns": _inside(_own_columns),
+    "shared_expert": _shared_expert,
+    "added_to_some": _added_to_some,
+}
+
+# Everything by keywords
+
+
+def _linear(m: Toy, x: Tensor) -> Tensor:
+    return F.linear(weight=m.head.weight, bias=m.head.bias, input=x)
+
+
+def _keyword_log_probabilities(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    logp = F.log_softmax(input=torch.matmul(other=m.head.weight.T, input=x), dim=-1)
+    return -torch.gather(input=logp, dim=-1, index=y.clamp(min=0).unsqueeze(dim=-1)).mean()
+
+
+KEYWORDS = {
+    "shifted": lambda m, x, y: F.cross_entropy(
+        target=y[:, 1:].reshape(-1), input=_linear(m, x)[:, :-1].reshape(-1, VOCAB)
+    ),
+    "classes_first": lambda m, x, y: F.cross_entropy(target=y, input=_linear(m, x).transpose(dim0=1, dim1=2)),
+    "log_probabilities": _keyword_log_probabilities,
+    "addmm": lambda m, x, y: F.nll_loss(
+        input=F.log_softmax(
+            torch.addmm(input=m.head.bias, mat1=x.reshape(-1, WIDTH), mat2=m.head.weight.t()), dim=1
+        ),
+        target=y.view(-1),
+    ),
+    "narrow": lambda m, x, y: _loss(
+        torch.narrow(input=_linear(m, x), dim=1, start=0, length=LENGTH - 1), y[:, 1:]
+    ),
+}
+
+# Layouts of logits
+
+
+def _shift_first(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    return _loss(m.head(x.transpose(0, 1))[:-1], y.t()[1:])
+
+
+def _halves(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    chosen, rejected = m.head(x).chunk(2, 0)
+    return _loss(chosen, y[:1]) - 0.5 * _loss(rejected, y[1:])
+
+
+def _token_weighted(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(m.head(x).transpose(1, 2), y, reduction="none")
+    return (losses * m.token_weights).sum() / m.token_weights.sum()
+
+
+def _codes(m: Toy, x: Tensor) -> Tensor:
+    return m.head(x).view(BATCH, LENGTH, PARTS, VOCAB // PARTS)
+
+
+LAYOUTS: dict[str, Step] = {
+    "token_weights": _token_weighted,
+    "classes_first_none": lambda m, x, y: (
+        F.nll_loss(m.head(x).log_softmax(-1).mT, y, reduction="none").square().sum()
+    ),
+    "classes_first_weights": lambda m, x, y: F.cross_entropy(
+        m.head(x).movedim(-1, 1), y, weight=m.weights, label_smoothing=0.1
+    ),
+    "classes_first_scaled": lambda m, x, y: F.cross_entropy(
+        m.head(x).permute(0, 2, 1) / 0.7, y, reduction="sum"
+    ),
+    "log_softmax_of_classes_first": lambda m, x, y: F.nll_loss(
+        F.log_softmax(m.head(x).transpose(1, 2).contiguous(), 1), y
+    ),
+    "soft_classes_first": lambda m, x, y: F.cross_entropy(
+        m.head(x).transpose(1, 2), m.head(x).detach().softmax(-1).transpose(1, 2)
+    ),
+    "codes": lambda m, x, y: F.cross_entropy(_codes(m, x).permute(0, 3, 1, 2), m.codes),
+    "codes_swapped": lambda m, x, y: F.cross_entropy(
+        _codes(m, x).permute(0, 3, 2, 1), m.codes.transpose(1, 2), weight=m.weights[: VOCAB // PARTS]
+    ),
+    "codes_as_rows": lambda m, x, y: F.cross_entropy(m.head(x).view(-1, VOCAB // PARTS), m.codes.view(-1)),
+    "codes_flattened": lambda m, x, y: F.cross_entropy(_codes(m, x).flatten(0, 2), m.codes.flatten()),
+    "codes_of_rows": lambda m, x, y: F.cross_entropy(
+        m.head(x).view(-1, PARTS, VOCAB // PARTS).transpose(1, 2), m.codes.view(-1, PARTS)
+    ),
+    "length_first": _shift_first,
+    "narrowed": lambda m, x, y: _loss(m.head(x).narrow(1, 0, LENGTH - 1), y[:, 1:]),
+    "ellipsis": lambda m, x, y: _loss(m.head(x)[..., :-1, :].contiguous(), y[..., 1:].contiguous()),
+    "flat": lambda m, x, y: _loss(m.head(x).view(-1, VOCAB)[:-1], y.view(-1)[1:]),
+    "one_sequence": lambda m, x, y: _loss(m.head(x[0])[:-1], y[0, 1:]),
+    "log_softmax_then_shift": lambda m, x, y: (
+        -m.head(x).log_softmax(-1)[:, :-1].gather(-1, y[:, 1:, None].clamp(min=0)).mean()
+    ),
+    "shift_of_classes_first": lambda m, x, y: F.cross_entropy(m.head(x).transpose(1, 2)[..., :-1], y[:, 1:]),
+    "halves": _halves,
+    "padded_and_shifted": lambda m, x, y: _loss(LOGITS["columns"](m, m.head(x))[:, :-1], y[:, 1:]),
+}
+
+# Losses
+
+
+def _mixture(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    p, q = m.head(x).log_softmax(-1), m.teacher(x).detach().log_softmax(-1)
+    mean = torch.logsumexp(torch.stack([p - math.log(2), q - math.log(2)]), dim=0)
+    return F.kl_div(mean, p, log_target=True, reduction="batchmean") + F.kl_div(
+        mean, q, log_target=True, reduction="batchmean"
+    )
+
+
+def _divergences(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    p, q = m.head(x).log_softmax(-1), m.teacher(x).detach().log_softmax(-1)
+    return torch.stack([(p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)], dim=0).mean(0).sum()
+
+
+LOSSES: dict[str, Step] = {
+    "logsigmoid": lambda m, x, y: -F.logsigmoid(m.head(x)).sum(-1).mean(),
+    "logsigmoid_of_rows": lambda m, x, y: -F.logsigmoid(m.head(x).amax(-1)).sum(),
+    "bce": lambda m, x, y: F.binary_cross_entropy_with_logits(m.head(x), m.given, pos_weight=m.weights),
+    "bce_rows": lambda m, x, y: (
+        F.binary_cross_entropy_with_logits(m.head(x), m.given, m.weights, reduction="none").mean(-1).sum()
+    ),
+    "bce_sum": lambda m, x, y: F.binary_cross_entropy_with_logits(
+        m.head(x), m.given, m.token_weights[..., None], reduction="sum", pos_weight=m.weights
+    ),
+    "mse": lambda m, x, y: F.mse_loss(m.head(x).softmax(-1), m.given),
+    "soft_margin": lambda m, x, y: F.soft_margin_loss(m.head(x), m.given - 0.5),
+    "mixture": _mixture,
+    "divergences": _divergences,
+}
+
+HEADS: dict[str, tuple[Step, bool]] = {
+    **{f"logits_{name}": (_of_logits(edit), True) for name, edit in LOGITS.items()},
+    **{f"keywords_{name}": (step, True) for name, step in KEYWORDS.items()},
+    **{f"layout_{name}": (step, True) for name, step in LAYOUTS.items()},
+    **{f"loss_{name}": (step, name in ("mixture", "divergences")) for name, step in LOSSES.items()},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name: str) -> None:
+    step, is_narrow = HEADS[name]  # what is given is as wide as logits
+    report = _check(step, (LENGTH - 1) * VOCAB if is_narrow else 0)
+    assert "vocab" in kinds(report)
+    assert not any(refused.kind == "vocab" for refused in report.refusals)
+
+
+def test_labels_edited_in_place() -> None:
+    report = _check(
+        lambda m, x, y: sum(_of_labels(edit)(m, x, y) for edit in LABELS.values()), LENGTH * VOCAB
+    )
+    assert kinds(report) == {"vocab": len(LABELS)} and not report.refusals
+
+
+@pytest.mark.parametrize("name", TEMPORARIES)
+def test_temporaries_of_an_mlp(name: str) -> None:
+    report = _check(TEMPORARIES[name], BATCH * LENGTH * INNER)
+    assert report.rewrites and not report.refusals
+
+
+@pytest.mark.filterwarnings("ignore:aten::nll_loss")
+def test_on_the_meta_device() -> None:
+    """``explain`` of a model without memory: there, cross entropies are made of other operators."""
+
+    def step(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+        return _loss(m.head(x)[:, :-1], y[:, 1:]) + F.nll_loss(m.teacher(x).log_softmax(-1).mT, y)
+
+    model, (x, y) = Toy(step).to("meta"), _batch()
+    report = report_of(model, None, x.detach().to("meta"), y.to("meta"))
+    assert kinds(report) == {"vocab": 2}
+
+
+# Under no_grad
+
+
+def _distilled(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    student = m.head(x)
+    with torch.no_grad():
+        teacher = m.teacher(x)
+    divergence = F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="batchmean")
+    return divergence + _loss(student, y)
+
+
+def _old_log_probabilities(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    labels = y.clamp(min=0)[..., None]
+    with torch.no_grad():
+        old = m.teacher(x).log_softmax(-1).gather(-1, labels)
+    ratio = (m.head(x).log_softmax(-1).gather(-1, labels) - old).exp()
+    return -torch.min(ratio, ratio.clamp(0.8, 1.2)).sum()
+
+
+def _itself(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    """The same weights with and without a gradient."""
+    with torch.no_grad():
+        sure = m.head(x).softmax(-1).amax(-1)
+    return (F.cross_entropy(m.head(x).transpose(1, 2), y, reduction="none") * sure).sum()
+
+
+def _accuracy_last(m: Toy, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The last node of the region has no gradient, and the loss is divided behind it."""
+    logits = m.head(x)
+    loss = _loss(logits, y)
+    with torch.no_grad():
+        p = logits.softmax(-1)
+        entropy = -(p * p.log()).sum(-1)
+        accuracy = (logits.argmax(-1) == y).double().mean()
+    return loss, entropy, accuracy
+
+
+def _gradient_inside(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        teacher = m.teacher(x)
+        with torch.enable_grad():
+            student = m.head(x)
+        sure = (teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
+    return (F.cross_entropy(student.view(-1, VOCAB), y.view(-1), reduction="none") * sure.view(-1)).sum()
+
+
+def _statistics(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = m.up(x).relu().amax(-1, keepdim=True)
+    return (x + m.down(m.up(x).relu() / (1 + scale))).square().sum()
+
+
+NO_GRAD: dict[str, Step] = {
+    "distilled": _distilled,
+    "old_log_probabilities": _old_log_probabilities,
+    "itself": _itself,
+    "accuracy_last": _accuracy_last,
+    "gradient_inside": _gradient_inside,
+    "statistics": _statistics,
+}
+
+
+@pytest.mark.parametrize("name", NO_GRAD)
+def test_parts_without_gradients(name: str) -> None:
+    """The same parameters have gradients as in eager: a teacher that is not frozen has none."""
+    x, y = _batch()
+    model = Toy(NO_GRAD[name])
+    report = check_parity(model, {"x": x, "y": y}, 1e-10, 1e-9)
+    assert len(report.rewrites) == 1 and not report.refusals
+
+
+def test_what_ran_without_gradients_has_none() -> None:
+    model, (x, y) = Toy(_accuracy_last), _batch()
+    run, report = rewritten(model)
+    loss, entropy, _ = run(x, y)
+    assert report.rewrites and loss.requires_grad and not entropy.requires_grad
+
+
+def test_autocast_of_a_part() -> None:
+    """A head in bfloat16, its loss in float32 behind the region: one loop, rounded as in eager."""
+
+    def step(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = m.head(x)
+        with torch.autocast("cpu", enabled=False):
+            return _loss(logits.float(), y)
+
+    model, (x, y) = Toy(step).float(), _batch()
+    report = check_parity(model, {"x": x.detach().float(), "y": y}, 1e-5, 1e-2)
+    assert kinds(report) == {"vocab": 1} and not report.refusals
+
+
+# Writes that others see, or that autograd does not
+
+
+def _into_an_input(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    y[y == -100] = 0
+    return _loss(m.head(x), y)
+
+
+def _into_a_view_of_an_input(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    y.view(-1)[:3] = 1
+    return _loss(m.head(x), y)
+
+
+def _behind_autograds_back(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x) * 1
+    logits.detach()[..., 40:] = 0.5
+    return _loss(logits, y)
+
+
+def _under_no_grad(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x) * 1
+    with torch.no_grad():
+        logits.mul_(0.5)
+    return logits.sin().sum(-1).sum()
+
+
+def _two_outputs(m: Toy, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = m.head(x)
+    logits[..., 40:] = 0.0
+    return _loss(logits, y), logits, logits[:, 0]
+
+
+def _read_around(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    """What is read before a write keeps its value; a view sees the write."""
+    logits = m.head(x) + 0.0
+    view, before = logits[..., 40:], logits * 2
+    logits[..., 41] = 0.25
+    between = view.sum(-1)
+    view.add_(1)
+    return (logits.sin() + before.cos()).sum(-1).sum() + (between * view.prod(-1)).sum()
+
+
+def _positional_relu(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    """``relu(h, True)`` writes too: what reads ``h`` afterwards reads its result."""
+    h = m.up(x)
+    other = h.view(-1, INNER)
+    r = F.relu(h, True)
+    return m.down(other.view(BATCH, LENGTH, INNER)) * 2 + r.sum(-1, keepdim=True)
+
+
+HOSTILE: dict[str, Step] = {
+    "into_an_input": _into_an_input,
+    "into_a_view_of_an_input": _into_a_view_of_an_input,
+    "behind_autograds_back": _behind_autograds_back,
+    "under_no_grad": _under_no_grad,
+    "two_outputs": _two_outputs,
+    "read_around": _read_around,
+    "positional_relu": _positional_relu,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_writes_that_others_see(name: str) -> None:
+    """Right, rewritten or not; and the inputs hold afterwards what eager leaves in them."""
+    model, (x, y) = Toy(HOSTILE[name]), _batch()
+    eager_y, found_y = y.clone(), y.clone()
+    truth = results(model, (x, eager_y), model)
+    run, report = rewritten(model)
+    assert worst(results(run, (x, found_y), model), truth) <= 1e-9
+    assert torch.equal(eager_y, found_y)
+    assert name not in ("behind_autograds_back", "under_no_grad", "two_outputs") or not report.rewrites
+
+
+# Exceptions of ours
+
+
+def test_an_exception_costs_one_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = chunking.trace_body  # type: ignore[attr-defined]
+
+    def fails_for_mlps(analysis: Any, region: Any, *args: Any) -> Any:
+        if region.name == "up":
+            raise IndexError("tuple index out of range")
+        return trace(analysis, region, *args)
+
+    monkeypatch.setattr(chunking, "trace_body", fails_for_mlps)
+    with caplog.at_level(logging.DEBUG, "mst_fx"):
+        report = _check(lambda m, x, y: _loss(m.head(x + m.down(F.gelu(m.up(x)))), y), 0)
+    assert kinds(report) == {"vocab": 1}
+    assert {(r.name, r.cause) for r in report.refusals} == {("up", Cause.DEFECT)}
+    assert any(record.exc_info for record in caplog.records)
+
+
+def test_an_exception_in_one_loss_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = canonical._layout_of
+
+    def fails_for_rank_3(logits: Any) -> Any:
+        assert logits.meta["example_value"].ndim == 2
+        return layout(logits)
+
+    monkeypatch.setattr(canonical, "_layout_of", fails_for_rank_3)
+    report = _check(lambda m, x, y: _loss(m.head(x), y) + F.cross_entropy(m.teacher(x).transpose(1, 2), y), 0)
+    assert kinds(report) == {"vocab": 1}
+    assert Cause.DEFECT in {refused.cause for refused in report.refusals}
