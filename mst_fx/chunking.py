@@ -16,8 +16,9 @@ from mst_fx.fold import RowAnalysis, State, products_of_unknown_rows, row_counts
 from mst_fx.graph import hint, module_path, tensor_value
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
-from mst_fx.plan import Plan
-from mst_fx.region import Region, RegionFinder, expert_matmuls, frontier, seeds, target_name
+from mst_fx.places import Place, expert_products, place_of, target_name, unproved_products
+from mst_fx.plan import Plan, plan_mlp, plan_vocab
+from mst_fx.region import Region, RegionFinder, seeds
 from mst_fx.report import Fit, Refused, Report, Rewrite
 
 log = logging.getLogger("mst_fx")
@@ -49,6 +50,7 @@ class PassContext:
         config: how bodies are compiled.
         report: where rewrites and refusals go.
         deferred: logits outputs that a loop's loss consumed and that must be deferred.
+        ending: where the graph ends, in words; "" at the end of the program's function.
     """
 
     gm: fx.GraphModule
@@ -58,6 +60,7 @@ class PassContext:
     shared: Shared
     report: Report = dataclasses.field(default_factory=Report)
     deferred: list[fx.Node] = dataclasses.field(default_factory=list)
+    ending: str = ""
 
     def analyses(self) -> Iterator[RowAnalysis]:
         """One for each number of rows in the graph."""
@@ -66,9 +69,9 @@ class PassContext:
             yield RowAnalysis(self.gm, rows, known)
 
     def bulges(
-        self, analysis: RowAnalysis, free: Collection[fx.Node] = ()
+        self, analysis: RowAnalysis, kind: str, free: Collection[fx.Node] = ()
     ) -> tuple[list[Region], list[fx.Node]]:
-        """The bulges of a graph, last first, and the seeds of regions that are none.
+        """The bulges of a kind, last first, and the seeds of regions that are none of any kind.
 
         Args:
             free: values whose use as an output of the graph does not count.
@@ -79,11 +82,13 @@ class PassContext:
             region = finder.grow(seed)
             if region is None:
                 continue
-            if region.is_bulge:
+            found = finder.kind_of(region)
+            if found:
                 finder.take(region)
-                regions.append(region)
             else:
                 others.append(seed)
+            if found == kind:
+                regions.append(region)
         return regions, others
 
     def refuse_all(self, refusals: Iterable[Refused]) -> None:
@@ -192,7 +197,7 @@ def rows_of(analysis: RowAnalysis) -> int:
 def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes expert matmuls: products with a slice, picked by routing, of a stack of weights."""
     names = set()
-    for node in expert_matmuls(analysis):
+    for node in expert_products(analysis):
         name = module_path(node) or node.name
         if name not in names:
             names.add(name)
@@ -232,20 +237,32 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
             context.refuse("mlp", name, f"{node.name} ({state.reason})", Cause.OPAQUE)
 
 
-def blocked(analysis: RowAnalysis, others: list[fx.Node], kind: str) -> list[Refused]:
-    """Why wide matmuls were left alone, each under the pass it concerns.
+def left_alone(context: PassContext, analysis: RowAnalysis, others: list[fx.Node], kind: str) -> list[Refused]:
+    """Why products that look like the start of a bulge of a kind are in no region.
 
-    A wide result that feeds attention (a fused QKV projection) is no bulge and not worth a word.
+    Args:
+        others: the seeds of regions that are no bulges.
     """
     found: dict[Refused, None] = {}
-    for seed in others:
-        end = frontier(analysis, seed)
-        is_head = end.is_output or end.to_loss
-        if end.to_attention or is_head != (kind == "vocab"):
+    for node in (*others, *unproved_products(analysis)):
+        place = place_of(analysis, node, context.ending)
+        if place is None or place.kind != kind or _fits(context, analysis, place):
             continue
-        if end.blocker is None and not end.is_output:
-            continue
-        region = RegionFinder(analysis).grow(seed)
-        name = region.name if region is not None else seed.name
-        found[Refused(kind, name, end.reason, end.cause)] = None
+        region = RegionFinder(analysis).grow(node) if analysis.states[node].rowwise else None
+        name = region.name if region is not None else module_path(node) or node.name
+        if not any(r.name == name for r in context.report.refusals):
+            found[Refused(kind, name, place.reason, place.cause)] = None
     return list(found)
+
+
+def _fits(context: PassContext, analysis: RowAnalysis, place: Place) -> bool:
+    """Whether there would be one chunk only, whatever stands in the way; not where the rows are dynamic."""
+    source, out = tensor_value(place.node.all_input_nodes[0]), tensor_value(place.node)
+    if not isinstance(analysis.rows, int) or source is None or out is None:
+        return False
+    width, wide, device = source.shape[-1], out.shape[-1], out.device.type
+    if place.kind == "mlp":
+        plan = plan_mlp(analysis.rows, width, device, context.options.chunk_rows)
+    else:
+        plan = plan_vocab(analysis.rows, width, wide, device, context.options.vocab_chunk_rows)
+    return plan.chunks < 2
