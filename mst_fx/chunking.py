@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import RowAnalysis, State, products_of_unknown_rows, row_counts
-from mst_fx.graph import hint, module_path, tensor_value
+from mst_fx.graph import hint, module_path, tensor_value, tensors_of
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.places import Place, expert_products, place_of, target_name, unproved_products
@@ -92,8 +92,15 @@ class PassContext:
         return regions, others
 
     def refuse_all(self, refusals: Iterable[Refused]) -> None:
+        """Notes refusals.
+
+        Raises:
+            Refusal: with ``strict=True``.
+        """
         for refused in refusals:
-            self.refuse(refused.kind, refused.name, refused.reason, refused.cause)
+            if self.options.strict:
+                raise Refusal(f"{refused.kind} {refused.name}: {refused.reason}", refused.cause)
+            self.report.refusals.append(refused)
 
     def refuse(self, kind: str, name: str, reason: str, cause: Cause = Cause.UNPROVED) -> None:
         """Notes a refusal.
@@ -101,9 +108,7 @@ class PassContext:
         Raises:
             Refusal: with ``strict=True``.
         """
-        if self.options.strict:
-            raise Refusal(f"{kind} {name}: {reason}", cause)
-        self.report.refusals.append(Refused(kind, name, reason, cause))
+        self.refuse_all([Refused(kind, name, reason, cause)])
 
 
 def chunk_regions(
@@ -245,24 +250,26 @@ def left_alone(context: PassContext, analysis: RowAnalysis, others: list[fx.Node
     """
     found: dict[Refused, None] = {}
     for node in (*others, *unproved_products(analysis)):
-        place = place_of(analysis, node, context.ending)
-        if place is None or place.kind != kind or _fits(context, analysis, place):
+        place = place_of(analysis, node, context.ending if context.is_top else "")
+        if place is None or place.kind != kind:
+            continue
+        is_short = _plan_of(context, analysis, place).chunks < 2
+        if is_short and isinstance(analysis.rows, int):
             continue
         region = RegionFinder(analysis).grow(node) if analysis.states[node].rowwise else None
         name = region.name if region is not None else module_path(node) or node.name
+        kept = sum(hint(x.numel()) * x.element_size() for x in tensors_of(node) if x.requires_grad)
         if not any(r.name == name for r in context.report.refusals):
-            found[Refused(kind, name, place.reason, place.cause)] = None
+            found[Refused(kind, name, place.reason, place.cause, 0 if is_short else kept)] = None
     return list(found)
 
 
-def _fits(context: PassContext, analysis: RowAnalysis, place: Place) -> bool:
-    """Whether there would be one chunk only, whatever stands in the way; not where the rows are dynamic."""
+def _plan_of(context: PassContext, analysis: RowAnalysis, place: Place) -> Plan:
+    """The plan that a place would have."""
+    rows, options = rows_of(analysis), context.options
     source, out = tensor_value(place.node.all_input_nodes[0]), tensor_value(place.node)
-    if not isinstance(analysis.rows, int) or source is None or out is None:
-        return False
-    width, wide, device = source.shape[-1], out.shape[-1], out.device.type
+    assert source is not None and out is not None
+    width, device = hint(source.shape[-1]), out.device.type
     if place.kind == "mlp":
-        plan = plan_mlp(analysis.rows, width, device, context.options.chunk_rows)
-    else:
-        plan = plan_vocab(analysis.rows, width, wide, device, context.options.vocab_chunk_rows)
-    return plan.chunks < 2
+        return plan_mlp(rows, width, device, options.chunk_rows)
+    return plan_vocab(rows, width, hint(out.shape[-1]), device, options.vocab_chunk_rows)

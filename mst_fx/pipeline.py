@@ -15,7 +15,7 @@ import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import BodyConfig
 from mst_fx.canonical import join_casts
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.compiler import mode_patches
+from mst_fx.compiler import ending_of, mode_patches
 from mst_fx.defer import defer_all
 from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
@@ -27,6 +27,7 @@ from mst_fx.keep import keep_waves
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
 from mst_fx.report import Refused, Report
+from mst_fx.warn import warn
 
 log = logging.getLogger("mst_fx")
 
@@ -98,7 +99,7 @@ def run_passes(
     config = BodyConfig(options.inner, options.accumulate, tuple(sorted(patches.items())))
     try:
         prepared = _prepare(gm, example_inputs)
-        runner = _Runner(options, config, report, Shared())
+        runner = _Runner(options, config, report, Shared(), str(ending_of(gm)))
         new, _ = runner.run(prepared, "program", is_top=True)
         new, deferred = runner.run_tree(new, is_top=True)
         deferrals, outputs = _finish(new, deferred) if report.rewrites else ((), 0)
@@ -117,6 +118,7 @@ def run_passes(
     _log(report)
     try:
         observe(gm, new, report)
+        warn(gm, report)
     except Exception as error:
         if options.strict:
             raise
@@ -191,6 +193,7 @@ class _Runner:
     config: BodyConfig
     report: Report
     shared: Shared
+    ending: str = ""
 
     def run_tree(self, gm: fx.GraphModule, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
         """The passes over single graphs, on the graph and on those of its sub-graphs."""
@@ -206,6 +209,7 @@ class _Runner:
             if name not in self.options.passes or its_scope != scope:
                 continue
             context = PassContext(copy_tree(gm), self.options, self.config, is_top, self.shared)
+            context.ending = self.ending
             start = time.perf_counter()
             try:
                 run(context)

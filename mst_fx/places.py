@@ -150,10 +150,28 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
             reason, cause = "sums over rows, and the inside needs the sum", Cause.UNPROVED
         return Place(product, fate.kind, _said_of(blocker, reason), cause)
     if fate.is_output and ending:
-        return Place(product, fate.kind, f"the wide result leaves the graph, {ending}", Cause.BREAK)
+        kind = "vocab" if fate.kind == "vocab" and _is_vocabulary(analysis, product, width) else "mlp"
+        return Place(product, kind, f"the wide result leaves the graph, {ending}", Cause.BREAK)
     if fate.is_output:
         return Place(product, fate.kind, "the wide result is an output of the graph", Cause.IS_OUTPUT)
     return None
+
+
+def _is_vocabulary(analysis: RowAnalysis, product: fx.Node, width: int) -> bool:
+    """Whether a result of which no reader is known is as wide as a table of embeddings has rows.
+
+    Where a graph has no table, only how much wider it is than what went in tells a head from an MLP's first half.
+    """
+    out = tensor_value(product)
+    tables = [tensor_value(n) for node in analysis.graph.nodes if _is_embedding(node) for n in node.all_input_nodes]
+    sizes = {hint(x.shape[0]) for x in tables if x is not None and x.ndim == 2 and x.is_floating_point()}
+    if out is None:
+        return False
+    return hint(out.shape[-1]) in sizes if sizes else hint(out.shape[-1]) > 5 * width
+
+
+def _is_embedding(node: fx.Node) -> bool:
+    return node.target in (F.embedding, torch.embedding, aten.embedding.default)
 
 
 def unproved_products(analysis: RowAnalysis) -> Iterator[fx.Node]:
