@@ -12,11 +12,11 @@ from torch._ops import OpOverload
 
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import RowAnalysis, State, products_of_unknown_rows, row_counts
+from mst_fx.fold import RowAnalysis, State, expression, products_of_unknown_rows, row_counts
 from mst_fx.graph import hint, module_path, tensor_value, tensors_of
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
-from mst_fx.places import Place, expert_products, place_of, target_name, unproved_products
+from mst_fx.places import Place, convolution_rows, expert_products, place_of, target_name, unproved_products
 from mst_fx.plan import Plan, plan_mlp, plan_vocab
 from mst_fx.region import Region, RegionFinder, seeds
 from mst_fx.report import Fit, Refused, Report, Rewrite
@@ -64,7 +64,11 @@ class PassContext:
 
     def analyses(self) -> Iterator[RowAnalysis]:
         """One for each number of rows in the graph."""
-        for rows in row_counts(self.gm.graph):
+        counts = row_counts(self.gm.graph)
+        for rows in convolution_rows(self.gm.graph):
+            if hint(rows) > 1 and not any(expression(rows) == expression(count) for count in counts):
+                counts.append(rows)
+        for rows in counts:
             known = self.shared.nodes.setdefault(str(rows), {})
             yield RowAnalysis(self.gm, rows, known)
 
@@ -242,7 +246,9 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
             context.refuse("mlp", name, f"{node.name} ({state.reason})", Cause.OPAQUE)
 
 
-def left_alone(context: PassContext, analysis: RowAnalysis, others: list[fx.Node], kind: str) -> list[Refused]:
+def left_alone(
+    context: PassContext, analysis: RowAnalysis, others: list[fx.Node], kind: str
+) -> list[Refused]:
     """Why products that look like the start of a bulge of a kind are in no region.
 
     Args:
@@ -254,8 +260,8 @@ def left_alone(context: PassContext, analysis: RowAnalysis, others: list[fx.Node
         if place is None or place.kind != kind:
             continue
         is_short = _plan_of(context, analysis, place).chunks < 2
-        if is_short and isinstance(analysis.rows, int):
-            continue
+        if is_short and isinstance(analysis.rows, int) and place.cause is not Cause.BREAK:
+            continue  # nothing to gain, but where a break hides what comes of it
         region = RegionFinder(analysis).grow(node) if analysis.states[node].rowwise else None
         name = region.name if region is not None else module_path(node) or node.name
         kept = sum(hint(x.numel()) * x.element_size() for x in tensors_of(node) if x.requires_grad)

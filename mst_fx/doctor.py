@@ -315,7 +315,9 @@ def _costly_head(report: Report, least: int) -> Finding | None:
 
 
 def _costly_refusal(report: Report, least: int) -> Finding | None:
-    heads = [r for r in report.refusals if r.kind == "vocab" and r.cause not in (Cause.IS_OUTPUT, Cause.BREAK)]
+    heads = [
+        r for r in report.refusals if r.kind == "vocab" and r.cause not in (Cause.IS_OUTPUT, Cause.BREAK)
+    ]
     if any(r.kind == "vocab" for r in report.rewrites) or sum(r.kept_bytes for r in heads) < least:
         return None
     return Finding(

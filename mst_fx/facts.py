@@ -120,21 +120,25 @@ def _caller() -> tuple[str, int, str]:
     A graph is compiled when its code is first called: who calls it is on Python's stack. A head inside of the module
     that is compiled is not meant, even if Dynamo breaks the graph before it.
     """
-    owners: list[tuple[torch.nn.Module, bool]] = []  # innermost first; whether its own code runs, and not only a call
+    inside: list[torch.nn.Module] = []  # the module that is compiled, and those that it calls
+    outside: list[torch.nn.Module] = []  # whose own code runs eagerly and calls it, innermost first
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.endswith(_ENTRY):
-            owners = [(owner, False) for owner, _ in owners]
-        owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
-        if issubclass(type(owner), torch.nn.Module):
-            owners.append((owner, frame.f_code.co_name not in ("_wrapped_call_impl", "_call_impl", "__call__")))
+        code = frame.f_code
+        owner: Any = frame.f_locals.get("self") if code.co_argcount else None
+        if code.co_filename.endswith(_ENTRY):
+            inside, outside = inside + outside, []
+        elif issubclass(type(owner), torch.nn.Module):
+            is_call = code.co_name in ("_wrapped_call_impl", "_call_impl")  # of the module that is compiled
+            (inside if is_call and not outside else outside).append(owner)
         frame = frame.f_back
-    compiled = {id(part) for owner, is_outside in owners if not is_outside for part in owner.modules()}
-    trainers = [package for owner, _ in owners if (package := _forward_package(owner)) == "trl"]
-    for owner, is_outside in owners:
-        name, head = _head_of(owner) if is_outside else ("", None)
+    compiled = {id(part) for owner in inside for part in owner.modules()}
+    trainers = [package for owner in inside + outside if (package := _forward_package(owner)) == "trl"]
+    for owner in outside:
+        name, head = _head_of(owner)
         if head is not None and id(head) not in compiled:
-            return f"{type(owner).__name__}.{name}", head.weight.shape[0], "".join(trainers[:1])
+            path = name.replace("._orig_mod", "")
+            return f"{type(owner).__name__}.{path}", head.weight.shape[0], "".join(trainers[:1])
     return "", 0, "".join(trainers[:1])
 
 

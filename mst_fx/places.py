@@ -16,6 +16,7 @@ import dataclasses
 import operator
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,10 +141,12 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
     if not fate.kind:
         return None
     if not state.rowwise:
-        return Place(product, fate.kind, f"{product.name} ({target_name(product)}) {state.reason}", state.cause)
+        is_behind = product.target in _CONVOLUTIONS
+        reason = "multiplies channels that stand before the rows" if is_behind else state.reason
+        return Place(product, fate.kind, f"{product.name} ({target_name(product)}) {reason}", state.cause)
     if fate.blockers:
         blocker = fate.blockers[0]
-        if fate.kind == "mlp" and _is_split_up(analysis, product, blocker, width):
+        if _is_split_up(analysis, product, blocker, width):
             return None
         reason, cause = analysis.states[blocker].reason, analysis.states[blocker].cause
         if analysis.states[blocker].summed:
@@ -163,7 +166,9 @@ def _is_vocabulary(analysis: RowAnalysis, product: fx.Node, width: int) -> bool:
     Where a graph has no table, only how much wider it is than what went in tells a head from an MLP's first half.
     """
     out = tensor_value(product)
-    tables = [tensor_value(n) for node in analysis.graph.nodes if _is_embedding(node) for n in node.all_input_nodes]
+    tables = [
+        tensor_value(n) for node in analysis.graph.nodes if _is_embedding(node) for n in node.all_input_nodes
+    ]
     sizes = {hint(x.shape[0]) for x in tables if x is not None and x.ndim == 2 and x.is_floating_point()}
     if out is None:
         return False
@@ -186,6 +191,8 @@ def unproved_products(analysis: RowAnalysis) -> Iterator[fx.Node]:
         source, out = tensor_value(operands[0]), tensor_value(node)
         if source is None or out is None or not all(is_known(s) for s in (*source.shape, *out.shape)):
             continue
+        if not analysis.states[operands[0]].rows and node.target not in _CONVOLUTIONS:
+            continue  # rows of another number, or of a width that Dynamo keeps dynamic
         if out.numel() > source.numel() and _count(analysis, out):
             yield node
 
@@ -196,6 +203,20 @@ def _count(analysis: RowAnalysis, out: torch.Tensor) -> bool:
     per_row = expression(out.shape[-1]), expression(out.shape[1]) if out.ndim > 2 else None
     total = expression(out.numel())
     return any(size is not None and total == rows * size for size in per_row)
+
+
+def convolution_rows(graph: fx.Graph) -> Iterator[Any]:
+    """The numbers of rows of convolutions with a kernel of 1, whose rows lie behind the channels."""
+    for node in graph.nodes:
+        fake = tensor_value(node)
+        weights = [n for n in node.all_input_nodes if isinstance(tensor_value(n), torch.nn.Parameter)]
+        is_linear = node.target in _CONVOLUTIONS and fake is not None and bool(weights)
+        if is_linear and fake is not None and fake.ndim > 2 and _is_by_row(node, weights[0]):
+            count: Any = fake.shape[0]
+            for size in fake.shape[2:]:
+                count = count * size
+            if is_known(count):
+                yield count
 
 
 def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
@@ -224,7 +245,7 @@ def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
                 queue.append(user)
     fate.mixes = _mixes(analysis, product, wide | narrow)
     fate.blockers += [node for node in wide - {product} if not analysis.states[node].rowwise]
-    fate.blockers += [node for node in narrow if _comes_back(analysis, node, wide)]
+    fate.blockers += [found for node in narrow if (found := _comes_back(analysis, node, wide)) is not None]
     lost = [node for node in narrow if not analysis.states[node].rowwise]
     order = {node: index for index, node in enumerate(analysis.graph.nodes)}
     fate.blockers = sorted(fate.blockers or lost, key=order.__getitem__)
@@ -247,20 +268,28 @@ def _is_write(node: fx.Node, written: fx.Node) -> bool:
     return node.target is operator.setitem and node.args[0] is written
 
 
-def _comes_back(analysis: RowAnalysis, node: fx.Node, wide: set[fx.Node]) -> bool:
-    """Whether the wide inside needs a narrow value that mixes rows, as the mean over all of them."""
-    state = analysis.states[node]
-    if state.rowwise and not state.summed:
-        return False
-    found, queue = {node}, deque([node])
-    while queue and len(found) < _NEAR:
-        for user in queue.popleft().users:
-            if user in wide:
-                return True
-            if user not in found:
-                found.add(user)
-                queue.append(user)
-    return False
+def _comes_back(analysis: RowAnalysis, node: fx.Node, wide: set[fx.Node]) -> fx.Node | None:
+    """The node that is not row-wise, or a sum, by which a narrow value comes back into the wide inside.
+
+    So does the mean over all rows that an inside is divided by, and the one-hot form of the largest of each row.
+    """
+    queue, seen = deque([(node, _stands_in(analysis, node))]), {node}
+    while queue and len(seen) < _NEAR:
+        source, blocker = queue.popleft()
+        for user in source.users:
+            if user in wide and blocker is not None:
+                return blocker
+            if user not in seen and user not in wide:
+                seen.add(user)
+                queue.append((user, blocker or _stands_in(analysis, user)))
+    return None
+
+
+def _stands_in(analysis: RowAnalysis, node: fx.Node) -> fx.Node | None:
+    is_in_the_way = bool(tensors_of(node)) and (
+        not analysis.states[node].rowwise or analysis.states[node].summed
+    )
+    return node if is_in_the_way else None
 
 
 def _weight_product(analysis: RowAnalysis, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -382,7 +411,8 @@ def _is_split_up(analysis: RowAnalysis, product: fx.Node, blocker: fx.Node, widt
     moved = {product, *_moved(product), blocker, *_moved(blocker)}
     if not any(map(_is_part, moved)):
         return False
-    taken = [n for reader in _computing(blocker) for n in reader.all_input_nodes if n in moved]
+    readers = list(_computing(blocker))
+    taken = [n for reader in readers for n in reader.all_input_nodes if not analysis.states[n].constant]
     return bool(taken) and all(_size(operand) <= width * hint(analysis.rows) for operand in taken)
 
 

@@ -64,7 +64,9 @@ def run(context: PassContext) -> None:
             _defer_alone(context, analysis, free)
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
-    context.refuse_all(r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for))
+    context.refuse_all(
+        r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)
+    )
 
 
 def _deferrable(context: PassContext) -> set[fx.Node]:
