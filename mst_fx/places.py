@@ -236,8 +236,11 @@ def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
                 narrowing = _size(user) < max(_size(n) for n in user.all_input_nodes if n in wide)
                 fate.narrows = narrowing and fate.narrows is not False
             elif not tensors_of(user):
-                if _is_write(user, source):
+                if user.target is operator.setitem and user.args[0] is source:
                     fate.blockers.append(user)
+                elif user.target is operator.setitem and user.args[0] not in wide:  # it goes on in what it is put into
+                    wide.add(user.args[0])  # type: ignore[arg-type]
+                    queue.append(user.args[0])  # type: ignore[arg-type]
             elif _size(user) < least or analysis.states[user].summed:
                 narrow.add(user)
             else:
@@ -262,10 +265,6 @@ def _mixes(analysis: RowAnalysis, product: fx.Node, cone: set[fx.Node]) -> bool:
             if _meets_rows(analysis, node, cone, parts):
                 return True
     return False
-
-
-def _is_write(node: fx.Node, written: fx.Node) -> bool:
-    return node.target is operator.setitem and node.args[0] is written
 
 
 def _comes_back(analysis: RowAnalysis, node: fx.Node, wide: set[fx.Node]) -> fx.Node | None:
