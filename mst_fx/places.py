@@ -13,6 +13,7 @@ Nothing here goes by names of models or modules; what an operator does is known 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections import deque
 from collections.abc import Iterator
@@ -353,8 +354,19 @@ def _meets_rows(analysis: RowAnalysis, node: fx.Node, cone: set[fx.Node], parts:
     inside = [n for n in rows if n in cone]
     if len(rows) < 2 or not inside:
         return False
-    is_product = node.target in _PRODUCTS or _is_attention(node) or _size(node) > max(map(_size, rows))
+    is_product = node.target in _PRODUCTS or _is_attention(node) or _is_outer(node, rows)
     return is_product and (any(n in parts for n in inside) or len(inside) < len(rows))
+
+
+def _is_outer(node: fx.Node, operands: list[fx.Node]) -> bool:
+    """Whether values are broadcast against each other, to more than any of them."""
+    out, fakes = tensor_value(node), [tensor_value(operand) for operand in operands]
+    if out is None or not all(is_known(x.numel()) for x in fakes if x is not None) or not is_known(out.numel()):
+        return False
+    shapes = [tuple(map(hint, x.shape)) for x in fakes if x is not None]
+    dims = itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+    is_broadcast = [max(sizes) for sizes in dims] == [hint(size) for size in reversed(out.shape)]
+    return is_broadcast and _size(node) > max(map(_size, operands))
 
 
 def _is_attention(node: fx.Node) -> bool:
