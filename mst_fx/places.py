@@ -239,7 +239,9 @@ def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
             elif not tensors_of(user):
                 if user.target is operator.setitem and user.args[0] is source:
                     fate.blockers.append(user)
-                elif user.target is operator.setitem and user.args[0] not in wide:  # it goes on in what it is put into
+                elif (
+                    user.target is operator.setitem and user.args[0] not in wide
+                ):  # it goes on in what it is put into
                     wide.add(user.args[0])  # type: ignore[arg-type]
                     queue.append(user.args[0])  # type: ignore[arg-type]
             elif _size(user) < least or analysis.states[user].summed:
@@ -361,7 +363,11 @@ def _meets_rows(analysis: RowAnalysis, node: fx.Node, cone: set[fx.Node], parts:
 def _is_outer(node: fx.Node, operands: list[fx.Node]) -> bool:
     """Whether values are broadcast against each other, to more than any of them."""
     out, fakes = tensor_value(node), [tensor_value(operand) for operand in operands]
-    if out is None or not all(is_known(x.numel()) for x in fakes if x is not None) or not is_known(out.numel()):
+    if (
+        out is None
+        or not all(is_known(x.numel()) for x in fakes if x is not None)
+        or not is_known(out.numel())
+    ):
         return False
     shapes = [tuple(map(hint, x.shape)) for x in fakes if x is not None]
     dims = itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)

@@ -213,7 +213,9 @@ def _divergence(logits: Tensor) -> Tensor:
     return -logits.log_softmax(-1)[..., 3].mean()
 
 
-@pytest.mark.parametrize("loss", [_divergence, lambda x: F.relu(x).log1p().amax(1).mean()], ids=["own", "splade"])
+@pytest.mark.parametrize(
+    "loss", [_divergence, lambda x: F.relu(x).log1p().amax(1).mean()], ids=["own", "splade"]
+)
 def test_a_head_with_any_loss_is_in_the_graph(loss: Any) -> None:
     model = ToyLM(layers=1)
     tail = _Tail(model)

@@ -150,7 +150,9 @@ def _depthwise_inside(m: Any, x: Tensor, y: Tensor) -> Tensor:
 )
 def test_an_mlp_that_is_left_alone_has_a_reason(body: Any) -> None:
     report = _report(body)
-    assert "mlp" in kinds(report) or ([r.kind for r in report.refusals] == ["mlp"] and report.refusals[0].reason)
+    assert "mlp" in kinds(report) or (
+        [r.kind for r in report.refusals] == ["mlp"] and report.refusals[0].reason
+    )
 
 
 # No places
@@ -185,9 +187,7 @@ def _diagonal_blocks(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return x + torch.bmm(parts, m.blocks).permute(1, 0, 2).reshape(x.shape).cumsum(1)
 
 
-@pytest.mark.parametrize(
-    "body", [_gated_convolution, _attention, _outer_states, _low_rank, _diagonal_blocks]
-)
+@pytest.mark.parametrize("body", [_gated_convolution, _attention, _outer_states, _low_rank, _diagonal_blocks])
 def test_what_can_be_no_bulge_is_not_listed(body: Any) -> None:
     report = _report(body, passes=("mlp", "vocab"), strict=True)
     assert not report.rewrites and not report.refusals

@@ -26,7 +26,9 @@ class Model(nn.Module):
         super().__init__()
         self.embed, self.mlp, self.head = nn.Embedding(V, H), GatedMLP(H, 40), nn.Linear(H, V)
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None, breaks: bool = False, writes: bool = False) -> Any:
+    def forward(
+        self, ids: Tensor, labels: Tensor | None = None, breaks: bool = False, writes: bool = False
+    ) -> Any:
         x = self.embed(ids)
         logits = self.head(x + self.mlp(x))
         if breaks:
@@ -67,7 +69,9 @@ def test_with_the_logging_of_python_as_it_is(tmp_path: Path) -> None:
         "import torch\nfrom tests.test_warnings import Model, _ids, compile_mst\n"
         "run = compile_mst(Model(), {'inner': 'eager'})\nrun(_ids())\nprint('done')\n"
     )
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env={"PYTHONPATH": "."})
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, env={"PYTHONPATH": "."}
+    )
     assert done.stdout == "done\n" and done.stderr.startswith("loss-not-compiled: "), done.stderr
 
 
