@@ -205,7 +205,7 @@ def rows_of(analysis: RowAnalysis) -> int:
 
 def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes expert matmuls: products with a slice, picked by routing, of a stack of weights."""
-    names = set()
+    names = {r.name for r in context.report.refusals if r.cause is Cause.EXPERTS}
     for node in expert_products(analysis):
         name = module_path(node) or node.name
         if name not in names:

@@ -112,12 +112,14 @@ class Fate:
         blockers: its readers that are not row-wise, in graph order; sums too that come back to it.
         is_output: it is an output of the graph.
         narrows: whether each product with a weight that takes it narrows it; None: there is none.
+        is_reduced: something narrow is made of it without a product, for good: a loss, a largest, a sum.
         mixes: parts of it meet other rows in a product, as in attention and state spaces.
     """
 
     blockers: list[fx.Node]
     is_output: bool = False
     narrows: bool | None = None
+    is_reduced: bool = False
     mixes: bool = False
 
     @property
@@ -125,7 +127,7 @@ class Fate:
         """ "mlp", "vocab", or "": it is the start of neither."""
         if self.mixes or self.narrows is False:
             return ""
-        return "mlp" if self.narrows else "vocab"
+        return "mlp" if self.narrows and not self.is_reduced else "vocab"
 
 
 def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place | None:
@@ -251,7 +253,9 @@ def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
                 queue.append(user)
     fate.mixes = _mixes(analysis, product, wide | narrow)
     fate.blockers += [node for node in wide - {product} if not analysis.states[node].rowwise]
-    fate.blockers += [found for node in narrow if (found := _comes_back(analysis, node, wide)) is not None]
+    ways = [_comes_back(analysis, node, wide) for node in narrow]
+    fate.blockers += [blocker for _, blocker in ways if blocker is not None]
+    fate.is_reduced = not all(comes_back for comes_back, _ in ways)
     lost = [node for node in narrow if not analysis.states[node].rowwise]
     order = {node: index for index, node in enumerate(analysis.graph.nodes)}
     fate.blockers = sorted(fate.blockers or lost, key=order.__getitem__)
@@ -270,21 +274,23 @@ def _mixes(analysis: RowAnalysis, product: fx.Node, cone: set[fx.Node]) -> bool:
     return False
 
 
-def _comes_back(analysis: RowAnalysis, node: fx.Node, wide: set[fx.Node]) -> fx.Node | None:
-    """The node that is not row-wise, or a sum, by which a narrow value comes back into the wide inside.
+def _comes_back(analysis: RowAnalysis, node: fx.Node, wide: set[fx.Node]) -> tuple[bool, fx.Node | None]:
+    """Whether a narrow value comes back into the wide inside, and the node on the way that is not row-wise, or a sum.
 
     So does the mean over all rows that an inside is divided by, and the one-hot form of the largest of each row.
     """
+    comes_back = False
     queue, seen = deque([(node, _stands_in(analysis, node))]), {node}
     while queue and len(seen) < _NEAR:
         source, blocker = queue.popleft()
         for user in source.users:
+            comes_back |= user in wide
             if user in wide and blocker is not None:
-                return blocker
+                return True, blocker
             if user not in seen and user not in wide:
                 seen.add(user)
                 queue.append((user, blocker or _stands_in(analysis, user)))
-    return None
+    return comes_back, None
 
 
 def _stands_in(analysis: RowAnalysis, node: fx.Node) -> fx.Node | None:

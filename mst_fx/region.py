@@ -41,7 +41,7 @@ class Region:
             targets), of the row outputs, and of the widest matmul result inside.
         width, wide: elements a row that go into the seed (d_model) and come out of it (I, or V).
         out_width: elements a row of the row outputs.
-        is_multiplied: the wide result goes through another product inside, as that of an MLP.
+        is_multiplied: all that the wide result comes to goes through another product inside, as in an MLP.
     """
 
     seed: fx.Node
@@ -241,8 +241,15 @@ class RegionFinder:
         )
 
     def _is_multiplied(self, seed: fx.Node, chosen: set[fx.Node]) -> bool:
-        behind = _reachable(seed, lambda node: [user for user in node.users if user in chosen]) - {seed}
-        return any(self.analysis.states[node].matmuls for node in behind)
+        def is_product(node: fx.Node) -> bool:
+            return node is not seed and bool(self.analysis.states[node].matmuls)
+
+        def step(node: fx.Node) -> list[fx.Node]:
+            return [] if is_product(node) else [user for user in node.users if user in chosen]
+
+        before = _reachable(seed, step)
+        leaves = any(set(self._users(n)) - chosen and not is_product(n) for n in before)
+        return not leaves and any(map(is_product, before))
 
     def kind_of(self, region: Region) -> str:
         """ "mlp", "vocab", or "": no loop is worth it."""

@@ -218,6 +218,11 @@ def _reward(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.score(x + m.down(F.gelu(m.up(x)))).squeeze(-1)
 
 
+def _sparse(m: Any, x: Tensor, y: Tensor) -> Any:
+    inner = F.relu(m.up(x))
+    return x + m.down(inner), inner.sum(-1)
+
+
 def _router(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return m.rank_in(m.down(F.gelu(m.up(x)))).topk(2, -1).values
 
@@ -226,12 +231,20 @@ def _maxout(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return x + m.head(x).view(B, S, H, V // H).amax(-1)
 
 
-@pytest.mark.parametrize("body", [_padded, _padded_narrow, _padded_split, _loss_and_accuracy])
+def _loss_and_expectation(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A product takes the logits too, beside the loss."""
+    logits = m.head(x)
+    return _loss(logits, y) + (logits.softmax(-1) @ m.code[:, :1]).mean()
+
+
+@pytest.mark.parametrize(
+    "body", [_padded, _padded_narrow, _padded_split, _loss_and_accuracy, _loss_and_expectation]
+)
 def test_a_head_is_a_vocabulary_rewrite(body: Any) -> None:
     assert kinds(_report(body, strict=True)) == {"vocab": 1}
 
 
-@pytest.mark.parametrize("body", [_reward, _router, _maxout])
+@pytest.mark.parametrize("body", [_reward, _router, _maxout, _sparse])
 def test_an_mlp_obeys_chunk_rows(body: Any) -> None:
     (rewrite,) = _report(body, strict=True, chunk_rows=11, vocab_chunk_rows=9).rewrites
     assert (rewrite.kind, rewrite.chunk_rows) == ("mlp", 11)
