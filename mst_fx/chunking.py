@@ -14,20 +14,28 @@ from torch._ops import OpOverload
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
 from mst_fx.changing import Bounds, changes
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import RowAnalysis, State, outside_transforms, products_of_unknown_rows, row_counts
-from mst_fx.graph import hint, module_path, tensor_value
+from mst_fx.fold import (
+    RowAnalysis,
+    State,
+    expression,
+    outside_transforms,
+    products_of_unknown_rows,
+    row_counts,
+)
+from mst_fx.graph import hint, module_path, tensor_value, tensors_of
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
-from mst_fx.plan import Plan
-from mst_fx.region import (
-    Region,
-    RegionFinder,
-    expert_matmuls,
-    frontier,
+from mst_fx.places import (
+    Place,
+    convolution_rows,
+    expert_products,
     is_matmul_name,
-    seeds,
+    place_of,
     target_name,
+    unproved_products,
 )
+from mst_fx.plan import Plan, plan_mlp, plan_vocab
+from mst_fx.region import Region, RegionFinder, seeds
 from mst_fx.report import Fit, Refused, Report, Rewrite
 
 log = logging.getLogger("mst_fx")
@@ -61,6 +69,7 @@ class PassContext:
         config: how bodies are compiled.
         report: where rewrites and refusals go.
         deferred: logits outputs that a loop's loss consumed and that must be deferred.
+        ending: where the graph ends, in words; "" at the end of the program's function.
     """
 
     gm: fx.GraphModule
@@ -70,17 +79,22 @@ class PassContext:
     shared: Shared
     report: Report = dataclasses.field(default_factory=Report)
     deferred: list[fx.Node] = dataclasses.field(default_factory=list)
+    ending: str = ""
 
     def analyses(self) -> Iterator[RowAnalysis]:
         """One for each number of rows in the graph."""
-        for rows in row_counts(self.gm.graph):
+        counts = row_counts(self.gm.graph)
+        for rows in convolution_rows(self.gm.graph):
+            if hint(rows) > 1 and not any(expression(rows) == expression(count) for count in counts):
+                counts.append(rows)
+        for rows in counts:
             known = self.shared.nodes.setdefault(str(rows), {})
             yield RowAnalysis(self.gm, rows, known)
 
     def bulges(
-        self, analysis: RowAnalysis, free: Collection[fx.Node] = ()
+        self, analysis: RowAnalysis, kind: str, free: Collection[fx.Node] = ()
     ) -> tuple[list[Region], list[fx.Node]]:
-        """The bulges of a graph, last first, and the seeds of regions that are none.
+        """The bulges of a kind, last first, and the seeds of regions that are none of any kind.
 
         Args:
             free: values whose use as an output of the graph does not count.
@@ -95,11 +109,13 @@ class PassContext:
                 if not analysis.states[seed].rowwise:  # a fault of ours
                     others.append(seed)
                 continue
-            if region.is_bulge:
+            found = finder.kind_of(region)
+            if found:
                 finder.take(region)
-                regions.append(region)
             else:
                 others.append(seed)
+            if found == kind:
+                regions.append(region)
         return regions, others
 
     @contextlib.contextmanager
@@ -124,8 +140,15 @@ class PassContext:
             self.refuse(kind, name, text, Cause.DEFECT)
 
     def refuse_all(self, refusals: Iterable[Refused]) -> None:
+        """Notes refusals.
+
+        Raises:
+            Refusal: with ``strict=True``.
+        """
         for refused in refusals:
-            self.refuse(refused.kind, refused.name, refused.reason, refused.cause)
+            if self.options.strict:
+                raise Refusal(f"{refused.kind} {refused.name}: {refused.reason}", refused.cause)
+            self.report.refusals.append(refused)
 
     def refuse(self, kind: str, name: str, reason: str, cause: Cause = Cause.UNPROVED) -> None:
         """Notes a refusal.
@@ -133,9 +156,7 @@ class PassContext:
         Raises:
             Refusal: with ``strict=True``.
         """
-        if self.options.strict:
-            raise Refusal(f"{kind} {name}: {reason}", cause)
-        self.report.refusals.append(Refused(kind, name, reason, cause))
+        self.refuse_all([Refused(kind, name, reason, cause)])
 
 
 def chunk_regions(
@@ -257,8 +278,8 @@ def rows_of(analysis: RowAnalysis) -> int:
 
 def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes expert matmuls: products with a slice, picked by routing, of a stack of weights."""
-    names = set()
-    for node in expert_matmuls(analysis):
+    names = {r.name for r in context.report.refusals if r.cause is Cause.EXPERTS}
+    for node in expert_products(analysis):
         name = module_path(node) or node.name
         if name not in names:
             names.add(name)
@@ -313,20 +334,36 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
             context.refuse("mlp", name, f"{node.name} ({state.reason})", Cause.OPAQUE)
 
 
-def blocked(analysis: RowAnalysis, others: list[fx.Node], kind: str) -> list[Refused]:
-    """Why wide matmuls were left alone, each under the pass it concerns.
+def left_alone(
+    context: PassContext, analysis: RowAnalysis, others: list[fx.Node], kind: str
+) -> list[Refused]:
+    """Why products that look like the start of a bulge of a kind are in no region.
 
-    A wide result that feeds attention (a fused QKV projection) is no bulge and not worth a word.
+    Args:
+        others: the seeds of regions that are no bulges.
     """
     found: dict[Refused, None] = {}
-    for seed in others:
-        end = frontier(analysis, seed)
-        is_head = end.is_output or end.to_loss
-        if end.to_attention or is_head != (kind == "vocab"):
+    for node in (*others, *unproved_products(analysis)):
+        place = place_of(analysis, node, context.ending if context.is_top else "")
+        if place is None or place.kind != kind:
             continue
-        if end.blocker is None and not end.is_output:
-            continue
-        region = RegionFinder(analysis).grow(seed)
-        name = region.name if region is not None else seed.name
-        found[Refused(kind, name, end.reason, end.cause)] = None
+        is_short = _plan_of(context, analysis, place).chunks < 2
+        if is_short and isinstance(analysis.rows, int) and place.cause is not Cause.BREAK:
+            continue  # nothing to gain, but where a break hides what comes of it
+        region = RegionFinder(analysis).grow(node) if analysis.states[node].rowwise else None
+        name = region.name if region is not None else module_path(node) or node.name
+        kept = sum(hint(x.numel()) * x.element_size() for x in tensors_of(node) if x.requires_grad)
+        if not any(r.name == name for r in context.report.refusals):
+            found[Refused(kind, name, place.reason, place.cause, 0 if is_short else kept)] = None
     return list(found)
+
+
+def _plan_of(context: PassContext, analysis: RowAnalysis, place: Place) -> Plan:
+    """The plan that a place would have."""
+    rows, options = rows_of(analysis), context.options
+    source, out = tensor_value(place.node.all_input_nodes[0]), tensor_value(place.node)
+    assert source is not None and out is not None
+    width, device = hint(source.shape[-1]), out.device.type
+    if place.kind == "mlp":
+        return plan_mlp(rows, width, device, options.chunk_rows)
+    return plan_vocab(rows, width, hint(out.shape[-1]), device, options.vocab_chunk_rows)

@@ -27,6 +27,8 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
   AOTAutograd tells Dynamo to capture anew with some floats as constants (``tensorify_python_scalars``, which runs
   when our passes and bodies are done). What it is bound to say is said before.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
+- ``GraphModule.compile_subgraph_reason``: why Dynamo ended a graph, a ``GraphCompileReason`` (2.11 and 2.13). It has no
+  kind but its text, whose first line is the ``gb_type`` of Dynamo's registry of graph breaks.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
 - ``torch._C._autograd._saved_tensors_hooks_set_tracing``: what AOTAutograd itself does while it traces.
@@ -40,6 +42,7 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +85,41 @@ def mode_patches(mode: str | None) -> dict[str, Any]:
         ValueError: for an unknown mode.
     """
     return {} if mode in (None, "default") else dict(list_mode_options(mode))
+
+
+# How the reasons begin that Dynamo gives; all that mst-fx knows of them by text.
+_BREAKS = {"DDPOptimizer": "ddp", "Dynamic shape operator": "data"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """Where and why Dynamo ended a graph.
+
+    Attributes:
+        kind: "" at the end of its function; "ddp" where DDP's optimizer cut it; "data" where data decide a shape; "break"
+            at any other graph break.
+        reason, place: Dynamo's reason, and "file:line" of the user's code; "" at the end of its function.
+    """
+
+    kind: str = ""
+    reason: str = ""
+    place: str = ""
+
+    def __str__(self) -> str:
+        """The end of a sentence about what leaves the graph."""
+        if self.kind == "ddp":
+            return "which DDP's optimizer has cut here"
+        return f"which Dynamo broke at {self.place} ({self.reason})" if self.kind else ""
+
+
+def ending_of(gm: fx.GraphModule) -> Ending:
+    found: Any = getattr(gm, "compile_subgraph_reason", None)
+    if found is None or not found.graph_break:
+        return Ending()
+    reason = [*found.reason.splitlines(), ""][0]
+    kind = next((kind for start, kind in _BREAKS.items() if reason.startswith(start)), "break")
+    stack = found.user_stack
+    return Ending(kind, reason, f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "")
 
 
 def compile_graph(

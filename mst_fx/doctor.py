@@ -6,6 +6,7 @@ Each check looks at a report (with the facts of its graphs) and returns what it 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from mst_fx import logits
 from mst_fx.errors import Cause
 from mst_fx.facts import watching
-from mst_fx.report import Facts, Finding, Report
+from mst_fx.report import Facts, Finding, Refused, Report, human_bytes
 
 Check = Callable[[Report], Finding | None]
 
@@ -89,32 +90,72 @@ def _split_by_ddp(report: Report) -> Finding | None:
 def _loss_behind_a_break(report: Report) -> Finding | None:
     heads = [f for f in report.facts if f.has_head and not f.has_loss and f.ended and not _is_ddp(f)]
     losses = [f for f in report.facts if f.has_loss and not f.has_head and f.takes_rows]
-    if not (heads and losses):
-        return None
+    return _behind_a_break(heads[-1]) if heads and losses else None
+
+
+def _behind_a_break(head: Facts) -> Finding:
     return Finding(
         "loss-behind-a-break",
-        f"Dynamo breaks the graph between the head and its loss, at {heads[-1].ended_at}: all logits are made there",
+        f"Dynamo breaks the graph between the head and its loss, at {head.ended_at}: all logits are made there",
         'model.loss_type = "ForCausalLM" before compiling, for models of transformers (their fallback to it is '
         "announced by a warning that cannot be traced); else take what breaks the graph out of the way",
     )
 
 
+def _graph_break(report: Report) -> Finding | None:
+    """Breaks that cost something, and that nothing else explains."""
+    places = {f.ended_at: f.ended for f in report.facts if f.ended_by in ("break", "data")}
+    costly = (Cause.BREAK, Cause.MASK_INPUT, Cause.IS_OUTPUT)
+    is_costly = any(r.cause in costly for r in report.refusals) or not (report.rewrites or report.fits)
+    if not places or not is_costly or _loss_behind_a_break(report) or _eager_experts(report):
+        return None
+    count = sum(f.ended_by in ("break", "data") for f in report.facts)
+    said = "; ".join(f"{place} ({reason})" for place, reason in list(places.items())[:3])
+    return Finding(
+        "graph-break",
+        f"Dynamo broke the graph {count} time(s), at {said}: nothing that spans a break is rewritten",
+        "take what breaks the graph out of the way (fullgraph=True makes Dynamo say where and why), or compile what "
+        "lies between the breaks",
+    )
+
+
+def _whole_heads(report: Report) -> list[Facts]:
+    """The graphs that have the head with its loss, or that of a model compiled as a whole."""
+    is_broken = any(f.ended for f in report.facts)
+    return [f for f in report.facts if f.has_loss or (f.has_head and (is_broken or not f.takes_rows))]
+
+
 def _head_not_compiled(report: Report) -> Finding | None:
     """Layers compiled one by one; the head too perhaps, and then its graph starts with hidden rows."""
-    is_broken = any(f.ended for f in report.facts)
-    whole = [f for f in report.facts if f.has_loss or (f.has_head and (is_broken or not f.takes_rows))]
-    if "mlp" not in report.kinds() or whole or not any(f.takes_rows for f in report.facts):
+    if "mlp" not in report.kinds() or _whole_heads(report) or not any(f.takes_rows for f in report.facts):
         return None
+    heads = [f.caller_head for f in report.facts if f.caller_head]
+    apart = [f for f in report.facts if f.has_head and f.takes_rows]
+    if not (heads or apart) or any(f.trainer for f in report.facts):
+        return None
+    name = heads[0] if heads else "the vocabulary head"
     return Finding(
         "head-not-compiled",
-        "layers were compiled, and no graph has the vocabulary head with its loss: the logits are made for eager code",
+        f"layers were compiled, and no graph has {name} with its loss: the logits are made for eager code",
         'compile the whole model (model.compile(backend="mst")) and give it its labels; or compile a function of '
         "head and loss too",
     )
 
 
+def _head_by_trainer(report: Report) -> Finding | None:
+    trainers = [f.trainer for f in report.facts if f.trainer]
+    if not trainers or _whole_heads(report):
+        return None
+    return Finding(
+        "head-by-trainer",
+        f"{trainers[0].upper()} has put a forward function of its own into the model, which computes the head and its "
+        "loss in tiles",
+        "nothing to do: what is before the head is compiled, and the trainer bounds the logits itself",
+    )
+
+
 def _loss_not_compiled(report: Report) -> Finding | None:
-    heads = _heads_of_outputs(report)
+    heads = [r.name for r in _heads_of_outputs(report)]
     is_other = _split_by_ddp(report) or _head_not_compiled(report)
     if not heads or any(f.has_loss for f in report.facts) or is_other:
         return None
@@ -126,13 +167,27 @@ def _loss_not_compiled(report: Report) -> Finding | None:
     )
 
 
+def _mask_outside(report: Report) -> Finding | None:
+    found = [r for r in report.refusals if r.cause is Cause.MASK_INPUT]
+    if not found:
+        return None
+    return Finding(
+        "mask-outside",
+        f"the mask of {found[0].name} ({len(found)} such place(s)) is an input of the graph: S x S elements are made "
+        "outside of it, where nothing is rewritten",
+        "compile the whole model in one graph, so that the mask is made in it; or give the model no mask (causal "
+        "attention needs none), or compile its layers alone (layer.compile), to which transformers passes none, and head "
+        "and loss as one function",
+    )
+
+
 def _logits_kept(report: Report) -> Finding | None:
     heads = _heads_of_outputs(report)
     if not heads or not any(f.has_head and f.has_loss for f in report.facts) or _split_by_ddp(report):
         return None
     return Finding(
         "logits-kept",
-        f"{heads[0]}'s logits and their loss are in one graph, and the logits have to be made as an output",
+        f"{heads[0].name}'s logits and their loss are in one graph, and the logits have to be made as an output",
         'the option logits="auto", or "defer": they are computed on first use',
     )
 
@@ -149,13 +204,13 @@ def _logits_used(report: Report) -> Finding | None:
 
 
 def _eager_experts(report: Report) -> Finding | None:
-    places = [f.ended_at for f in report.facts if "Dynamic shape operator" in f.ended]
+    places = [f.ended_at for f in report.facts if f.ended_by == "data" and f.routes]
     if not places:
         return None
     return Finding(
         "eager-experts",
-        f"the shape of a value depends on data, as where tokens are picked for each expert ({places[-1]}): "
-        "the graph breaks in every such layer",
+        f"tokens are picked for each expert, so that data decide the shape of a value ({places[-1]}): the graph breaks "
+        "in every such layer",
         'for models of transformers experts_implementation="grouped_mm" in the config: the layer becomes part of '
         "one graph, with its head, loss and attention; the experts themselves are not chunked",
     )
@@ -196,13 +251,13 @@ def _sharded(report: Report) -> Finding | None:
     )
 
 
-def _heads_of_outputs(report: Report) -> list[str]:
+def _heads_of_outputs(report: Report) -> list[Refused]:
     """The heads that were refused because their logits are an output."""
-    return [r.name for r in report.refusals if r.kind == "vocab" and r.cause is Cause.IS_OUTPUT]
+    return [r for r in report.refusals if r.kind == "vocab" and r.cause is Cause.IS_OUTPUT]
 
 
 def _is_ddp(facts: Facts) -> bool:
-    return facts.ended.startswith("DDPOptimizer")
+    return facts.ended_by == "ddp"
 
 
 # What explains most comes first.
@@ -211,11 +266,76 @@ CHECKS: tuple[Check, ...] = (
     _split_by_ddp,
     _eager_experts,
     _loss_behind_a_break,
+    _graph_break,
     _head_not_compiled,
+    _head_by_trainer,
     _loss_not_compiled,
     _logits_kept,
     _logits_used,
+    _mask_outside,
     _sharded,
     _grouped_experts,
     _one_chunk,
+)
+
+
+# What is said to everybody (:mod:`mst_fx.warn`), of the report of one graph, if it costs at least so many bytes.
+
+CostlyCheck = Callable[[Report, int], Finding | None]
+
+
+def _costs_of(report: Report, kind: str, causes: tuple[Cause, ...]) -> int:
+    return sum(r.kept_bytes for r in report.refusals if r.kind in kind and r.cause in causes)
+
+
+def _costly_split(report: Report, least: int) -> Finding | None:
+    torn = _costs_of(report, "mlp vocab", (Cause.BREAK, Cause.IS_OUTPUT)) >= least
+    return _split_by_ddp(report) if torn else None
+
+
+def _costly_break(report: Report, least: int) -> Finding | None:
+    (facts,) = report.facts
+    is_costly = facts.ended and not _is_ddp(facts) and _costs_of(report, "vocab", (Cause.BREAK,)) >= least
+    return _behind_a_break(facts) if is_costly else None
+
+
+def _costly_loss(report: Report, least: int) -> Finding | None:
+    found = _loss_not_compiled(report)
+    cost = _costs_of(report, "vocab", (Cause.IS_OUTPUT,))
+    if found is None or cost < least or report.facts[0].trainer:
+        return None
+    evidence = f"{found.evidence}: {human_bytes(cost)} of them, and as much again for each step of the loss"
+    return dataclasses.replace(found, evidence=evidence)
+
+
+def _costly_head(report: Report, least: int) -> Finding | None:
+    (facts,) = report.facts
+    rows = max((r.rows for r in report.rewrites if r.kind == "mlp"), default=0)
+    return _head_not_compiled(report) if 4 * rows * facts.caller_width >= least else None
+
+
+def _costly_refusal(report: Report, least: int) -> Finding | None:
+    heads = [
+        r for r in report.refusals if r.kind == "vocab" and r.cause not in (Cause.IS_OUTPUT, Cause.BREAK)
+    ]
+    if any(r.kind == "vocab" for r in report.rewrites) or sum(r.kept_bytes for r in heads) < least:
+        return None
+    return Finding(
+        "head-refused",
+        f"{heads[0].name} has its loss in the graph, and is left as it was: {heads[0].reason}",
+        "write it so that each row's loss depends on this row alone; mst-fx explain shows all refusals",
+    )
+
+
+def _costly_mask(report: Report, least: int) -> Finding | None:
+    return _mask_outside(report)  # of more queries than a chunk has, else there is no refusal
+
+
+COSTLY: tuple[CostlyCheck, ...] = (
+    _costly_split,
+    _costly_break,
+    _costly_loss,
+    _costly_head,
+    _costly_refusal,
+    _costly_mask,
 )

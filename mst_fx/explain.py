@@ -13,6 +13,7 @@ from mst_fx.doctor import watch
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 from mst_fx.report import Report
+from mst_fx.warn import silent
 
 
 def explain(
@@ -39,7 +40,7 @@ def explain(
 
     def run(*args: Any, **kwargs: Any) -> Report:
         torch._dynamo.reset()
-        with watch() as report:
+        with watch() as report, silent():
             torch.compile(fn, backend=compiler)(*args, **kwargs)
         torch._dynamo.reset()
         return report

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +13,15 @@ import torch
 from torch import fx
 from torch._guards import CompileContext
 
+from mst_fx.compiler import ending_of
+from mst_fx.errors import Cause
 from mst_fx.estimate import estimate_memory
 from mst_fx.graph import called_graph, module_path, subgraphs, tensor_value, tensors_of
-from mst_fx.region import target_name
+from mst_fx.places import target_name
 from mst_fx.report import Facts, Line, Report
 
 _LOSSES = ("cross_entropy", "nll_loss")
+_ENTRY = os.path.join("torch", "_dynamo", "eval_frame.py")  # by which code that Dynamo compiles is entered
 _LONGEST = 200  # characters of a node's text
 _KINDS = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
@@ -74,25 +79,83 @@ def observe(gm: fx.GraphModule, new: fx.GraphModule, report: Report) -> None:
 
 
 def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
-    """The facts of one graph.
+    """The facts of one graph, while it is compiled.
 
     Args:
         gm: as Dynamo captured it.
         report: of this graph alone.
     """
-    reason: Any = getattr(gm, "compile_subgraph_reason", None)
-    is_break = reason is not None and reason.graph_break
+    ending = ending_of(gm)
     inputs = [tensor_value(node) for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [x for x in inputs if x is not None]
+    takes_rows = any(x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in tensors)
+    head, width, trainer = _caller() if takes_rows or ending.kind else ("", 0, "")
     return Facts(
         compile_id=str(CompileContext.current_compile_id() or ""),
-        ended=reason.reason.splitlines()[0] if is_break else "",
-        ended_at=_place(reason.user_stack) if is_break else "",
+        ended=ending.reason,
+        ended_at=ending.place,
+        ended_by=ending.kind,
         has_head="vocab" in report.kinds(),
-        has_loss=_has_loss(gm),
-        takes_rows=any(x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in tensors),
+        has_loss=_has_loss(gm) or _reduces_logits(report),
+        takes_rows=takes_rows,
+        routes=_calls(gm, ("topk", "one_hot")),
         dtensors=sum(type(x).__name__ == "DTensor" for x in tensors),
+        caller_head=head,
+        caller_width=width,
+        trainer=trainer,
     )
+
+
+def _reduces_logits(report: Report) -> bool:
+    """Whether a head of the graph ends in it, whatever its loss is called."""
+    done = [r for r in report.rewrites if r.kind == "vocab" and r.body]
+    fits = [fit for fit in report.fits if fit.kind == "vocab"]
+    left = [r for r in report.refusals if r.kind == "vocab" and r.cause not in (Cause.IS_OUTPUT, Cause.BREAK)]
+    return bool(done or fits or left)
+
+
+def _caller() -> tuple[str, int, str]:
+    """The vocabulary head of the eager model that calls the compiled code, its width, and whose forward function runs.
+
+    A graph is compiled when its code is first called: who calls it is on Python's stack. A head inside of the module
+    that is compiled is not meant, even if Dynamo breaks the graph before it.
+    """
+    inside: list[torch.nn.Module] = []  # the module that is compiled, and those that it calls
+    outside: list[torch.nn.Module] = []  # whose own code runs eagerly and calls it, innermost first
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        owner: Any = frame.f_locals.get("self") if code.co_argcount else None
+        if code.co_filename.endswith(_ENTRY):
+            inside, outside = inside + outside, []
+        elif issubclass(type(owner), torch.nn.Module):
+            is_call = code.co_name in ("_wrapped_call_impl", "_call_impl")  # of the module that is compiled
+            (inside if is_call and not outside else outside).append(owner)
+        frame = frame.f_back
+    compiled = {id(part) for owner in inside for part in owner.modules()}
+    trainers = [package for owner in inside + outside if (package := _forward_package(owner)) == "trl"]
+    for owner in outside:
+        name, head = _head_of(owner)
+        if head is not None and id(head) not in compiled:
+            path = name.replace("._orig_mod", "")
+            return f"{type(owner).__name__}.{path}", head.weight.shape[0], "".join(trainers[:1])
+    return "", 0, "".join(trainers[:1])
+
+
+def _forward_package(module: torch.nn.Module) -> str:
+    """The package of a forward function that somebody has put into a module."""
+    forward = module.__dict__.get("forward")
+    function = getattr(forward, "__func__", forward)
+    return str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0]
+
+
+def _head_of(module: torch.nn.Module) -> tuple[str, torch.nn.Linear | None]:
+    """The path of a linear that has the shape of an embedding beside it."""
+    tables = {tuple(m.weight.shape) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    for name, child in module.named_modules():
+        if isinstance(child, torch.nn.Linear) and tuple(child.weight.shape) in tables:
+            return name, child
+    return "", None
 
 
 def _lines(gm: fx.GraphModule, prefix: str = "", depth: int = 0) -> Iterator[Line]:
@@ -135,11 +198,11 @@ def _shape(tensor: torch.Tensor) -> str:
     return f"{kind}[{', '.join(map(str, tensor.shape))}]"
 
 
-def _place(stack: Any) -> str:
-    return f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
-
-
 def _has_loss(gm: fx.GraphModule) -> bool:
+    return _calls(gm, _LOSSES)
+
+
+def _calls(gm: fx.GraphModule, names: tuple[str, ...]) -> bool:
     calls = [node for node in gm.graph.nodes if node.op.startswith("call_")]
-    is_here = any(part in target_name(node) for node in calls for part in _LOSSES)
-    return is_here or any(_has_loss(child) for _, child in subgraphs(gm))
+    is_here = any(part in target_name(node) for node in calls for part in names)
+    return is_here or any(_calls(child, names) for _, child in subgraphs(gm))

@@ -490,6 +490,10 @@ class Reader:
             return self._compare(_COMPARISONS[name], *node.args)
         if (name in _PASSING or _keeps_all(node)) and operands:
             return self.read(operands[0])
+        if node.op == "placeholder":
+            raise Refusal(
+                f"{node.name}: the mask is an input of the graph, made outside of it", Cause.MASK_INPUT
+            )
         raise Refusal(f"{node.name} ({name}) in the mask is not understood")
 
     def _read_number_mask(self, node: fx.Node) -> Mask:

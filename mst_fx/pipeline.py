@@ -15,7 +15,7 @@ import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import Body, BodyConfig
 from mst_fx.canonical import join_casts, make_positional
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.compiler import kept_until_reset, mode_patches, without_saved_tensors_hooks
+from mst_fx.compiler import ending_of, kept_until_reset, mode_patches, without_saved_tensors_hooks
 from mst_fx.defer import defer_all
 from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
@@ -28,6 +28,7 @@ from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
 from mst_fx.report import Refused, Report
 from mst_fx.scalars import numbers_to_tensors, tensors_to_numbers
+from mst_fx.warn import warn
 
 log = logging.getLogger("mst_fx")
 
@@ -106,7 +107,7 @@ def run_passes(
     shared = Shared()
     try:
         prepared = _prepare(gm, example_inputs)
-        runner = _Runner(options, config, report, shared)
+        runner = _Runner(options, config, report, shared, str(ending_of(gm)))
         new, _ = runner.run(prepared, "program", is_top=True)
         _for_all(new, numbers_to_tensors)
         new, deferred = runner.run_tree(new, is_top=True)
@@ -126,6 +127,7 @@ def run_passes(
     _log(report)
     try:
         observe(gm, new, report)
+        warn(gm, report)
     except Exception as error:
         if options.strict:
             raise
@@ -214,6 +216,7 @@ class _Runner:
     config: BodyConfig
     report: Report
     shared: Shared
+    ending: str = ""
 
     def run_tree(self, gm: fx.GraphModule, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
         """The passes over single graphs, on the graph and on those of its sub-graphs."""
@@ -233,6 +236,7 @@ class _Runner:
             if name not in self.options.passes or its_scope != scope:
                 continue
             context = PassContext(copy_tree(gm), self.options, self.config, is_top, self.shared)
+            context.ending = self.ending
             start = time.perf_counter()
             try:
                 run(context)

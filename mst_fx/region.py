@@ -19,7 +19,8 @@ from torch import fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Operand, RowAnalysis, bytes_a_row
-from mst_fx.graph import common_path, hint, module_path, tensor_value, tensors_of
+from mst_fx.graph import common_path, module_path, tensor_value, tensors_of
+from mst_fx.places import fate_of, is_matmul_name
 
 log = logging.getLogger("mst_fx")
 
@@ -44,6 +45,7 @@ class Region:
             targets), of the row outputs, and of the widest matmul result inside.
         width, wide: elements a row that go into the seed (d_model) and come out of it (I, or V).
         out_width: elements a row of the row outputs.
+        is_multiplied: all that the wide result comes to goes through another product inside, as in an MLP.
     """
 
     seed: fx.Node
@@ -57,6 +59,7 @@ class Region:
     width: int
     wide: int
     out_width: int
+    is_multiplied: bool
 
     @property
     def device(self) -> str:
@@ -79,11 +82,6 @@ class Region:
     def ends_narrow(self) -> bool:
         """Whether all that leaves is sums and narrow rows, as from a head with its loss."""
         return 4 * self.out_bytes <= self.in_bytes
-
-
-def is_matmul_name(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return any(part in name for part in ("linear", "matmul", "mm", "einsum"))
 
 
 def seeds(analysis: RowAnalysis) -> list[fx.Node]:
@@ -258,7 +256,33 @@ class RegionFinder:
             out_width=sum(
                 bytes_a_row(node, rows) // tensors_of(node)[0].element_size() for node in row_outputs
             ),
+            is_multiplied=self._is_multiplied(seed, chosen),
         )
+
+    def _is_multiplied(self, seed: fx.Node, chosen: set[fx.Node]) -> bool:
+        def is_product(node: fx.Node) -> bool:
+            return node is not seed and bool(self.analysis.states[node].matmuls)
+
+        def step(node: fx.Node) -> list[fx.Node]:
+            return [] if is_product(node) else [user for user in node.users if user in chosen]
+
+        before = _reachable(seed, step)
+        leaves = any(set(self._users(n)) - chosen and not is_product(n) for n in before)
+        return not leaves and any(map(is_product, before))
+
+    def kind_of(self, region: Region) -> str:
+        """ "mlp", "vocab", or "": no loop is worth it."""
+        if not region.is_bulge:
+            return ""
+        if region.is_multiplied:
+            return "mlp"
+        if region.ends_narrow:
+            return "vocab"
+        # Narrowed without a product: a gate or a maximum of an MLP, but not logits less their padding.
+        if 2 * region.out_width > region.wide:
+            return ""
+        goes_on = region.out_width <= region.width or fate_of(self.analysis, region.seed).narrows is not None
+        return "mlp" if goes_on else ""
 
     def is_convex(self, region: Region) -> bool:
         """Whether the region still is convex: rewrites of others may have joined nodes outside."""
@@ -301,127 +325,3 @@ def _detours(
         if start not in reached:
             reached |= _reachable(start, step)
     return reached & chosen
-
-
-@dataclasses.dataclass(frozen=True)
-class Frontier:
-    """Where the wide result of a seed that is no bulge gets out.
-
-    Attributes:
-        blocker: the first consumer that is not row-wise; None if there is none.
-        reason: why not, in words that name it.
-        cause: the kind of reason.
-        is_output: the wide result is an output of the graph.
-        to_attention: the blocker feeds attention, which mixes tokens by its nature.
-        to_loss: the blocker ends in less than a row's worth of values.
-    """
-
-    blocker: fx.Node | None
-    reason: str
-    cause: Cause
-    is_output: bool
-    to_attention: bool
-    to_loss: bool
-
-
-def frontier(analysis: RowAnalysis, seed: fx.Node) -> Frontier:
-    """Follows the wide result of a seed to where it gets out of the row-wise part."""
-    if not (state := analysis.states[seed]).rowwise:  # found out while its region was grown
-        reason = f"{seed.name} ({target_name(seed)}) {state.reason}"
-        return Frontier(seed, reason, state.cause, is_output=False, to_attention=False, to_loss=False)
-    wide = bytes_a_row(seed, analysis.rows)
-
-    def is_wide(node: fx.Node) -> bool:
-        return analysis.states[node].rowwise and 2 * bytes_a_row(node, analysis.rows) > wide
-
-    found, queue = {seed}, deque([seed])
-    is_output, total = False, None
-    while queue:
-        for user in queue.popleft().users:
-            is_output |= user.op == "output"
-            if user in found or user.op == "output":
-                continue
-            found.add(user)
-            state = analysis.states[user]
-            if is_wide(user):
-                queue.append(user)
-            elif state.summed:
-                total = user
-            elif not state.rowwise and tensors_of(user):
-                comes_back = any(map(is_wide, user.users))
-                return _blocked(analysis, user, state.reason, state.cause, is_output, comes_back)
-    if total is not None and not is_output:
-        reason = "sums over rows, and the inside needs the sum"
-        return _blocked(analysis, total, reason, Cause.UNPROVED, is_output, comes_back=True)
-    reason = "the wide result is an output of the graph"
-    return Frontier(None, reason, Cause.IS_OUTPUT, is_output, False, False)
-
-
-def _blocked(
-    analysis: RowAnalysis, blocker: fx.Node, reason: str, cause: Cause, is_output: bool, comes_back: bool
-) -> Frontier:
-    reader = _first_computing(blocker)
-    text = f"{blocker.name} ({target_name(blocker)}) {reason}"
-    if reader is not blocker:
-        text += f", for {reader.name} ({target_name(reader)})"
-    count = sum(fake.numel() for fake in tensors_of(blocker))
-    return Frontier(
-        blocker=blocker,
-        reason=text,
-        cause=cause,
-        is_output=is_output,
-        to_attention=any(part in target_name(reader) for part in ("attention", "flex")),
-        to_loss=(hint(count) <= hint(analysis.rows) and not comes_back)
-        or any(part in target_name(reader) for part in ("loss", "cross_entropy")),
-    )
-
-
-_MOVES = ("transpose", "permute", "view", "reshape", "contiguous", "unflatten", "chunk", "split", "getitem")
-
-
-def _first_computing(node: fx.Node) -> fx.Node:
-    """The first reader of a value that does more than to move it; attention first, if no matmul is between."""
-    found, queue, readers = {node}, deque([node]), []
-    while queue and len(found) < 4 * _REACH:
-        current = queue.popleft()
-        if any(part in target_name(current) for part in ("attention", "flex")):
-            return current
-        if not any(part in target_name(current) for part in _MOVES):
-            readers.append(current)
-            if len(readers) > 24:
-                break
-        if is_matmul_name(current):
-            continue
-        for user in current.users:
-            if user.op != "output" and user not in found:
-                found.add(user)
-                queue.append(user)
-    return readers[0] if readers else node
-
-
-def expert_matmuls(analysis: RowAnalysis) -> list[fx.Node]:
-    """Matmuls of values that vary with a stack of weight matrices (3-D), outside of any region."""
-    found = []
-    for stack in analysis.graph.nodes:
-        fake = tensor_value(stack)
-        if not analysis.states[stack].constant or stack.op not in ("placeholder", "get_attr"):
-            continue
-        if fake is None or fake.ndim != 3 or not fake.is_floating_point():
-            continue
-        queue, seen = deque([stack]), {stack}
-        while queue:
-            for user in queue.popleft().users:
-                if user in seen or user.op == "output" or analysis.states[user].rowwise:
-                    continue
-                seen.add(user)
-                if is_matmul_name(user):
-                    found.append(user)
-                elif any(
-                    part in target_name(user) for part in ("getitem", "index", "to", "transpose", "_mm")
-                ):
-                    queue.append(user)
-    return found
-
-
-def target_name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -55,12 +55,14 @@ class Refused:
         kind, name: as of a :class:`Rewrite`.
         reason: why, in words that name the node.
         cause: the kind of reason, for code.
+        kept_bytes: what its wide result takes, where a gradient flows through it and it is more than a chunk; else 0.
     """
 
     kind: str
     name: str
     reason: str
     cause: Cause = Cause.UNPROVED
+    kept_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +83,30 @@ class Facts:
         compile_id: Dynamo's, e.g. "0/0"; graphs that DDPOptimizer has split share one.
         ended: why Dynamo ended the graph where it did; "" at the end of its function.
         ended_at: file and line of that.
+        ended_by: the kind of that, as of :class:`mst_fx.compiler.Ending`.
         has_head: a vocabulary projection is in it, chunked or not.
-        has_loss: a cross-entropy is in it.
+        has_loss: what reduces logits is in it, a cross-entropy or anything else.
         takes_rows: it is given values that need a gradient and are no parameters: hidden rows.
+        routes: it picks experts for rows (a top-k, or indices that become one-hot).
         dtensors: how many of its inputs are DTensors.
+        caller_head: the vocabulary head of the model whose eager code calls what is compiled, e.g.
+            "LlamaForCausalLM.lm_head"; "" if there is none.
+        caller_width: how wide that head's logits are.
+        trainer: the library that has put a forward function of its own into the model, e.g. "trl".
     """
 
     compile_id: str
     ended: str
     ended_at: str
+    ended_by: str
     has_head: bool
     has_loss: bool
     takes_rows: bool
+    routes: bool
     dtensors: int
+    caller_head: str = ""
+    caller_width: int = 0
+    trainer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ After::
     y = mst_fx.loop([x], [norm_weight, gate, up, down], body, chunk_rows, backward_rows, lead)
 
 A region is any convex set of row-wise nodes around a widening matmul whose inside is wider than what
-goes in and what comes out, and whose rows go on: nothing here knows a model, an activation or a norm.
+goes in and what comes out, with another matmul behind the wide result, or rows that go on: nothing here
+knows a model, an activation or a norm.
 
 Not supported, and refused: operators without a row-wise rule inside (mixture-of-experts with grouped
 or batched expert matmuls, linears of other libraries with quantised weights, tensors written in place).
@@ -20,8 +21,8 @@ from __future__ import annotations
 
 from mst_fx.chunking import (
     PassContext,
-    blocked,
     chunk_regions,
+    left_alone,
     refuse_experts,
     refuse_opaque,
     refuse_transformed,
@@ -38,13 +39,12 @@ def run(context: PassContext) -> None:
     make_functional(context.gm.graph)
     dropouts = SeededDropouts(context.gm.graph)
     for analysis in context.analyses():
-        regions, others = context.bulges(analysis)
-        regions = [region for region in regions if not region.ends_narrow]
+        regions, others = context.bulges(analysis, "mlp")
         rows, chosen = rows_of(analysis), context.options.chunk_rows
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
-        context.refuse_all(blocked(analysis, others, "mlp"))
         refuse_experts(context, analysis)
         refuse_opaque(context, analysis)
+        context.refuse_all(left_alone(context, analysis, others, "mlp"))
         chunk_regions(context, analysis, regions, "mlp", plans)
     dropouts.restore()
     refuse_unknown_rows(context)

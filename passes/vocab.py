@@ -34,7 +34,7 @@ from torch import fx
 
 from mst_fx.canonical import CLONE_OF, hoist_row_slices, stack_last, sum_losses
 from mst_fx.changing import changes
-from mst_fx.chunking import LOGITS_START, PassContext, blocked, chunk_regions, rows_of
+from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone, rows_of
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
 from mst_fx.graph import tensor_value
@@ -54,10 +54,9 @@ def run(context: PassContext) -> None:
     free = _deferrable(context)
     refusals: list[Refused] = []
     for analysis in context.analyses():
-        regions, others = context.bulges(analysis, free)
-        regions = [region for region in regions if region.ends_narrow]
+        regions, others = context.bulges(analysis, "vocab", free)
         plans = [_plan(context, analysis, region) for region in regions]
-        refusals += blocked(analysis, others, "vocab")
+        refusals += left_alone(context, analysis, others, "vocab")
         deferrals = [_outputs_of(region, free) for region in regions]
         done = chunk_regions(context, analysis, regions, "vocab", plans, [bool(d) for d in deferrals])
         for region, outputs in zip(regions, deferrals, strict=True):
@@ -67,7 +66,9 @@ def run(context: PassContext) -> None:
             _defer_alone(context, analysis, free)
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
-    context.refuse_all(r for r in refusals if not (r.cause is Cause.IS_OUTPUT and r.name in done_for))
+    context.refuse_all(
+        r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)
+    )
 
 
 def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mst_fx import warn
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -18,9 +20,10 @@ settings.load_profile("short")
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """Every test starts with the same seed and without compiled code."""
+    """Every test starts with the same seed, without compiled code, and with every warning still to be said."""
     torch.manual_seed(0)
     torch._dynamo.reset()
+    warn.reset()
     yield
     torch._dynamo.reset()
 

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
@@ -178,6 +179,60 @@ def test_eager_experts() -> None:
     assert "eager-experts" in _causes(report) and "head-not-compiled" not in _causes(report)
     assert "mixtral" in _finding(report, "eager-experts").evidence
     assert "eager-experts" not in _causes(report_of(_mixtral("grouped_mm"), None, **_batch()))
+
+
+def _inside_broken(kind: str) -> Any:
+    class Broken(GatedMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            inner = torch.relu(self.gate(x))
+            if kind == "print":
+                print("inside")
+            elif kind == "item" and inner.sum().item() > 1e9:
+                inner = inner * 2
+            elif kind == "rows":
+                inner = inner[inner.sum(-1) > 0]
+            return self.down(inner * 2)
+
+    return Broken(64, 256)
+
+
+@pytest.mark.parametrize("kind", ["print", "item", "rows"])
+def test_an_ordinary_break_is_called_that(kind: str) -> None:
+    """Data-dependent shapes too, where no expert is picked."""
+    x = torch.randn(2, LENGTH, 64, requires_grad=True)
+    model = _inside_broken(kind)
+    report = report_of(model, None, x)
+    assert _causes(report) == ["graph-break"]
+    code, first = inspect.getsourcelines(type(model).forward)
+    path, line = _finding(report, "graph-break").evidence.partition(", at ")[2].split(" ")[0].rsplit(":", 1)
+    word = {"print": "print(", "item": ".item()", "rows": "inner["}[kind]
+    assert path == __file__ and word in code[int(line) - first]
+
+
+def _divergence(logits: Tensor) -> Tensor:
+    return -logits.log_softmax(-1)[..., 3].mean()
+
+
+@pytest.mark.parametrize(
+    "loss", [_divergence, lambda x: F.relu(x).log1p().amax(1).mean()], ids=["own", "splade"]
+)
+def test_a_head_with_any_loss_is_in_the_graph(loss: Any) -> None:
+    model = ToyLM(layers=1)
+    tail = _Tail(model)
+    hidden = torch.randn(2, LENGTH, 16, dtype=torch.float64, requires_grad=True)
+    report = report_of(lambda x: loss(tail(model.blocks[0](x))), None, hidden)
+    assert any(facts.has_loss for facts in report.facts)
+    assert not {"head-not-compiled", "loss-not-compiled"} & set(_causes(report))
+
+
+def test_layers_of_a_model_without_a_vocabulary() -> None:
+    """A block of a diffusion transformer, an encoder: there is no head that could be compiled."""
+    layers = nn.Sequential(GatedMLP(16, 64), GatedMLP(16, 64))
+    for layer in layers:
+        layer.compile(backend="mst", options=SMALL_CHUNKS)
+    with mst_fx.watch() as report:
+        layers(torch.randn(2, LENGTH, 16, requires_grad=True))
+    assert report.rewrites and report.findings == []
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])

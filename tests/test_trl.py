@@ -110,7 +110,10 @@ def test_as_eager(make: Any, route: str, tmp_path: Path, caplog: pytest.LogCaptu
     more = {"gradient_checkpointing": make is _sft}
     truth = _train(make, "eager", tmp_path, **more)
     assert not _rewrites(caplog)
-    found = _train(make, route, tmp_path, **more)
+    with mst_fx.watch() as report:
+        found = _train(make, route, tmp_path, **more)
+    if make is _sft and route == "model.compile":
+        assert [finding.cause for finding in report.findings] == ["head-by-trainer"]
     assert all("2 mlp" in line for line in _rewrites(caplog))
     # With and without gradients; while text is generated, logits are an output, and lengths are dynamic.
     assert 1 <= len(_rewrites(caplog)) <= 4

@@ -1,0 +1,283 @@
+"""What looks like a bulge and is left alone has a refusal with its reason; what can be none is not listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mst_fx
+from mst_fx.errors import Cause
+from mst_fx.report import Report
+from tests.direct import rewritten
+from tests.helpers import SMALL_CHUNKS, check_parity, compile_mst, kinds
+
+H, V, B, S = 16, 96, 2, 40
+
+
+class Parts(nn.Module):
+    """Layers for ``body`` to use, which gets the module, hidden rows and labels."""
+
+    def __init__(self, body: Callable[[Any, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.body = body
+        self.head, self.code = nn.Linear(H, V, bias=False), nn.Parameter(torch.randn(V, H))
+        self.up, self.down, self.score = nn.Linear(H, 64), nn.Linear(64, H), nn.Linear(H, 1)
+        self.conv_up, self.conv_down = nn.Conv1d(H, 64, 1), nn.Conv1d(64, H, 1)
+        self.one, self.other = nn.Linear(H, H), nn.Linear(H, H)
+        self.q, self.k, self.v, self.o = (nn.Linear(*sizes) for sizes in ((H, 64), (H, 64), (H, 64), (64, H)))
+        self.mixed, self.conv = nn.Linear(H, 3 * H), nn.Conv1d(H, H, 3, padding=1, groups=H)
+        self.blocks = nn.Parameter(torch.randn(4, 4, 4))
+        self.rank_in, self.rank_out = nn.Linear(H, 4), nn.Linear(4, H)
+        self.double()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        return self.body(self, x, labels)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def _report(body: Callable[[Any, Tensor, Tensor], Any], **options: Any) -> Report:
+    """What is done to a body; its numbers are eager's in any case."""
+    model, x = Parts(body), torch.randn(B, S, H, dtype=torch.float64, requires_grad=True)
+    run, report = rewritten(model, options)
+    labels = torch.randint(0, V, (B, S))
+    found, truth = run(x, labels), model(x, labels)
+    pairs = zip(found, truth, strict=True) if isinstance(truth, tuple) else [(found, truth)]
+    for one, other in pairs:
+        torch.testing.assert_close(torch.as_tensor(one), other, rtol=1e-9, atol=1e-9)
+    return report
+
+
+# Heads
+
+
+def _minimum(m: Any, x: Tensor, y: Tensor) -> Any:
+    """Chameleon's: no image tokens."""
+    logits = m.head(x)
+    logits[:, :, torch.arange(5)] = torch.finfo(logits.dtype).min
+    return _loss(logits, y.clamp(min=5)), logits
+
+
+def _rows_set(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x)
+    logits[y == 3] = 0.0
+    return _loss(logits, y)
+
+
+def _scattered(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x)
+    logits.scatter_add_(-1, y[..., None], torch.ones(B, S, 1, dtype=logits.dtype))
+    return _loss(logits, y)
+
+
+def _two_halves(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    first, second = m.head(x).log_softmax(-1)
+    return F.kl_div(first, second, log_target=True, reduction="batchmean") + first.mean()
+
+
+def _other_order(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x)
+    swapped = torch.cat([logits[1:], logits[:1]])
+    return _loss(logits, y) + (logits.softmax(-1) - swapped.softmax(-1)).square().sum()
+
+
+def _contrastive(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    one, other = (F.normalize(f(x).flatten(0, 1), dim=-1) for f in (m.one, m.other))
+    logits, same = one @ other.t(), torch.arange(B * S)
+    return F.cross_entropy(logits, same) + F.cross_entropy(logits.t(), same)
+
+
+def _largest_of_sequence(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return torch.log1p(F.relu(m.head(x))).amax(1).sum(-1).mean()  # SPLADE
+
+
+REFUSED_HEADS: dict[str, tuple[Any, Cause]] = {
+    "minimum": (_minimum, Cause.WRITTEN),
+    "rows_set": (_rows_set, Cause.WRITTEN),
+    "scattered": (_scattered, Cause.WRITTEN),
+    "two_halves": (_two_halves, Cause.UNPROVED),
+    "other_order": (_other_order, Cause.UNPROVED),
+    "contrastive": (_contrastive, Cause.UNPROVED),
+    "largest_of_sequence": (_largest_of_sequence, Cause.UNPROVED),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_HEADS)
+def test_a_head_that_is_left_alone_has_a_reason(name: str) -> None:
+    body, cause = REFUSED_HEADS[name]
+    report = _report(body)
+    assert "vocab" in kinds(report) or [(r.kind, r.cause) for r in report.refusals] == [("vocab", cause)]
+
+
+# MLPs
+
+
+def _convolutions(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x + m.conv_down(F.gelu(m.conv_up(x.transpose(1, 2)))).transpose(1, 2)
+
+
+def _straight_through(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    soft = m.head(x).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), V).to(soft.dtype)
+    return (hard + soft - soft.detach()) @ m.code
+
+
+def _straight_through_scatter(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    soft = m.head(x).softmax(-1)
+    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+    return (hard + soft - soft.detach()) @ m.code
+
+
+def _first_token_inside(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    inner = F.gelu(m.up(x))
+    return x + m.down(inner + inner[:, :1])
+
+
+def _depthwise_inside(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x + m.down(F.avg_pool1d(m.up(x).transpose(1, 2), 3, 1, 1).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [_convolutions, _straight_through, _straight_through_scatter, _first_token_inside, _depthwise_inside],
+)
+def test_an_mlp_that_is_left_alone_has_a_reason(body: Any) -> None:
+    report = _report(body)
+    assert "mlp" in kinds(report) or (
+        [r.kind for r in report.refusals] == ["mlp"] and report.refusals[0].reason
+    )
+
+
+# No places
+
+
+def _gated_convolution(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    before, after, inner = m.mixed(x).transpose(1, 2).chunk(3, 1)
+    return x + m.one((after * m.conv(before * inner)).transpose(1, 2))
+
+
+def _attention(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    q, k, v = (f(x).view(B, S, 4, 16).transpose(1, 2) for f in (m.q, m.k, m.v))
+    rotated = torch.cat([-q[..., 8:], q[..., :8]], -1) + q.double()
+    scores = rotated @ k.transpose(2, 3)
+    return x + m.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def _outer_states(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Mamba's, in small: a convolution, then states as outer products of its parts, and a sum along the sequence."""
+    inner, by, out = m.conv_up(x.transpose(1, 2)).roll(1, -1).transpose(1, 2).split([32, 16, 16], -1)
+    states = (inner[..., None] * by[:, :, None]).cumsum(1)
+    return x + m.o(F.pad((states * out[:, :, None]).sum(-1), (0, 32)))
+
+
+def _low_rank(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x + m.rank_out(m.rank_in(x)) + x.mean(1, keepdim=True)
+
+
+def _diagonal_blocks(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A recurrent gate's: each part of a row meets its own block."""
+    parts = x.reshape(-1, 4, 4).permute(1, 0, 2)
+    return x + torch.bmm(parts, m.blocks).permute(1, 0, 2).reshape(x.shape).cumsum(1)
+
+
+@pytest.mark.parametrize("body", [_gated_convolution, _attention, _outer_states, _low_rank, _diagonal_blocks])
+def test_what_can_be_no_bulge_is_not_listed(body: Any) -> None:
+    report = _report(body, passes=("mlp", "vocab"), strict=True)
+    assert not report.rewrites and not report.refusals
+
+
+# What a place is
+
+
+def _padded(m: Any, x: Tensor, y: Tensor) -> Any:
+    logits = m.head(x)[..., :90]
+    return _loss(15 * torch.tanh(logits / 15), y.clamp(max=89)), logits
+
+
+def _padded_narrow(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return _loss(m.head(x).narrow(-1, 0, 40), y.clamp(max=39))
+
+
+def _padded_split(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return _loss(m.head(x).split([90, 6], -1)[0], y.clamp(max=89))
+
+
+def _loss_and_accuracy(m: Any, x: Tensor, y: Tensor) -> Any:
+    logits = m.head(x)[:, :-1]
+    return _loss(logits, y[:, 1:]), (logits.argmax(-1) == y[:, 1:]).double().mean()
+
+
+def _reward(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.score(x + m.down(F.gelu(m.up(x)))).squeeze(-1)
+
+
+def _sparse(m: Any, x: Tensor, y: Tensor) -> Any:
+    inner = F.relu(m.up(x))
+    return x + m.down(inner), inner.sum(-1)
+
+
+def _router(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.rank_in(m.down(F.gelu(m.up(x)))).topk(2, -1).values
+
+
+def _maxout(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return x + m.head(x).view(B, S, H, V // H).amax(-1)
+
+
+def _loss_and_expectation(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A product takes the logits too, beside the loss."""
+    logits = m.head(x)
+    return _loss(logits, y) + (logits.softmax(-1) @ m.code[:, :1]).mean()
+
+
+@pytest.mark.parametrize(
+    "body", [_padded, _padded_narrow, _padded_split, _loss_and_accuracy, _loss_and_expectation]
+)
+def test_a_head_is_a_vocabulary_rewrite(body: Any) -> None:
+    assert kinds(_report(body, strict=True)) == {"vocab": 1}
+
+
+@pytest.mark.parametrize("body", [_reward, _router, _maxout, _sparse])
+def test_an_mlp_obeys_chunk_rows(body: Any) -> None:
+    (rewrite,) = _report(body, strict=True, chunk_rows=11, vocab_chunk_rows=9).rewrites
+    assert (rewrite.kind, rewrite.chunk_rows) == ("mlp", 11)
+
+
+class RewardModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = Parts(_reward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(x, x)[:, -1].square().sum()
+
+
+def test_numbers_of_a_reward_model() -> None:
+    x = torch.randn(B, S, H, dtype=torch.float64, requires_grad=True)
+    report = check_parity(RewardModel(), {"x": x}, 1e-10, 1e-10)
+    assert kinds(report) == {"mlp": 1}
+
+
+def test_what_fits_in_one_chunk_is_no_refusal() -> None:
+    assert not _report(_rows_set, vocab_chunk_rows=B * S).refusals
+    assert _report(_rows_set, vocab_chunk_rows=B * S - 1).refusals
+
+
+def test_a_break_is_the_reason() -> None:
+    def broken(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        inner = m.up(x)
+        torch._dynamo.graph_break()
+        return x + m.down(F.gelu(inner))
+
+    model, x = Parts(broken), torch.randn(B, S, H, dtype=torch.float64)
+    with mst_fx.watch() as report:
+        compile_mst(model, SMALL_CHUNKS)(x, torch.zeros(B, S))
+    (refused,) = report.refusals
+    assert (refused.kind, refused.cause) == ("mlp", Cause.BREAK) and __file__ in refused.reason

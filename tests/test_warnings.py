@@ -1,0 +1,139 @@
+"""One warning a process and cause, where a step of training loses the saving; silence everywhere else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mst_fx
+from mst_fx import warn
+from tests.helpers import EAGER_BODIES, GatedMLP, compile_mst
+
+V, H, LENGTH = 96, 16, 1024
+
+
+class Model(nn.Module):
+    """A toy in float32; the loss only if there are labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mlp, self.head = nn.Embedding(V, H), GatedMLP(H, 40), nn.Linear(H, V)
+
+    def forward(
+        self, ids: Tensor, labels: Tensor | None = None, breaks: bool = False, writes: bool = False
+    ) -> Any:
+        x = self.embed(ids)
+        logits = self.head(x + self.mlp(x))
+        if breaks:
+            torch._dynamo.graph_break()
+        if writes:
+            logits[..., V - 6 :] = float("-inf")
+        return logits if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def _ids(length: int = LENGTH) -> Tensor:
+    return torch.randint(0, V - 6, (2, length))
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The causes of what was said."""
+    found = [r.getMessage().partition(":")[0] for r in caplog.records if r.levelname == "WARNING"]
+    caplog.clear()
+    return found
+
+
+def test_the_loss_outside(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = Model(), _ids()
+    run = compile_mst(model, EAGER_BODIES)
+    F.cross_entropy(run(ids).flatten(0, 1), ids.flatten()).backward()
+    text = caplog.text
+    assert "head" in text and "768.0 KiB" in text and "fix:" in text and "setLevel(logging.ERROR)" in text
+    assert _warnings(caplog) == ["loss-not-compiled"]
+    compile_mst(model, EAGER_BODIES)(ids)  # once a process
+    assert _warnings(caplog) == []
+    warn.reset()
+    compile_mst(model, EAGER_BODIES)(ids)
+    assert _warnings(caplog) == ["loss-not-compiled"]
+
+
+def test_with_the_logging_of_python_as_it_is(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\nfrom tests.test_warnings import Model, _ids, compile_mst\n"
+        "run = compile_mst(Model(), {'inner': 'eager'})\nrun(_ids())\nprint('done')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, env={"PYTHONPATH": "."}
+    )
+    assert done.stdout == "done\n" and done.stderr.startswith("loss-not-compiled: "), done.stderr
+
+
+def test_the_loss_behind_a_break(caplog: pytest.LogCaptureFixture) -> None:
+    ids = _ids()
+    compile_mst(Model(), EAGER_BODIES)(ids, ids, breaks=True).backward()
+    assert "test_warnings.py" in caplog.text
+    assert _warnings(caplog) == ["loss-behind-a-break"]
+
+
+def test_a_head_that_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    def mixed(ids: Tensor) -> Tensor:
+        one, other = model(ids).log_softmax(-1)
+        return F.kl_div(one, other, log_target=True, reduction="batchmean")
+
+    model = Model()
+    compile_mst(mixed, EAGER_BODIES)(_ids()).backward()
+    assert _warnings(caplog) == ["head-refused"]
+
+
+def test_only_layers_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = Model(), _ids()
+    model.mlp.compile(backend="mst", options=EAGER_BODIES)
+    model(ids, ids).backward()
+    assert "Model.head" in caplog.text
+    assert _warnings(caplog) == ["head-not-compiled"]
+    model.eval()
+    warn.reset()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model(ids, ids)
+    assert _warnings(caplog) == []
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(H, 3 * H)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, H // 2).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def test_a_mask_from_outside(caplog: pytest.LogCaptureFixture) -> None:
+    x, mask = torch.randn(1, 300, H), torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
+    model = Attention()
+    with mst_fx.watch() as report:
+        compile_mst(model, EAGER_BODIES)(x, mask).sum().backward()
+    assert "mask-outside" in [finding.cause for finding in report.findings]
+    assert _warnings(caplog) == ["mask-outside"]
+
+
+def test_silence(caplog: pytest.LogCaptureFixture) -> None:
+    """With the loss, without gradients, in one chunk, with logits that are kept or deferred on purpose, when asked."""
+    model, ids = Model(), _ids()
+    compile_mst(model, EAGER_BODIES)(ids, ids).backward()
+    with torch.no_grad():
+        compile_mst(model, EAGER_BODIES)(ids)
+    compile_mst(model, EAGER_BODIES)(_ids(100))
+    compile_mst(model, {**EAGER_BODIES, "logits": "defer"})(ids)
+    compile_mst(lambda: (model(ids), model(ids, ids)), {**EAGER_BODIES, "logits": "keep"})()
+    mst_fx.explain(model, EAGER_BODIES)(ids)
+    compile_mst(GatedMLP(H, 40), EAGER_BODIES)(torch.randn(2, LENGTH, H, requires_grad=True))
+    assert _warnings(caplog) == []
