@@ -25,6 +25,7 @@ from mst_fx.chunking import (
     chunk_regions,
     refuse_experts,
     refuse_opaque,
+    refuse_sharded,
     refuse_unknown_rows,
     rows_of,
 )
@@ -47,3 +48,4 @@ def run(context: PassContext) -> None:
         chunk_regions(context, analysis, regions, "mlp", plans)
     dropouts.restore()
     refuse_unknown_rows(context)
+    refuse_sharded(context, "mlp")
