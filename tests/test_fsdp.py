@@ -77,9 +77,10 @@ _CASES = (
 class Parts(nn.Module):
     """A Llama whose head and loss are a module of their own."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.trunk, self.head = model.model, Head(model.lm_head)
+        self.trunk: Any = model.model
+        self.head = Head(model.lm_head)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
         return self.head(self.trunk(input_ids=input_ids).last_hidden_state, labels)
@@ -124,12 +125,13 @@ def _spread(case: Case, model: nn.Module) -> Callable[..., Any]:
         return DistributedDataParallel(model, find_unused_parameters=True)
     if case.spread == "tensors":
         columns = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
-        plan = {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
+        plan: dict[str, Any] = {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
         rows = {f"model.layers.*.{name}": RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
-        return parallelize_module(model, init_device_mesh("cpu", (2,)), plan | rows)
+        return parallelize_module(model, init_device_mesh("cpu", (2,)), {**plan, **rows})
     for layer in _layers(model) if case.spread == "layers" else []:
         fully_shard(layer)
-    return fully_shard(model)
+    sharded: Any = fully_shard(model)
+    return sharded  # type: ignore[no-any-return]
 
 
 def _compiled(case: Case, model: nn.Module) -> Callable[..., Any]:

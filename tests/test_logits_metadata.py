@@ -256,7 +256,8 @@ def test_snapshots() -> None:
         views = [weight, weight.detach().t(), weight.detach()[:, ::2]]
         known = [snapshot(x, is_weight=True) for x in views]
         assert all(s.is_of(x) for s, x in zip(known, views, strict=True))
-        with torch.autograd._unsafe_preserve_version_counter(weight), torch.no_grad():
+        preserving: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+        with preserving(weight), torch.no_grad():
             weight[1, 2] += 1  # what FSDP does when it gathers
         assert not any(s.is_of(x) for s, x in zip(known, views, strict=True))
         assert snapshot(weight, is_weight=False).bits is None
