@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from mst_fx.fold import (
     products_of_unknown_rows,
     row_counts,
 )
-from mst_fx.graph import hint, module_path, tensor_value, tensors_of
+from mst_fx.graph import common_path, hint, is_known, is_plain, module_path, tensor_value, tensors_of
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.places import (
@@ -332,6 +333,70 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
         if out.ndim == fakes[0].ndim and hint(out.shape[-1]) > hint(fakes[0].shape[-1]):
             name = module_path(node) or node.name
             context.refuse("mlp", name, f"{node.name} ({state.reason})", Cause.OPAQUE)
+
+
+def refuse_sharded(context: PassContext, kind: str) -> None:
+    """Notes products that widen rows by a weight that is no plain tensor, such as a DTensor (tensor parallelism).
+
+    Their rows are no plain tensors either, so that no analysis sees them.
+    """
+    names = set()
+    for node in context.gm.graph.nodes:
+        found = _unplain_product(node)
+        if found is None:
+            continue
+        source, weight = found
+        ends = _next_products(node)
+        if ends is None or kind != ("mlp" if ends else "vocab"):
+            continue
+        fake, width = tensor_value(node), hint(tensor_value(source).shape[-1])  # type: ignore[union-attr]
+        assert fake is not None
+        wide, rows = hint(fake.shape[-1]), hint(fake.numel()) // max(1, hint(fake.shape[-1]))
+        if kind == "mlp":
+            plan = plan_mlp(rows, width, fake.device.type, context.options.chunk_rows)
+        else:
+            plan = plan_vocab(rows, width, wide, fake.device.type, context.options.vocab_chunk_rows)
+        name = common_path(map(module_path, (node, *ends))) or module_path(node) or node.name
+        if plan.chunks > 1 and name not in names:
+            names.add(name)
+            what = type(tensor_value(weight)).__name__
+            reason = f"the weight of {node.name} ({target_name(node)}) is a {what}, not a plain tensor"
+            context.refuse(kind, name, reason, Cause.NOT_PLAIN)
+
+
+def _unplain_product(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The rows and the matrix of a product that widens rows by a matrix that is no plain tensor."""
+    if not is_matmul_name(node):
+        return None
+    matrices = [n for n in node.all_input_nodes if (x := tensor_value(n)) is not None and x.ndim >= 2]
+    out = tensor_value(node)
+    if len(matrices) != 2 or out is None or out.ndim < 2:
+        return None
+    source, weight = (tensor_value(n) for n in matrices)
+    if source is None or weight is None or weight.ndim != 2 or is_plain(weight):
+        return None
+    if not all(map(is_known, (*out.shape, source.shape[-1]))):
+        return None
+    return (matrices[0], matrices[1]) if hint(out.shape[-1]) > hint(source.shape[-1]) else None
+
+
+def _next_products(node: fx.Node) -> list[fx.Node] | None:
+    """The products that read what a product gives, or a function of it; None if attention does."""
+    found, seen, queue = [], {node}, deque([node])
+    while queue:
+        for user in queue.popleft().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            is_product = is_matmul_name(user)
+            scores = is_product and all(len(x.shape) > 2 for n in user.all_input_nodes for x in tensors_of(n))
+            if scores or any(part in target_name(user) for part in ("attention", "flex")):
+                return None
+            if is_product:
+                found.append(user)
+            else:
+                queue.append(user)
+    return found
 
 
 def left_alone(

@@ -265,6 +265,9 @@ def _to(self: DeferredLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _type(self: DeferredLogits, func: Any, dtype: Any = None, non_blocking: bool = False) -> Any:
+    if dtype is None:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(self)
     return _cast(self, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
 
 
@@ -297,21 +300,73 @@ def _contiguous(self: DeferredLogits, func: Any, memory_format: Any = torch.cont
     return self._derive(Step(lambda x: x.clone(memory_format=torch.contiguous_format), copies=True))
 
 
-def _register_hook(self: DeferredLogits, func: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
-    # FSDP's hooks prepare for a backward pass and leave the gradient alone.
+def announces(hook: Any) -> bool:
+    """Whether a hook only wants to know that a backward pass begins, as FSDP's on all outputs of a module.
+
+    The loss has the same hook, so it may stay uncalled if nobody uses the logits. No other hook may: the loss's
+    part of the gradient does not come by the logits, and what changes or collects it would be wrong in silence.
+    """
     owner = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return owner.startswith("torch.distributed.fsdp.")
+
+
+def _register_hook(self: DeferredLogits, func: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
     if not self.requires_grad:
         return NotImplemented
-    if owner.startswith("torch."):
-        self._source.is_whole = True
-    else:
-        self._stay_whole()
+    if announces(hook):
+        return _register_announced(self, hook)
+    self._stay_whole()
     if not self._hooks:
         with torch._C.DisableTorchFunctionSubclass():
             self.register_hook(self._hooks)
     handle = RemovableHandle(self._hooks)
     self._hooks[handle.id] = hook
     return handle
+
+
+def _register_announced(self: DeferredLogits, hook: Callable[[Tensor], Any]) -> Any:
+    """Keeps a hook for what will be computed, logits or rows of them."""
+    if self._path()[1]._value is not None:
+        return NotImplemented  # too late for that: the hook is for the values
+    announced = self._source.announced
+    with torch._C.DisableTorchFunctionSubclass():
+        self.register_hook(announced)  # autograd may come by without a value
+    handle = RemovableHandle(announced)
+    announced[handle.id] = hook
+    return handle
+
+
+def _no_leaf_hook(self: DeferredLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(self, *args, **kwargs)  # an error: deferred logits are no leaves that need gradients
+
+
+def _base(self: DeferredLogits, func: Any) -> Any:
+    owner = self._viewed()
+    return None if owner is self else owner
+
+
+def _is_view(self: DeferredLogits, func: Any) -> bool:
+    return self._viewed() is not self
+
+
+def _layout(self: DeferredLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Strides and what follows from them, where they do not depend on which rows are computed."""
+    member: DeferredLogits | None = self
+    while member is not None:
+        if member._step is not None and member._step.index is not None:
+            return NotImplemented
+        member = member._parent
+    return func(self._like, *args, **kwargs)
+
+
+def _as_empty(self: DeferredLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What asks for a dtype and a device only."""
+    return func(torch.empty(0, dtype=self._like.dtype, device=self._source.device), *args, **kwargs)
+
+
+def _as_like(self: DeferredLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(self._like, *args, **kwargs)
 
 
 def _cpu(self: DeferredLogits, func: Any, memory_format: Any = torch.preserve_format) -> Any:
@@ -342,10 +397,23 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
     "contiguous": _contiguous,
     "cpu": _cpu,
     "register_hook": _register_hook,
+    "register_post_accumulate_grad_hook": _no_leaf_hook,
+    "_is_view": _is_view,
+    **dict.fromkeys(("stride", "is_contiguous", "storage_offset", "dim_order"), _layout),
+    **dict.fromkeys(("dense_dim", "sparse_dim", "is_coalesced", "is_pinned"), _as_like),
+    **dict.fromkeys(
+        ("new", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"),
+        _as_empty,
+    ),
+}
+_PROPERTIES: dict[str, Callable[..., Any]] = {
+    "_base": _base,
+    "real": lambda self, func: self,  # of real numbers
+    "imag": _as_like,  # an error
 }
 LAZY: dict[Any, Callable[..., Any]] = {
     getattr(owner, name): handler
     for name, handler in _BY_NAME.items()
     for owner in (torch.Tensor, torch)
     if callable(getattr(owner, name, None))
-}
+} | {getattr(torch.Tensor, name).__get__: handler for name, handler in _PROPERTIES.items()}

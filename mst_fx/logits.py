@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mst_fx.lazy import LAZY, Step, plainly, taker
+from mst_fx.lazy import LAZY, Step, announces, plainly, taker
+from mst_fx.snapshot import is_freed, snapshot, version
 
 log = logging.getLogger("mst_fx")
 
@@ -82,7 +83,23 @@ _METADATA = {
             "is_meta",
             "itemsize",
             "nbytes",
+            "is_ipu",
+            "name",
+            "names",
+            "volatile",
+            # None of a gradient: logits are no leaves, and what keeps theirs computes them.
+            "grad",
+            "_grad",
+            "grad_dtype",
+            "retains_grad",
+            "_backward_hooks",
+            "_post_accumulate_grad_hooks",
         )
+        if hasattr(torch.Tensor, name)
+    ),
+    *(
+        getattr(torch.Tensor, name)
+        for name in ("__dir__", "has_names", "is_distributed", "is_shared", "_is_zerotensor")
         if hasattr(torch.Tensor, name)
     ),
 }
@@ -125,7 +142,7 @@ class _Apart:
         return not self.storage.expired()  # type: ignore[no-untyped-call]
 
     def is_changed(self) -> bool:
-        return _version(self.version) != self.known
+        return version(self.version) != self.known
 
 
 class _Hooks(OrderedDict[int, Callable[[Tensor], Tensor | None]]):
@@ -136,6 +153,19 @@ class _Hooks(OrderedDict[int, Callable[[Tensor], Tensor | None]]):
             changed = hook(grad)
             grad = grad if changed is None else changed
         return grad
+
+
+class _Announced(_Hooks):
+    """Hooks that are told that a backward pass begins, by whatever gradient comes first."""
+
+    def __call__(self, grad: Tensor) -> None:  # type: ignore[override]
+        for hook in list(self.values()):
+            changed = hook(grad)
+            if changed is not None and changed is not grad:
+                raise RuntimeError(
+                    f"{hook} changes the gradient of deferred logits, of which it sees a part; "
+                    "set the mst option logits='keep'"
+                )
 
 
 class Source:
@@ -163,7 +193,10 @@ class Source:
         self.is_whole = False  # rows may not be computed alone: there are hooks on the logits' gradient
         self._compute = compute
         self._count = itertools.count()
-        self._versions = [_version(x) if isinstance(x, Tensor) else 0 for x in inputs]
+        self._known = [
+            snapshot(x, is_weight=rows is None or not rows[at]) if isinstance(x, Tensor) else None
+            for at, x in enumerate(inputs)
+        ]
         self._grad = torch.is_grad_enabled()
         self._autocast = (
             device.type,
@@ -171,6 +204,7 @@ class Source:
             torch.is_autocast_enabled(device.type),
         )
         self._apart: list[_Apart] = []
+        self.announced = _Announced()  # called with the gradient of all that is computed
 
     def add(self, member: DeferredLogits) -> None:
         self.members[next(self._count)] = member
@@ -178,7 +212,11 @@ class Source:
     def _run(self, inputs: Sequence[Any], grad: bool) -> Tensor:
         kind, dtype, enabled = self._autocast
         with torch.set_grad_enabled(grad and self._grad), torch.autocast(kind, dtype, enabled):
-            return self._compute(*inputs)
+            value = self._compute(*inputs)
+            # What was said of the layout before there was any (mst_fx.lazy).
+            if value.shape == self.like.shape and value.stride() != self.like.stride():
+                value = value.contiguous().view(-1).view(self.like.shape)
+        return value
 
     def logits(self, grad: bool, take: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The logits, or those of the rows that ``take`` takes from a row input.
@@ -188,12 +226,15 @@ class Source:
         """
         self._check()
         _tell(_caller())
-        if take is None:
-            return self._run(self.inputs, grad)
-        assert self.rows is not None
-        with torch.set_grad_enabled(grad and self._grad):
-            inputs = [take(x) if row else x for x, row in zip(self.inputs, self.rows, strict=True)]
-        return self._run(inputs, grad)
+        inputs: Sequence[Any] = self.inputs
+        if take is not None:
+            assert self.rows is not None
+            with torch.set_grad_enabled(grad and self._grad):
+                inputs = [take(x) if row else x for x, row in zip(inputs, self.rows, strict=True)]
+        value = self._run(inputs, grad)
+        if self.announced and value.requires_grad:
+            value.register_hook(self.announced)
+        return value
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
         """The gradients of the inputs, for code that autograd reaches the logits from directly."""
@@ -219,8 +260,14 @@ class Source:
         self._apart.append(_Apart(storage, version, part._version_of_value, weakref.ref(part._owner())))
 
     def _check(self) -> None:
-        for x, version in zip(self.inputs, self._versions, strict=True):
-            if isinstance(x, Tensor) and _version(x) != version:
+        for x, known in zip(self.inputs, self._known, strict=True):
+            if is_freed(x):
+                raise RuntimeError(
+                    f"deferred logits are used for the first time after a weight of shape {tuple(x.shape)} was "
+                    "freed, as FSDP does after the backward pass, and with reshard_after_forward=True after the "
+                    f"forward pass; {_KEEP}"
+                )
+            if known is not None and not known.is_of(x):
                 raise RuntimeError(
                     "deferred logits are used for the first time after what they are computed from "
                     f"(a {x.dtype} tensor of shape {tuple(x.shape)}) was changed in place, as an "
@@ -234,7 +281,7 @@ class Source:
             family.append(family[-1]._parent)
         changed = [apart.owner() for apart in self._apart if apart.is_alive() and apart.is_changed()]
         for m in list(self.members.values()):
-            if m._is_part and m._value is not None and _version(m._value) != m._version_of_value:
+            if m._is_part and m._value is not None and version(m._value) != m._version_of_value:
                 changed.append(m._owner())
         for owner in changed:
             if any(owner is m for m in family):
@@ -306,7 +353,7 @@ class DeferredLogits(torch.Tensor):
         if self._value is None:
             with plainly():
                 self._value = self._evaluate()
-                self._version_of_value = _version(self._value)
+                self._version_of_value = version(self._value)
         return self._value
 
     def _evaluate(self) -> Tensor:
@@ -323,7 +370,7 @@ class DeferredLogits(torch.Tensor):
         self._is_part = not self._copies and self._owner()._value is None and self._parent is not None
         if top._value is not None:
             value = top._value
-            if _version(value) != top._version_of_value and any(step.copies for step in steps):
+            if version(value) != top._version_of_value and any(step.copies for step in steps):
                 raise RuntimeError(
                     "a copy of deferred logits is used for the first time after the logits were changed in "
                     f"place; {_KEEP}"
@@ -374,6 +421,13 @@ class DeferredLogits(torch.Tensor):
             found = found._parent
         return found
 
+    def _viewed(self) -> DeferredLogits:
+        """Whose view autograd would say that the logits are."""
+        found = self
+        while found._parent is not None and found._step is not None and found._step.index is not None:
+            found = found._parent
+        return found
+
     def _path(self) -> tuple[list[Step], DeferredLogits, bool]:
         """The steps from the nearest logits with a value, or the first ones, and whether autograd was
         told of another history on the way (by a ``torch.autograd.Function`` that returned them)."""
@@ -398,7 +452,7 @@ class DeferredLogits(torch.Tensor):
             elif self.requires_grad:
                 self.detach_()
             self._node = self.grad_fn
-        self._version_of_value = _version(value)
+        self._version_of_value = version(value)
 
     def _derive(self, step: Step) -> DeferredLogits:
         step = dataclasses.replace(step, grad=step.grad and torch.is_grad_enabled())
@@ -473,7 +527,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if member._value.untyped_storage()._cdata in storages:
                 member._source.keep_apart(member)
     if not writes:  # but the function's name may not tell
-        written = [m for m in members if _version(m._get()) != m._version_of_value]
+        written = [m for m in members if version(m._get()) != m._version_of_value]
         for member in written:
             member._source.settle(member)
         writes = bool(written)
@@ -486,8 +540,10 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[DeferredLogits]:
     """The logits whose own gradient a function asks for."""
     asked: Any = None
-    if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
+    if func is torch.Tensor.retain_grad:
         asked = args[0]
+    elif func is torch.Tensor.register_hook:
+        asked = None if announces(kwargs.get("hook", args[-1])) else args[0]
     elif func in (torch.autograd.grad, torch.autograd.backward):
         asked = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
     return [leaf for leaf in tree_leaves(asked) if isinstance(leaf, DeferredLogits)]
@@ -572,11 +628,6 @@ class _Followed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
-
-
-def _version(x: Tensor) -> int:
-    """How often a tensor was written; inference tensors do not know (see :func:`mst_fx.deferral._deferred`)."""
-    return -1 if x.is_inference() else x._version
 
 
 def _caller() -> str:

@@ -25,6 +25,7 @@ from mst_fx.chunking import (
     left_alone,
     refuse_experts,
     refuse_opaque,
+    refuse_sharded,
     refuse_transformed,
     refuse_unknown_rows,
     rows_of,
@@ -49,3 +50,4 @@ def run(context: PassContext) -> None:
     dropouts.restore()
     refuse_unknown_rows(context)
     refuse_transformed(context)
+    refuse_sharded(context, "mlp")

@@ -34,7 +34,7 @@ from torch import fx
 
 from mst_fx.canonical import CLONE_OF, hoist_row_slices, stack_last, sum_losses
 from mst_fx.changing import changes
-from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone, rows_of
+from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone, refuse_sharded, rows_of
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
 from mst_fx.graph import tensor_value
@@ -64,6 +64,8 @@ def run(context: PassContext) -> None:
                 context.deferred += outputs
         if context.options.logits == "defer":
             _defer_alone(context, analysis, free)
+    if context.is_top:
+        refuse_sharded(context, "vocab")
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
     context.refuse_all(

@@ -46,6 +46,8 @@ def test_runs(name: str, tmp_path: Path) -> None:
     assert any("mlp" in line for line in said), done.stderr[-2000:]
     if not name.startswith("trl"):  # which has its own tiled head
         assert any("1 vocab" in line for line in said), done.stderr[-2000:]
+    if name == "fsdp2":
+        assert any("attention" in line for line in said), done.stderr[-2000:]
     assert "refused vocab" not in done.stderr
     assert "loss" in done.stdout
     if name in ("plain_loop", "lightning_module", "per_block", "accelerate_loop"):

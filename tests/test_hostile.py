@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mst_fx
+from mst_fx.errors import Cause
 from tests.direct import DIRECT, check
 from tests.helpers import (
     SMALL_CHUNKS,
@@ -323,6 +325,35 @@ def test_distributed_weight() -> None:
     assert not report.rewrites
     found = compile_mst(model, DIRECT)(placed).full_tensor()
     assert relative_error(found, truth[0]) <= 1e-9
+
+
+@pytest.mark.usefixtures("process_group")
+def test_refusals_of_distributed_weights() -> None:
+    """Places that would be loops, by name, once each; not the widening projection into attention."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1,))
+    model, inputs = ToyLM(layers=1), token_batch(2, 33)
+    plan: dict[str, Any] = {
+        "blocks.0.attention.qkv": ColwiseParallel(),
+        "blocks.0.mlp.gate": ColwiseParallel(),
+        "blocks.0.mlp.up": ColwiseParallel(),
+        "blocks.0.mlp.down": RowwiseParallel(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
+    report = mst_fx.explain(model, DIRECT)(**inputs)
+    assert not report.rewrites
+    assert sorted((r.kind, r.name, r.cause) for r in report.refusals) == [
+        ("mlp", "blocks.0.mlp", Cause.NOT_PLAIN),
+        ("vocab", "head", Cause.NOT_PLAIN),
+    ]
+    assert all("is a DTensor" in r.reason for r in report.refusals)
+    torch._dynamo.reset()
+    report = mst_fx.explain(model, {**DIRECT, "chunk_rows": 100, "vocab_chunk_rows": 100})(**inputs)
+    assert not report.refusals  # one chunk: there is nothing to save
 
 
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)  # type: ignore[untyped-decorator]

@@ -412,23 +412,6 @@ def test_a_gradient_that_rows_went_past_is_an_error() -> None:
         torch.autograd.grad(total, copied)
 
 
-def test_hooks_of_fsdp() -> None:
-    """They prepare for a backward pass; they are called, and the logits stay deferred."""
-    _, _, _, logits = _deferred()
-    called = []
-
-    def prepare(state: Any, grad: Tensor) -> None:
-        called.append(tuple(grad.shape))
-
-    prepare.__module__ = "torch.distributed.fsdp._runtime_utils"
-    logits.register_hook(functools.partial(prepare, None))
-    removed = logits.register_hook(functools.partial(prepare, None))
-    removed.remove()
-    assert logits._value is None
-    logits[:, -1].sum().backward(retain_graph=True)
-    assert called == [(BATCH, LENGTH, VOCAB)]
-
-
 # The gradient's way through the port
 
 
