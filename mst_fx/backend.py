@@ -9,6 +9,7 @@ from torch import fx
 
 from mst_fx.compiler import compile_graph, mode_patches
 from mst_fx.deferral import deferring
+from mst_fx.mask_breaks import cross_masks
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 
@@ -35,6 +36,9 @@ def mst(
     """
     checked = make_options(options)
     patches = {**mode_patches(mode), **checked.inductor}
-    result = run_passes(gm, example_inputs, checked, mode)
-    compiled = compile_graph(result.gm, example_inputs, checked.inner, patches)
-    return deferring(compiled, result.deferrals, result.outputs)
+    crossing = cross_masks(gm, example_inputs, checked)
+    result = run_passes(gm, crossing.inputs, checked, mode, crossing)
+    compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches)
+    compiled = crossing.put_masks(compiled, bool(result.deferrals))
+    outputs = crossing.outputs or result.outputs
+    return crossing.open_masks(deferring(compiled, result.deferrals, outputs))

@@ -17,6 +17,8 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
   lookup in the cache of compiled graphs, so that a second process would have the graph but not the
   bodies of its loops. ``torch.compiler.set_stance(force_backend=...)``, by its code, drops ``mode``, ``options`` and
   ``fullgraph``, and replaces backends that were named.
+- The stack of Dynamo's callback (``_dynamo/convert_frame.py``, ``_dynamo/eval_frame.py``): nothing else says
+  whether a graph's function is the one that was given to ``torch.compile``, or one that its caller calls.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
@@ -26,8 +28,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import torch
@@ -193,6 +197,22 @@ def outside_of_modes() -> Iterator[None]:
     """Runs its block under no dispatch mode."""
     with _disable_current_modes():
         yield
+
+
+def returns_to_user() -> bool:
+    """Whether the function that is being captured is the very one that was given to ``torch.compile``.
+
+    Others are called by Python code that Dynamo did not capture as a whole.
+    """
+    frame: FrameType | None = sys._getframe()
+    is_inside = False
+    while frame is not None:
+        place = frame.f_code.co_filename
+        if is_inside and not place.endswith("convert_frame.py"):
+            return place.endswith("eval_frame.py")
+        is_inside = place.endswith("convert_frame.py") and frame.f_code.co_name == "__call__"
+        frame = frame.f_back
+    return True
 
 
 @contextlib.contextmanager

@@ -272,6 +272,30 @@ def _sees_something(
     return interval.exact & (counts.gather(1, hi) > counts.gather(1, lo))
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is known of a mask that another graph has made as vectors (:mod:`mst_fx.mask_breaks`).
+
+    Attributes:
+        formula: as it is read in this graph.
+        is_finite: see :func:`reach`.
+        vectors: the names of its vectors' nodes, keys first.
+        chunk: queries a chunk, of what follows.
+        known: the rows of its reach, flat; () if they are not known.
+        reach: the names of the nodes that are the rows of its reach and its starts; () if these are known.
+    """
+
+    formula: Mask
+    is_finite: bool
+    vectors: tuple[str, ...]
+    chunk: int
+    known: tuple[int, ...]
+    reach: tuple[str, ...]
+
+
+GIVEN = "mst_given_masks"  # the meta key of a graph under which they are
+
+
 GENERAL, CAUSAL, FULL, SPANS = 0, 1, 2, 3
 PARTIAL, WHOLE, BLIND = 0, 1, 2
 HEADER = 2  # rows of a reach before those of its chunks

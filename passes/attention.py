@@ -54,7 +54,9 @@ from mst_fx.kernels import is_fused
 from mst_fx.masks import (
     CAUSAL,
     FULL,
+    GIVEN,
     TRUE,
+    Given,
     Mask,
     Reader,
     Vectors,
@@ -81,6 +83,7 @@ class Understood:
     Attributes:
         fill: what is added to a masked score; 0: masked scores do not count at all.
         known: what :func:`mst_fx.masks.reach` says, where all vectors are constants.
+        given: what the graph that made the mask says of it.
     """
 
     site: Site
@@ -91,6 +94,7 @@ class Understood:
     chunk: int
     known: Tensor | None
     form: str
+    given: Given | None = None
 
 
 def run(context: PassContext) -> None:
@@ -177,11 +181,27 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
         known = native(FULL)
     elif formula == TRUE:
         raise Refusal(f"{site.out.name}: capped scores without a mask, and the sequence is dynamic")
+    given = _given(site, formula, fill, (*key_nodes, *query_nodes), chunk)
+    if known is None and given is not None and given.known:
+        known = torch.tensor(given.known).view(-1, 3)
     inside = [node for node in (*key_nodes, *query_nodes) if node.graph is not site.level.top.gm.graph]
     if inside and not _is_native(site, known):
         raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer")
     form = form_name(formula, known, vectors if is_static else None, hint(queries))
-    return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form)
+    return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form, given)
+
+
+def _given(
+    site: Site, formula: Mask, fill: float, vectors: Sequence[fx.Node], chunk: int
+) -> Given | None:
+    """What is known of a mask that another graph has made, if the site's is that one and the whole of it."""
+    names_ = tuple(node.name for node in vectors)
+    is_here = all(node.graph is site.level.top.gm.graph for node in vectors)
+    for given in site.level.top.gm.meta.get(GIVEN, ()):
+        same = (given.formula, given.is_finite, given.vectors, given.chunk)
+        if is_here and same == (formula, fill != 0.0, names_, chunk):
+            return given  # type: ignore[no-any-return]
+    return None
 
 
 def _is_native(site: Site, known: Tensor | None) -> bool:
@@ -211,23 +231,32 @@ def _under_autocast(site: Site) -> bool:
 def _formula(
     site: Site, queries: Any, keys: Any, mutated: set[int]
 ) -> tuple[Mask, float, list[fx.Node], list[fx.Node], Vectors | None]:
+    if site.mask is None:
+        return TRUE, 0.0, [], [], Vectors([], [])
+    return formula_of(site.mask, site.level, queries, keys, mutated)
+
+
+def formula_of(
+    node: fx.Node, level: Level, queries: Any, keys: Any, mutated: set[int]
+) -> tuple[Mask, float, list[fx.Node], list[fx.Node], Vectors | None]:
     """The formula of a mask, what is added where it is false, its vectors, and their values if all are constant.
 
     Parts that constants make true, such as "the same document" of one document, are left out.
+
+    Raises:
+        Refusal: if the mask is not understood.
     """
-    if site.mask is None:
-        return TRUE, 0.0, [], [], Vectors([], [])
-    fake = tensor_value(site.mask)
+    fake = tensor_value(node)
     if fake is None or fake.requires_grad:
-        raise Refusal(f"{site.mask.name}: the mask has a gradient")
+        raise Refusal(f"{node.name}: the mask has a gradient", Cause.MASK)
     evaluated: dict[fx.Node, Any] = {}
     limit = 64 * (hint(queries) + hint(keys))
 
     def constant(node: fx.Node) -> Any:
         return _evaluate(node, evaluated, limit)
 
-    reader = Reader(queries, keys, site.level.resolve, constant, mutated)
-    mask, fill = _boolean(site)
+    reader = Reader(queries, keys, level.resolve, constant, mutated)
+    mask, fill = _boolean(node, level)
     formula = reader.read(mask)
     nodes = {f"k{i}": node for i, node in enumerate(reader.key_nodes)}
     nodes |= {f"q{i}": node for i, node in enumerate(reader.query_nodes)}
@@ -237,8 +266,8 @@ def _formula(
         if not all(isinstance(values[name], Tensor) for name in names_):
             return None
         return Vectors(
-            [_as_rows(values[name], True) for name in names_ if name[0] == "k"],
-            [_as_rows(values[name], False) for name in names_ if name[0] == "q"],
+            [as_rows(values[name], True) for name in names_ if name[0] == "k"],
+            [as_rows(values[name], False) for name in names_ if name[0] == "q"],
         )
 
     def numbered(part: Mask) -> tuple[Mask, list[str]]:
@@ -257,23 +286,21 @@ def _formula(
     parts = formula[1:] if formula[0] == "and" else (formula,)
     formula, used = numbered(joined("and", [part for part in parts if not is_true(part)]))
     if formula == ("constant", False):
-        raise Refusal(f"{site.mask.name}: the mask lets nothing through")
+        raise Refusal(f"{node.name}: the mask lets nothing through", Cause.MASK)
     key_nodes = [nodes[name] for name in used if name[0] == "k"]
     return formula, fill, key_nodes, [nodes[name] for name in used if name[0] == "q"], of(used)
 
 
-def _boolean(site: Site) -> tuple[fx.Node, float]:
+def _boolean(node: fx.Node, level: Level) -> tuple[fx.Node, float]:
     """The Boolean mask, and what is added to the score where it is false (0: minus infinity, or Boolean).
 
     ``where(mask, 0, fill)`` is what Hugging Face's eager attention adds.
     """
-    assert site.mask is not None
-    node = site.level.resolve(site.mask)
+    node = level.resolve(node)
     fake = tensor_value(node)
     if fake is not None and fake.dtype == torch.bool:
         return node, 0.0
-    while node.target in ("to", "contiguous", "type") or _is_whole_slice(node):
-        node = site.level.resolve(node.args[0])  # type: ignore[arg-type]
+    node = where_of(node, level)
     if node.target in (torch.where, aten.where.self) and len(node.args) == 3:
         mask, zero, masked = node.args
         fill = number_of(masked) if not isinstance(masked, fx.Node) else _fill_of(masked)
@@ -281,6 +308,14 @@ def _boolean(site: Site) -> tuple[fx.Node, float]:
         if isinstance(mask, fx.Node) and is_zero and fill is not None and fill < -1e4:
             return mask, 0.0 if fill == float("-inf") else fill
     raise Refusal(f"{node.name} ({getattr(node.target, '__name__', node.target)}) makes the mask")
+
+
+def where_of(node: fx.Node, level: Level | None) -> fx.Node:
+    """The node of which a mask is a cast, or the whole."""
+    while node.target in ("to", "contiguous", "type") or _is_whole_slice(node):
+        node = node.args[0]  # type: ignore[assignment]
+        node = node if level is None else level.resolve(node)
+    return node
 
 
 def _is_whole_slice(node: fx.Node) -> bool:
@@ -341,7 +376,7 @@ _NAMES_OF_CONSTANTS = """
 _CONSTANT = frozenset(_NAMES_OF_CONSTANTS.split())
 
 
-def _as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
+def as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
     """``[b, 1, 1, K]`` or ``[b, 1, Q, 1]``, with fewer dimensions too, → ``[b, K]`` or ``[b, Q]``.
 
     Args:
@@ -393,7 +428,7 @@ def _vector_nodes(
 
     def rows(node: fx.Node, is_key: bool) -> fx.Node:
         with graph.inserting_before(before):
-            return _as_rows(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
+            return as_rows(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
 
     return tuple(rows(n, True) for n in understood.keys), tuple(rows(n, False) for n in understood.queries)
 
@@ -414,11 +449,15 @@ def _key_of(understood: Understood) -> Any:
 def _add_reaches(top: Level, unknown: Sequence[Understood]) -> dict[Any, _Reach]:
     """Adds one op for all masks of equal size that are known at run time only."""
     groups: dict[Any, dict[Any, Understood]] = {}
+    found: dict[Any, _Reach] = {}
     for understood in unknown:
         key = _key_of(understood)
+        if understood.given is not None:
+            if key not in found:
+                found[key] = _given_reach(top, understood)
+            continue
         groups.setdefault((key[2], understood.chunk), {}).setdefault(key, understood)
     order = {node: index for index, node in enumerate(top.gm.graph.nodes)}
-    found: dict[Any, _Reach] = {}
     for group in groups.values():
         first = min((u.site.level.at_top(u.site.out) for u in group.values()), key=order.__getitem__)
         together = [
@@ -430,6 +469,15 @@ def _add_reaches(top: Level, unknown: Sequence[Understood]) -> dict[Any, _Reach]
             if keys:
                 found |= _add_reach(top, {key: group[key] for key in keys}, order)
     return found
+
+
+def _given_reach(top: Level, understood: Understood) -> _Reach:
+    """The reach that came with the vectors: inputs of the graph."""
+    assert understood.given is not None
+    inputs = {node.name: node for node in placeholders_of(top.gm)}
+    rows, starts = (inputs[name] for name in understood.given.reach)
+    before = max((*understood.keys, *understood.queries), key=list(top.gm.graph.nodes).index).next
+    return _Reach(*_vector_nodes(top, understood, before), rows, starts)
 
 
 def _add_reach(top: Level, group: dict[Any, Understood], order: dict[fx.Node, int]) -> dict[Any, _Reach]:
