@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_map_only
 
 from mst_fx.masks import Mask, Vectors, allowed, names
@@ -113,20 +114,25 @@ class DeferredMask(torch.Tensor):
         cell = self._cell
         if cell.value is None:
             assert self._form is not None
-            self._tell(self._form)
+            self._tell()
             vectors = {name: getattr(self, name) for name in self._form.vectors}
             cell.value = made_mask(self._form, vectors, self.shape)
         return cell.value
 
-    def _tell(self, form: MaskForm) -> None:
-        """Says that a mask is made, if it is for use (and not while something is traced)."""
+    def _is_real(self) -> bool:
+        """Whether the mask is for use, and does not stand for one while something is traced."""
+        return self._form is None or type(getattr(self, self._form.vectors[0])) is Tensor
+
+    def _tell(self) -> None:
+        """Says that a mask is made."""
         place = _caller()
-        if type(getattr(self, form.vectors[0])) is Tensor and place not in _told:
+        if self._is_real() and place not in _told:
             _told.add(place)
             log.info("a deferred mask of %s elements is made for %s", f"{self.numel():,}", place)
 
     def __tensor_flatten__(self) -> tuple[list[str], MaskForm | None]:
-        if self._form is None or self._cell.was_written():
+        # A trace keeps to what it began with; the graph's own changes are seen by mask_breaks.
+        if self._form is None or (self._is_real() and self._cell.was_written()):
             return ["made"], None
         return self._form.vectors, self._form
 
@@ -148,6 +154,10 @@ class DeferredMask(torch.Tensor):
             if found is not None:
                 return found
         written = _written(func, args, kwargs)
+        if any(isinstance(x, FunctionalTensor) for mask in written for x in mask.__dict__.values()):
+            raise RuntimeError(
+                f"{func} would change a deferred mask in place, and the caller would not see it"
+            )
         args, kwargs = tree_map_only(DeferredMask, lambda mask: mask.made, (args, kwargs))
         result = func(*args, **kwargs)
         for mask in written:
@@ -246,7 +256,11 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     found = []
     for index, argument in enumerate(func._schema.arguments):
         given = kwargs.get(argument.name, args[index] if index < len(args) else None)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, DeferredMask):
+        if (
+            argument.alias_info is not None
+            and argument.alias_info.is_write
+            and isinstance(given, DeferredMask)
+        ):
             found.append(given)
     return found
 

@@ -34,7 +34,17 @@ from mst_fx.compiler import real_tensors, returns_to_user
 from mst_fx.deferred_mask import DeferredMask, MaskForm, MaskOutput, put_masks
 from mst_fx.errors import Refusal
 from mst_fx.fold import eliminate_dead_code, expression, mutated_storages, writes_in_place
-from mst_fx.graph import VALUE, add_call, call, copy_tree, hint, module_path, tensor_value, value
+from mst_fx.graph import (
+    VALUE,
+    add_call,
+    call,
+    copy_tree,
+    fake_mode_of,
+    hint,
+    module_path,
+    tensor_value,
+    value,
+)
 from mst_fx.masks import GIVEN, Given, Mask, Vectors, describe, form_name, reach
 from mst_fx.options import Options
 from mst_fx.passes import attention
@@ -161,7 +171,9 @@ def _replace_by_vectors(node: fx.Node, form: MaskForm, sizes: Sequence[Any], bef
             vectors[name] = graph.placeholder(f"{node.target}_{name}")
             vectors[name].meta[VALUE] = getattr(mask, name)
     whole = slice(None)
-    with graph.inserting_before(before):
+    mode = fake_mode_of([value(vectors[form.vectors[0]])])
+    assert mode is not None
+    with graph.inserting_before(before), mode:
         wide = {
             name: add_call(
                 graph,
@@ -173,13 +185,11 @@ def _replace_by_vectors(node: fx.Node, form: MaskForm, sizes: Sequence[Any], bef
             if name not in ("rows", "starts")
         }
         built = _built(graph, form.formula, wide, mask.device)
+        built = add_call(graph, "reshape" if mask.ndim == 2 else "expand", built, *sizes)
         if form.dtype != torch.bool:
             kinds = {"dtype": form.dtype, "device": mask.device}
             numbers = [add_call(graph, torch.full, (), number, **kinds) for number in (0.0, form.fill)]
             built = add_call(graph, torch.where, built, *numbers)
-        if mask.ndim == 2:
-            built = add_call(graph, operator.getitem, built, (0, 0))
-        built = add_call(graph, "expand", built, *sizes)
     node.replace_all_uses_with(built)
     graph.erase_node(node)
     return Given(
@@ -251,7 +261,9 @@ def _is_written(gm: fx.GraphModule, mask: fx.Node) -> bool:
     for node in gm.graph.nodes:
         if any(operand in readers for operand in node.all_input_nodes):
             readers.add(node)
-    writers = [node for node in readers if node.op in ("call_function", "call_method") and writes_in_place(node)]
+    writers = [
+        node for node in readers if node.op in ("call_function", "call_method") and writes_in_place(node)
+    ]
     if not any(operand in readers for node in writers for operand in node.all_input_nodes):
         return False
     deferred = value(mask)

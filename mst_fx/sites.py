@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Refusal
-from mst_fx.fold import expression, is_identity_dropout
+from mst_fx.fold import expression, is_identity_dropout, mutated_storages
 from mst_fx.graph import VALUE, attribute, called_graph, fake_mode_of, hint, tensor_value, tensors_of, value
+from mst_fx.masks import fill_of
 
 aten = torch.ops.aten
 
@@ -170,6 +171,7 @@ def _fused(level: Level, node: fx.Node) -> Site | None:
 
 _MATMULS = (torch.matmul, operator.matmul, "matmul", torch.bmm, aten.matmul.default)
 SOFTMAXES = (F.softmax, torch.softmax, "softmax", aten.softmax.int)
+_PRODUCTS = (*_MATMULS, "bmm", "baddbmm", torch.baddbmm, torch.einsum, aten.bmm.default, aten.baddbmm.default)
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
 
 
@@ -193,11 +195,15 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         return None
     mask = None
     current = step(current.args[0])
-    adds = (torch.add, operator.add, "add", operator.iadd)
-    if current is not None and current.target in adds and not current.kwargs:
+    while current is not None and current.target in _ADDS and not current.kwargs:
         left, right = current.args[:2]
         scores_first = isinstance(left, fx.Node) and len(left.users) == 1
-        mask, current = (right, step(left)) if scores_first else (left, step(right))
+        added, scores = (right, left) if scores_first else (left, right)
+        if not _is_nothing(level, current, added, scores):
+            if mask is not None:
+                return None
+            mask = added
+        current = step(scores)
     softcap = 0.0
     factor = _factor(current)
     if current is not None and factor is not None and _is_tanh(current.args[0]):
@@ -234,6 +240,42 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         inner=tuple(inner),
         is_eager=True,
     )
+
+
+_ADDS = (torch.add, operator.add, "add", operator.iadd)
+
+
+def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any) -> bool:
+    """Whether zeros are added, as T5 does to the scores of cross-attention."""
+    if not isinstance(added, fx.Node) or not isinstance(scores, fx.Node):
+        return False
+    fake, source = tensor_value(total), tensor_value(scores)
+    if fake is None or source is None or fake.dtype != source.dtype:
+        return False
+    zeros = level.resolve(added)
+    written = {storage for each in all_levels(level.top) for storage in mutated_storages(each.gm.graph)}
+    same = [expression(size) for size in fake.shape] == [expression(size) for size in source.shape]
+    return same and fill_of(zeros, written) == 0
+
+
+def is_of_scores(node: fx.Node) -> bool:
+    """Whether a softmax is that of a product of two activations, ``[.., Q, D]`` and ``[.., D, K]``, and not of
+    logits, whose one factor is a matrix."""
+    fake = tensor_value(node)
+    assert fake is not None
+    count, stack, seen = expression(fake.numel()), [node], set()
+    while stack:
+        current = stack.pop()
+        found = tensor_value(current)
+        if current in seen or found is None or expression(found.numel()) != count:
+            continue
+        seen.add(current)
+        name = getattr(current.target, "__name__", str(current.target))
+        if current.target in _PRODUCTS or name in ("bmm", "baddbmm", "einsum"):
+            factors = [x for x in map(tensor_value, current.all_input_nodes[-2:]) if x is not None]
+            return len(factors) == 2 and all(x.ndim > 2 for x in factors)
+        stack += current.all_input_nodes
+    return False
 
 
 def _factor(node: fx.Node | None) -> float | None:

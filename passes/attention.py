@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,8 +61,11 @@ from mst_fx.masks import (
     Reader,
     Vectors,
     describe,
+    fill_of,
     form_name,
+    gives_heads,
     joined,
+    made_outside,
     names,
     native,
     op_name,
@@ -71,7 +74,16 @@ from mst_fx.masks import (
 )
 from mst_fx.plan import plan_attention
 from mst_fx.report import Rewrite
-from mst_fx.sites import SOFTMAXES, Level, Site, all_levels, find_sites, number_of, placeholders_of
+from mst_fx.sites import (
+    SOFTMAXES,
+    Level,
+    Site,
+    all_levels,
+    find_sites,
+    is_of_scores,
+    number_of,
+    placeholders_of,
+)
 
 aten = torch.ops.aten
 
@@ -128,10 +140,11 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
     for each in all_levels(level):
         for node in each.gm.graph.nodes:
             fake = tensor_value(node)
-            if node.target not in SOFTMAXES or node in claimed or fake is None or fake.ndim != 4:
+            if node.target not in SOFTMAXES or node in claimed or fake is None or fake.ndim < 3:
                 continue
             least = plan_attention(fake.device.type, context.options.attention_chunk_rows)
-            if min(hint(fake.shape[2]), hint(fake.shape[3])) > least:
+            is_large = min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
+            if is_large and (fake.ndim == 4 or is_of_scores(node)):
                 name = module_path(node) or node.name
                 reason = f"{node.name}: softmax of scores, but no attention known here"
                 context.refuse("attention", name, reason, Cause.SCORES)
@@ -159,11 +172,11 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
         if fake is not None
     }
     if len(types) > 1 and not _under_autocast(site):
-        raise Refusal(f"{site.out.name}: query, key, value and output have different types")
+        raise Refusal(f"{site.out.name}: query, key, value and output have different types", Cause.SCORES)
     if site.dropout:
         if site.mask is None:
             return None
-        raise Refusal(f"{site.out.name}: attention weights are dropped at random")
+        raise Refusal(f"{site.out.name}: attention weights are dropped at random", Cause.SCORES)
     is_static = isinstance(queries, int) and isinstance(keys, int)
     if site.causal and site.mask is None:
         if _ungrouped(site) == (site.key, site.value) and not _is_ours(site):
@@ -180,20 +193,20 @@ def _understand(context: PassContext, site: Site, mutated: set[int]) -> Understo
     elif formula == TRUE and not site.softcap:
         known = native(FULL)
     elif formula == TRUE:
-        raise Refusal(f"{site.out.name}: capped scores without a mask, and the sequence is dynamic")
+        raise Refusal(
+            f"{site.out.name}: capped scores without a mask, and the sequence is dynamic", Cause.SCORES
+        )
     given = _given(site, formula, fill, (*key_nodes, *query_nodes), chunk)
     if known is None and given is not None and given.known:
         known = torch.tensor(given.known).view(-1, 3)
     inside = [node for node in (*key_nodes, *query_nodes) if node.graph is not site.level.top.gm.graph]
     if inside and not _is_native(site, known):
-        raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer")
+        raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer", Cause.MASK)
     form = form_name(formula, known, vectors if is_static else None, hint(queries))
     return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form, given)
 
 
-def _given(
-    site: Site, formula: Mask, fill: float, vectors: Sequence[fx.Node], chunk: int
-) -> Given | None:
+def _given(site: Site, formula: Mask, fill: float, vectors: Sequence[fx.Node], chunk: int) -> Given | None:
     """What is known of a mask that another graph has made, if the site's is that one and the whole of it."""
     names_ = tuple(node.name for node in vectors)
     is_here = all(node.graph is site.level.top.gm.graph for node in vectors)
@@ -255,9 +268,9 @@ def formula_of(
     def constant(node: fx.Node) -> Any:
         return _evaluate(node, evaluated, limit)
 
-    reader = Reader(queries, keys, level.resolve, constant, mutated)
-    mask, fill = _boolean(node, level)
-    formula = reader.read(mask)
+    mask, fill, batch_first = _boolean(node, level, queries, keys, mutated)
+    reader = Reader(queries, keys, level.resolve, constant, mutated, batch_first)
+    formula = TRUE if mask is None else reader.read(mask)
     nodes = {f"k{i}": node for i, node in enumerate(reader.key_nodes)}
     nodes |= {f"q{i}": node for i, node in enumerate(reader.query_nodes)}
     values = {name: constant(node) for name, node in nodes.items()}
@@ -291,31 +304,95 @@ def formula_of(
     return formula, fill, key_nodes, [nodes[name] for name in used if name[0] == "q"], of(used)
 
 
-def _boolean(node: fx.Node, level: Level) -> tuple[fx.Node, float]:
-    """The Boolean mask, and what is added to the score where it is false (0: minus infinity, or Boolean).
+def _boolean(
+    node: fx.Node, level: Level, queries: Any, keys: Any, mutated: set[int]
+) -> tuple[fx.Node | None, float, bool]:
+    """The Boolean mask (None: nothing is masked), what is added to the score where it is false (0: minus infinity,
+    or Boolean), and whether it is [B, Q, K] where it has three dimensions.
 
-    ``where(mask, 0, fill)`` is what Hugging Face's eager attention adds.
+    ``where(mask, 0, fill)`` is what Hugging Face's eager attention adds; ``zeros`` is T5's bias of none.
     """
     node = level.resolve(node)
     fake = tensor_value(node)
     if fake is not None and fake.dtype == torch.bool:
-        return node, 0.0
-    node = where_of(node, level)
+        return node, 0.0, False
+    batch_first = False
+    for step in _steps(node, level):
+        batch_first |= gives_heads(node, step)
+        node = step
+        fake = tensor_value(node)
+        if fake is not None and fake.untyped_storage()._cdata in mutated:
+            raise Refusal(f"{node.name} ({op_name(node)}), the mask, is written to in place", Cause.MASK)
+    if fill_of(node, mutated) == 0:
+        return None, 0.0, False
+    if op_name(node) in ("add", "iadd") and len(node.args) == 2 and not node.kwargs:
+        parts = [level.resolve(part) for part in node.args if isinstance(part, fx.Node)]
+        others = [part for part in parts if fill_of(where_of(part, level), mutated) != 0]
+        if len(parts) == 2 and len(others) == 1:
+            return _boolean(others[0], level, queries, keys, mutated)
     if node.target in (torch.where, aten.where.self) and len(node.args) == 3:
         mask, zero, masked = node.args
-        fill = number_of(masked) if not isinstance(masked, fx.Node) else _fill_of(masked)
-        is_zero = zero == 0 if not isinstance(zero, fx.Node) else _fill_of(zero) == 0
+        fill = _number_in(masked)
+        is_zero = _number_in(zero) == 0 or (isinstance(zero, fx.Node) and fill_of(zero, mutated) == 0)
         if isinstance(mask, fx.Node) and is_zero and fill is not None and fill < -1e4:
-            return mask, 0.0 if fill == float("-inf") else fill
-    raise Refusal(f"{node.name} ({getattr(node.target, '__name__', node.target)}) makes the mask")
+            return mask, 0.0 if fill == float("-inf") else fill, batch_first
+    outside = made_outside(node, level.resolve, queries, keys)
+    if outside is not None:
+        raise Refusal(*outside)
+    raise Refusal(f"{node.name} ({op_name(node)}) makes the mask", Cause.MASK)
+
+
+def _number_in(found: Any) -> float | None:
+    return _fill_of(found) if isinstance(found, fx.Node) else number_of(found)
+
+
+def _steps(node: fx.Node, level: Level | None) -> Iterator[fx.Node]:
+    """A mask, and the nodes of which it is a cast or the whole, with more dimensions perhaps; back to the first."""
+    yield node
+    while op_name(node) in _SAME or _is_whole_slice(node) or _adds_dimensions(node):
+        node = node.args[0]  # type: ignore[assignment]
+        node = node if level is None else level.resolve(node)
+        yield node
 
 
 def where_of(node: fx.Node, level: Level | None) -> fx.Node:
-    """The node of which a mask is a cast, or the whole."""
-    while node.target in ("to", "contiguous", "type") or _is_whole_slice(node):
-        node = node.args[0]  # type: ignore[assignment]
-        node = node if level is None else level.resolve(node)
-    return node
+    """The first node of which a mask is a cast, or the whole."""
+    *_, first = _steps(node, level)
+    return first
+
+
+_SAME = (
+    "to",
+    "_to_copy",
+    "contiguous",
+    "clone",
+    "detach",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+)
+
+
+def _adds_dimensions(node: fx.Node) -> bool:
+    """Whether a node is another with dimensions of size 1 in front (``x[None, None]``, ``x.unsqueeze(0)``), or
+    for heads (``x[:, None]``), or that expanded."""
+    name = op_name(node)
+    if name not in ("getitem", "unsqueeze", "expand", "expand_as", "broadcast_to", "view", "reshape"):
+        return False
+    source = node.args[0] if node.args else None
+    fake, inner = tensor_value(node), tensor_value(source) if isinstance(source, fx.Node) else None
+    if fake is None or inner is None or fake.ndim < inner.ndim:
+        return False
+    if gives_heads(node, source):  # type: ignore[arg-type]
+        return True
+    sizes, wanted = _sizes(fake), _sizes(inner)
+    wanted = [1] * (len(sizes) - len(wanted)) + wanted
+    if name in ("view", "reshape", "getitem", "unsqueeze"):
+        return sizes == wanted
+    return all(a == b or b == 1 for a, b in zip(sizes, wanted, strict=True)) and sizes[-2:] == wanted[-2:]
 
 
 def _is_whole_slice(node: fx.Node) -> bool:
@@ -516,7 +593,7 @@ def _size_node(graph: fx.Graph, size: Any, vectors: Sequence[fx.Node]) -> Any:
         fake = tensor_value(node)
         if fake is not None and expression(fake.shape[1]) == expression(size):
             return add_call(graph, "size", node, 1)
-    raise Refusal(f"no vector of the mask has the dynamic size {size}")
+    raise Refusal(f"no vector of the mask has the dynamic size {size}", Cause.MASK)
 
 
 def _ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:
