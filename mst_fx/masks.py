@@ -522,12 +522,15 @@ class Reader:
         if (name in _PASSING or _keeps_all(node)) and isinstance(source, fx.Node):
             with self._behind(node, source):
                 return self.read(source)
-        outside = made_outside(node, self._resolve, self.queries, self.keys)
-        if outside is not None:
-            raise Refusal(*outside)
         if kind == "number":
             raise Refusal(f"{node.name} ({name}) in the mask has neither keys nor queries", Cause.MASK)
-        raise Refusal(f"{node.name} ({name}) in the mask is not understood", Cause.MASK)
+        raise self._not_understood(node)
+
+    def _not_understood(self, node: fx.Node) -> Refusal:
+        outside = made_outside(node, self._resolve, self.queries, self.keys)
+        if outside is not None:
+            return Refusal(*outside)
+        return Refusal(f"{node.name} ({op_name(node)}) in the mask is not understood", Cause.MASK)
 
     def _part(self, operand: Any) -> Mask:
         if isinstance(operand, bool):
@@ -633,7 +636,7 @@ class Reader:
         if kind == "full" and (name in _PASSING or _keeps_all(node)) and isinstance(source, fx.Node):
             with self._behind(node, source):
                 return self._number(source)
-        raise Refusal(f"{node.name} ({name}) in the mask is not understood", Cause.MASK)
+        raise self._not_understood(node)
 
     def _shifted(self, node: fx.Node, name: str) -> _Number | None:
         """A vector plus or minus a number that is known."""
