@@ -104,7 +104,7 @@ class Model(nn.Module):
         return x.square().sum()
 
 
-@torch._dynamo.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _break(between: Callable[[Tensor], Any] | None, mask: Tensor) -> None:
     if between is not None:
         between(mask)
@@ -205,7 +205,7 @@ def test_inductor() -> None:
 
 
 def _read(mask: Tensor) -> list[Any]:
-    copied = io.BytesIO()
+    copied, ones = io.BytesIO(), torch.ones(2, 1, SEQ, 4)
     torch.save(mask, copied)
     copied.seek(0)
     return [
@@ -219,7 +219,7 @@ def _read(mask: Tensor) -> list[Any]:
         mask.any(-1),
         mask.shape,
         mask.dtype,
-        F.scaled_dot_product_attention(*[torch.ones(2, 1, SEQ, 4)] * 3, attn_mask=mask),
+        F.scaled_dot_product_attention(ones, ones, ones, attn_mask=mask),
     ]
 
 
