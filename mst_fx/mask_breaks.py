@@ -99,7 +99,21 @@ class Crossing:
 
 
 def cross_masks(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Crossing:
-    """Opens the masks that a graph is given, and takes those out that others will be."""
+    """Opens the masks that a graph is given, and takes those out that others will be.
+
+    A defect of ours leaves the graph as it was: deferred masks are tensors to any compiler.
+    """
+    try:
+        return _cross(gm, example_inputs, options)
+    except Exception as error:
+        if options.strict:
+            raise
+        log.warning("mst-fx left the masks of a graph as they were: %s: %s", type(error).__name__, error)
+        log.debug("the defect", exc_info=True)
+        return Crossing(gm, example_inputs)
+
+
+def _cross(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Crossing:
     has_inputs = any(isinstance(value(node), DeferredMask) for node in placeholders_of(gm))
     found = _candidates(gm, options)
     if not has_inputs and not found:

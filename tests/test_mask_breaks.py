@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
+from mst_fx import mask_breaks
 from mst_fx.deferred_mask import DeferredMask, MaskForm, made_mask
 from mst_fx.errors import Cause
 from tests.helpers import check_parity, compile_mst, gradients, kinds, relative_error, step, worst_error
@@ -38,6 +39,7 @@ def _added(mask: Tensor, fill: float = float("-inf"), dtype: torch.dtype = torch
 
 MASKS: dict[str, tuple[Make, str]] = {
     "causal": (lambda k, q, marks: (k <= q)[None, None], "causal"),
+    "constant": (lambda k, q, marks: torch.arange(SEQ) <= torch.arange(SEQ)[:, None], "causal"),
     "window": (lambda k, q, marks: ((k <= q) & (k > q - 9))[None, None], "window 9"),
     "documents": (
         lambda k, q, marks: (k <= q) & (marks[:, None, None, :] == marks[:, None, :, None]),
@@ -132,6 +134,25 @@ def test_vectors_cross(name: str) -> None:
         form if name != "not" else "causal + padding"
     }  # a vector is negated, not the mask
     assert not report.refusals
+    # What the maker knows of the reach is not found out again: a mask of constants needs no operator at all.
+    reaches = "\n".join(report.after).count("mst_fx.mask_reach.default(")
+    assert name == "not" or reaches == (0 if name == "constant" else 1)
+    if name == "constant":
+        assert {r.gradient for r in report.rewrites if r.kind == "attention"} == {"native"}
+
+
+def test_a_defect_leaves_masks_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tensors like others then, and right."""
+
+    def fail(*args: Any) -> Any:
+        raise IndexError("a defect")
+
+    monkeypatch.setattr(mask_breaks, "_open_inputs", fail)
+    for name in ("padding", "added"):
+        model = Model(MASKS[name][0])
+        report = check_parity(model, _batch(), 1e-12, 1e-10, {**OPTIONS, "passes": ()})
+        report = check_parity(model, _batch(), 1e-12, 1e-10, OPTIONS)
+        assert "attention" not in kinds(report)
 
 
 @pytest.mark.parametrize("name", ["window", "padding", "documents", "added and padded"])
