@@ -467,6 +467,12 @@ def test_added_masks(name: str) -> None:
         assert _forms(report) == [form], report.refusals
 
 
+def _written(k: Tensor, q: Tensor, marks: Tensor) -> Tensor:
+    mask = _minus(k <= q)
+    mask[:, :2] = 0.0
+    return mask
+
+
 @pytest.mark.parametrize(
     ("mask", "reason", "cause"),
     [
@@ -481,6 +487,7 @@ def test_added_masks(name: str) -> None:
         (lambda k, q, marks: _minus(marks.expand(SEQ, SEQ) > k), "an input of this graph", "mask-input"),
         (lambda k, q, marks: (k <= q) & (marks > 0), "an input of this graph", "mask-input"),
         (lambda k, q, marks: (1.0 - marks.double()) * -1e9, "an input of this graph", "mask-input"),
+        (_written, "written to in place", "mask"),
     ],
 )
 def test_reasons_are_true(mask: Callable[..., Tensor], reason: str, cause: str) -> None:
