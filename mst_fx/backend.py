@@ -11,6 +11,7 @@ from mst_fx.body import kept_alive
 from mst_fx.compiler import compile_graph, mode_patches, settle_floats
 from mst_fx.deferral import deferring
 from mst_fx.graph import graphs_of
+from mst_fx.mask_breaks import cross_masks
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 
@@ -39,6 +40,9 @@ def mst(
     patches = {**mode_patches(mode), **checked.inductor}
     if checked.inner != "eager":
         settle_floats(graphs_of(gm))
-    result = run_passes(gm, example_inputs, checked, mode)
-    compiled = compile_graph(result.gm, example_inputs, checked.inner, patches)
-    return deferring(kept_alive(compiled, result.bodies), result.deferrals, result.outputs)
+    crossing = cross_masks(gm, example_inputs, checked)
+    result = run_passes(gm, crossing.inputs, checked, mode, crossing)
+    compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches)
+    compiled = crossing.put_masks(kept_alive(compiled, result.bodies), bool(result.deferrals))
+    outputs = crossing.outputs or result.outputs
+    return crossing.open_masks(deferring(compiled, result.deferrals, outputs))

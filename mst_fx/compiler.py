@@ -26,6 +26,8 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._dynamo.symbolic_convert.TensorifyState`` and ``torch._dynamo.exc.TensorifyScalarRestartAnalysis``: how
   AOTAutograd tells Dynamo to capture anew with some floats as constants (``tensorify_python_scalars``, which runs
   when our passes and bodies are done). What it is bound to say is said before.
+- The stack of Dynamo's callback (``_dynamo/convert_frame.py``, ``_dynamo/eval_frame.py``): nothing else says
+  whether a graph's function is the one that was given to ``torch.compile``, or one that its caller calls.
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``GraphModule.compile_subgraph_reason``: why Dynamo ended a graph, a ``GraphCompileReason`` (2.11 and 2.13). It has no
   kind but its text, whose first line is the ``gb_type`` of Dynamo's registry of graph breaks.
@@ -44,8 +46,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import sympy
@@ -308,6 +312,22 @@ def outside_of_modes() -> Iterator[None]:
     """Runs its block under no dispatch mode."""
     with _disable_current_modes():
         yield
+
+
+def returns_to_user() -> bool:
+    """Whether the function that is being captured is the very one that was given to ``torch.compile``.
+
+    Others are called by Python code that Dynamo did not capture as a whole.
+    """
+    frame: FrameType | None = sys._getframe()
+    is_inside = False
+    while frame is not None:
+        place = frame.f_code.co_filename
+        if is_inside and not place.endswith("convert_frame.py"):
+            return place.endswith("eval_frame.py")
+        is_inside = place.endswith("convert_frame.py") and frame.f_code.co_name == "__call__"
+        frame = frame.f_back
+    return True
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import fx
 
 from mst_fx.compiler import compile_graph
 from mst_fx.doctor import watch
+from mst_fx.mask_breaks import cross_masks
 from mst_fx.options import Options, make_options
 from mst_fx.pipeline import run_passes
 from mst_fx.report import Report
@@ -34,9 +35,11 @@ def explain(
     checked = make_options(options)
 
     def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        run_passes(gm, example_inputs, checked)
-        # Runs as captured: the inner compiler is not what is asked about.
-        return compile_graph(gm, example_inputs, "aot_eager", {})
+        crossing = cross_masks(gm, example_inputs, checked)
+        run_passes(gm, crossing.inputs, checked, crossing=crossing)
+        # Runs as captured, but for masks that later graphs get: the inner compiler is not what is asked about.
+        compiled = compile_graph(crossing.gm, crossing.inputs, "aot_eager", {})
+        return crossing.open_masks(crossing.put_masks(compiled, False))
 
     def run(*args: Any, **kwargs: Any) -> Report:
         torch._dynamo.reset()

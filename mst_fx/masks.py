@@ -23,17 +23,18 @@ Forms, with ``k0``, ``q0`` … the vectors (and an offset that is added to the s
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import expression
+from mst_fx.fold import expression, writes_in_place
 from mst_fx.graph import is_plain, storage_key, tensor_value, value
 
 aten = torch.ops.aten
@@ -272,6 +273,30 @@ def _sees_something(
     return interval.exact & (counts.gather(1, hi) > counts.gather(1, lo))
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is known of a mask that another graph has made as vectors (:mod:`mst_fx.mask_breaks`).
+
+    Attributes:
+        formula: as it is read in this graph.
+        is_finite: see :func:`reach`.
+        vectors: the names of its vectors' nodes, keys first.
+        chunk: queries a chunk, of what follows.
+        known: the rows of its reach, flat; () if they are not known.
+        reach: the names of the nodes that are the rows of its reach and its starts; () if these are known.
+    """
+
+    formula: Mask
+    is_finite: bool
+    vectors: tuple[str, ...]
+    chunk: int
+    known: tuple[int, ...]
+    reach: tuple[str, ...]
+
+
+GIVEN = "mst_given_masks"  # the meta key of a graph under which they are
+
+
 GENERAL, CAUSAL, FULL, SPANS = 0, 1, 2, 3
 PARTIAL, WHOLE, BLIND = 0, 1, 2
 HEADER = 2  # rows of a reach before those of its chunks
@@ -443,6 +468,8 @@ class Reader:
             operand of its call); the identity otherwise.
         constant: the value of a node that depends on no input; None for others.
         mutated: storages that something writes to: what they hold depends on when it is read.
+        batch_first: a mask of three dimensions is [B, Q, K]; otherwise they count from the last one, as
+            everywhere in torch, and the first is that of heads.
 
     Attributes:
         key_nodes, query_nodes: the nodes that ``k0``, … and ``q0``, … name.
@@ -455,9 +482,10 @@ class Reader:
         resolve: Callable[[fx.Node], fx.Node],
         constant: Callable[[fx.Node], Any],
         mutated: Collection[int] = (),
+        batch_first: bool = False,
     ) -> None:
         self.queries, self.keys, self._resolve, self._constant = queries, keys, resolve, constant
-        self._mutated = mutated
+        self._mutated, self._batch_first = mutated, batch_first
         self.key_nodes: list[fx.Node] = []
         self.query_nodes: list[fx.Node] = []
 
@@ -470,57 +498,77 @@ class Reader:
         node = self._resolve(node)
         fake = tensor_value(node)
         if fake is None or fake.dtype != torch.bool:
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not Boolean")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not Boolean", Cause.MASK)
+        if fill_of(node, self._mutated) is not None:
+            return ("constant", bool(fill_of(node)))
         kind = self._kind(node)
-        if kind == "number":
-            return self._read_number_mask(node)
+        known = self._constant(node) if kind != "full" else None
+        if isinstance(known, Tensor) and bool(known.all()):
+            return TRUE
+        if isinstance(known, Tensor) and not bool(known.any()):
+            return ("constant", False)
         if kind in ("keys", "queries"):
-            known = self._constant(node)
-            if isinstance(known, Tensor) and bool(known.all()):
-                return TRUE
             return ("true", self._vector(node, kind))
-        name, operands = op_name(node), [arg for arg in node.args if isinstance(arg, fx.Node)]
-        if name in _AND and len(operands) == 2:
-            return joined("and", [self.read(part) for part in operands])
-        if name in _OR and len(operands) == 2:
-            return joined("or", [self.read(part) for part in operands])
-        if name in _NOT and len(operands) == 1:
-            return negated(self.read(operands[0]))
+        name, operands = op_name(node), node.args[:2]
+        if name in _AND and len(node.args) == 2:
+            return joined("and", [self._part(part) for part in operands])
+        if name in _OR and len(node.args) == 2:
+            return joined("or", [self._part(part) for part in operands])
+        if name in _NOT and len(node.args) == 1:
+            return negated(self._part(node.args[0]))
         if name in _COMPARISONS and len(node.args) == 2:
             return self._compare(_COMPARISONS[name], *node.args)
-        if (name in _PASSING or _keeps_all(node)) and operands:
-            return self.read(operands[0])
-        if node.op == "placeholder":
-            raise Refusal(
-                f"{node.name}: the mask is an input of the graph, made outside of it", Cause.MASK_INPUT
-            )
-        raise Refusal(f"{node.name} ({name}) in the mask is not understood")
+        source = node.args[0] if node.args else None
+        if (name in _PASSING or _keeps_all(node)) and isinstance(source, fx.Node):
+            with self._behind(node, source):
+                return self.read(source)
+        if kind == "number":
+            raise Refusal(f"{node.name} ({name}) in the mask has neither keys nor queries", Cause.MASK)
+        raise self._not_understood(node)
 
-    def _read_number_mask(self, node: fx.Node) -> Mask:
-        """A mask without keys and queries: true, if it is a constant fill."""
-        name = op_name(node)
-        if name in ("new_ones", "ones", "ones_like") and _is_bool_fill(node):
-            return TRUE
-        if name in _PASSING:
-            return self._read_number_mask(self._resolve(node.args[0]))  # type: ignore[arg-type]
-        raise Refusal(f"{node.name} ({name}) in the mask has neither keys nor queries")
+    def _not_understood(self, node: fx.Node) -> Refusal:
+        outside = made_outside(node, self._resolve, self.queries, self.keys)
+        if outside is not None:
+            return Refusal(*outside)
+        return Refusal(f"{node.name} ({op_name(node)}) in the mask is not understood", Cause.MASK)
+
+    def _part(self, operand: Any) -> Mask:
+        if isinstance(operand, bool):
+            return ("constant", operand)
+        if isinstance(operand, fx.Node):
+            return self.read(operand)
+        raise Refusal(f"a mask is joined with {operand!r}", Cause.MASK)
+
+    @contextlib.contextmanager
+    def _behind(self, node: fx.Node, source: fx.Node) -> Iterator[None]:
+        """Reads the source of a node that only adds dimensions: [B, Q, K] of [B, 1, Q, K] perhaps."""
+        before = self._batch_first
+        self._batch_first = before or gives_heads(node, source)
+        try:
+            yield
+        finally:
+            self._batch_first = before
 
     def _kind(self, node: fx.Node) -> str:
         """Which of Q and K a value varies with: "full", "keys", "queries" or "number"."""
         fake = tensor_value(node)
         if fake is None:
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not a tensor")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not a tensor", Cause.MASK)
         if not is_plain(fake):
             raise Refusal(f"{node.name} ({op_name(node)}) in the mask is no plain tensor", Cause.NOT_PLAIN)
         if storage_key(fake) in self._mutated:
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is written to in place")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is written to in place", Cause.MASK)
         sizes = [1] * (4 - fake.ndim) + list(fake.shape)
+        if self._batch_first and fake.ndim == 3:
+            sizes = [fake.shape[0], 1, *fake.shape[1:]]
         if fake.ndim > 4 or not _is_one(sizes[1]):
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask differs between heads")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask differs between heads", Cause.MASK)
         rows, columns = sizes[2], sizes[3]
         if _is_one(rows) and _is_one(columns):
             if not _is_one(sizes[0]):
-                raise Refusal(f"{node.name} ({op_name(node)}) in the mask is one number a sequence")
+                raise Refusal(
+                    f"{node.name} ({op_name(node)}) in the mask is one number a sequence", Cause.MASK
+                )
             return "number"
         if _is_one(rows) and _same(columns, self.keys):
             return "keys"
@@ -528,7 +576,9 @@ class Reader:
             return "queries"
         if _same(rows, self.queries) and _same(columns, self.keys):
             return "full"
-        raise Refusal(f"{node.name} ({op_name(node)}) in the mask has the shape {tuple(fake.shape)}")
+        raise Refusal(
+            f"{node.name} ({op_name(node)}) in the mask has the shape {tuple(fake.shape)}", Cause.MASK
+        )
 
     def _vector(self, node: fx.Node, kind: str) -> str:
         nodes = self.key_nodes if kind == "keys" else self.query_nodes
@@ -542,19 +592,19 @@ class Reader:
             op, a, b = _MIRRORED[op], b, a
         if isinstance(a, _Difference):
             if isinstance(b, _Difference) or b.name:
-                raise Refusal("a mask compares three vectors")
+                raise Refusal("a mask compares three vectors", Cause.MASK)
             return self._compare_difference(op, a, b.offset)
         assert isinstance(b, _Number)
         if b.name.startswith("k") or (a.name.startswith("q") and not b.name):
             op, a, b = _MIRRORED[op], b, a
         if a.name[:1] == b.name[:1]:
-            raise Refusal("a mask compares two vectors of the same tokens")
+            raise Refusal("a mask compares two vectors of the same tokens", Cause.MASK)
         return ("compare", op, a.name, b.name, b.offset - a.offset)
 
     def _compare_difference(self, op: str, difference: _Difference, bound: int) -> Mask:
         if difference.absolute:
             if op not in ("le", "lt"):
-                raise Refusal("a mask compares a distance otherwise than by < and <=")
+                raise Refusal("a mask compares a distance otherwise than by < and <=", Cause.MASK)
             plain = dataclasses.replace(difference, absolute=False)
             low = self._compare_difference("ge" if op == "le" else "gt", plain, -bound)
             return joined("and", [self._compare_difference(op, plain, bound), low])
@@ -567,13 +617,13 @@ class Reader:
         if isinstance(operand, int) and not isinstance(operand, bool):
             return _Number(offset=operand)
         if not isinstance(operand, fx.Node):
-            raise Refusal(f"a mask compares with {operand!r}")
+            raise Refusal(f"a mask compares with {operand!r}", Cause.MASK)
         node = self._resolve(operand)
         if isinstance(value(node), torch.SymInt):
-            raise Refusal(f"a mask compares with the dynamic integer {node.name}")
+            raise Refusal(f"a mask compares with the dynamic integer {node.name}", Cause.MASK)
         fake = tensor_value(node)
         if fake is None or fake.is_floating_point() or fake.is_complex():
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not an integer")
+            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not an integer", Cause.MASK)
         kind = self._kind(node)
         name = op_name(node)
         if kind in ("keys", "queries"):
@@ -584,9 +634,11 @@ class Reader:
             inner = self._number(node.args[0])
             if isinstance(inner, _Difference) and not inner.absolute and not inner.offset:
                 return dataclasses.replace(inner, absolute=True)
-        if kind == "full" and name in _PASSING:
-            return self._number(node.args[0])
-        raise Refusal(f"{node.name} ({name}) in the mask is not understood")
+        source = node.args[0] if node.args else None
+        if kind == "full" and (name in _PASSING or _keeps_all(node)) and isinstance(source, fx.Node):
+            with self._behind(node, source):
+                return self._number(source)
+        raise self._not_understood(node)
 
     def _shifted(self, node: fx.Node, name: str) -> _Number | None:
         """A vector plus or minus a number that is known."""
@@ -609,7 +661,7 @@ class Reader:
                 return _Difference(a.name, b.name, 1, a.offset - b.offset)
             if a.name.startswith("q") and b.name.startswith("k"):
                 return _Difference(b.name, a.name, -1, a.offset - b.offset)
-        raise Refusal("a mask subtracts something else than keys and queries")
+        raise Refusal("a mask subtracts something else than keys and queries", Cause.MASK)
 
 
 _AND = {"and_", "__and__", "bitwise_and", "logical_and", "mul"}
@@ -670,9 +722,53 @@ def _keeps_all(node: fx.Node) -> bool:
     return steps and expression(fake.numel()) == expression(out.numel())
 
 
-def _is_bool_fill(node: fx.Node) -> bool:
-    fake = tensor_value(node)
-    return fake is not None and fake.dtype == torch.bool
+_FILLS = {"ones": 1, "ones_like": 1, "new_ones": 1, "zeros": 0, "zeros_like": 0, "new_zeros": 0}
+
+
+def fill_of(node: fx.Node, mutated: Collection[int] = ()) -> float | bool | None:
+    """The number that all elements of a node are: ``x.new_zeros(shape)``, ``full(shape, True)``."""
+    name, fake = op_name(node), tensor_value(node)
+    if node.op not in ("call_function", "call_method") or any(map(writes_in_place, node.users)):
+        return None
+    if fake is None or not is_plain(fake) or storage_key(fake) in mutated:
+        return None
+    if name in _FILLS:
+        return _FILLS[name]
+    if name in ("full", "full_like", "new_full"):
+        at = 2 if name == "new_full" else 1
+        filled = node.args[at] if len(node.args) > at else node.kwargs.get("fill_value")
+        return filled if isinstance(filled, (bool, int, float)) else None
+    return None
+
+
+def gives_heads(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is ``[B, 1, Q, K]`` of a source ``[B, Q, K]`` (``source[:, None]``)."""
+    fake, inner = tensor_value(node), tensor_value(source)
+    if fake is None or inner is None or (fake.ndim, inner.ndim) != (4, 3) or not _is_one(fake.shape[1]):
+        return False
+    is_kept = all(_same(fake.shape[to], inner.shape[at]) for to, at in ((0, 0), (2, 1), (3, 2)))
+    return is_kept and op_name(node) in ("getitem", "unsqueeze", "view", "reshape")
+
+
+def made_outside(
+    node: fx.Node, resolve: Callable[[fx.Node], fx.Node], queries: Any, keys: Any
+) -> tuple[str, Cause] | None:
+    """Why a mask that depends on Q x K values which are an input of the graph is refused; None: it does not."""
+    stack, seen = [node], set()
+    while stack:
+        current = resolve(stack.pop())
+        if current in seen:
+            continue
+        seen.add(current)
+        fake = tensor_value(current)
+        if fake is None or fake.ndim < 2:
+            continue
+        if current.op not in ("placeholder", "get_attr"):
+            stack += current.all_input_nodes
+        elif _same(fake.shape[-2], queries) and _same(fake.shape[-1], keys):
+            reason = "the mask is an input of this graph (S² elements), made outside of it"
+            return f"{current.name}: {reason}", Cause.MASK_INPUT
+    return None
 
 
 def _is_one(size: Any) -> bool:

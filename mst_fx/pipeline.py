@@ -24,6 +24,7 @@ from mst_fx.facts import observe
 from mst_fx.fold import eliminate_dead_code, outside_transforms
 from mst_fx.graph import VALUE, copy_tree, fill_values, is_graph, subgraphs, value
 from mst_fx.keep import keep_waves
+from mst_fx.mask_breaks import Crossing
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
 from mst_fx.report import Refused, Report
@@ -97,9 +98,20 @@ def rewrite(
 
 @without_saved_tensors_hooks()  # nodes run on fakes, some of them with gradients
 def run_passes(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    mode: str | None = None,
+    crossing: Crossing | None = None,
 ) -> Result:
-    """:func:`rewrite` for the backend: deferred outputs are left to the caller."""
+    """:func:`rewrite` for the backend: deferred outputs are left to the caller.
+
+    Args:
+        gm: the graph as captured.
+        example_inputs: of the graph that is rewritten.
+        crossing: what is rewritten instead, where masks come or go as vectors.
+    """
+    captured, gm = gm, crossing.gm if crossing is not None else gm
     start = time.perf_counter()
     report = Report(graphs=1)
     patches = {**mode_patches(mode), **options.inductor}
@@ -116,18 +128,20 @@ def run_passes(
         if options.strict:
             raise
         report = Report(graphs=1, refusals=[Refused("graph", "", _defect("everything", error), Cause.DEFECT)])
+    if not report.rewrites:
+        new, deferrals, outputs = gm, (), 0
+    report.rewrites[:0] = crossing.rewrites if crossing is not None else ()
     if report.rewrites:
-        report.before.append(_text(gm))
+        report.before.append(_text(captured))
         report.after.append(_text(new))
     else:
-        new, deferrals, outputs = gm, (), 0
         report.before.append("")
         report.after.append("")
     report.seconds = time.perf_counter() - start
     _log(report)
     try:
-        observe(gm, new, report)
-        warn(gm, report)
+        observe(captured, new, report)
+        warn(captured, report)
     except Exception as error:
         if options.strict:
             raise

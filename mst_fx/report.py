@@ -15,7 +15,7 @@ class Rewrite:
     """One region that became a loop over chunks of rows.
 
     Attributes:
-        kind: "attention", "mlp" or "vocab".
+        kind: "attention", "mlp" or "vocab"; "mask": one that other graphs read crosses the break as vectors.
         name: path of the module, e.g. ``model.layers.0.mlp``.
         rows: rows at capture (by hint, where the number is symbolic).
         chunk_rows, chunks: rows a chunk has at most, and how many chunks that makes.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Refusal
-from mst_fx.fold import expression, is_identity_dropout, outside_transforms
+from mst_fx.fold import expression, is_identity_dropout, mutated_storages, outside_transforms
 from mst_fx.graph import (
     VALUE,
     add_call,
@@ -30,6 +30,7 @@ from mst_fx.graph import (
     tensors_of,
     value,
 )
+from mst_fx.masks import fill_of
 
 aten = torch.ops.aten
 
@@ -184,6 +185,7 @@ def _fused(level: Level, node: fx.Node) -> Site | None:
 
 _MATMULS = (torch.matmul, operator.matmul, "matmul", torch.bmm, aten.matmul.default)
 SOFTMAXES = (F.softmax, torch.softmax, "softmax", aten.softmax.int)
+_PRODUCTS = (*_MATMULS, "bmm", "baddbmm", torch.baddbmm, torch.einsum, aten.bmm.default, aten.baddbmm.default)
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
 
 
@@ -207,11 +209,15 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         return None
     mask = None
     current = step(current.args[0])
-    adds = (torch.add, operator.add, "add", operator.iadd)
-    if current is not None and current.target in adds and not current.kwargs:
+    while current is not None and current.target in _ADDS and not current.kwargs:
         left, right = current.args[:2]
         scores_first = isinstance(left, fx.Node) and len(left.users) == 1
-        mask, current = (right, step(left)) if scores_first else (left, step(right))
+        added, scores = (right, left) if scores_first else (left, right)
+        if not _is_nothing(level, current, added, scores):
+            if mask is not None:
+                return None
+            mask = added
+        current = step(scores)
     softcap = 0.0
     is_capped = current is not None and bool(current.args) and _is_tanh(current.args[0])
     factor = _factor(current) if is_capped else None
@@ -260,7 +266,7 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
 def _is_scaling(node: fx.Node) -> bool:
     """Whether a node is ``x * c`` or ``x / c`` with a number that changes: no value of it may be written down."""
     number = value(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], fx.Node) else None
-    is_scaled = node.target in (*_PRODUCTS, *_QUOTIENTS)
+    is_scaled = node.target in (*_SCALES, *_QUOTIENTS)
     return is_scaled and isinstance(number, torch.SymFloat) and not number.node.expr.is_number
 
 
@@ -268,19 +274,55 @@ def scaled_query(site: Site, query: fx.Node) -> fx.Node:
     """The query of a site, times the number that scaled its scores; at the graph's insertion point."""
     if site.scaling is None:
         return query
-    target = torch.mul if site.scaling.target in _PRODUCTS else torch.div
+    target = torch.mul if site.scaling.target in _SCALES else torch.div
     return add_call(site.level.gm.graph, target, query, site.scaling.args[1])
 
 
-_PRODUCTS = (torch.mul, operator.mul, "mul", operator.imul)
+_SCALES = (torch.mul, operator.mul, "mul", operator.imul)
 _QUOTIENTS = (torch.div, operator.truediv, "div", operator.itruediv)
+
+
+_ADDS = (torch.add, operator.add, "add", operator.iadd)
+
+
+def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any) -> bool:
+    """Whether zeros are added, as T5 does to the scores of cross-attention."""
+    if not isinstance(added, fx.Node) or not isinstance(scores, fx.Node):
+        return False
+    fake, source = tensor_value(total), tensor_value(scores)
+    if fake is None or source is None or fake.dtype != source.dtype:
+        return False
+    zeros = level.resolve(added)
+    written = {storage for each in all_levels(level.top) for storage in mutated_storages(each.gm.graph)}
+    same = [expression(size) for size in fake.shape] == [expression(size) for size in source.shape]
+    return same and fill_of(zeros, written) == 0
+
+
+def is_of_scores(node: fx.Node) -> bool:
+    """Whether a softmax is that of a product of two activations, ``[.., Q, D]`` and ``[.., D, K]``, and not of
+    logits, whose one factor is a matrix."""
+    fake = tensor_value(node)
+    assert fake is not None
+    count, stack, seen = expression(fake.numel()), [node], set()
+    while stack:
+        current = stack.pop()
+        found = tensor_value(current)
+        if current in seen or found is None or expression(found.numel()) != count:
+            continue
+        seen.add(current)
+        name = getattr(current.target, "__name__", str(current.target))
+        if current.target in _PRODUCTS or name in ("bmm", "baddbmm", "einsum"):
+            factors = [x for x in map(tensor_value, current.all_input_nodes[-2:]) if x is not None]
+            return len(factors) == 2 and all(x.ndim > 2 for x in factors)
+        stack += current.all_input_nodes
+    return False
 
 
 def _factor(node: fx.Node | None) -> float | None:
     """``c`` of ``x * c`` and ``1 / c`` of ``x / c``."""
     if node is None or len(node.args) != 2:
         return None
-    if node.target in _PRODUCTS:
+    if node.target in _SCALES:
         return number_of(node.args[1])
     if node.target in _QUOTIENTS:
         divisor = number_of(node.args[1])

@@ -35,7 +35,7 @@ from torch import fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Context, contexts, expression, in_context, writes_in_place
-from mst_fx.graph import add_call, fake_mode_of, hint, is_plain, tensor_value, tensors_of
+from mst_fx.graph import add_call, fake_mode_of, hint, is_plain, storage_key, tensor_value, tensors_of
 
 log = logging.getLogger("mst_fx")
 
@@ -151,7 +151,9 @@ def _written(node: fx.Node) -> fx.Node | None:
 
 
 def _storage(fake: torch.Tensor) -> int:
-    return int(fake.untyped_storage()._cdata)
+    key = storage_key(fake)
+    assert key is not None  # asked of plain tensors only
+    return key
 
 
 def _name(node: fx.Node) -> str:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ from mst_fx.graph import (
     call,
     hint,
     module_path,
+    storage_key,
     tensor_value,
     value,
 )
@@ -55,13 +56,18 @@ from mst_fx.kernels import is_fused
 from mst_fx.masks import (
     CAUSAL,
     FULL,
+    GIVEN,
     TRUE,
+    Given,
     Mask,
     Reader,
     Vectors,
     describe,
+    fill_of,
     form_name,
+    gives_heads,
     joined,
+    made_outside,
     names,
     native,
     op_name,
@@ -76,6 +82,7 @@ from mst_fx.sites import (
     Site,
     all_levels,
     find_sites,
+    is_of_scores,
     number_of,
     placeholders_of,
     scaled_query,
@@ -91,6 +98,7 @@ class Understood:
     Attributes:
         fill: what is added to a masked score; 0: masked scores do not count at all.
         known: what :func:`mst_fx.masks.reach` says, where all vectors are constants.
+        given: what the graph that made the mask says of it.
     """
 
     site: Site
@@ -101,6 +109,7 @@ class Understood:
     chunk: int
     known: Tensor | None
     form: str
+    given: Given | None = None
 
 
 def run(context: PassContext) -> None:
@@ -134,10 +143,11 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
     for each in all_levels(level):
         for node in each.gm.graph.nodes:
             fake = tensor_value(node)
-            if node.target not in SOFTMAXES or node in claimed or fake is None or fake.ndim != 4:
+            if node.target not in SOFTMAXES or node in claimed or fake is None or fake.ndim < 3:
                 continue
             least = plan_attention(fake.device.type, context.options.attention_chunk_rows)
-            if min(hint(fake.shape[2]), hint(fake.shape[3])) > least:
+            is_large = min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
+            if is_large and (fake.ndim == 4 or is_of_scores(node)):
                 name = module_path(node) or node.name
                 reason = f"{node.name}: softmax of scores, but no attention known here"
                 context.refuse("attention", name, reason, Cause.SCORES)
@@ -174,11 +184,11 @@ def _read_site(site: Site, queries: Any, keys: Any, chunk: int, mutated: set[int
         if fake is not None
     }
     if len(types) > 1 and not _under_autocast(site):
-        raise Refusal(f"{site.out.name}: query, key, value and output have different types")
+        raise Refusal(f"{site.out.name}: query, key, value and output have different types", Cause.SCORES)
     if site.dropout:
         if site.mask is None:
             return None
-        raise Refusal(f"{site.out.name}: attention weights are dropped at random")
+        raise Refusal(f"{site.out.name}: attention weights are dropped at random", Cause.SCORES)
     is_static = isinstance(queries, int) and isinstance(keys, int)
     if site.causal and site.mask is None:
         if _ungrouped(site) == (site.key, site.value) and not _is_ours(site):
@@ -195,12 +205,28 @@ def _read_site(site: Site, queries: Any, keys: Any, chunk: int, mutated: set[int
     elif formula == TRUE and not site.softcap:
         known = native(FULL)
     elif formula == TRUE:
-        raise Refusal(f"{site.out.name}: capped scores without a mask, and the sequence is dynamic")
+        raise Refusal(
+            f"{site.out.name}: capped scores without a mask, and the sequence is dynamic", Cause.SCORES
+        )
+    given = _given(site, formula, fill, (*key_nodes, *query_nodes), chunk)
+    if known is None and given is not None and given.known:
+        known = torch.tensor(given.known).view(-1, 3)
     inside = [node for node in (*key_nodes, *query_nodes) if node.graph is not site.level.top.gm.graph]
     if inside and not _is_native(site, known):
-        raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer")
+        raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer", Cause.MASK)
     form = form_name(formula, known, vectors if is_static else None, hint(queries))
-    return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form)
+    return Understood(site, formula, fill, key_nodes, query_nodes, chunk, known, form, given)
+
+
+def _given(site: Site, formula: Mask, fill: float, vectors: Sequence[fx.Node], chunk: int) -> Given | None:
+    """What is known of a mask that another graph has made, if the site's is that one and the whole of it."""
+    names_ = tuple(node.name for node in vectors)
+    is_here = all(node.graph is site.level.top.gm.graph for node in vectors)
+    for given in site.level.top.gm.meta.get(GIVEN, ()):
+        same = (given.formula, given.is_finite, given.vectors, given.chunk)
+        if is_here and same == (formula, fill != 0.0, names_, chunk):
+            return given  # type: ignore[no-any-return]
+    return None
 
 
 def _is_native(site: Site, known: Tensor | None) -> bool:
@@ -230,24 +256,33 @@ def _under_autocast(site: Site) -> bool:
 def _formula(
     site: Site, queries: Any, keys: Any, mutated: set[int]
 ) -> tuple[Mask, float, list[fx.Node], list[fx.Node], Vectors | None]:
+    if site.mask is None:
+        return TRUE, 0.0, [], [], Vectors([], [])
+    return formula_of(site.mask, site.level, queries, keys, mutated)
+
+
+def formula_of(
+    node: fx.Node, level: Level, queries: Any, keys: Any, mutated: set[int]
+) -> tuple[Mask, float, list[fx.Node], list[fx.Node], Vectors | None]:
     """The formula of a mask, what is added where it is false, its vectors, and their values if all are constant.
 
     Parts that constants make true, such as "the same document" of one document, are left out.
+
+    Raises:
+        Refusal: if the mask is not understood.
     """
-    if site.mask is None:
-        return TRUE, 0.0, [], [], Vectors([], [])
-    fake = tensor_value(site.mask)
+    fake = tensor_value(node)
     if fake is None or fake.requires_grad:
-        raise Refusal(f"{site.mask.name}: the mask has a gradient")
+        raise Refusal(f"{node.name}: the mask has a gradient", Cause.MASK)
     evaluated: dict[fx.Node, Any] = {}
     limit = 64 * (hint(queries) + hint(keys))
 
     def constant(node: fx.Node) -> Any:
         return _evaluate(node, evaluated, limit)
 
-    reader = Reader(queries, keys, site.level.resolve, constant, mutated)
-    mask, fill = _boolean(site)
-    formula = reader.read(mask)
+    mask, fill, batch_first = _boolean(node, level, queries, keys, mutated)
+    reader = Reader(queries, keys, level.resolve, constant, mutated, batch_first)
+    formula = TRUE if mask is None else reader.read(mask)
     nodes = {f"k{i}": node for i, node in enumerate(reader.key_nodes)}
     nodes |= {f"q{i}": node for i, node in enumerate(reader.query_nodes)}
     values = {name: constant(node) for name, node in nodes.items()}
@@ -256,8 +291,8 @@ def _formula(
         if not all(isinstance(values[name], Tensor) for name in names_):
             return None
         return Vectors(
-            [_as_rows(values[name], True) for name in names_ if name[0] == "k"],
-            [_as_rows(values[name], False) for name in names_ if name[0] == "q"],
+            [as_rows(values[name], True) for name in names_ if name[0] == "k"],
+            [as_rows(values[name], False) for name in names_ if name[0] == "q"],
         )
 
     def numbered(part: Mask) -> tuple[Mask, list[str]]:
@@ -276,30 +311,100 @@ def _formula(
     parts = formula[1:] if formula[0] == "and" else (formula,)
     formula, used = numbered(joined("and", [part for part in parts if not is_true(part)]))
     if formula == ("constant", False):
-        raise Refusal(f"{site.mask.name}: the mask lets nothing through")
+        raise Refusal(f"{node.name}: the mask lets nothing through", Cause.MASK)
     key_nodes = [nodes[name] for name in used if name[0] == "k"]
     return formula, fill, key_nodes, [nodes[name] for name in used if name[0] == "q"], of(used)
 
 
-def _boolean(site: Site) -> tuple[fx.Node, float]:
-    """The Boolean mask, and what is added to the score where it is false (0: minus infinity, or Boolean).
+def _boolean(
+    node: fx.Node, level: Level, queries: Any, keys: Any, mutated: set[int]
+) -> tuple[fx.Node | None, float, bool]:
+    """The Boolean mask (None: nothing is masked), what is added to the score where it is false (0: minus infinity,
+    or Boolean), and whether it is [B, Q, K] where it has three dimensions.
 
-    ``where(mask, 0, fill)`` is what Hugging Face's eager attention adds.
+    ``where(mask, 0, fill)`` is what Hugging Face's eager attention adds; ``zeros`` is T5's bias of none.
     """
-    assert site.mask is not None
-    node = site.level.resolve(site.mask)
+    node = level.resolve(node)
     fake = tensor_value(node)
     if fake is not None and fake.dtype == torch.bool:
-        return node, 0.0
-    while node.target in ("to", "contiguous", "type") or _is_whole_slice(node):
-        node = site.level.resolve(node.args[0])  # type: ignore[arg-type]
+        return node, 0.0, False
+    batch_first = False
+    for step in _steps(node, level):
+        batch_first |= gives_heads(node, step)
+        node = step
+        fake = tensor_value(node)
+        if fake is not None and storage_key(fake) in mutated:
+            raise Refusal(f"{node.name} ({op_name(node)}), the mask, is written to in place", Cause.MASK)
+    if fill_of(node, mutated) == 0:
+        return None, 0.0, False
+    if op_name(node) in ("add", "iadd") and len(node.args) == 2 and not node.kwargs:
+        parts = [level.resolve(part) for part in node.args if isinstance(part, fx.Node)]
+        others = [part for part in parts if fill_of(where_of(part, level), mutated) != 0]
+        if len(parts) == 2 and len(others) == 1:
+            return _boolean(others[0], level, queries, keys, mutated)
     if node.target in (torch.where, aten.where.self) and len(node.args) == 3:
         mask, zero, masked = node.args
-        fill = number_of(masked) if not isinstance(masked, fx.Node) else _fill_of(masked)
-        is_zero = zero == 0 if not isinstance(zero, fx.Node) else _fill_of(zero) == 0
+        fill = _number_in(masked)
+        is_zero = _number_in(zero) == 0 or (isinstance(zero, fx.Node) and fill_of(zero, mutated) == 0)
         if isinstance(mask, fx.Node) and is_zero and fill is not None and fill < -1e4:
-            return mask, 0.0 if fill == float("-inf") else fill
-    raise Refusal(f"{node.name} ({getattr(node.target, '__name__', node.target)}) makes the mask")
+            return mask, 0.0 if fill == float("-inf") else fill, batch_first
+    outside = made_outside(node, level.resolve, queries, keys)
+    if outside is not None:
+        raise Refusal(*outside)
+    raise Refusal(f"{node.name} ({op_name(node)}) makes the mask", Cause.MASK)
+
+
+def _number_in(found: Any) -> float | None:
+    return _fill_of(found) if isinstance(found, fx.Node) else number_of(found)
+
+
+def _steps(node: fx.Node, level: Level | None) -> Iterator[fx.Node]:
+    """A mask, and the nodes of which it is a cast or the whole, with more dimensions perhaps; back to the first."""
+    yield node
+    while op_name(node) in _SAME or _is_whole_slice(node) or _adds_dimensions(node):
+        node = node.args[0]  # type: ignore[assignment]
+        node = node if level is None else level.resolve(node)
+        yield node
+
+
+def where_of(node: fx.Node, level: Level | None) -> fx.Node:
+    """The first node of which a mask is a cast, or the whole."""
+    *_, first = _steps(node, level)
+    return first
+
+
+_SAME = (
+    "to",
+    "_to_copy",
+    "contiguous",
+    "clone",
+    "detach",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+)
+
+
+def _adds_dimensions(node: fx.Node) -> bool:
+    """Whether a node is another with dimensions of size 1 in front (``x[None, None]``, ``x.unsqueeze(0)``), or
+    for heads (``x[:, None]``), or that expanded."""
+    name = op_name(node)
+    if name not in ("getitem", "unsqueeze", "expand", "expand_as", "broadcast_to", "view", "reshape"):
+        return False
+    source = node.args[0] if node.args else None
+    fake, inner = tensor_value(node), tensor_value(source) if isinstance(source, fx.Node) else None
+    if fake is None or inner is None or fake.ndim < inner.ndim:
+        return False
+    if gives_heads(node, source):  # type: ignore[arg-type]
+        return True
+    sizes, wanted = _sizes(fake), _sizes(inner)
+    wanted = [1] * (len(sizes) - len(wanted)) + wanted
+    if name in ("view", "reshape", "getitem", "unsqueeze"):
+        return sizes == wanted
+    return all(a == b or b == 1 for a, b in zip(sizes, wanted, strict=True)) and sizes[-2:] == wanted[-2:]
 
 
 def _is_whole_slice(node: fx.Node) -> bool:
@@ -360,7 +465,7 @@ _NAMES_OF_CONSTANTS = """
 _CONSTANT = frozenset(_NAMES_OF_CONSTANTS.split())
 
 
-def _as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
+def as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
     """``[b, 1, 1, K]`` or ``[b, 1, Q, 1]``, with fewer dimensions too, → ``[b, K]`` or ``[b, Q]``.
 
     Args:
@@ -412,7 +517,7 @@ def _vector_nodes(
 
     def rows(node: fx.Node, is_key: bool) -> fx.Node:
         with graph.inserting_before(before):
-            return _as_rows(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
+            return as_rows(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
 
     return tuple(rows(n, True) for n in understood.keys), tuple(rows(n, False) for n in understood.queries)
 
@@ -433,11 +538,15 @@ def _key_of(understood: Understood) -> Any:
 def _add_reaches(top: Level, unknown: Sequence[Understood]) -> dict[Any, _Reach]:
     """Adds one op for all masks of equal size that are known at run time only."""
     groups: dict[Any, dict[Any, Understood]] = {}
+    found: dict[Any, _Reach] = {}
     for understood in unknown:
         key = _key_of(understood)
+        if understood.given is not None:
+            if key not in found:
+                found[key] = _given_reach(top, understood)
+            continue
         groups.setdefault((key[2], understood.chunk), {}).setdefault(key, understood)
     order = {node: index for index, node in enumerate(top.gm.graph.nodes)}
-    found: dict[Any, _Reach] = {}
     for group in groups.values():
         first = min((u.site.level.at_top(u.site.out) for u in group.values()), key=order.__getitem__)
         together = [
@@ -449,6 +558,15 @@ def _add_reaches(top: Level, unknown: Sequence[Understood]) -> dict[Any, _Reach]
             if keys:
                 found |= _add_reach(top, {key: group[key] for key in keys}, order)
     return found
+
+
+def _given_reach(top: Level, understood: Understood) -> _Reach:
+    """The reach that came with the vectors: inputs of the graph."""
+    assert understood.given is not None
+    inputs = {node.name: node for node in placeholders_of(top.gm)}
+    rows, starts = (inputs[name] for name in understood.given.reach)
+    before = max((*understood.keys, *understood.queries), key=list(top.gm.graph.nodes).index).next
+    return _Reach(*_vector_nodes(top, understood, before), rows, starts)
 
 
 def _add_reach(top: Level, group: dict[Any, Understood], order: dict[fx.Node, int]) -> dict[Any, _Reach]:
@@ -487,7 +605,7 @@ def _size_node(graph: fx.Graph, size: Any, vectors: Sequence[fx.Node]) -> Any:
         fake = tensor_value(node)
         if fake is not None and expression(fake.shape[1]) == expression(size):
             return add_call(graph, "size", node, 1)
-    raise Refusal(f"no vector of the mask has the dynamic size {size}")
+    raise Refusal(f"no vector of the mask has the dynamic size {size}", Cause.MASK)
 
 
 def _ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:

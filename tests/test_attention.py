@@ -267,6 +267,20 @@ WRITTEN = {
     "prefix": (lambda k, q: (k <= q) | (k < 9), "general: k0 <= q0 or k1"),
     "documents": (lambda k, q: (k <= q) & (k // 7 == q // 7), "documents"),
     "all": (lambda k, q: (k >= 0) | (q < 0), "full"),
+    "or from zeros": (
+        lambda k, q: q.new_zeros((), dtype=torch.bool) | (k <= q) | (k < 9),
+        "general: k0 <= q0 or k1",
+    ),
+    "and from ones": (lambda k, q: k.new_ones((), dtype=torch.bool) & (k <= q), "causal"),
+    "or from a tensor": (lambda k, q: torch.tensor(False) | (k <= q), "causal"),
+    "or from full": (lambda k, q: torch.logical_or(k <= q, torch.full((), False)), "causal"),
+    "or with whole zeros": (lambda k, q: (k <= q) | torch.zeros(SEQ, SEQ, dtype=torch.bool), "causal"),
+    "or with no keys": (lambda k, q: torch.zeros_like(k, dtype=torch.bool) | (k <= q), "causal"),
+    "and not false": (lambda k, q: ~q.new_full((1, 1), False, dtype=torch.bool) & (k <= q) & True, "causal"),
+    "image blocks": (
+        lambda k, q: q.new_zeros((), dtype=torch.bool) | (k <= q) | ((k // 5 == q // 5) & (q > 9)),
+        "general: k0 <= q0 or (k1 == q1 and q2)",
+    ),
 }
 
 
@@ -289,6 +303,7 @@ def test_written_masks(name: str, batch: int) -> None:
         (lambda k, q: torch.rand(SEQ, SEQ) > 0.5, "rand|gt"),
         (lambda k, q: (k <= q).roll(1, -1), "roll"),
         (lambda k, q: (k <= q).transpose(0, 1), "transpose"),
+        (lambda k, q: (k <= q) & torch.zeros((), dtype=torch.bool), "nothing"),
     ],
 )
 def test_masks_that_are_not_understood_are_refused(
@@ -392,6 +407,127 @@ def test_dropout_is_refused() -> None:
     assert not report.rewrites and "at random" in report.refusals[0].reason
 
 
+class Added(nn.Module):
+    """Attention with a mask ``[B, ..]`` of what is added to the scores, of some keys' places and a mark a token."""
+
+    def __init__(self, mask: Callable[..., Tensor], fused: bool = True) -> None:
+        super().__init__()
+        self.mask, self.fused, self.qkv = mask, fused, nn.Linear(16, 48).double()
+
+    def forward(self, x: Tensor, marks: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+        place = torch.arange(x.shape[1])
+        mask = self.mask(place[None, :], place[:, None], marks)
+        if self.fused:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return (torch.matmul(query, key.transpose(2, 3)) + self.zeros() + mask).softmax(-1) @ value
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(1, 4, SEQ, SEQ, dtype=torch.float64)
+
+
+def _minus(mask: Tensor) -> Tensor:
+    return torch.where(mask, 0.0, float("-inf")).double()
+
+
+ADDED = {
+    "zeros": (lambda k, q, marks: torch.zeros(1, 4, SEQ, SEQ, dtype=torch.float64), "full"),
+    "new zeros": (lambda k, q, marks: k.new_zeros(1, 4, SEQ, SEQ, dtype=torch.float64), "full"),
+    "zeros and a mask": (
+        lambda k, q, marks: torch.zeros(1, 4, SEQ, SEQ, dtype=torch.float64) + _minus(k <= q),
+        "causal",
+    ),
+    "a mask and full": (
+        lambda k, q, marks: _minus(k <= q)[None, None] + torch.full((1, 4, SEQ, SEQ), 0.0).double(),
+        "causal",
+    ),
+    "zeros where": (
+        lambda k, q, marks: torch.where(k <= q, torch.zeros(1, 4, SEQ, SEQ, dtype=torch.float64), -1e30),
+        "causal",
+    ),
+    "batch first": (
+        lambda k, q, marks: ((k <= q) & (marks[:, None, :] == marks[:, :, None]))[:, None],
+        "documents",
+    ),
+    "batch first, added": (
+        lambda k, q, marks: _minus((k <= q) & (marks[:, None, :] == marks[:, :, None])).unsqueeze(1),
+        "documents",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_added_masks(name: str) -> None:
+    """Zeros are no mask; a mask ``[B, Q, K]`` that is given heads later does not differ between heads."""
+    mask, form = ADDED[name]
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    marks = torch.stack([torch.arange(SEQ) // 7, torch.arange(SEQ) // 9])
+    for fused in (True, False) if "batch" not in name else (True,):
+        report = check(Added(mask, fused), (x, marks), options=OPTIONS)
+        assert _forms(report) == [form], report.refusals
+
+
+def _written(k: Tensor, q: Tensor, marks: Tensor) -> Tensor:
+    mask = _minus(k <= q)
+    mask[:, :2] = 0.0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason", "cause"),
+    [
+        (
+            lambda k, q, marks: torch.zeros(1, 4, SEQ, SEQ).double().index_fill_(3, k[0, :3], -9.0),
+            "index",
+            "mask",
+        ),
+        (lambda k, q, marks: _minus(k <= q).index_fill_(0, k[0, :3], -9.0), "index|in place", "mask"),
+        (lambda k, q, marks: (k - q) * 0.5 * torch.ones((), dtype=torch.float64), "mul", "mask"),
+        (lambda k, q, marks: marks[:4, :, None] == marks[:4, None, :], "between heads", "mask"),
+        (lambda k, q, marks: _minus(marks.expand(SEQ, SEQ) > k), "an input of this graph", "mask-input"),
+        (lambda k, q, marks: (k <= q) & (marks > 0), "an input of this graph", "mask-input"),
+        (lambda k, q, marks: (1.0 - marks.double()) * -1e9, "an input of this graph", "mask-input"),
+        (_written, "written to in place", "mask"),
+    ],
+)
+def test_reasons_are_true(mask: Callable[..., Tensor], reason: str, cause: str) -> None:
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    marks = torch.arange(SEQ * SEQ).view(SEQ, SEQ) % 5
+    report = check(Added(mask), (x, marks), options=OPTIONS)
+    assert not report.rewrites
+    refused = next(r for r in report.refusals if r.kind == "attention")
+    assert any(part in refused.reason for part in reason.split("|")) and refused.cause == cause, refused
+
+
+def test_attention_of_three_dimensions_is_refused_and_logits_are_none() -> None:
+    """``[B·heads, S, S]``, as in xglm; a softmax over a vocabulary is no attention."""
+
+    class Three(nn.Module):
+        def __init__(self, way: str) -> None:
+            super().__init__()
+            self.way, self.qkv, self.head = way, nn.Linear(16, 48).double(), nn.Linear(16, SEQ).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4).flatten(1, 2)
+            if self.way == "logits":
+                return self.head(x).softmax(-1)
+            if self.way == "matrix":
+                return (x.tanh() @ self.head.weight.t()).softmax(-1)
+            if self.way == "baddbmm":
+                scores = torch.baddbmm(x.new_zeros(1, 1, 1), query, key.transpose(1, 2))
+            elif self.way == "einsum":
+                scores = torch.einsum("bqd,bkd->bqk", query, key)
+            else:
+                scores = torch.bmm(query, key.transpose(1, 2)).view(2, 4, SEQ, SEQ) / 2.0
+                scores = scores.clamp(max=9.0).view(8, SEQ, SEQ)
+            return torch.bmm(F.softmax(scores, -1), value)
+
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64)
+    for way, expected in {"bmm": 1, "baddbmm": 1, "einsum": 1, "logits": 0, "matrix": 0}.items():
+        refused = [r for r in report_of(Three(way), OPTIONS, x).refusals if r.kind == "attention"]
+        assert [str(r.cause.value) for r in refused] == ["scores"] * expected, way
+
+
 def test_masks_written_in_place_are_refused() -> None:
     def mask(k: Tensor, q: Tensor) -> Tensor:
         found = k <= q
@@ -477,7 +613,9 @@ def test_fully_masked_rows_of_eager_attention(name: str) -> None:
 def test_models_that_are_refused(name: str, variant: str) -> None:
     model, inputs = _model(name, False, False), attention_batch(name, 1, variant)
     report = check_parity(model, inputs, _BAR, _BAR, OPTIONS)
-    assert not _forms(report)
+    assert _forms(report) == (["full", "full"] if name == "t5" else []), (
+        "T5's cross-attention has a bias of zeros"
+    )
     reasons = {r.reason for r in report.refusals if r.kind == "attention"}
     assert reasons and all("mask" in reason for reason in reasons), reasons
 
