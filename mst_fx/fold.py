@@ -453,29 +453,19 @@ def contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
     return contexts
 
 
-_INPLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in (
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "ifloordiv",
-        "imod",
-        "ipow",
-        "iand",
-        "ior",
-        "ixor",
-        "imatmul",
-    )
-} | {operator.setitem}
+_INPLACE_NAMES = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"),
+    "setitem",
+)
+_INPLACE_OPERATORS = {getattr(operator, name) for name in _INPLACE_NAMES}
+_INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_NAMES}
 
 
 def writes_in_place(node: fx.Node) -> bool:
     """Whether a node may write to one of its arguments."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    if node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None:
+    if node.target in _INPLACE_OPERATORS | _INPLACE_METHODS or node.kwargs.get("out") is not None:
         return True
     place = _inplace_place(node.target)
     if node.kwargs.get("inplace") or any(node.args[place : place + 1]):
