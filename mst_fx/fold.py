@@ -501,22 +501,12 @@ def outside_transforms(graph: fx.Graph) -> list[fx.Node]:
     return [node for node, context in contexts(graph).items() if not context.level]
 
 
-_INPLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in (
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "ifloordiv",
-        "imod",
-        "ipow",
-        "iand",
-        "ior",
-        "ixor",
-        "imatmul",
-    )
-} | {operator.setitem}
+_INPLACE_NAMES = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"),
+    "setitem",
+)
+_INPLACE_OPERATORS = {getattr(operator, name) for name in _INPLACE_NAMES}
+_INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_NAMES}
 
 
 def writes_in_place(node: fx.Node) -> bool:
@@ -525,7 +515,7 @@ def writes_in_place(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return bool(_written_by_schema(node))
-    if node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None:
+    if node.target in _INPLACE_OPERATORS | _INPLACE_METHODS or node.kwargs.get("out") is not None:
         return True
     place = _inplace_place(node.target)
     if node.kwargs.get("inplace") or any(node.args[place : place + 1]):

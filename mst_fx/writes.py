@@ -392,10 +392,13 @@ def _twin(node: fx.Node) -> _Twin | None:
     name = _name(node)
     if node.kwargs.get("out") is not None:
         return None
-    if node.target is operator.setitem:
+    in_place = (
+        getattr(operator, name.strip("_"), None) if name.startswith("__") else node.target
+    )  # x.__iadd__(y)
+    if in_place is operator.setitem:
         return _set_item
-    if node.target in _OPERATORS:
-        return _same_call(_OPERATORS[node.target])
+    if in_place in _OPERATORS:
+        return _same_call(_OPERATORS[in_place])
     if node.target in _ACTIVATIONS:
         return functools.partial(_activation, node.target)
     specials: dict[str, _Twin] = {"copy_": _copy, "fill_": _fill, "zero_": _zero}

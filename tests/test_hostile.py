@@ -80,6 +80,7 @@ ROWWISE = {
     "softmax_features": lambda m, x: x.softmax(-1),
     "sort_features": lambda m, x: x.sort(-1).values,
     "computed_weight": lambda m, x: x @ (m.extra @ m.extra.t()).tanh(),
+    "in_place": lambda m, x: x.__iadd__(1.0),
     "in_place_on_a_copy": lambda m, x: x.clone().mul_(2.0).add_(1.0),
     "dropout_0": lambda m, x: F.dropout(x, 0.0, True),
     "dropout_off": lambda m, x: F.dropout(x, 0.5, False),
@@ -122,7 +123,6 @@ MIXING = {
     "sequence_numbers": Case(
         lambda m, x: x * torch.arange(x.shape[0], dtype=x.dtype)[:, None, None], "mul", True
     ),
-    "in_place": Case(lambda m, x: x.__iadd__(1.0), "add_"),
     "random": Case(lambda m, x: x * (torch.rand_like(x) < 0.5), "rand_like"),
 }
 

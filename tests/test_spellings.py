@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mst_fx
-from mst_fx import canonical, chunking
+from mst_fx import canonical, chunking, writes
 from mst_fx.errors import Cause
+from mst_fx.fold import writes_in_place
 from tests.direct import results, rewritten, worst
 from tests.helpers import check_parity, kinds, report_of
 
@@ -476,18 +478,19 @@ def test_what_ran_without_gradients_has_none() -> None:
     assert report.rewrites and loss.requires_grad and not entropy.requires_grad
 
 
-def test_autocast_of_a_part() -> None:
+@pytest.mark.parametrize("shift", [0, 1])
+def test_autocast_of_a_part(shift: int) -> None:
     """A head in bfloat16, its loss in float32 behind the region: one loop, rounded as in eager."""
 
     def step(m: Toy, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             logits = m.head(x)
         with torch.autocast("cpu", enabled=False):
-            return _loss(logits.float(), y)
+            return _loss(logits[:, : LENGTH - shift].float(), y[:, shift:])
 
     model, (x, y) = Toy(step).float(), _batch()
     report = check_parity(model, {"x": x.detach().float(), "y": y}, 1e-5, 1e-2)
-    assert kinds(report) == {"vocab": 1} and not report.refusals
+    assert kinds(report) == {"vocab": 1}
 
 
 # Writes that others see, or that autograd does not
@@ -561,6 +564,56 @@ def test_writes_that_others_see(name: str) -> None:
     assert worst(results(run, (x, found_y), model), truth) <= 1e-9
     assert torch.equal(eager_y, found_y)
     assert name not in ("behind_autograds_back", "under_no_grad", "two_outputs") or not report.rewrites
+
+
+_EDITS: list[Callable[[Tensor, float], Any]] = [
+    lambda t, a: t.mul_(1 + a),
+    lambda t, a: t.__iadd__(a),
+    lambda t, a: t.__setitem__((..., slice(-1, None)), a),
+    lambda t, a: t.__setitem__(t > a, -a),
+    lambda t, a: t.__setitem__(0, a),
+    lambda t, a: t[..., :1].copy_(t.sum() * a),
+]
+_VIEWS: list[Callable[[Tensor], Tensor]] = [
+    lambda t: t.reshape(-1),
+    lambda t: t.transpose(0, -1),
+    lambda t: t[..., : max(1, t.shape[-1] // 2)],
+    lambda t: t[0] if t.ndim > 1 else t[1:],
+    lambda t: t.unsqueeze(0),
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_writes_through_views(seed: int) -> None:
+    """Writes, views and reads in any order: no write is left, values and gradients are eager's."""
+    chosen = random.Random(seed)
+    steps = [(chosen.randrange(3), chosen.random(), chosen.randrange(30)) for _ in range(9)]
+
+    def run(x: Tensor) -> Tensor:
+        pool, total = [x * 1.5 + 0.1], torch.zeros((), dtype=F64)
+        for kind, amount, pick in steps:
+            t = pool[pick % len(pool)]
+            if kind == 0:
+                pool.append(_VIEWS[pick % len(_VIEWS)](t))
+            elif kind == 1:
+                _EDITS[pick % len(_EDITS)](t, amount)
+            else:
+                total = total + (t * 2).sin().sum()
+        return sum((t.cos().sum() for t in pool), total)
+
+    left: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        writes.make_functional(gm.graph)
+        gm.recompile()
+        left.extend(node for node in gm.graph.nodes if writes_in_place(node))
+        return gm
+
+    x = torch.randn(2, 3, 4, dtype=F64, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend=backend)
+    assert worst(results(compiled, [x]), results(run, [x])) <= 1e-12
+    assert not left
 
 
 # Exceptions of ours
