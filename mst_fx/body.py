@@ -503,7 +503,7 @@ def kept_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable
         results = function(*args)
         for result in results:
             if isinstance(result, torch.Tensor) and result.grad_fn is not None:
-                result.grad_fn.metadata["mst_fx"] = bodies
+                result.grad_fn.metadata["mst_fx"] = bodies  # type: ignore[index]
         return results
 
     return run
