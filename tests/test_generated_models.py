@@ -300,8 +300,7 @@ def _main(first: int, end: int) -> None:
         try:
             found = check(case)
             rewritten += bool(found)
-            if end - first == 1:
-                print(case, found)
+            print(case if end - first == 1 else seed, found)
         except Exception as error:
             failed += 1
             print(
