@@ -136,7 +136,7 @@ class Body(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = F.linear(x, self.up)
         for step in self.steps:
-            known = set(wide.tracer.graph.nodes) if isinstance(wide, fx.Proxy) else set()
+            known: set[fx.Node] = set(wide.tracer.graph.nodes) if isinstance(wide, fx.Proxy) else set()
             wide = step(self, wide)
             if isinstance(wide, fx.Proxy) and step in MIXING.values():
                 self.mixing_nodes = [node for node in wide.tracer.graph.nodes if node not in known]

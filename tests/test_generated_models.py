@@ -58,6 +58,7 @@ class _Class:
         window: the name of its config's sliding window, if it has one.
         has_mlp: whether its MLPs are chunked; those of experts are not.
         packs: whether documents are told apart by their positions.
+        attention: the only one that it has.
     """
 
     model: str
@@ -66,6 +67,7 @@ class _Class:
     window: str = ""
     has_mlp: bool = True
     packs: bool = True
+    attention: str = ""
 
 
 _CLASSES = {
@@ -73,7 +75,7 @@ _CLASSES = {
     "qwen2": _Class("Qwen2ForCausalLM", "Qwen2Config", {**_GQA, "use_sliding_window": True, "max_window_layers": 0}, "sliding_window"),
     "qwen3": _Class("Qwen3ForCausalLM", "Qwen3Config", _HEADS),
     "mistral": _Class("MistralForCausalLM", "MistralConfig", _GQA, "sliding_window"),
-    "gemma2": _Class("Gemma2ForCausalLM", "Gemma2Config", {**_HEADS, "query_pre_attn_scalar": 8}, "sliding_window"),
+    "gemma2": _Class("Gemma2ForCausalLM", "Gemma2Config", {**_HEADS, "query_pre_attn_scalar": 8}, "sliding_window", attention="eager"),
     "gemma3": _Class("Gemma3ForCausalLM", "Gemma3TextConfig", _HEADS, "sliding_window"),
     "gpt2": _Class("GPT2LMHeadModel", "GPT2Config", {**_GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, packs=False),
     "gpt_neox": _Class("GPTNeoXForCausalLM", "GPTNeoXConfig", _BASE),
@@ -137,15 +139,24 @@ class Case:
         length = pick(1, 2, 7, 16, 17, 24, 33, 40)
         lengths = tuple(pick(length, length, pick(5, 16, 29, 41)) for _ in range(steps - 1))
         documents = pick(1, 1, 2, 3) if kind.packs else 1
+        left = "left" if kind.attention != "eager" else "right"
+        padding = pick("", "", "ones", left, "right", "holes") if documents == 1 else ""
         return Case(
             seed=seed,
             name=name,
             layers=2 if name.startswith("gemma") else pick(1, 1, 1, 1, 2),
             batch=pick(1, 2, 3),
             lengths=(length, *lengths),
-            window=pick(0, 3, 8, 100) if kind.window else 0,
-            attention=pick("sdpa", "sdpa", "sdpa", "eager"),
-            padding=pick("", "", "ones", "left", "right", "holes") if documents == 1 else "",
+            window=0
+            if not kind.window
+            else pick(3, 8, 100)
+            if name.startswith("gemma")
+            else pick(0, 3, 8, 100),
+            # Rows that see nothing are NaN in eager attention: in float64 a score less than 0 plus the least
+            # number is -inf.
+            attention=kind.attention
+            or ("sdpa" if padding == "left" else pick("sdpa", "sdpa", "sdpa", "eager")),
+            padding=padding,
             documents=documents,
             checkpoint=pick("", "", "reentrant", "not reentrant"),
             dynamic=pick(None, None, True, False),
@@ -166,7 +177,7 @@ class Case:
 
     def model(self) -> nn.Module:
         kind = _CLASSES[self.name]
-        overrides = {"num_hidden_layers": self.layers, "tie_word_embeddings": self.tied}
+        overrides: dict[str, Any] = {"num_hidden_layers": self.layers, "tie_word_embeddings": self.tied}
         overrides |= {kind.window: self.window or None} if kind.window else {}
         torch.manual_seed(self.seed)
         config = getattr(transformers, kind.config)(**kind.base, **overrides)
@@ -245,7 +256,7 @@ def _run(
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.grad is not None:
-                        parameter -= 0.1 * parameter.grad.nan_to_num()
+                        parameter.sub_(0.1 * parameter.grad.nan_to_num())
     return found
 
 
@@ -289,8 +300,7 @@ def _main(first: int, end: int) -> None:
         try:
             found = check(case)
             rewritten += bool(found)
-            if end - first == 1:
-                print(case, found)
+            print(case if end - first == 1 else seed, found)
         except Exception as error:
             failed += 1
             print(

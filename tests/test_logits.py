@@ -512,9 +512,9 @@ def test_a_backward_pass_that_raises_beside_others() -> None:
         _used(model, inputs)[1].backward()
         truths.append(gradients(model))
         model.zero_grad()
-    compiled = [compile_mst(model) for model in models[:1]] + [
-        torch.compile(models[1], backend="mst", options=SMALL_CHUNKS)
-    ]
+    torch._dynamo.reset()
+    options: Any = SMALL_CHUNKS
+    compiled = [torch.compile(model, backend="mst", options=options) for model in models]
     first, second = (_used(run, inputs) for run in compiled)
 
     def others(_: Tensor) -> None:

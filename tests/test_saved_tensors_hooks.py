@@ -141,7 +141,7 @@ def test_a_checkpoint_with_hooks_of_its_own(is_outside: bool) -> None:
     truth = step(model, model, batch)[1]
 
     def run(**batch: Tensor) -> Any:
-        return checkpoint(compiled if is_outside else model, **batch, use_reentrant=False)
+        return checkpoint(compiled if is_outside else model, use_reentrant=False, **batch)  # type: ignore[arg-type]
 
     compiled = compile_mst(model if is_outside else run)
     with log.hooks("numpy"):
