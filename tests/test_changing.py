@@ -129,14 +129,14 @@ def test_each_bound_is_one_more_graph() -> None:
 
 def test_bounds_of_sizes_that_change_apart_do_not_multiply() -> None:
     """With batch and length dynamic, rows may be many where queries are few, and the other way round."""
-    model = Layer()
-    compiled = compile_mst(model, {**CHUNKS, "inner": "eager"}, dynamic=True)
+    model, chunks = Layer(), {"attention_chunk_rows": 8, "chunk_rows": 24, "vocab_chunk_rows": 40}
+    compiled = compile_mst(model, {"inner": "eager", **chunks}, dynamic=True)
     counters.clear()
     with torch.no_grad():
-        for length, batch in ((6, 2), (12, 2), (10, 3), (5, 5), (14, 4), (20, 2), (30, 3), (6, 3), (17, 8)):
+        for length, batch in ((6, 2), (6, 5), (6, 8), (10, 2), (15, 2), (30, 3)):  # each way to fit or not
             given = batch_of(length, batch)
             assert relative_error(compiled(**given), model(**given)) < 1e-10
-    assert counters["stats"]["unique_graphs"] <= 4
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.parametrize("logits", ["auto", "defer"])
