@@ -60,8 +60,9 @@ class Case:
         return "-".join((self.model, self.spread, self.compiled, *more))
 
 
-# FSDP2 breaks the graph at each layer it shards, and the mask of attention crosses the breaks.
-_TORN, _ONE = {"mlp": 1, "vocab": 1}, {"attention": 1, "mlp": 1, "vocab": 1}
+# FSDP2 breaks the graph at each layer it shards; the mask of attention crosses the breaks as vectors.
+_TORN = {"attention": 1, "mask": 1, "mlp": 1, "vocab": 1}
+_ONE = {"attention": 1, "mlp": 1, "vocab": 1}
 _CASES = (
     Case("llama", "layers", "after", _TORN, use="row", checkpointing=True),
     Case("llama", "layers", "parts", _ONE),
