@@ -56,11 +56,12 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 from torch._dynamo.code_context import code_context
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
-from torch._dynamo.utils import _is_tensorify_enabled, counters
+from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -377,6 +378,11 @@ _TAKE_FLOATS = {
 }
 
 
+def _tensorifies() -> bool:
+    """Whether AOTAutograd keeps floats dynamic; torch 2.11 has no switch for it."""
+    return bool(getattr(dynamo_utils, "_is_tensorify_enabled", lambda: True)())
+
+
 def settle_floats(graphs: Sequence[fx.Graph]) -> None:
     """Tells torch now which floats of a graph AOTAutograd will make constants of, whatever the passes do.
 
@@ -392,7 +398,7 @@ def settle_floats(graphs: Sequence[fx.Graph]) -> None:
     """
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else None
-    if mode is None or mode.shape_env is None or not _is_tensorify_enabled():
+    if mode is None or mode.shape_env is None or not _tensorifies():
         return
     known = getattr(mode.shape_env, "backed_var_to_val", {})
     floats = {str(symbol) for symbol, value in known.items() if isinstance(value, sympy.Float)}
