@@ -149,7 +149,7 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
         return Place(product, fate.kind, f"{product.name} ({target_name(product)}) {reason}", state.cause)
     if fate.blockers:
         blocker = fate.blockers[0]
-        if _is_split_up(analysis, product, blocker, width):
+        if not fate.is_output and _is_split_up(analysis, product, blocker, width):
             return None
         reason, cause = analysis.states[blocker].reason, analysis.states[blocker].cause
         if analysis.states[blocker].summed:

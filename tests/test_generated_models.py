@@ -186,7 +186,7 @@ class Case:
         model: Any = getattr(transformers, kind.model)(config).double()
         model.loss_type = "ForCausalLM"  # GPT2's is not known, and the warning breaks the graph
         if self.checkpoint:
-            model.activation_checkpointing_enable({"use_reentrant": self.checkpoint == "reentrant"})
+            model.gradient_checkpointing_enable({"use_reentrant": self.checkpoint == "reentrant"})
         return model.eval() if self.mode == "eval" else model.train()  # type: ignore[no-any-return]
 
     def inputs(self, step: int) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _largest_of_sequence(m: Any, x: Tensor, y: Tensor) -> Tensor:
 REFUSED_HEADS: dict[str, tuple[Any, Cause]] = {
     "minimum": (_minimum, Cause.WRITTEN),
     "rows_set": (_rows_set, Cause.WRITTEN),
-    "scattered": (_scattered, Cause.WRITTEN),
+    "scattered": (_scattered, Cause.UNPROVED),
     "two_halves": (_two_halves, Cause.UNPROVED),
     "other_order": (_other_order, Cause.UNPROVED),
     "contrastive": (_contrastive, Cause.UNPROVED),
@@ -266,8 +266,8 @@ def test_numbers_of_a_reward_model() -> None:
 
 
 def test_what_fits_in_one_chunk_is_no_refusal() -> None:
-    assert not _report(_rows_set, vocab_chunk_rows=B * S).refusals
-    assert _report(_rows_set, vocab_chunk_rows=B * S - 1).refusals
+    assert not _report(_scattered, vocab_chunk_rows=B * S).refusals
+    assert _report(_scattered, vocab_chunk_rows=B * S - 1).refusals
 
 
 def test_a_break_is_the_reason() -> None:
