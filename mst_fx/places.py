@@ -271,6 +271,8 @@ def _mixes(analysis: RowAnalysis, product: fx.Node, cone: set[fx.Node]) -> bool:
                 parts.add(node)
             if _meets_rows(analysis, node, cone, parts):
                 return True
+            if node.target in _CONVOLUTIONS and any(operand in parts for operand in node.all_input_nodes):
+                return True  # a part of it goes through a convolution over the rows, as in state spaces
     return False
 
 

@@ -298,8 +298,14 @@ def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any) -> bool:
     return same and fill_of(zeros, written) == 0
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies matrices, or stacks of them."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return node.target in _PRODUCTS or name in ("bmm", "baddbmm", "einsum")
+
+
 def is_of_scores(node: fx.Node) -> bool:
-    """Whether a softmax is that of a product of two activations, ``[.., Q, D]`` and ``[.., D, K]``, and not of
+    """Whether a softmax, or a product itself, is that of a product of two activations, ``[.., Q, D]`` and ``[.., D, K]``, and not of
     logits, whose one factor is a matrix."""
     fake = tensor_value(node)
     assert fake is not None
@@ -310,8 +316,7 @@ def is_of_scores(node: fx.Node) -> bool:
         if current in seen or found is None or expression(found.numel()) != count:
             continue
         seen.add(current)
-        name = getattr(current.target, "__name__", str(current.target))
-        if current.target in _PRODUCTS or name in ("bmm", "baddbmm", "einsum"):
+        if is_product(current):
             factors = [x for x in map(tensor_value, current.all_input_nodes[-2:]) if x is not None]
             return len(factors) == 2 and all(x.ndim > 2 for x in factors)
         stack += current.all_input_nodes

@@ -83,6 +83,7 @@ from mst_fx.sites import (
     all_levels,
     find_sites,
     is_of_scores,
+    is_product,
     number_of,
     placeholders_of,
     scaled_query,
@@ -138,19 +139,49 @@ def run(context: PassContext) -> None:
 
 
 def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) -> None:
-    """Notes softmaxes over Q×K scores that are part of no attention that was recognised."""
+    """Notes Q×K scores, with a softmax or without, that are part of no attention that was recognised."""
     claimed = {node for site in eager for node in site.inner}
+
+    def is_large(fake: Tensor | None) -> bool:
+        if fake is None or fake.ndim < 3:
+            return False
+        least = plan_attention(fake.device.type, context.options.attention_chunk_rows)
+        return min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
+
+    refused = {refusal.name for refusal in context.report.refusals}
     for each in all_levels(level):
         for node in each.gm.graph.nodes:
             fake = tensor_value(node)
-            if node.target not in SOFTMAXES or node in claimed or fake is None or fake.ndim < 3:
+            name = module_path(node) or node.name
+            if node in claimed or not is_large(fake):
                 continue
-            least = plan_attention(fake.device.type, context.options.attention_chunk_rows)
-            is_large = min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
-            if is_large and (fake.ndim == 4 or is_of_scores(node)):
-                name = module_path(node) or node.name
+            assert fake is not None
+            if node.target in SOFTMAXES and (fake.ndim == 4 or is_of_scores(node)):
+                refused.add(name)
                 reason = f"{node.name}: softmax of scores, but no attention known here"
                 context.refuse("attention", name, reason, Cause.SCORES)
+            elif is_product(node) and name not in refused and _without_softmax(node):
+                refused.add(name)
+                reason = f"{node.name}: scores without a softmax, and no attention known here"
+                context.refuse("attention", name, reason, Cause.SCORES)
+
+
+def _without_softmax(scores: fx.Node) -> bool:
+    """Whether a product of two activations goes into another one, through values of its size and no softmax."""
+    if not is_of_scores(scores):
+        return False
+    size = tensor_value(scores).numel()  # type: ignore[union-attr]
+    seen, stack, is_weighing = {scores}, [scores], False
+    while stack:
+        for user in stack.pop().users:
+            fake = tensor_value(user)
+            if user.target in SOFTMAXES:
+                return False
+            is_weighing |= is_product(user)
+            if fake is not None and user not in seen and expression(fake.numel()) == expression(size):
+                seen.add(user)
+                stack.append(user)
+    return is_weighing
 
 
 # What its mask says
