@@ -231,6 +231,10 @@ def _chunk(
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
+    if defers and body.formulas:  # loss and deferred logits each run its backward, on a part of the tangent
+        raise Refusal(
+            "a torch.autograd.Function, whose backward need not be linear, comes before logits to be deferred"
+        )
     before = tuple(node.format_node() or node.name for node in region.nodes)
     known = set(context.gm.graph.nodes)
     new = replace_region(analysis, region, body, plan, gradient_of, needs)

@@ -30,7 +30,7 @@ class Formula:
         backward: ``(n, *gradients of outs, *saved)`` → the gradients of those args that get one.
         outs: how many results there are.
         row_dim: where the rows lie in the first one.
-        has_gradient: for each arg, whether the backward graph gives its gradient.
+        has_gradient: for each arg, whether the backward graph gives its gradient (``None`` otherwise).
         fixed: the results that the Function marks as not differentiable.
         is_tuple: whether it returns a tuple rather than its one result.
     """
@@ -57,14 +57,19 @@ class Formula:
         """What the Function gives for its tensor operands."""
         args = [arg.contiguous() for arg in args]
         values = self.forward(n, *(arg.detach() for arg in args))
-        _FORMULAS.setdefault(self.key, self)
-        found = torch.ops.mst_fx.with_gradient(values[: self.outs], values[self.outs :], args, self.key)
+        reached = [arg for arg, has in zip(args, self.has_gradient, strict=True) if has]
+        found = torch.ops.mst_fx.with_gradient(values[: self.outs], values[self.outs :], reached, self.key)
         outs = tuple(out.detach() if index in self.fixed else out for index, out in enumerate(found))
         return outs if self.is_tuple else outs[0]
 
 
 # Nodes name formulas by key; the body whose graph they are in keeps them alive.
 _FORMULAS: weakref.WeakValueDictionary[str, Formula] = weakref.WeakValueDictionary()
+
+
+def the_one(formula: Formula) -> Formula:
+    """The formula of that content which its key names: no other may be used, or the key would lose it."""
+    return _FORMULAS.setdefault(formula.key, formula)
 
 
 def named_in(gm: fx.GraphModule) -> tuple[Formula, ...]:
@@ -93,7 +98,7 @@ def without_op(outs: list[Tensor], saved: list[Tensor], args: list[Tensor], key:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    outs, saved, args, key = inputs
+    outs, saved, _, key = inputs
     ctx.formula, ctx.counts = _FORMULAS[key], (len(outs), len(saved))
     ctx.save_for_backward(*saved)
 
@@ -102,10 +107,9 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     formula: Formula = ctx.formula
     assert all(grad is not None for grad in grads)  # zeros where a result is not used, as for the Function
     given, saved = [grad.contiguous() for grad in grads], [x.contiguous() for x in ctx.saved_tensors]
-    found = iter(formula.backward(given[0].shape[formula.row_dim], *given, *saved))
-    filled = [next(found) if has else None for has in formula.has_gradient]
+    found = formula.backward(given[0].shape[formula.row_dim], *given, *saved)
     outs, kept = ctx.counts
-    return [None] * outs, [None] * kept, filled, None
+    return [None] * outs, [None] * kept, list(found), None
 
 
 with_gradient.register_autograd(_backward, setup_context=_setup)

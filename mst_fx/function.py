@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from mst_fx.effects import has_effects
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Context, Folder, autocast_contexts, check_guards, fold_rank, writes_in_place
-from mst_fx.formula import Formula
+from mst_fx.formula import Formula, the_one
 from mst_fx.graph import attribute, tensor_value, tensors_of, value
 from mst_fx.rows import SUMMED, GradientTracer, Label, Row, RowTracer, is_same_size
 
@@ -53,7 +53,9 @@ def prove(node: fx.Node, roles: Mapping[fx.Node, str], folder: Folder, context: 
         Refusal: names the operator that is not row-wise, and the graph it is in.
     """
     if unknown := node.kwargs.keys() - _KEYWORDS:  # torch's form of the op was another one once
-        raise Refusal(f"calls a torch.autograd.Function with unknown {', '.join(sorted(unknown))}", Cause.OPAQUE)
+        raise Refusal(
+            f"calls a torch.autograd.Function with unknown {', '.join(sorted(unknown))}", Cause.OPAQUE
+        )
     if node.kwargs.get("dirty_idx"):
         raise Refusal("a torch.autograd.Function writes to its argument", Cause.WRITTEN)
     gm = node.graph.owning_module
@@ -81,7 +83,8 @@ def prove(node: fx.Node, roles: Mapping[fx.Node, str], folder: Folder, context: 
     check_guards(folder)
     fixed: Any = node.kwargs.get("non_differentiable_idx") or ()
     has_gradient = tuple(isinstance(grad, _Kind) for _, grad in pairs)
-    return Formula(traced, gradient, len(outs), outs[0].label.dim, has_gradient, frozenset(fixed), is_tuple)
+    row_dim = outs[0].label.dim
+    return the_one(Formula(traced, gradient, len(outs), row_dim, has_gradient, frozenset(fixed), is_tuple))
 
 
 def _operand(operand: Any, roles: Mapping[fx.Node, str], folder: Folder) -> _Kind | None:
@@ -155,7 +158,9 @@ class _Proof:
             raise Refusal(f"in the {name} of a torch.autograd.Function: {refusal}", refusal.cause) from None
         except Exception as error:
             message = [*str(error).strip().splitlines(), repr(error)][0]
-            raise Refusal(f"the {name} of a torch.autograd.Function does not run on folded rows: {message}") from None
+            raise Refusal(
+                f"the {name} of a torch.autograd.Function does not run on folded rows: {message}"
+            ) from None
         _check_trace(traced, name)
         return traced, _mapped(structure[-1], lambda leaf: self._kind(leaf, tracer))
 
@@ -203,7 +208,7 @@ class _Proof:
             elif writes_in_place(node):
                 raise Refusal(f"{node.name} writes in place", Cause.WRITTEN)
             elif has_effects(node):
-                raise Refusal(f"{node.name} may have effects", Cause.OPAQUE)
+                raise Refusal(f"{node.name} draws random numbers, or has other effects", Cause.OPAQUE)
             elif tensors_of(node):
                 env[node] = self.folder.run_node(node, read)
             if node in env and tensors_of(node):
@@ -218,11 +223,17 @@ class _Proof:
         for fake, result in zip(fakes, results, strict=True):
             if not isinstance(fake, torch.Tensor):
                 continue
-            if not isinstance(result, torch.Tensor) or fake.dtype != result.dtype or fake.device != result.device:
+            if (
+                not isinstance(result, torch.Tensor)
+                or fake.dtype != result.dtype
+                or fake.device != result.device
+            ):
                 raise Refusal(f"{node.name} is something else on folded rows")
             label = tracer.label(result)
             if not self._is_fold(fake, result, label):
-                raise Refusal(f"{node.name} gives {tuple(result.shape)} on folded rows, not {tuple(fake.shape)}")
+                raise Refusal(
+                    f"{node.name} gives {tuple(result.shape)} on folded rows, not {tuple(fake.shape)}"
+                )
 
     def _is_fold(self, fake: torch.Tensor, result: torch.Tensor, label: Label) -> bool:
         if not isinstance(label, Row):
@@ -243,7 +254,9 @@ def _check_trace(traced: fx.GraphModule, name: str) -> None:
         if node.op == "get_attr":
             raise Refusal(f"the {name} of a torch.autograd.Function makes a tensor from Python numbers")
         if schema is not None and schema.is_mutable:
-            raise Refusal(f"the {name} of a torch.autograd.Function writes in place: {node.target}", Cause.WRITTEN)
+            raise Refusal(
+                f"the {name} of a torch.autograd.Function writes in place: {node.target}", Cause.WRITTEN
+            )
     traced.graph.eliminate_dead_code()
     traced.recompile()
 

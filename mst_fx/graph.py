@@ -143,6 +143,11 @@ def is_function(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply"
 
 
+def function_graphs(gm: fx.GraphModule) -> set[str]:
+    """The names of the sub-graphs that are a ``torch.autograd.Function``'s."""
+    return {str(each.target) for n in gm.graph.nodes if is_function(n) for each in n.all_input_nodes[:2]}
+
+
 def function_text(node: fx.Node) -> list[str]:
     """What tells the graphs of two nodes that apply a ``torch.autograd.Function`` apart."""
     gm = node.graph.owning_module

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import mst_fx
-from mst_fx.errors import Cause
-from tests.direct import check, results, rewritten, worst
-from tests.helpers import ToyLM, check_parity, kinds, token_batch
+from tests.direct import check, rewritten, worst
+from tests.helpers import ToyLM, check_parity, compile_mst, kinds, token_batch
 
 
 class _Gelu(Function):
@@ -117,7 +116,7 @@ class _Marked(Function):
 
 
 class _MLP(nn.Module):
-    def __init__(self, apply: Any, wide: bool = False) -> None:
+    def __init__(self, apply: Any) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
         self.gain = nn.Parameter(torch.linspace(0.5, 2, 32))
@@ -167,3 +166,164 @@ def test_own_backward(name: str) -> None:
     report = check(_MLP(PROVED[name]), [_rows(2, 13)], 1e-10)
     assert kinds(report) == {"mlp": 1}, report
     assert not report.refusals
+
+
+def _function(forward: Any, backward: Any) -> Any:
+    """A Function of ``x`` that saves it, with ``backward(g, x)``."""
+
+    class Made(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Any:
+            ctx.save_for_backward(x)
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            return backward(g, *ctx.saved_tensors)
+
+    return lambda m, x: Made.apply(m.up(x))
+
+
+def _gain(backward: Any) -> Any:
+    """``x * gain``, with a gradient of the gain that is ``backward(g * x)``."""
+
+    class Made(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+            ctx.save_for_backward(x, gain)
+            return x * gain
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+            x, gain = ctx.saved_tensors
+            return g * gain, backward(g * x)
+
+    return lambda m, x: Made.apply(m.up(x), m.gain)
+
+
+class _SavesASum(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.sum((0, 1)))
+        return torch.sin(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g + ctx.saved_tensors[0]
+
+
+# fmt: off
+REFUSED = {
+    "mixes in forward": (_function(lambda x: x.cumsum(1), lambda g, x: g), "cumsum"),
+    "mixes in backward": (_function(torch.sin, lambda g, x: g - g.mean(1, keepdim=True)), "mean"),
+    "mixes by a view": (_function(torch.sin, lambda g, x: g.transpose(0, 1).reshape(2, 13, 32)), "transpose"),
+    "mixes by a shift": (_function(torch.sin, lambda g, x: g.roll(1, 1)), "roll"),
+    "normalises in backward": (_function(torch.sin, lambda g, x: g / g.norm()), "norm"),
+    "product of rows": (_function(torch.sin, lambda g, x: (g @ (x.flatten(0, 1).t() @ x.flatten(0, 1)))), "on a sum"),
+    "writes": (_function(lambda x: torch.sin(x).mul_(2), lambda g, x: g), "writes"),
+    "saves a sum": (lambda m, x: _SavesASum.apply(m.up(x)), "saves a sum"),
+    "no sum": (_gain(lambda gx: gx.amax((0, 1))), "amax"),
+    "a constant": (_gain(lambda gx: torch.ones(32, dtype=gx.dtype)), "sum over rows"),
+    "a sum by sample": (_gain(lambda gx: gx.sum(1)[0]), "sum"),
+    "not linear in the sum": (_gain(lambda gx: gx.sum((0, 1)).clamp(-0.1, 0.1)), "clamp"),
+    "the last row": (_gain(lambda gx: gx[-1, -1]), "select"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mixes_rows_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    apply, word = REFUSED[name]
+    report = check(_MLP(apply), [_rows(2, 13)], 1e-10)
+    assert not report.rewrites
+    (refusal,) = [refused for refused in report.refusals if refused.kind == "mlp"]
+    assert "torch.autograd.Function" in refusal.reason and word in refusal.reason
+
+
+@pytest.mark.parametrize("random", [torch.rand_like, lambda x: torch.rand(32, dtype=x.dtype)])
+def test_random_numbers_are_refused(random: Any) -> None:
+    """Of a row, and of all rows: each chunk would draw its own."""
+    for apply in (
+        _function(lambda x: x * random(x), lambda g, x: g),
+        _function(torch.sin, lambda g, x: g * random(g)),
+    ):
+        run, report = rewritten(_MLP(apply))
+        run(_rows(2, 13))
+        assert not report.rewrites
+        assert "random numbers" in report.refusals[0].reason
+
+
+class _GeluMLP(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(_Gelu.apply(_Clipped.apply(self.up(x))))
+        return found
+
+
+class _Model(ToyLM):
+    """Its second layer is checkpointed; a Function of the logits clips the gradient of the loss."""
+
+    def forward(self, ids: Tensor, labels: Tensor, with_logits: bool = True) -> Any:
+        x = self.embed(ids)
+        for index, block in enumerate(self.blocks):
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if index else block(x)
+        logits = _Clipped.apply(self.head(self.norm(x)))
+        shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        loss = 3 * F.cross_entropy(logits.flatten(0, 1), shifted.flatten())
+        return (loss, logits) if with_logits else loss
+
+
+def test_in_a_model() -> None:
+    """With one body for equal layers and a dynamic length. A clip is not linear: the loss's tangent comes before it."""
+    model, batch = _Model("pre", _GeluMLP), {**token_batch(3, 37), "with_logits": False}
+    report = check_parity(model, batch, 1e-10, 1e-9, dynamic=True)
+    assert kinds(report) == {"mlp": 2, "vocab": 1}, report.refusals
+    assert {rewrite.gradient for rewrite in report.rewrites} == {"recompute"}
+    assert len({rewrite.body for rewrite in report.rewrites if rewrite.kind == "mlp"}) == 1
+
+
+def test_no_logits_are_deferred_behind_a_function() -> None:
+    """The loss and the deferred logits would each clip a part of the gradient: clipped is their sum."""
+    model, batch = _Model(layers=1), token_batch(2, 33)
+
+    def gradients_of(run: Any) -> list[Tensor]:
+        loss, logits = run(**batch)
+        return list(torch.autograd.grad(loss + torch.sin(logits).sum(), list(model.parameters())))
+
+    with mst_fx.watch() as report:
+        found = gradients_of(compile_mst(model))
+    assert worst(found, gradients_of(model)) <= 1e-10
+    assert kinds(report) == {"mlp": 1}
+    assert ["torch.autograd.Function" in refused.reason for refused in report.refusals] == [True]
+
+
+def test_autocast() -> None:
+    """Eager runs a backward as autocast is then: what multiplies there is refused, what does not is rewritten."""
+    for name, expected in (("gelu", {"mlp": 1}), ("linear", {})):
+        model, x = _MLP(PROVED[name]).float(), _rows(2, 13).detach().float().requires_grad_()
+        run, report = rewritten(model)
+        found = []
+        for function in (run, model):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = function(x)
+            found.append([out, *torch.autograd.grad(out.square().sum(), [x, model.up.weight])])
+        assert worst(*found) < 0.02
+        assert kinds(report) == expected
+
+
+def test_bloom() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=96, hidden_size=16, n_layer=2, n_head=2, hidden_dropout=0.0, attention_dropout=0.0
+    )
+    model, batch = BloomForCausalLM(config).double().train(), token_batch(2, 33)
+    report = check_parity(
+        model, {"input_ids": batch["ids"], "labels": batch["labels"]}, 3e-6, 3e-6
+    )  # its loss is float32
+    assert kinds(report)["mlp"] == 2
