@@ -25,7 +25,10 @@ from mst_fx.formula import Formula, the_one
 from mst_fx.graph import attribute, tensor_value, tensors_of, value
 from mst_fx.rows import SUMMED, GradientTracer, Label, Row, RowTracer, is_same_size
 
-_KEYWORDS = {"non_differentiable_idx", "saved_for_backward_idx", "dirty_idx"}
+# In an older form of the operator both graphs begin with an unused context, and only the first args, those marked in
+# the mask, have gradients.
+_MASK = "args_tensor_mask"
+_KEYWORDS = {"non_differentiable_idx", "saved_for_backward_idx", "dirty_idx", _MASK}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,37 +55,40 @@ def prove(node: fx.Node, roles: Mapping[fx.Node, str], folder: Folder, context: 
     Raises:
         Refusal: names the operator that is not row-wise, and the graph it is in.
     """
-    if unknown := node.kwargs.keys() - _KEYWORDS:  # torch's form of the op was another one once
+    if unknown := node.kwargs.keys() - _KEYWORDS:
         raise Refusal(
             f"calls a torch.autograd.Function with unknown {', '.join(sorted(unknown))}", Cause.OPAQUE
         )
     if node.kwargs.get("dirty_idx"):
-        raise Refusal("a torch.autograd.Function writes to its argument", Cause.WRITTEN)
+        raise Refusal("is a torch.autograd.Function that writes to its argument", Cause.WRITTEN)
     gm = node.graph.owning_module
     assert gm is not None
     forward, backward = (attribute(gm, str(each.target)) for each in node.args[:2])  # type: ignore[union-attr]
     args = [value(each) if isinstance(each, fx.Node) else each for each in node.args[2:]]
     kinds = [_operand(each, roles, folder) for each in node.args[2:]]
     proof = _Proof(folder, context)
-    traced, results = proof.trace(forward, "forward", [_or(k, a) for k, a in zip(kinds, args, strict=True)])
+    first = [None] if _MASK in node.kwargs else []
+    given = [arg if kind is None else kind for kind, arg in zip(kinds, args, strict=True)]
+    traced, results = proof.trace(forward, "forward", [*first, *given])
     if not (isinstance(results, (tuple, list)) and len(results) == 2):
         raise Refusal("calls a torch.autograd.Function of an unknown form", Cause.OPAQUE)
     outs, saved = results
     is_tuple = isinstance(outs, (tuple, list))
     outs, saved = list(outs) if is_tuple else [outs], list(saved)
     _check_results(outs, saved)
-    gradient, found = proof.trace_backward(backward, [*outs, *saved])
+    gradient, found = proof.trace_backward(backward, [*first, *outs, *saved])
     grads = list(found) if isinstance(found, (tuple, list)) else [found]
+    if _MASK in node.kwargs:
+        grads += [None] * (len(kinds) - sum(node.kwargs[_MASK]))  # type: ignore[arg-type]
     if len(grads) != len(kinds):
         raise Refusal("calls a torch.autograd.Function of an unknown form", Cause.OPAQUE)
-    if any(kind is None and grad is not None for kind, grad in zip(kinds, grads, strict=True)):
-        raise Refusal("the backward of a torch.autograd.Function gives a gradient of numbers")
-    pairs = [(kind, grad) for kind, grad in zip(kinds, grads, strict=True) if kind is not None]
-    for kind, grad in pairs:
+    for kind, grad in zip(kinds, grads, strict=True):
         _check_gradient(kind, grad)
     check_guards(folder)
     fixed: Any = node.kwargs.get("non_differentiable_idx") or ()
-    has_gradient = tuple(isinstance(grad, _Kind) for _, grad in pairs)
+    has_gradient = tuple(
+        grad is not None for kind, grad in zip(kinds, grads, strict=True) if kind is not None
+    )
     row_dim = outs[0].label.dim
     return the_one(Formula(traced, gradient, len(outs), row_dim, has_gradient, frozenset(fixed), is_tuple))
 
@@ -99,29 +105,27 @@ def _operand(operand: Any, roles: Mapping[fx.Node, str], folder: Folder) -> _Kin
     return _Kind(shape, fake.dtype, fake.device, Row(fold_rank(fake.shape, folder.rows) - 1))
 
 
-def _or(kind: _Kind | None, other: Any) -> Any:
-    return other if kind is None else kind
-
-
 def _check_results(outs: Sequence[Any], saved: Sequence[Any]) -> None:
     if not outs or not all(isinstance(out, _Kind) and isinstance(out.label, Row) for out in outs):
-        raise Refusal("a torch.autograd.Function gives something else than rows")
+        raise Refusal("is a torch.autograd.Function that gives something else than rows")
     if not all(out.dtype.is_floating_point for out in outs):
-        raise Refusal("a torch.autograd.Function gives integers")
+        raise Refusal("is a torch.autograd.Function that gives integers")
     if any(isinstance(x, _Kind) and x.label is SUMMED for x in saved):
-        raise Refusal("a torch.autograd.Function saves a sum over rows for its backward pass")
+        raise Refusal("is a torch.autograd.Function that saves a sum over rows for its backward")
 
 
-def _check_gradient(arg: _Kind, grad: Any) -> None:
+def _check_gradient(arg: _Kind | None, grad: Any) -> None:
     """Rows for rows, a sum over rows for what they share: gradients of chunks are put side by side, or added up."""
     if grad is None:
         return
+    if arg is None:
+        raise Refusal("in the backward of a torch.autograd.Function: gives a gradient of numbers")
     wanted = SUMMED if arg.label is None else arg.label
     if not isinstance(grad, _Kind) or grad.label != wanted or not _same_shape(grad.shape, arg.shape):
         what = "a sum over rows" if arg.label is None else "the rows of its gradient"
-        raise Refusal(f"the backward of a torch.autograd.Function gives something else than {what}")
+        raise Refusal(f"in the backward of a torch.autograd.Function: gives something else than {what}")
     if not (grad.dtype.is_floating_point and arg.dtype.is_floating_point):
-        raise Refusal("the backward of a torch.autograd.Function gives a gradient of integers")
+        raise Refusal("in the backward of a torch.autograd.Function: gives a gradient of integers")
 
 
 def _same_shape(left: Sequence[Any], right: Sequence[Any]) -> bool:
@@ -177,7 +181,10 @@ class _Proof:
                     stack.enter_context(torch.autocast(device, enabled=False))
                 other, _ = _Proof(self.folder, context).trace(gm, "backward", given)
             if other.code != found[0].code:
-                raise Refusal("the backward of a torch.autograd.Function depends on autocast", Cause.AUTOCAST)
+                raise Refusal(
+                    "in the backward of a torch.autograd.Function: autocast changes what it gives",
+                    Cause.AUTOCAST,
+                )
         return found
 
     def _kind(self, leaf: torch.Tensor, tracer: RowTracer) -> _Kind:

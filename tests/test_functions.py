@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import mst_fx
-from tests.direct import check, rewritten, worst
+from tests.direct import DIRECT, check, results, rewritten, worst
 from tests.helpers import ToyLM, check_parity, compile_mst, kinds, token_batch
 
 
@@ -299,6 +299,27 @@ def test_no_logits_are_deferred_behind_a_function() -> None:
     assert worst(found, gradients_of(model)) <= 1e-10
     assert kinds(report) == {"mlp": 1}
     assert ["torch.autograd.Function" in refused.reason for refused in report.refusals] == [True]
+
+
+def test_older_form_of_the_operator() -> None:
+    """With a context as the graphs' first input, and a mask of the args that have gradients."""
+    model, x, reports = _MLP(PROVED["linear"]), _rows(2, 13), []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        (node,) = (n for n in gm.graph.nodes if "autograd_function_apply" in str(n.target))
+        for operand in node.args[:2]:
+            graph = getattr(gm, operand.target).graph
+            with graph.inserting_before(next(iter(graph.nodes))):
+                graph.placeholder("context")
+        node.kwargs = {"args_tensor_mask": [True] * 3, "non_differentiable_idx": []}
+        new, report = mst_fx.rewrite(gm, example_inputs, DIRECT)
+        reports.append(report)
+        return new
+
+    torch._dynamo.reset()
+    found = results(torch.compile(model, backend=backend), [x], model)
+    assert worst(found, results(model, [x], model)) <= 1e-10
+    assert kinds(reports[0]) == {"mlp": 1}
 
 
 def test_autocast() -> None:
