@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from mst_fx.effects import has_effects
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import Context, Folder, autocast_contexts, check_guards, fold_rank, writes_in_place
+from mst_fx.fold import Context, Folder, autocast_contexts, check_guards, contexts, fold_rank, writes_in_place
 from mst_fx.formula import Formula, the_one
 from mst_fx.graph import attribute, tensor_value, tensors_of, value
 from mst_fx.rows import SUMMED, GradientTracer, Label, Row, RowTracer, is_same_size
@@ -29,6 +29,14 @@ from mst_fx.rows import SUMMED, GradientTracer, Label, Row, RowTracer, is_same_s
 # the mask, have gradients.
 _MASK = "args_tensor_mask"
 _KEYWORDS = {"non_differentiable_idx", "saved_for_backward_idx", "dirty_idx", _MASK}
+
+
+# No graph of a Function is differentiated; of autocast, fold.contexts tells (``torch.amp.custom_bwd``).
+_MODES = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +205,7 @@ class _Proof:
         places = gm.graph.find_nodes(op="placeholder")
         if len(places) != len(values):
             raise Refusal("has an unknown form", Cause.OPAQUE)
-        env = dict(zip(places, values, strict=True))
+        env, modes = dict(zip(places, values, strict=True)), contexts(gm.graph)
 
         def read(operand: fx.Node) -> Any:
             found = env[operand] if operand in env else value(operand)
@@ -210,14 +218,15 @@ class _Proof:
                 return _mapped(node.args[0], lambda leaf: env.get(leaf, value(leaf)), fx.Node)
             if node.op in ("get_attr", "call_module"):
                 raise Refusal(f"{node.target} is opaque", Cause.OPAQUE)
-            if node.op == "placeholder" or node.target is torch._C._set_grad_enabled:
-                pass  # no graph of a Function is differentiated
+            if node.op == "placeholder" or node.target in _MODES:
+                pass
             elif writes_in_place(node):
                 raise Refusal(f"{node.name} writes in place", Cause.WRITTEN)
             elif has_effects(node):
                 raise Refusal(f"{node.name} draws random numbers, or has other effects", Cause.OPAQUE)
             elif tensors_of(node):
-                env[node] = self.folder.run_node(node, read)
+                with autocast_contexts(modes[node].autocast):
+                    env[node] = self.folder.run_node(node, read)
             if node in env and tensors_of(node):
                 self._check(node, env[node], tracer)
         raise Refusal("has an unknown form", Cause.OPAQUE)

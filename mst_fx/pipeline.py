@@ -245,7 +245,11 @@ class _Runner:
         late = function_graphs(gm) - inside
         for name, child in list(subgraphs(gm)):
             if name in late:
+                known = len(self.report.refusals)
                 self._run_child(gm, name, child)
+                # What a Function gives goes on in the graph; why it is not taken as a whole was said there.
+                found = self.report.refusals[known:]
+                self.report.refusals[known:] = [r for r in found if r.cause is not Cause.IS_OUTPUT]
         return gm, deferred
 
     def _run_child(self, gm: fx.GraphModule, name: str, child: fx.GraphModule) -> None:

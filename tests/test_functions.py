@@ -127,6 +127,20 @@ class _MLP(nn.Module):
         return x + self.down(self.fn(self, x))
 
 
+class _Amp(Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return (g @ weight).to(x.dtype), (g.flatten(0, 1).t() @ x.flatten(0, 1)).to(weight.dtype)
+
+
 def _two(m: _MLP, x: Tensor) -> Tensor:
     first, second = _Two.apply(m.up(x), 0.7)
     return first + 2 * second
@@ -151,6 +165,7 @@ PROVED = {
     "one of two results": _one_of_two,
     "marked": _marked,
     "twice": lambda m, x: _Gelu.apply(_Rounded.apply(m.up(x)) + _Gelu.apply(m.up(x))),
+    "amp": lambda m, x: F.gelu(_Amp.apply(x, m.up.weight)),
     "rounded weight": lambda m, x: F.gelu(F.linear(x, _Rounded.apply(m.up.weight))),
 }
 
@@ -324,7 +339,7 @@ def test_older_form_of_the_operator() -> None:
 
 def test_autocast() -> None:
     """Eager runs a backward as autocast is then: what multiplies there is refused, what does not is rewritten."""
-    for name, expected in (("gelu", {"mlp": 1}), ("linear", {})):
+    for name, expected in (("gelu", {"mlp": 1}), ("amp", {}), ("linear", {})):
         model, x = _MLP(PROVED[name]).float(), _rows(2, 13).detach().float().requires_grad_()
         run, report = rewritten(model)
         found = []
@@ -334,6 +349,8 @@ def test_autocast() -> None:
             found.append([out, *torch.autograd.grad(out.square().sum(), [x, model.up.weight])])
         assert worst(*found) < 0.02
         assert kinds(report) == expected
+        assert all("torch.autograd.Function" in refused.reason for refused in report.refusals)
+        assert bool(report.refusals) is not bool(expected)
 
 
 def test_bloom() -> None:
