@@ -23,7 +23,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -33,7 +32,18 @@ from torch.utils._pytree import tree_map_only
 from mst_fx.compiler import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
 from mst_fx.decompositions import add_up_labels, body_decompositions
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import Folder, RowAnalysis, autocast_contexts, fold_rank, read_operand, settled, static_sizes
+from mst_fx.fold import (
+    Folder,
+    RowAnalysis,
+    RowGuards,
+    autocast_contexts,
+    check_guards,
+    fold_rank,
+    read_operand,
+    settled,
+    static_sizes,
+)
+from mst_fx.formula import named_in
 from mst_fx.graph import SIXTEEN_BITS, sum_dtype, tensor_value, tensors_of, value
 from mst_fx.region import Region
 from mst_fx.rows import SUMMED, Row, RowTracer
@@ -105,18 +115,6 @@ class GradientPlan:
     terms: tuple[tuple[Term, ...], ...]
 
 
-class RowGuards:
-    """What a shape environment has assumed of a symbolic number of rows so far."""
-
-    def __init__(self, n: Any) -> None:
-        self._symbol = n.node._expr  # not ``expr``, which is a number where a guard says which
-        self._guards = [guard.expr for guard in n.node.shape_env.guards]
-
-    def failed(self, rows: int) -> list[Any]:
-        """The guards that do not hold for a number of rows."""
-        return [guard for guard in self._guards if guard.subs(self._symbol, rows) is sympy.false]
-
-
 @dataclasses.dataclass
 class CompiledBody:
     """A body's code, and what it assumes of its number of rows.
@@ -147,6 +145,7 @@ class Body:
         key: names the body by content; equal keys, same body.
         forward: ATen graph of ``(n, *rows, *shared)``, rows as ``[n, ...]``; outputs likewise.
         rows, shared, outputs: what goes in and comes out.
+        formulas: the ``torch.autograd.Function``s inside.
     """
 
     def __init__(
@@ -161,6 +160,7 @@ class Body:
         self.forward = forward
         self.rows, self.shared, self.outputs = tuple(rows), tuple(shared), tuple(outputs)
         self.config = config
+        self.formulas = named_in(forward)
         self._avoid = avoid
         self._compiled: dict[Any, list[CompiledBody]] = {}
         self._lock = threading.Lock()
@@ -382,6 +382,7 @@ _ALIASES = {
     aten.squeeze.dim,
     aten.detach.default,
     aten.alias.default,
+    torch.ops.mst_fx.with_gradient.default,
     operator.getitem,
 }
 _CASTS = (aten._to_copy.default, prims.convert_element_type.default)
@@ -567,7 +568,8 @@ def _signature(analysis: RowAnalysis, region: Region, config: BodyConfig) -> str
             return inputs.get((operand, roles.get(operand, "")), str(value(operand)))
 
         args = fx.node.map_arg((node.args, node.kwargs), named)
-        modes = (analysis.contexts[node].autocast, node in stopped)
+        formula = analysis.states[node].formula
+        modes = (analysis.contexts[node].autocast, node in stopped, formula and formula.key)
         lines.append(repr((node.op, node.target, args, modes, [described(t) for t in tensors_of(node)])))
     lines.append(repr([names[node] for node in (*region.row_outputs, *region.sums)]))
     return "\n".join(lines)
@@ -615,7 +617,8 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
                 for operand, role in roles.items()
             }
             with autocast_contexts(analysis.contexts[node].autocast):
-                found = folder.run_node(node, functools.partial(read_operand, operands))
+                read = functools.partial(read_operand, operands)
+                found = folder.run_node(node, read, analysis.states[node].formula, n)
             env[node, "row"] = tree_map_only(torch.Tensor, torch.detach, found) if node in stopped else found
         return [_unfolded(env[node, "row"], tracer, n) for node in outs]
 
@@ -630,7 +633,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
                 gm = make_fx(torch.func.functionalize(gm, remove="mutations"))(folder.n, *fakes)
     if any(node.op == "get_attr" for node in gm.graph.nodes):
         raise Refusal("makes a tensor from Python numbers")
-    _check_guards(folder)
+    check_guards(folder)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     metas = [
@@ -677,18 +680,6 @@ def _row_meta(node: fx.Node, rows: Any) -> TensorMeta:
     assert fake is not None
     shape = settled(fake.shape[fold_rank(fake.shape, rows) :])
     return TensorMeta(shape, (), fake.dtype, fake.device)
-
-
-_SAMPLE_ROWS = (2, 3, 64, 1_000_003)
-
-
-def _check_guards(folder: Folder) -> None:
-    """Refuses a body that was traced under an assumption about its number of rows."""
-    if not isinstance(folder.n.node.expr, sympy.Symbol):
-        raise Refusal("depends on the number of rows")
-    guards = RowGuards(folder.n)
-    for failed in (guard for rows in _SAMPLE_ROWS for guard in guards.failed(rows)):
-        raise Refusal(f"depends on the number of rows ({failed})")
 
 
 def body_text(traced: Body) -> str:

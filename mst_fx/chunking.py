@@ -23,7 +23,16 @@ from mst_fx.fold import (
     products_of_unknown_rows,
     row_counts,
 )
-from mst_fx.graph import common_path, hint, is_known, is_plain, module_path, tensor_value, tensors_of
+from mst_fx.graph import (
+    common_path,
+    hint,
+    is_function,
+    is_known,
+    is_plain,
+    module_path,
+    tensor_value,
+    tensors_of,
+)
 from mst_fx.options import Options
 from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.places import (
@@ -231,6 +240,10 @@ def _chunk(
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
+    if defers and body.formulas:  # loss and deferred logits each run its backward, on a part of the tangent
+        raise Refusal(
+            "a torch.autograd.Function, whose backward need not be linear, comes before logits to be deferred"
+        )
     before = tuple(node.format_node() or node.name for node in region.nodes)
     known = set(context.gm.graph.nodes)
     new = replace_region(analysis, region, body, plan, gradient_of, needs)
@@ -333,6 +346,17 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
         if out.ndim == fakes[0].ndim and hint(out.shape[-1]) > hint(fakes[0].shape[-1]):
             name = module_path(node) or node.name
             context.refuse("mlp", name, f"{node.name} ({state.reason})", Cause.OPAQUE)
+
+
+def refuse_functions(context: PassContext, analysis: RowAnalysis) -> None:
+    """Notes ``torch.autograd.Function``s that widen rows themselves, and are not proved."""
+    for node in filter(is_function, analysis.graph.nodes):
+        state, operands = analysis.states[node], [n for n in node.all_input_nodes if tensors_of(n)]
+        if state.rowwise or not operands or not analysis.states[operands[0]].rows:
+            continue
+        source, out = tensors_of(operands[0])[0], tensors_of(node)[0]
+        if out.ndim == source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
+            context.refuse("mlp", module_path(node) or node.name, f"{node.name} {state.reason}", state.cause)
 
 
 def refuse_sharded(context: PassContext, kind: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 import mst_fx.keep  # noqa: F401  (registers the op)
 from mst_fx.compiler import decompositions
+from mst_fx.formula import without_op
 from mst_fx.graph import sum_dtype
 
 aten = torch.ops.aten
@@ -29,10 +30,11 @@ _ALWAYS = torch._decomp.get_decompositions([aten.native_layer_norm_backward, ate
 
 def body_decompositions(inner: str) -> dict[Any, Any]:
     """The table with which ``make_fx`` traces a body that ``inner`` compiles."""
+    always = {**_ALWAYS, torch.ops.mst_fx.with_gradient.default: without_op}
     if inner != "inductor":
-        return dict(_ALWAYS)
+        return always
     ours = {aten.nll_loss_backward.default: _nll_loss_backward, aten._log_softmax.default: _log_softmax}
-    return _ALWAYS | decompositions(inner) | ours
+    return always | decompositions(inner) | ours
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:

@@ -38,9 +38,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.effects import has_effects, inference_change, level_change
 from mst_fx.errors import Cause, Refusal
+from mst_fx.formula import Formula
 from mst_fx.graph import (
     call,
+    function_text,
     hint,
+    is_function,
     is_known,
     is_plain,
     row_bytes,
@@ -99,6 +102,7 @@ class State:
         constant: the value is computed from weights and constants alone.
         roles: how the node reads each tensor operand.
         matmuls: products of rows with shared matrices that the node runs.
+        formula: of a node that applies a ``torch.autograd.Function``.
     """
 
     rowwise: bool = False
@@ -109,6 +113,7 @@ class State:
     cause: Cause = Cause.UNPROVED
     roles: dict[fx.Node, Role] = dataclasses.field(default_factory=dict)
     matmuls: list[Matmul] = dataclasses.field(default_factory=list)
+    formula: Formula | None = None
 
 
 def fold_rank(shape: Sequence[Any], rows: Any) -> int:
@@ -129,6 +134,30 @@ def expression(size: Any) -> Any:
 def settled(sizes: Iterable[Any]) -> tuple[Any, ...]:
     """Sizes, with ints for symbols that Dynamo has found to be one number since it made them (an input's width)."""
     return tuple(int(expr) if (expr := expression(size)).is_number else size for size in sizes)
+
+
+class RowGuards:
+    """What a shape environment has assumed of a symbolic number of rows so far."""
+
+    def __init__(self, n: Any) -> None:
+        self._symbol = n.node._expr  # not ``expr``, which is a number where a guard says which
+        self._guards = [guard.expr for guard in n.node.shape_env.guards]
+
+    def failed(self, rows: int) -> list[Any]:
+        """The guards that do not hold for a number of rows."""
+        return [guard for guard in self._guards if guard.subs(self._symbol, rows) is sympy.false]
+
+
+_SAMPLE_ROWS = (2, 3, 64, 1_000_003)
+
+
+def check_guards(folder: Folder) -> None:
+    """Refuses what was traced under an assumption about its number of rows."""
+    if not isinstance(folder.n.node.expr, sympy.Symbol):
+        raise Refusal("depends on the number of rows")
+    guards = RowGuards(folder.n)
+    for failed in (guard for rows in _SAMPLE_ROWS for guard in guards.failed(rows)):
+        raise Refusal(f"depends on the number of rows ({failed})")
 
 
 class Folder:
@@ -179,8 +208,15 @@ class Folder:
         with self.mode:
             return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
 
-    def run_node(self, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
-        """Runs ``node`` on folded operands; sizes in views follow from the node's own value."""
+    def run_node(
+        self, node: fx.Node, read: Callable[[fx.Node], Any], formula: Formula | None = None, n: Any = None
+    ) -> Any:
+        """Runs ``node`` on folded operands; sizes in views follow from the node's own value.
+
+        Args:
+            formula: runs in place of a ``torch.autograd.Function``.
+            n: the number of rows where that is not this folder's.
+        """
 
         def arg(operand: fx.Node) -> Any:
             found = value(operand)
@@ -189,6 +225,9 @@ class Folder:
                 return found.node.guard_float("", 0) if isinstance(found, torch.SymFloat) else bool(found)
             return read(operand)
 
+        if formula is not None:
+            operands = [each for each in node.args if isinstance(each, fx.Node) and tensors_of(each)]
+            return formula.apply(self.n if n is None else n, [arg(operand) for operand in operands])
         out = tensor_value(node)
         if out is not None and node.target in _RESHAPES | _EXPANDS and not _is_dtype_view(node):
             shape = self.folded_shape(out)
@@ -331,7 +370,8 @@ class RowAnalysis:
         """Refuses nodes that no operator rule sees as they are."""
         if node.op == "call_module":
             raise Refusal(f"module {node.target} is opaque", Cause.OPAQUE)
-        if any(n.target in self._subgraphs for n in node.all_input_nodes if n.op == "get_attr"):
+        calls = any(n.target in self._subgraphs for n in node.all_input_nodes if n.op == "get_attr")
+        if calls and not is_function(node):
             raise Refusal(f"{node.target} calls a sub-graph", Cause.OPAQUE)
         for n in (node, *node.all_input_nodes):
             for fake in tensors_of(n):
@@ -353,6 +393,8 @@ class RowAnalysis:
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), described)
         key = repr((node.op, node.target, args, kwargs, _described(value(node)), self.contexts[node]))
+        if is_function(node):
+            key += "\n".join(function_text(node))
         if key not in self._known:
             try:
                 self._known[key] = self._run(node, roles)
@@ -366,6 +408,11 @@ class RowAnalysis:
 
     def _run(self, node: fx.Node, roles: dict[fx.Node, Role]) -> State:
         """Runs the node on folded fakes and checks that the result is the fold of its value."""
+        formula = None
+        if is_function(node):
+            from mst_fx.function import prove  # imports this module, whose Folder runs the Function's nodes
+
+            formula = prove(node, roles, Folder(self.rows, self._avoid), self.contexts[node])
         tracer = RowTracer(self.folder.n)
         operands = {operand: self._read(operand, role, tracer) for operand, role in roles.items()}
         read = functools.partial(read_operand, operands)
@@ -374,14 +421,14 @@ class RowAnalysis:
                 tracer.protect(leaf)
         with self.folder.mode, autocast_contexts(self.contexts[node].autocast), tracer:
             try:
-                folded = self.folder.run_node(node, read)
+                folded = self.folder.run_node(node, read, formula)
             except Refusal:
                 raise
             except Exception as error:
                 message = [*str(error).strip().splitlines(), repr(error)][0]
                 raise Refusal(f"does not run on folded rows: {message}") from None
         summed = self._check_fold(node, folded, tracer)
-        return State(rowwise=True, rows=not summed, summed=summed, matmuls=tracer.matmuls)
+        return State(rowwise=True, rows=not summed, summed=summed, matmuls=tracer.matmuls, formula=formula)
 
     def _check_fold(self, node: fx.Node, folded: Any, tracer: RowTracer) -> bool:
         """Whether the result is a sum; refuses what is neither a sum nor the fold of the value."""

@@ -138,6 +138,32 @@ def called_graph(gm: torch.nn.Module, node: fx.Node) -> fx.GraphModule | None:
     return found if isinstance(found, fx.GraphModule) else None
 
 
+def is_function(node: fx.Node) -> bool:
+    """Whether a node applies a ``torch.autograd.Function``: a higher-order operator of its two graphs."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply"
+
+
+def function_graphs(gm: fx.GraphModule) -> set[str]:
+    """The names of the sub-graphs that are a ``torch.autograd.Function``'s."""
+    return {str(each.target) for n in gm.graph.nodes if is_function(n) for each in n.all_input_nodes[:2]}
+
+
+def function_text(node: fx.Node) -> list[str]:
+    """What tells the graphs of two nodes that apply a ``torch.autograd.Function`` apart."""
+    gm = node.graph.owning_module
+    assert gm is not None
+    lines = []
+    for each in node.args[:2]:
+        graph = attribute(gm, str(each.target)).graph  # type: ignore[union-attr]
+        names = {inner: f"%{index}" for index, inner in enumerate(graph.nodes)}
+        for inner in graph.nodes:
+            args = fx.node.map_arg((inner.args, inner.kwargs), names.__getitem__)  # type: ignore[arg-type]
+            kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors_of(inner)]
+            rest = [leaf for leaf in tree_leaves(value(inner)) if not isinstance(leaf, torch.Tensor)]
+            lines.append(f"{inner.op} {inner.target!r} {args!r} {kinds} {rest}")
+    return lines
+
+
 def called_graphs(node: fx.Node) -> list[fx.GraphModule]:
     """All sub-GraphModules that a node calls, as operands (higher-order operators) or by itself."""
     gm = node.graph.owning_module

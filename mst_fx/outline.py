@@ -28,8 +28,11 @@ def needs_gradient(region: Region) -> list[bool]:
 def scalar_with_gradient(region: Region, body: Body, needs: Sequence[bool]) -> int | None:
     """The output whose tangent is one scalar, if it is the only one with a gradient.
 
-    float16 is left out: gradients of a sum over all rows, not yet scaled, may overflow.
+    float16 is left out: gradients of a sum over all rows, not yet scaled, may overflow. So is a body with a
+    ``torch.autograd.Function``: its backward need not be linear in the tangent (it may clip it, or round it).
     """
+    if body.formulas:
+        return None
     differentiable = body.differentiable_for(needs)
     found = [index for index, is_differentiable in enumerate(differentiable) if is_differentiable]
     if len(found) != 1:

@@ -22,7 +22,7 @@ from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Cause, Refusal
 from mst_fx.facts import observe
 from mst_fx.fold import eliminate_dead_code, outside_transforms
-from mst_fx.graph import VALUE, copy_tree, fill_values, is_graph, subgraphs, value
+from mst_fx.graph import VALUE, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
 from mst_fx.keep import keep_waves
 from mst_fx.mask_breaks import Crossing
 from mst_fx.options import Options, make_options
@@ -236,12 +236,25 @@ class _Runner:
         """The passes over single graphs, on the graph and on those of its sub-graphs."""
         free = set(outside_transforms(gm.graph))
         inside = {operand.target for n in gm.graph.nodes if n not in free for operand in n.all_input_nodes}
+        late = function_graphs(gm)  # a region may take a Function as a whole: what is left comes after
         for name, child in subgraphs(gm):
-            if name in inside:  # of a torch.func transform, as all of it is then
+            if name in inside or name in late:  # all of a torch.func transform is inside of it
                 continue
-            new_child, _ = self.run_tree(child, is_top=False)
-            gm.set_submodule(name, new_child)
-        return self.run(gm, "graph", is_top)
+            self._run_child(gm, name, child)
+        gm, deferred = self.run(gm, "graph", is_top)
+        late = function_graphs(gm) - inside
+        for name, child in list(subgraphs(gm)):
+            if name in late:
+                known = len(self.report.refusals)
+                self._run_child(gm, name, child)
+                # What a Function gives goes on in the graph; why it is not taken as a whole was said there.
+                found = self.report.refusals[known:]
+                self.report.refusals[known:] = [r for r in found if r.cause is not Cause.IS_OUTPUT]
+        return gm, deferred
+
+    def _run_child(self, gm: fx.GraphModule, name: str, child: fx.GraphModule) -> None:
+        new_child, _ = self.run_tree(child, is_top=False)
+        gm.set_submodule(name, new_child)
 
     def run(self, gm: fx.GraphModule, scope: str, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
         """Every pass of a scope; returns the graph and the logits to defer."""

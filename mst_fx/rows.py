@@ -27,6 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mst_fx.formula  # noqa: F401  (registers the op)
 from mst_fx.errors import Refusal
 
 aten = torch.ops.aten
@@ -149,12 +150,35 @@ class RowTracer(TorchDispatchMode):
 
     def label_of_constant(self, func: Any, tensor: torch.Tensor) -> Label:
         """The label of a result of operands without rows: constant fills may have n rows."""
+        if torch.Tag.nondeterministic_seeded in func.tags:  # each chunk would draw anew
+            raise Refusal(f"{func} draws random numbers")
         dims = [d for d, size in enumerate(tensor.shape) if is_same_size(size, self.rows)]
         if not dims:
             return None
         if func in _CONSTANT_FILLS and len(dims) == 1:
             return Row(dims[0])
         raise Refusal(f"{func} makes a tensor whose rows are not alike")
+
+
+class GradientTracer(RowTracer):
+    """Labels what the backward graph of a ``torch.autograd.Function`` does, where weights' gradients are made.
+
+    There a product may contract the rows (``tangent.t() @ x``), and the sum over rows be transposed. Elsewhere that is
+    nothing to chunk: a later operator would wait for all chunks.
+    """
+
+    def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
+        labels = [self.label(tensor) for tensor in _tensors((args, kwargs))]
+        if labels == _CONTRACTIONS.get(func) or (func in _TRANSPOSES and labels == [SUMMED]):
+            return [SUMMED]
+        return super()._apply_rule(func, args, kwargs, out)
+
+
+_CONTRACTIONS: dict[Any, list[Label]] = {
+    aten.mm.default: [Row(1), Row(0)],
+    aten.bmm.default: [Row(2), Row(1)],
+}
+_TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
 
 
 @functools.cache
@@ -532,7 +556,13 @@ def _along_given(call: _Call) -> Label:
     return Row(_check_along(call, source, [_wrap(d, source.ndim) for d in dims]))
 
 
+def _with_gradient(call: _Call) -> list[Label]:
+    """Gives its first operands; the gradient was proved with the formula (mst_fx.function)."""
+    return [call.label(tensor) for tensor in call.args[0]]
+
+
 _RULES: dict[Any, Rule] = {
+    torch.ops.mst_fx.with_gradient.default: _with_gradient,
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     aten.unsqueeze.default: _unsqueeze,
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _squeeze),

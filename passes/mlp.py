@@ -24,6 +24,7 @@ from mst_fx.chunking import (
     chunk_regions,
     left_alone,
     refuse_experts,
+    refuse_functions,
     refuse_opaque,
     refuse_sharded,
     refuse_transformed,
@@ -45,6 +46,7 @@ def run(context: PassContext) -> None:
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
         refuse_experts(context, analysis)
         refuse_opaque(context, analysis)
+        refuse_functions(context, analysis)
         context.refuse_all(left_alone(context, analysis, others, "mlp"))
         chunk_regions(context, analysis, regions, "mlp", plans)
     dropouts.restore()

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import mst_fx.body
-from mst_fx.body import RowGuards
 from mst_fx.compiler import compile_body
-from mst_fx.fold import Folder
+from mst_fx.fold import Folder, RowGuards
 from tests.helpers import (
     SMALL_CHUNKS,
     ToyLM,
