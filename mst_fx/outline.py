@@ -85,22 +85,7 @@ def replace_region(
     with graph.inserting_after(anchor):
         cursor = graph.call_function(int, (0,))  # marks the place; erased below
     with graph.inserting_before(cursor):
-        shared = [i.node for i in region.inputs if i.role == "shared"]
-        # In inference_mode nothing has a gradient, and nothing can be detached.
-        wanted = needs if analysis.contexts[region.nodes[0]].inference else needs_gradient(region)
-        operands = [
-            add_call(graph, "detach", node) if want and not need else node  # read under no_grad only
-            for node, want, need in zip([*row_inputs, *shared], wanted, needs, strict=True)
-        ]
-        row_inputs, shared = operands[: len(row_inputs)], operands[len(row_inputs) :]
-        if gradient_of is None:
-            args: tuple[Any, ...] = (row_inputs, shared, body.key, plan.chunk_rows, plan.backward_rows, lead)
-            op = torch.ops.mst_fx.loop if len(outs) == 1 else torch.ops.mst_fx.loop_list
-            loop = add_call(graph, op.default, *args)
-        else:
-            no_port = -1
-            args = (row_inputs, shared, list(needs), gradient_of, body.key, plan.chunk_rows, lead, no_port)
-            loop = add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
+        loop = _add_loop(analysis, region, body, plan, gradient_of, needs, lead)
         new = {}
         for index, node in enumerate(outs):
             is_single = gradient_of is None and len(outs) == 1
@@ -127,6 +112,39 @@ def replace_region(
     return new
 
 
+def _add_loop(
+    analysis: RowAnalysis,
+    region: Region,
+    body: Body,
+    plan: Plan,
+    gradient_of: int | None,
+    needs: Sequence[bool],
+    lead: list[int],
+) -> fx.Node:
+    """The loop op of a region, at the graph's insertion point."""
+    graph = analysis.graph
+    row_inputs, shared = ([i.node for i in region.inputs if i.role == role] for role in ("row", "shared"))
+    # In inference_mode nothing has a gradient, and nothing can be detached.
+    wanted = needs if analysis.contexts[region.nodes[0]].inference else needs_gradient(region)
+    operands = [
+        add_call(graph, "detach", node) if want and not need else node  # read under no_grad only
+        for node, want, need in zip([*row_inputs, *shared], wanted, needs, strict=True)
+    ]
+    row_inputs, shared = operands[: len(row_inputs)], operands[len(row_inputs) :]
+    if gradient_of is None:
+        op = (
+            torch.ops.mst_fx.loop
+            if len(region.row_outputs) + len(region.sums) == 1
+            else torch.ops.mst_fx.loop_list
+        )
+        return add_call(
+            graph, op.default, row_inputs, shared, body.key, plan.chunk_rows, plan.backward_rows, lead
+        )
+    no_port = -1
+    args = (row_inputs, shared, list(needs), gradient_of, body.key, plan.chunk_rows, lead, no_port)
+    return add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
+
+
 def _users_before(
     analysis: RowAnalysis, region: Region, order: dict[fx.Node, int], last: int
 ) -> set[fx.Node]:
@@ -142,7 +160,7 @@ def _users_before(
         context = analysis.contexts.get(node)
         if writes_in_place(node):
             raise Refusal(f"{node.name} writes between the region's nodes and cannot be moved", Cause.WRITTEN)
-        if context is None or context.autocast != autocast:
+        if context is None or context.autocast != autocast or context.level:
             raise Refusal(
                 f"{node.name} stands between the region's nodes and cannot be moved", Cause.AUTOCAST
             )

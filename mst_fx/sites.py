@@ -230,9 +230,8 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         softcap, current = factor, step(capped.args[0])
     scaling = current if current is not None and _is_scaling(current) else None
     scale = 1.0 if scaling is not None else _factor(current)
-    if (
-        scale is not None and scale <= 0.0
-    ):  # a causal kernel's NaN: torch 2.13 scales minus infinity, on a CPU
+    # A causal kernel's NaN: torch 2.13 scales minus infinity, on a CPU.
+    if scale is not None and scale <= 0.0:
         scaling, scale = current, 1.0
     if scale is not None and current is not None:
         current = step(current.args[0])
