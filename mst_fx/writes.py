@@ -128,9 +128,7 @@ def make_functional(graph: fx.Graph) -> None:
         except Refusal as refusal:
             log.debug("a write in place is left: %s", refusal)
             rewrite.undo()
-        except (
-            Exception
-        ):  # a call that does not run on fakes as it is made here; old nodes are not changed yet
+        except Exception:  # a call does not run on fakes as it is made here; old nodes are as they were
             log.debug("a write in place is left", exc_info=True)
             rewrite.undo()
 
