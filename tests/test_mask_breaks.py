@@ -299,7 +299,9 @@ UNCOUNTED: dict[str, Callable[[Tensor], Any]] = {
     "other data": _set_data,
     "NumPy": lambda mask: mask.numpy().__setitem__((slice(None), 0, slice(5, None), 3), False),
     "an array": lambda mask: np.asarray(mask).__setitem__((slice(None), 0, slice(5, None), 3), False),
-    "DLPack": lambda mask: torch.from_dlpack(mask).__setitem__((slice(None), 0, slice(5, None), 3), False),
+    "DLPack": lambda mask: torch.utils.dlpack.from_dlpack(mask).__setitem__(
+        (slice(None), 0, slice(5, None), 3), False
+    ),
     "storage": _through_its_storage,
     "none": lambda mask: (
         torch.equal(torch.from_numpy(mask.numpy()), mask.clone()) or pytest.fail("other values")
