@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.masks import Mask, Vectors, allowed, names
 
@@ -165,22 +165,43 @@ class DeferredMask(torch.Tensor):
             result = mask if result is mask._cell.value else result
         return result
 
-    # What reads memory past the dispatcher.
+    # What reads memory past the dispatcher. Nobody counts what is written there, so the values are the mask from here on.
+
+    def _escaped(self) -> Tensor:
+        """The values, which somebody may change without a trace."""
+        found = self.made
+        self._cell.is_written = True
+        return found
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self._escaped().data if self._is_real() else self.made.data
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        if new.shape != self.shape or new.dtype != self.dtype:
+            raise RuntimeError(f"a deferred mask stays {tuple(self.shape)} of {self.dtype}: no other .data")
+        self._escaped().data.copy_(new)
+
+    def untyped_storage(self) -> Any:
+        # torch asks for it too, to compare storages: those of masks that are not made.
+        is_internal = sys._getframe(1).f_code.co_filename.startswith(_INTERNAL)
+        return super().untyped_storage() if is_internal else self._escaped().untyped_storage()
 
     def data_ptr(self) -> int:
-        return self.made.data_ptr()
+        return self._escaped().data_ptr()
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self.made.numpy(force=force)
+        return self._escaped().numpy(force=force)
 
     def tolist(self) -> Any:
         return self.made.tolist()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.made.__array__(*args, **kwargs)
+        return self._escaped().__array__(*args, **kwargs)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
-        return self.made.__dlpack__(**kwargs)
+        return self._escaped().__dlpack__(**kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.made.__reduce_ex__(protocol)
@@ -256,12 +277,10 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     found = []
     for index, argument in enumerate(func._schema.arguments):
         given = kwargs.get(argument.name, args[index] if index < len(args) else None)
-        if (
-            argument.alias_info is not None
-            and argument.alias_info.is_write
-            and isinstance(given, DeferredMask)
-        ):
-            found.append(given)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [
+                x for x in tree_leaves(given) if isinstance(x, DeferredMask)
+            ]  # _foreach_ writes to lists
     return found
 
 

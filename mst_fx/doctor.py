@@ -129,6 +129,9 @@ def _head_not_compiled(report: Report) -> Finding | None:
     """Layers compiled one by one; the head too perhaps, and then its graph starts with hidden rows."""
     if "mlp" not in report.kinds() or _whole_heads(report) or not any(f.takes_rows for f in report.facts):
         return None
+    skipped = next((f for f in report.facts if f.skipped_at), None)
+    if skipped is not None and not skipped.trainer:
+        return _function_skipped(skipped)
     heads = [f.caller_head for f in report.facts if f.caller_head]
     apart = [f for f in report.facts if f.has_head and f.takes_rows]
     if not (heads or apart) or any(f.trainer for f in report.facts):
@@ -139,6 +142,16 @@ def _head_not_compiled(report: Report) -> Finding | None:
         f"layers were compiled, and no graph has {name} with its loss: the logits are made for eager code",
         'compile the whole model (model.compile(backend="mst")) and give it its labels; or compile a function of '
         "head and loss too",
+    )
+
+
+def _function_skipped(facts: Facts) -> Finding:
+    return Finding(
+        "head-not-compiled",
+        f"Dynamo has skipped the function at {facts.skipped_at}, as it does where a loop breaks the graph (a hook of FSDP2 "
+        f"does): {facts.caller_head} and its loss run eagerly, and all logits are made",
+        "put the head and its loss into a module of their own, or the loop over the layers: Dynamo compiles their "
+        "forward functions apart",
     )
 
 

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from types import CodeType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -89,7 +90,7 @@ def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
     inputs = [tensor_value(node) for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [x for x in inputs if x is not None]
     takes_rows = any(x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in tensors)
-    head, width, trainer = _caller() if takes_rows or ending.kind else ("", 0, "")
+    caller = _caller() if takes_rows or ending.kind else _Caller()
     return Facts(
         compile_id=str(CompileContext.current_compile_id() or ""),
         ended=ending.reason,
@@ -100,9 +101,10 @@ def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
         takes_rows=takes_rows,
         routes=_calls(gm, ("topk", "one_hot")),
         dtensors=sum(type(x).__name__ == "DTensor" for x in tensors),
-        caller_head=head,
-        caller_width=width,
-        trainer=trainer,
+        caller_head=caller.head,
+        caller_width=caller.width,
+        skipped_at=caller.skipped_at,
+        trainer=caller.trainer,
     )
 
 
@@ -114,14 +116,25 @@ def _reduces_logits(report: Report) -> bool:
     return bool(done or fits or left)
 
 
-def _caller() -> tuple[str, int, str]:
-    """The vocabulary head of the eager model that calls the compiled code, its width, and whose forward function runs.
+class _Caller(NamedTuple):
+    """Of the eager code that calls compiled code, as the fields of :class:`Facts` say."""
+
+    head: str = ""
+    width: int = 0
+    skipped_at: str = ""
+    trainer: str = ""
+
+
+def _caller() -> _Caller:
+    """The vocabulary head of the eager model that calls the compiled code, and whose forward function runs.
 
     A graph is compiled when its code is first called: who calls it is on Python's stack. A head inside of the module
-    that is compiled is not meant, even if Dynamo breaks the graph before it.
+    that is compiled is not meant, even if Dynamo breaks the graph before it; unless Dynamo skipped the function that
+    calls it, which then runs as Python does.
     """
     inside: list[torch.nn.Module] = []  # the module that is compiled, and those that it calls
     outside: list[torch.nn.Module] = []  # whose own code runs eagerly and calls it, innermost first
+    places: dict[int, str] = {}  # where the function of a module begins; "" if Dynamo wrote it
     frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -131,15 +144,35 @@ def _caller() -> tuple[str, int, str]:
         elif issubclass(type(owner), torch.nn.Module):
             is_call = code.co_name in ("_wrapped_call_impl", "_call_impl")  # of the module that is compiled
             (inside if is_call and not outside else outside).append(owner)
+            if not is_call:  # a decorator may run as Python does around what Dynamo wrote
+                place = "" if _is_transformed(code) else f"{code.co_filename}:{code.co_firstlineno}"
+                places[id(owner)] = place and places.get(id(owner), place)
         frame = frame.f_back
-    compiled = {id(part) for owner in inside for part in owner.modules()}
     trainers = [package for owner in inside + outside if (package := _forward_package(owner)) == "trl"]
-    for owner in outside:
-        name, head = _head_of(owner)
-        if head is not None and id(head) not in compiled:
+    trainer = "".join(trainers[:1])
+    compiled: set[int] = set()  # what the modules have that are called inside of the one that is looked at
+    for index, owner in enumerate(inside + outside):
+        is_skipped = index < len(inside) and bool(places.get(id(owner)))
+        name, head = _head_of(owner) if is_skipped or index >= len(inside) else ("", None)
+        if head is not None and id(head) not in compiled and not (is_skipped and _is_apart(owner, head)):
             path = name.replace("._orig_mod", "")
-            return f"{type(owner).__name__}.{path}", head.weight.shape[0], "".join(trainers[:1])
-    return "", 0, "".join(trainers[:1])
+            at = places[id(owner)] if is_skipped else ""
+            return _Caller(f"{type(owner).__name__}.{path}", head.weight.shape[0], at, trainer)
+        if not is_skipped and index < len(inside):
+            compiled |= {id(part) for part in owner.modules()}
+    return _Caller(trainer=trainer)
+
+
+def _is_apart(owner: torch.nn.Module, head: torch.nn.Module) -> bool:
+    """Whether a module of the user's, inside of one that runs eagerly, has the head: Dynamo compiles it by itself."""
+    parts = [m for m in owner.modules() if m is not owner and not type(m).__module__.startswith("torch.")]
+    return any(part is head for other in parts for part in other.modules())
+
+
+def _is_transformed(code: CodeType) -> bool:
+    """Whether Dynamo wrote the code, which calls compiled graphs, or goes on in functions that do."""
+    marks = ("__compiled_fn", "__resume_at", "torch_dynamo_resume")
+    return any(name.startswith(marks) for name in (code.co_name, *code.co_names))
 
 
 def _forward_package(module: torch.nn.Module) -> str:

@@ -92,6 +92,7 @@ class Facts:
         caller_head: the vocabulary head of the model whose eager code calls what is compiled, e.g.
             "LlamaForCausalLM.lm_head"; "" if there is none.
         caller_width: how wide that head's logits are.
+        skipped_at: file and line of the function that calls that head, if Dynamo was to compile it and skipped it.
         trainer: the library that has put a forward function of its own into the model, e.g. "trl".
     """
 
@@ -106,6 +107,7 @@ class Facts:
     dtensors: int
     caller_head: str = ""
     caller_width: int = 0
+    skipped_at: str = ""
     trainer: str = ""
 
 

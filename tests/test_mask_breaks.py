@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -233,7 +234,6 @@ def _read(mask: Tensor) -> list[Any]:
         mask + 0,
         mask[0, 0].clone(),
         torch.tensor(mask.tolist()),
-        torch.from_numpy(mask.numpy()),
         torch.load(copied),
         copy.deepcopy(mask),
         mask.detach().to(torch.int8),
@@ -281,6 +281,39 @@ def test_changes_in_place_are_seen(name: str, where: str) -> None:
         model = Model(MASKS["padding"][0], between=CHANGES[name])
     else:
         model = Model(MASKS["padding"][0], layer=lambda: Layer(CHANGES[name]))
+    check_parity(model, _batch(), 1e-12, 1e-10, OPTIONS)
+
+
+def _set_data(mask: Tensor) -> None:
+    mask.data = mask.logical_and(torch.arange(SEQ) != 3)
+
+
+def _through_its_storage(mask: Tensor) -> None:
+    alias = torch.empty(0, dtype=mask.dtype).set_(mask.untyped_storage(), 0, mask.shape, mask.stride())
+    alias[:, :, 5:, 3] = False
+
+
+# What no version counter of the mask sees, or several tensors at once.
+UNCOUNTED: dict[str, Callable[[Tensor], Any]] = {
+    "data": lambda mask: mask.data.__setitem__((slice(None), 0, slice(5, None), 3), False),
+    "other data": _set_data,
+    "NumPy": lambda mask: mask.numpy().__setitem__((slice(None), 0, slice(5, None), 3), False),
+    "an array": lambda mask: np.asarray(mask).__setitem__((slice(None), 0, slice(5, None), 3), False),
+    "DLPack": lambda mask: torch.utils.dlpack.from_dlpack(mask).__setitem__(
+        (slice(None), 0, slice(5, None), 3), False
+    ),
+    "storage": _through_its_storage,
+    "none": lambda mask: (
+        torch.equal(torch.from_numpy(mask.numpy()), mask.clone()) or pytest.fail("other values")
+    ),
+    "a list": lambda mask: torch._foreach_copy_([mask], [mask.logical_and(torch.arange(SEQ) != 3)]),
+}
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_changes_past_autograd_are_seen(name: str) -> None:
+    change = UNCOUNTED[name]
+    model = Model(MASKS["padding"][0], between=change)
     check_parity(model, _batch(), 1e-12, 1e-10, OPTIONS)
 
 

@@ -106,6 +106,101 @@ def test_only_layers_compiled(caplog: pytest.LogCaptureFixture) -> None:
     assert _warnings(caplog) == []
 
 
+class Layer(nn.Module):
+    """An MLP with a hook that breaks the graph, as FSDP2's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = GatedMLP(H, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + x
+
+
+class Looping(Model):
+    """Its function is skipped by Dynamo, for the break lies in a loop: its head runs eagerly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer()])
+        self.layers[0].register_forward_hook(torch._dynamo.disable(lambda module, args, output: None))
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None, *args: Any) -> Any:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x)
+        return logits if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Apart(Looping):
+    """The same with the head and the loss in a module of their own."""
+
+    class Loss(nn.Module):
+        def __init__(self, head: nn.Linear) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = self.Loss(self.head)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None, *args: Any) -> Any:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.loss(x, labels)
+
+
+class Straight(Looping):
+    """Broken too, but not in a loop: Dynamo goes on behind the break, and has the head with its loss."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None, *args: Any) -> Any:
+        logits = self.head(self.layers[0](self.embed(ids)))
+        assert labels is not None
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Around(nn.Module):
+    """A wrapper whose own function is skipped, around a model that is compiled whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Any:
+        for _ in range(1):
+            torch._dynamo.graph_break()
+            result = self.model(*args)
+        return result
+
+
+def test_a_function_that_dynamo_skips(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    ids = _ids()
+    for labels in (ids, None):
+        warn.reset()
+        torch._dynamo.reset()
+        with mst_fx.watch() as report:
+            compile_mst(Looping(), EAGER_BODIES)(ids, labels).sum().backward()
+        assert [f.cause for f in report.findings] == ["head-not-compiled"]
+        assert (
+            "Looping.head" in report.findings[0].evidence
+            and "test_warnings.py" in report.findings[0].evidence
+        )
+        assert _warnings(caplog) == ["head-not-compiled"]
+    warn.reset()
+    for model in (Apart(), Straight(), Around(Straight())):
+        torch._dynamo.reset()
+        with mst_fx.watch() as report:
+            compile_mst(model, EAGER_BODIES)(ids, ids).backward()
+        assert {r.kind for r in report.rewrites} >= {"mlp", "vocab"}, type(model)
+        assert _warnings(caplog) == [] and report.findings == [], type(model)
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
