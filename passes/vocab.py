@@ -126,14 +126,20 @@ def _head_of(analysis: RowAnalysis, logits: fx.Node) -> fx.Node | None:
 
 
 def _is_logits(analysis: RowAnalysis, node: fx.Node) -> bool:
-    """Whether a value is a widening matmul's result, or a pointwise function of it alone."""
-    state = analysis.states[node]
-    if not state.rowwise or not state.rows:
-        return False
-    if state.matmuls:
-        return any(m.out_bytes > m.in_bytes for m in state.matmuls)
-    sources = [operand for operand, role in state.roles.items() if role == "row"]
-    return len(sources) == 1 and _is_logits(analysis, sources[0])
+    """Whether a value is a widening matmul's result, or a function of it alone that is as wide as logits are.
+
+    Narrow functions (an argmax, the largest probability) are results of the loop as log-probabilities are:
+    deferred, their first use would make the logits.
+    """
+    nbytes, source = bytes_a_row(node, analysis.rows), node
+    while (state := analysis.states[source]).rowwise and state.rows:
+        if state.matmuls:
+            return any(m.out_bytes > m.in_bytes and nbytes > m.in_bytes for m in state.matmuls)
+        sources = [operand for operand, role in state.roles.items() if role == "row"]
+        if len(sources) != 1 or tensor_value(sources[0]) is None:  # a member of a tuple cannot leave alone
+            return False
+        (source,) = sources
+    return False
 
 
 def _outputs_of(region: Region, free: set[fx.Node]) -> list[fx.Node]:
