@@ -288,6 +288,12 @@ def _codes(m: Toy, x: Tensor) -> Tensor:
     return m.head(x).view(BATCH, LENGTH, PARTS, VOCAB // PARTS)
 
 
+def _sequences_apart(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x)
+    norms = torch.stack([sequence.logsumexp(-1) for sequence in logits])
+    return (norms - logits.gather(-1, y.clamp(min=0)[..., None]).squeeze(-1)).mean()
+
+
 LAYOUTS: dict[str, Step] = {
     "token_weights": _token_weighted,
     "classes_first_none": lambda m, x, y: (
@@ -324,6 +330,12 @@ LAYOUTS: dict[str, Step] = {
     ),
     "shift_of_classes_first": lambda m, x, y: F.cross_entropy(m.head(x).transpose(1, 2)[..., :-1], y[:, 1:]),
     "halves": _halves,
+    "padded_shifted_at_once": lambda m, x, y: _loss(m.head(x)[:, :-1, : VOCAB // 2], y[:, 1:] % (VOCAB // 2)),
+    "padded_by_narrow_and_shifted": lambda m, x, y: _loss(
+        m.head(x).narrow(-1, 0, VOCAB // 2)[..., :-1, :], y[:, 1:] % (VOCAB // 2)
+    ),
+    "last_row_beside": lambda m, x, y: _loss(m.head(x), y) + m.head(x)[:, -1].logsumexp(-1).mean(),
+    "sequences_apart": _sequences_apart,
     "padded_and_shifted": lambda m, x, y: _loss(LOGITS["columns"](m, m.head(x))[:, :-1], y[:, 1:]),
 }
 
