@@ -518,6 +518,24 @@ def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | int | None) -> 
     return total if wide == dtype else add_call(graph, "to", total, dtype)
 
 
+def scatter_one_hots(graph: fx.Graph, place: Place = nowhere) -> None:
+    """``one_hot(y, V)`` → zeros with ones scattered into them, which each row does alone.
+
+    The operator looks at all labels to see whether they are less than V; so does ``scatter``.
+    """
+    modes = contexts(graph)
+    for node in outside_transforms(graph):
+        labels = node.args[0] if node.args else None
+        classes = node.args[1] if len(node.args) > 1 else node.kwargs.get("num_classes")
+        fake = tensor_value(labels) if isinstance(labels, fx.Node) else None
+        if _plain_name(node) != "one_hot" or fake is None or not isinstance(classes, int) or classes < 1:
+            continue
+        with place("vocab", _place_of(node)), graph.inserting_before(node), in_context(modes[node]):
+            index = add_call(graph, "unsqueeze", labels, -1)
+            wide = add_call(graph, "expand", index, *[-1] * fake.ndim, classes)
+            _replace(node, add_call(graph, "scatter", add_call(graph, torch.zeros_like, wide), -1, index, 1))
+
+
 def stack_last(graph: fx.Graph, place: Place = nowhere) -> None:
     """``stack([p, q], 0).mean(0)`` → ``stack([p, q], -1).mean(-1)``: divergences from several teachers.
 
@@ -672,7 +690,9 @@ def _split_cuts(graph: fx.Graph) -> None:
             current = source
             for target, argument in steps:
                 current = add_call(graph, target, current, argument)
-                current.meta |= {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+                current.meta |= {
+                    k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")
+                }
         _replace(node, current)
     eliminate_dead_code(graph)
 
@@ -766,7 +786,9 @@ def _index_parts(index: Any, ndim: int, picks: bool = False) -> list[Any] | None
     parts = list(index) if isinstance(index, tuple) else [index]
     known = (slice, int) if picks else (slice,)
     if (
-        any(part is not Ellipsis and (not isinstance(part, known) or isinstance(part, bool)) for part in parts)
+        any(
+            part is not Ellipsis and (not isinstance(part, known) or isinstance(part, bool)) for part in parts
+        )
         or parts.count(Ellipsis) > 1
     ):
         return None

@@ -43,7 +43,11 @@ def unite_gathered_rows(graph: fx.Graph) -> None:
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         shapes = [fake.shape for arg in operands if (fake := tensor_value(arg)) is not None]
         dim = next((arg for arg in node.args[1:] if isinstance(arg, int)), 0)
-        if len(shapes) != 2 or len({len(shape) for shape in shapes}) != 1 or dim % len(shapes[0]) != len(shapes[0]) - 1:
+        if (
+            len(shapes) != 2
+            or len({len(shape) for shape in shapes}) != 1
+            or dim % len(shapes[0]) != len(shapes[0]) - 1
+        ):
             continue
         for size, other in zip(*(shape[:-1] for shape in shapes), strict=True):
             _unite(size, other)

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.canonical import CLONE_OF, hoist_row_slices, stack_last, sum_losses
+from mst_fx.canonical import CLONE_OF, hoist_row_slices, scatter_one_hots, stack_last, sum_losses
 from mst_fx.changing import changes, unite_gathered_rows
 from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone, refuse_sharded, rows_of
 from mst_fx.errors import Cause
@@ -49,6 +49,7 @@ def run(context: PassContext) -> None:
     graph = context.gm.graph
     make_functional(graph)
     unite_gathered_rows(graph)
+    scatter_one_hots(graph, context.place)
     stack_last(graph, context.place)
     hoist_row_slices(graph, context.place)
     sum_losses(graph, context.place)

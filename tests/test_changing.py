@@ -221,7 +221,7 @@ def test_labels_have_sizes_of_their_own(name: str) -> None:
     model = Layer()
     run = functools.partial(LABELLED[name], model)
     with mst_fx.watch() as report:
-        compiled = torch.compile(run, backend="mst", options=CHUNKS)
+        compiled = compile_mst(run, CHUNKS)
         for batch, length in ((2, 5), (3, 50), (4, 40), (1, 90)):
             tokens = torch.randint(0, VOCAB, (2, batch, length)).unbind(0)
             truth, found = (_loss_and_gradients(call, model, *tokens) for call in (run, compiled))
@@ -234,7 +234,7 @@ def test_fewer_labels_than_rows() -> None:
     """``gather`` allows that: the guard that there is a label for each row compiles anew."""
     model = Layer()
     run = functools.partial(LABELLED["log_probabilities"], model)
-    compiled = torch.compile(run, backend="mst", options=CHUNKS)
+    compiled = compile_mst(run, CHUNKS)
     for rows, picked in ((50, 50), (60, 60), (70, 64)):
         ids, labels = torch.randint(0, VOCAB, (2, rows)), torch.randint(0, VOCAB, (2, picked))
         truth, found = (_loss_and_gradients(call, model, ids, labels) for call in (run, compiled))
