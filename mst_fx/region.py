@@ -81,7 +81,8 @@ class Region:
     @property
     def ends_narrow(self) -> bool:
         """Whether all that leaves is sums and narrow rows, as from a head with its loss."""
-        return 4 * self.out_bytes <= self.in_bytes
+        # In elements too: rows that are given count for no bytes.
+        return 4 * self.out_bytes <= self.in_bytes or 4 * self.out_width <= self.width
 
 
 def seeds(analysis: RowAnalysis) -> list[fx.Node]:
