@@ -81,8 +81,7 @@ class Region:
     @property
     def ends_narrow(self) -> bool:
         """Whether all that leaves is sums and narrow rows, as from a head with its loss."""
-        # In elements too: rows that are given count for no bytes.
-        return 4 * self.out_bytes <= self.in_bytes or 4 * self.out_width <= self.width
+        return 4 * self.out_bytes <= self.in_bytes
 
 
 def seeds(analysis: RowAnalysis) -> list[fx.Node]:
