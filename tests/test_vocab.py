@@ -255,7 +255,8 @@ def test_narrow_functions_beside_the_loss() -> None:
         best = logits.detach().softmax(-1).max(-1)
         return F.cross_entropy(logits, labels), best.values, best.indices
 
-    hidden, labels = torch.randn(ROWS, 2 * WIDTH, dtype=torch.float64), torch.randint(0, VOCAB, (ROWS,))
+    hidden = torch.randn(ROWS, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (ROWS,))
     truth, weight = run(hidden, labels), head.weight
     torch._dynamo.reset()
     with mst_fx.watch() as report:
