@@ -518,6 +518,24 @@ def _sum_over(graph: fx.Graph, losses: fx.Node, count: fx.Node | int | None) -> 
     return total if wide == dtype else add_call(graph, "to", total, dtype)
 
 
+def scatter_one_hots(graph: fx.Graph, place: Place = nowhere) -> None:
+    """``one_hot(y, V)`` → zeros with ones scattered into them, which each row does alone.
+
+    The operator looks at all labels to see whether they are less than V; so does ``scatter``.
+    """
+    modes = contexts(graph)
+    for node in outside_transforms(graph):
+        labels = node.args[0] if node.args else None
+        classes = node.args[1] if len(node.args) > 1 else node.kwargs.get("num_classes")
+        fake = tensor_value(labels) if isinstance(labels, fx.Node) else None
+        if _plain_name(node) != "one_hot" or fake is None or not isinstance(classes, int) or classes < 1:
+            continue
+        with place("vocab", _place_of(node)), graph.inserting_before(node), in_context(modes[node]):
+            index = add_call(graph, "unsqueeze", labels, -1)
+            wide = add_call(graph, "expand", index, *[-1] * fake.ndim, classes)
+            _replace(node, add_call(graph, "scatter", add_call(graph, torch.zeros_like, wide), -1, index, 1))
+
+
 def stack_last(graph: fx.Graph, place: Place = nowhere) -> None:
     """``stack([p, q], 0).mean(0)`` → ``stack([p, q], -1).mean(-1)``: divergences from several teachers.
 
@@ -596,6 +614,7 @@ def hoist_row_slices(graph: fx.Graph, place: Place = nowhere) -> None:
     """
     with place("vocab", ""):
         _slice_before_permuting(graph)
+        _split_cuts(graph)
     modes = contexts(graph)
     for node in outside_transforms(graph):
         with place("vocab", _place_of(node)):
@@ -650,6 +669,52 @@ def _slice_before_permuting(graph: fx.Graph) -> None:
             _replace(node, _permuted(graph, new, order))
 
 
+def _split_cuts(graph: fx.Graph) -> None:
+    """``logits[:, :-1, :V]`` → ``logits[:, :-1][..., :V]``, ``logits[:, -1]`` → ``logits[:, -1:].squeeze(1)``.
+
+    Slices of rows are hoisted by themselves, and those of columns are links of a chain if spelled so.
+    """
+    modes = contexts(graph)
+    for node in outside_transforms(graph):
+        source, parts = _cut_parts(node)
+        if source is None or parts is None or _chain_from(source) is None:
+            continue
+        *rows, columns = parts
+        kept = [slice(i, i + 1 or None) if isinstance(i, int) else i for i in rows]
+        steps: list[tuple[Any, Any]] = [(operator.getitem, tuple(kept))] if any(map(_is_cut, kept)) else []
+        steps += [(operator.getitem, (Ellipsis, columns))] if _is_cut(columns) else []
+        steps += [("squeeze", dim) for dim in reversed(range(len(rows))) if isinstance(rows[dim], int)]
+        if len(steps) == 1 and (node.target, node.args[1]) == steps[0]:
+            continue
+        with graph.inserting_before(node), in_context(modes[node]):
+            current = source
+            for target, argument in steps:
+                current = add_call(graph, target, current, argument)
+                current.meta |= {
+                    k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")
+                }
+        _replace(node, current)
+    eliminate_dead_code(graph)
+
+
+def _cut_parts(node: fx.Node) -> tuple[fx.Node | None, list[Any] | None]:
+    """A tensor and the slice or the index of each of its dimensions that a node takes, columns as a slice."""
+    source = node.args[0] if node.args else None
+    fake = tensor_value(source) if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node) or node.kwargs or fake is None or fake.ndim < 2:
+        return None, None
+    if node.target is operator.getitem:
+        parts = _index_parts(node.args[1], fake.ndim, picks=True)
+        is_known = parts is not None and len(parts) == fake.ndim and isinstance(parts[-1], slice)
+        return source, parts if is_known and any(map(_is_cut, parts or ())) else None
+    if _plain_name(node) == "narrow" and len(node.args) == 4:
+        dim, start, length = node.args[1:]
+        is_columns = isinstance(dim, int) and dim % fake.ndim == fake.ndim - 1
+        if is_columns and isinstance(start, int) and isinstance(length, int) and start >= 0:
+            return source, [*[_FULL] * (fake.ndim - 1), slice(start, start + length)]
+    return None, None
+
+
 _LINEAR = (F.linear, aten.linear.default)
 _FLATTENS = frozenset(("flatten", "view", "reshape"))
 _PARTS = frozenset(("chunk", "split", "tensor_split"))
@@ -659,8 +724,11 @@ _FULL = slice(None, None, None)
 def _sliced_chain(node: fx.Node) -> list[fx.Node] | None:
     """The links from a tensor whose rows are sliced back to the linear that made it, last link first."""
     source = _sliced_source(node)
-    if source is None:
-        return None
+    return None if source is None else _chain_from(source)
+
+
+def _chain_from(source: fx.Node) -> list[fx.Node] | None:
+    """The links from logits back to the linear that made them."""
     chain: list[fx.Node] = []
     current: Any = source
     while isinstance(current, fx.Node) and (fake := tensor_value(current)) is not None and fake.ndim > 1:
@@ -713,11 +781,14 @@ def _parted_source(node: fx.Node) -> fx.Node | None:
     return source if isinstance(dim, int) and dim % fake.ndim != fake.ndim - 1 else None
 
 
-def _index_parts(index: Any, ndim: int) -> list[Any] | None:
-    """The slice of each dimension that an index takes; None if it does anything else."""
+def _index_parts(index: Any, ndim: int, picks: bool = False) -> list[Any] | None:
+    """The slice of each dimension that an index takes, with ``picks`` its place; None if it does anything else."""
     parts = list(index) if isinstance(index, tuple) else [index]
+    known = (slice, int) if picks else (slice,)
     if (
-        any(part is not Ellipsis and not isinstance(part, slice) for part in parts)
+        any(
+            part is not Ellipsis and (not isinstance(part, known) or isinstance(part, bool)) for part in parts
+        )
         or parts.count(Ellipsis) > 1
     ):
         return None

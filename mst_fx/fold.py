@@ -123,7 +123,22 @@ def fold_rank(shape: Sequence[Any], rows: Any) -> int:
         product = product * expression(size)
         if product == wanted or (not product.is_number and sympy.expand(product - wanted) == 0):
             return rank
+        if isinstance(rows, torch.SymInt) and not product.is_number and _are_guarded_equal(rows, product):
+            return rank
     return 0
+
+
+def _are_guarded_equal(rows: torch.SymInt, product: Any) -> bool:
+    """Whether a guard says that two numbers of rows are one, as a loss says of its logits and labels.
+
+    If batch and length both change, each input has symbols of its own, and only products are known to be equal.
+    """
+    wanted = expression(rows)
+    if wanted.is_number or product.free_symbols & wanted.free_symbols:
+        return False
+    pair = {product, wanted}
+    guards = (guard.expr for guard in rows.node.shape_env.guards)
+    return any(isinstance(guard, sympy.Eq) and set(guard.args) == pair for guard in guards)
 
 
 def expression(size: Any) -> Any:

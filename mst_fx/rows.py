@@ -489,6 +489,25 @@ def _index_fill(call: _Call) -> Label:
     return Row(_check_along(call, source, [_wrap(along, source.ndim)]))
 
 
+def _index_select(call: _Call) -> Label:
+    source, along, index = call.args[:3]
+    if call.label(index) is not None:
+        raise call.refusal("picks columns by row")
+    return Row(_check_along(call, source, [_wrap(along, source.ndim)]))
+
+
+def _index(call: _Call) -> Label:
+    """``x[..., columns]``: one list of places, the same for each row."""
+    source, indices = call.args[:2]
+    picks = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    dims = [dim for dim, _ in picks]
+    if len(picks) != 1 or picks[0][1].ndim != 1 or picks[0][1].dtype not in (torch.int32, torch.int64):
+        raise call.refusal("picks elements of several dimensions, or by a mask")
+    if call.label(picks[0][1]) is not None:
+        raise call.refusal("picks columns by row")
+    return Row(_check_along(call, source, dims))
+
+
 def _nll_loss(call: _Call) -> list[Label]:
     """Per-row losses only; means and sums are rewritten to them before (mst_fx.canonical)."""
     source, target, weight, reduction = call.args[:4]
@@ -627,8 +646,10 @@ _RULES: dict[Any, Rule] = {
     aten.mv.default: _mv,
     **dict.fromkeys((aten.native_layer_norm.default, aten._fused_rms_norm.default), _layer_norm),
     aten.gather.default: _gather,
-    **dict.fromkeys((aten.scatter.src, aten.scatter.value), _scatter),
+    **dict.fromkeys((aten.scatter.src, aten.scatter.value, aten.scatter_add.default), _scatter),
     **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _scatter_part),
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
     **dict.fromkeys((aten.index_fill.int_Scalar, aten.index_fill.int_Tensor), _index_fill),
     **dict.fromkeys(
         (

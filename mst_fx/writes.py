@@ -448,6 +448,8 @@ def _zero(add: _Adder, written: fx.Node) -> fx.Node:
 
 def _set_item(add: _Adder, written: fx.Node, index: Any, source: Any) -> fx.Node:
     parts = list(index) if isinstance(index, tuple) else [index]
+    device = _fake(written).device
+    parts = [add(torch.tensor, list(p), device=device) if _are_places(p) else p for p in parts]
     tensors = [part for part in parts if isinstance(part, fx.Node) and tensor_value(part) is not None]
     if not tensors:
         return _set_slices(add, written, parts, source)
@@ -469,6 +471,11 @@ def _set_item(add: _Adder, written: fx.Node, index: Any, source: Any) -> fx.Node
     while places[-1] is None:
         places.pop()
     return add.like(add(torch.ops.aten.index_put.default, written, places, source), written)
+
+
+def _are_places(part: Any) -> bool:
+    """Whether a part of an index is a list of numbers, as in ``logits[..., [3, 5]] = 0``."""
+    return isinstance(part, list) and bool(part) and all(type(place) is int for place in part)
 
 
 def _is_mask(node: fx.Node) -> bool:

@@ -32,8 +32,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.canonical import CLONE_OF, hoist_row_slices, stack_last, sum_losses
-from mst_fx.changing import changes
+from mst_fx.canonical import CLONE_OF, hoist_row_slices, scatter_one_hots, stack_last, sum_losses
+from mst_fx.changing import changes, unite_gathered_rows
 from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone, refuse_sharded, rows_of
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
@@ -48,6 +48,8 @@ def run(context: PassContext) -> None:
     """Rewrites every head whose loss is in the graph."""
     graph = context.gm.graph
     make_functional(graph)
+    unite_gathered_rows(graph)
+    scatter_one_hots(graph, context.place)
     stack_last(graph, context.place)
     hoist_row_slices(graph, context.place)
     sum_losses(graph, context.place)
@@ -126,14 +128,20 @@ def _head_of(analysis: RowAnalysis, logits: fx.Node) -> fx.Node | None:
 
 
 def _is_logits(analysis: RowAnalysis, node: fx.Node) -> bool:
-    """Whether a value is a widening matmul's result, or a pointwise function of it alone."""
-    state = analysis.states[node]
-    if not state.rowwise or not state.rows:
-        return False
-    if state.matmuls:
-        return any(m.out_bytes > m.in_bytes for m in state.matmuls)
-    sources = [operand for operand, role in state.roles.items() if role == "row"]
-    return len(sources) == 1 and _is_logits(analysis, sources[0])
+    """Whether a value is a widening matmul's result, or a function of it alone that is as wide as logits are.
+
+    Narrow functions (an argmax, the largest probability) are results of the loop as log-probabilities are:
+    deferred, their first use would make the logits.
+    """
+    nbytes, source = bytes_a_row(node, analysis.rows), node
+    while (state := analysis.states[source]).rowwise and state.rows:
+        if state.matmuls:
+            return any(m.out_bytes > m.in_bytes and nbytes > m.in_bytes for m in state.matmuls)
+        sources = [operand for operand, role in state.roles.items() if role == "row"]
+        if len(sources) != 1 or tensor_value(sources[0]) is None:  # a member of a tuple cannot leave alone
+            return False
+        (source,) = sources
+    return False
 
 
 def _outputs_of(region: Region, free: set[fx.Node]) -> list[fx.Node]:

@@ -201,3 +201,47 @@ def test_chunks_of_a_head_do_not_follow_from_one_batch_of_several() -> None:
     assert plan_vocab(8192, 64, 256, "cpu").chunk_rows == 2048
     assert plan_vocab(8192, 64, 256, "cpu", changes=True).chunk_rows == 256
     assert plan_vocab(100, 64, 256, "cpu", changes=True) == plan_vocab(100, 64, 256, "cpu")
+
+
+def _log_probabilities(model: Layer, ids: Tensor, labels: Tensor, shift: int) -> Tensor:
+    found = model.head(model.embed(ids))[:, : ids.shape[1] - shift].log_softmax(-1)
+    return -found.gather(-1, labels[:, shift:, None]).mean()
+
+
+LABELLED: dict[str, Callable[[Layer, Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda m, x, y: F.cross_entropy(m.head(m.embed(x)).view(-1, VOCAB), y.view(-1)),
+    "log_probabilities": lambda m, x, y: _log_probabilities(m, x, y, 0),
+    "shifted": lambda m, x, y: _log_probabilities(m, x, y, 1),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_have_sizes_of_their_own(name: str) -> None:
+    """Batch and length both change: tokens and labels are inputs with other symbols, and as many rows."""
+    model = Layer()
+    run = functools.partial(LABELLED[name], model)
+    with mst_fx.watch() as report:
+        compiled = compile_mst(run, CHUNKS)
+        for batch, length in ((2, 5), (3, 50), (4, 40), (1, 90)):
+            tokens = torch.randint(0, VOCAB, (2, batch, length)).unbind(0)
+            truth, found = (_loss_and_gradients(call, model, *tokens) for call in (run, compiled))
+            assert all(relative_error(f, t) < 1e-9 for f, t in zip(found, truth, strict=True))
+    assert len([rewrite for rewrite in report.rewrites if rewrite.kind == "vocab"]) >= 2
+    assert not [refused for refused in report.refusals if refused.kind == "vocab"]
+
+
+def test_fewer_labels_than_rows() -> None:
+    """``gather`` allows that: the guard that there is a label for each row compiles anew."""
+    model = Layer()
+    run = functools.partial(LABELLED["log_probabilities"], model)
+    compiled = compile_mst(run, CHUNKS)
+    for rows, picked in ((50, 50), (60, 60), (70, 64)):
+        ids, labels = torch.randint(0, VOCAB, (2, rows)), torch.randint(0, VOCAB, (2, picked))
+        truth, found = (_loss_and_gradients(call, model, ids, labels) for call in (run, compiled))
+        assert all(relative_error(f, t) < 1e-9 for f, t in zip(found, truth, strict=True))
+
+
+def _loss_and_gradients(run: Callable[..., Tensor], model: Layer, *args: Tensor) -> list[Tensor]:
+    parameters = [model.embed.weight, model.head.weight]
+    loss = run(*args)
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]

@@ -191,6 +191,7 @@ LOGITS = {
     "every_other": _set((..., slice(1, None, 2)), 0.5),
     "one": _set((..., 47), -1e4),
     "picked": _set((..., torch.tensor([41, 43])), -1e4),
+    "listed": _set((..., [41, 43]), -1e4),
     "added_to": _add_to_columns,
     "through_views": _through_views,
     "chained": _chained,
@@ -288,6 +289,12 @@ def _codes(m: Toy, x: Tensor) -> Tensor:
     return m.head(x).view(BATCH, LENGTH, PARTS, VOCAB // PARTS)
 
 
+def _sequences_apart(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x)
+    norms = torch.stack([sequence.logsumexp(-1) for sequence in logits])
+    return (norms - logits.gather(-1, y.clamp(min=0)[..., None]).squeeze(-1)).mean()
+
+
 LAYOUTS: dict[str, Step] = {
     "token_weights": _token_weighted,
     "classes_first_none": lambda m, x, y: (
@@ -324,6 +331,21 @@ LAYOUTS: dict[str, Step] = {
     ),
     "shift_of_classes_first": lambda m, x, y: F.cross_entropy(m.head(x).transpose(1, 2)[..., :-1], y[:, 1:]),
     "halves": _halves,
+    "padded_shifted_at_once": lambda m, x, y: _loss(m.head(x)[:, :-1, : VOCAB // 2], y[:, 1:] % (VOCAB // 2)),
+    "padded_by_narrow_and_shifted": lambda m, x, y: _loss(
+        m.head(x).narrow(-1, 0, VOCAB // 2)[..., :-1, :], y[:, 1:] % (VOCAB // 2)
+    ),
+    "columns_selected": lambda m, x, y: _loss(
+        m.head(x).index_select(-1, torch.arange(1, VOCAB - 3)), y.clamp(max=VOCAB - 9)
+    ),
+    "columns_picked": lambda m, x, y: _loss(
+        m.head(x)[..., torch.arange(1, VOCAB - 3)], y.clamp(max=VOCAB - 9)
+    ),
+    "margin_of_the_label": lambda m, x, y: _loss(
+        m.head(x).scatter_add(-1, y.clamp(min=0)[..., None], m.token_weights[..., None]), y
+    ),
+    "last_row_beside": lambda m, x, y: _loss(m.head(x), y) + m.head(x)[:, -1].logsumexp(-1).mean(),
+    "sequences_apart": _sequences_apart,
     "padded_and_shifted": lambda m, x, y: _loss(LOGITS["columns"](m, m.head(x))[:, :-1], y[:, 1:]),
 }
 
@@ -343,6 +365,10 @@ def _divergences(m: Toy, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([(p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)], dim=0).mean(0).sum()
 
 
+def _poly(logits: Tensor, hot: Tensor, y: Tensor) -> Tensor:
+    return _loss(logits, y) + (1 - (logits.softmax(-1) * hot).sum(-1)).mean()
+
+
 LOSSES: dict[str, Step] = {
     "logsigmoid": lambda m, x, y: -F.logsigmoid(m.head(x)).sum(-1).mean(),
     "logsigmoid_of_rows": lambda m, x, y: -F.logsigmoid(m.head(x).amax(-1)).sum(),
@@ -357,13 +383,19 @@ LOSSES: dict[str, Step] = {
     "soft_margin": lambda m, x, y: F.soft_margin_loss(m.head(x), m.given - 0.5),
     "mixture": _mixture,
     "divergences": _divergences,
+    "one_hot": lambda m, x, y: _poly(m.head(x), F.one_hot(y.clamp(min=0), VOCAB), y),
+    "one_hot_counted": lambda m, x, y: F.cross_entropy(
+        m.head(x).view(-1, VOCAB), 0.9 * F.one_hot(y.clamp(min=0).view(-1), num_classes=VOCAB).double()
+    ),
 }
+
+NARROW = ("mixture", "divergences", "one_hot", "one_hot_counted")  # the others are given as much as logits
 
 HEADS: dict[str, tuple[Step, bool]] = {
     **{f"logits_{name}": (_of_logits(edit), True) for name, edit in LOGITS.items()},
     **{f"keywords_{name}": (step, True) for name, step in KEYWORDS.items()},
     **{f"layout_{name}": (step, True) for name, step in LAYOUTS.items()},
-    **{f"loss_{name}": (step, name in ("mixture", "divergences")) for name, step in LOSSES.items()},
+    **{f"loss_{name}": (step, name in NARROW) for name, step in LOSSES.items()},
 }
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.direct import check
-from tests.helpers import kinds
+import mst_fx
+from tests.direct import DIRECT, check
+from tests.helpers import compile_mst, kinds
 
 WIDTH, VOCAB, ROWS = 8, 56, 41
 
@@ -242,3 +243,27 @@ def test_losses_that_mix_rows_are_refused() -> None:
     report = check(Head(contrastive), _batch())
     assert not report.rewrites
     assert report.refusals and all("softmax" in refused.reason for refused in report.refusals)
+
+
+def test_narrow_functions_beside_the_loss() -> None:
+    """What is said of each row is a result of the loop: deferred, its first use would make the logits."""
+    torch.manual_seed(0)
+    head = nn.Linear(2 * WIDTH, VOCAB).double()
+
+    def run(hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        logits = head(hidden)
+        best = logits.detach().softmax(-1).max(-1)
+        return F.cross_entropy(logits, labels), best.values, best.indices
+
+    hidden = torch.randn(ROWS, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (ROWS,))
+    truth, weight = run(hidden, labels), head.weight
+    torch._dynamo.reset()
+    with mst_fx.watch() as report:
+        found = compile_mst(run, DIRECT)(hidden, labels)
+        for result, wanted in zip(found, truth, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=1e-10, atol=0)
+    gradients = [torch.autograd.grad(loss, weight)[0] for loss in (found[0], truth[0])]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    assert [(rewrite.kind, rewrite.deferred) for rewrite in report.rewrites] == [("vocab", False)]
+    assert not report.refusals
