@@ -172,7 +172,7 @@ def test_logits_that_the_graph_reads_are_not_deferred() -> None:
 
     def run(ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = _logits_of(model)(ids)
-        return logits, logits[:, -1].softmax(-1)
+        return logits, logits.cumsum(1)[:, -1]
 
     options = {**SMALL_CHUNKS, "logits": "defer"}
     with torch.no_grad():

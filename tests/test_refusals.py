@@ -266,8 +266,8 @@ def test_numbers_of_a_reward_model() -> None:
 
 
 def test_what_fits_in_one_chunk_is_no_refusal() -> None:
-    assert not _report(_scattered, vocab_chunk_rows=B * S).refusals
-    assert _report(_scattered, vocab_chunk_rows=B * S - 1).refusals
+    assert not _report(_largest_of_sequence, vocab_chunk_rows=B * S).refusals
+    assert _report(_largest_of_sequence, vocab_chunk_rows=B * S - 1).refusals
 
 
 def test_a_break_is_the_reason() -> None:
