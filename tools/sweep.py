@@ -432,8 +432,9 @@ def _left(outcome: Outcome) -> str:
 
 
 def _plain(reason: str) -> str:
-    """A reason without the names of nodes: ``linear_3 (linear) …`` → ``linear …``."""
+    """A reason without the names of nodes and folders: ``linear_3 (linear) …`` → ``linear …``."""
     reason = re.sub(r"\b\w+ \((\w+)\)", r"\1", reason)
+    reason = re.sub(r"\S*[/\\]", "", reason)
     return re.sub(r"\b([a-z]\w*?)_\d+\b", r"\1", reason)[:140]
 
 
