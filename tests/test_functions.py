@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import mst_fx
+from mst_fx.errors import Cause
 from tests.direct import DIRECT, check, results, rewritten, worst
 from tests.helpers import ToyLM, check_parity, compile_mst, kinds, token_batch
 
