@@ -30,6 +30,7 @@ from mst_fx.graph import (
     is_known,
     is_plain,
     module_path,
+    target_name,
     tensor_value,
     tensors_of,
 )
@@ -41,7 +42,6 @@ from mst_fx.places import (
     expert_products,
     is_matmul_name,
     place_of,
-    target_name,
     unproved_products,
 )
 from mst_fx.plan import Plan, plan_mlp, plan_vocab

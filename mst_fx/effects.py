@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
-from mst_fx.graph import called_graphs, tensors_of, value
+from mst_fx.graph import called_graphs, target_name, tensors_of, value
 
 # By name: from release to release they move between torch._C._functorch and torch._functorch.predispatch.
 _ENTERS = ("_increment_nesting", "_enter_dual_level")
@@ -36,13 +36,13 @@ def level_change(node: fx.Node) -> int:
     """1 where a level of a transform begins, -1 where one ends, 0 elsewhere."""
     if node.op != "call_function" or isinstance(node.target, (OpOverload, OpOverloadPacket)):
         return 0
-    name = _name(node)
+    name = target_name(node)
     return int(name.endswith(_ENTERS)) - int(name.endswith(_LEAVES))
 
 
 def inference_change(node: fx.Node) -> int:
     """The same for ``torch.inference_mode()``."""
-    name = _name(node) if node.op == "call_function" else ""
+    name = target_name(node) if node.op == "call_function" else ""
     if name == "_exit_inference_mode":
         return -inference_change(node.all_input_nodes[0])
     return int(name == "_enter_inference_mode" and node.args[0] is not False)
@@ -56,7 +56,7 @@ def has_effects(node: fx.Node) -> bool:
     """
     if node.op in ("placeholder", "get_attr", "output") or node.is_impure():
         return node.op != "get_attr"
-    name = _name(node)
+    name = target_name(node)
     if any(part in name for part in _KEEP_STATISTICS):
         return True
     is_operator = isinstance(node.target, (OpOverload, OpOverloadPacket))
@@ -69,7 +69,7 @@ def has_effects(node: fx.Node) -> bool:
 
 def _changes_outside(gm: fx.GraphModule) -> bool:
     calls = [node for node in gm.graph.nodes if node.op.startswith("call_")]
-    return any(has_effects(n) for n in calls if not level_change(n) and not _name(n).endswith(_MODES))
+    return any(has_effects(n) for n in calls if not level_change(n) and not target_name(n).endswith(_MODES))
 
 
 def _only_looks(node: fx.Node, name: str) -> bool:
@@ -78,7 +78,3 @@ def _only_looks(node: fx.Node, name: str) -> bool:
     module = getattr(node.target, "__module__", None)
     is_known = name in _LOOKS and value(node) is not None
     return (module in _LOOKING_MODULES and name != "print") or node.target in _SYMBOLIC or is_known
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -17,8 +17,7 @@ from torch._guards import CompileContext
 from mst_fx.compiler import ending_of
 from mst_fx.errors import Cause
 from mst_fx.estimate import estimate_memory
-from mst_fx.graph import called_graph, module_path, subgraphs, tensor_value, tensors_of
-from mst_fx.places import target_name
+from mst_fx.graph import called_graph, module_path, subgraphs, target_name, tensor_value, tensors_of
 from mst_fx.report import Facts, Line, Report
 
 _LOSSES = ("cross_entropy", "nll_loss")

@@ -272,3 +272,8 @@ def common_path(paths: Iterable[str]) -> str:
             break
         common.append(level[0])
     return ".".join(common)
+
+
+def target_name(node: fx.Node) -> str:
+    """The name of what a node calls, as it is spelled in the graph."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -25,7 +25,7 @@ from torch import fx
 
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, expression
-from mst_fx.graph import hint, is_known, tensor_value, tensors_of
+from mst_fx.graph import hint, is_known, target_name, tensor_value, tensors_of
 
 aten = torch.ops.aten
 
@@ -527,7 +527,3 @@ def _is_routed(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> boo
 def is_matmul_name(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return any(part in name for part in ("linear", "matmul", "mm", "einsum"))
-
-
-def target_name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
