@@ -23,10 +23,10 @@ Case = tuple[nn.Module, dict[str, Any], dict[str, Any]]
 
 
 def _model(name: str, checkpointed: bool = False, **more: Any) -> nn.Module:
-    model = {**ACCEPTED, **OTHERS}[name].build(**more).double()
+    model: Any = {**ACCEPTED, **OTHERS}[name].build(**more).double()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _plain(name: str) -> Callable[[], Case]:
@@ -72,8 +72,9 @@ def record(build: Callable[[], Case], folder: Path) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, batch, told = build()
+    options: Any = SMALL_CHUNKS
     with mst_fx.watch() as report:
-        compiled: Any = torch.compile(model, backend="mst", options=dict(SMALL_CHUNKS), **told)
+        compiled: Any = torch.compile(model, backend="mst", options=options, **told)
         loss_of(compiled(**batch)).backward()
     parts = json.loads(report.to_json())
     del parts["seconds"]
