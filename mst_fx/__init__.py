@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mst_fx.backend import mst
-from mst_fx.doctor import watch
+from mst_fx.diagnose.doctor import watch
+from mst_fx.diagnose.explain import explain
 from mst_fx.enable import enable
 from mst_fx.errors import OptionError, Refusal
-from mst_fx.explain import explain
 from mst_fx.options import Options
 from mst_fx.pipeline import rewrite
 from mst_fx.report import Finding, Refused, Report, Rewrite

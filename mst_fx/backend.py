@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import fx
 
-from mst_fx.body import kept_alive
-from mst_fx.compiler import compile_graph, mode_patches, settle_floats
-from mst_fx.deferral import deferring
-from mst_fx.graph import graphs_of
-from mst_fx.mask_breaks import cross_masks
+from mst_fx.bodies.body import kept_alive
+from mst_fx.graph.values import graphs_of
+from mst_fx.logits.put_back import deferring
 from mst_fx.options import Options, make_options
+from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import run_passes
+from mst_fx.torch_api.inductor import compile_graph, mode_patches, settle_floats
 
 
 def mst(

@@ -12,18 +12,12 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
-from mst_fx.body import Body, BodyConfig, body_text, trace_body
-from mst_fx.changing import Bounds, changes
+from mst_fx.bodies.body import Body, BodyConfig, body_text, trace_body
+from mst_fx.bodies.insert import needs_gradient, replace_region, scalar_with_gradient
+from mst_fx.chunk_rows import Plan, plan_mlp, plan_vocab
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import (
-    RowAnalysis,
-    State,
-    expression,
-    outside_transforms,
-    products_of_unknown_rows,
-    row_counts,
-)
-from mst_fx.graph import (
+from mst_fx.graph.changing import Bounds, changes
+from mst_fx.graph.values import (
     common_path,
     hint,
     is_function,
@@ -35,8 +29,16 @@ from mst_fx.graph import (
     tensors_of,
 )
 from mst_fx.options import Options
-from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
-from mst_fx.places import (
+from mst_fx.report import Fit, Refused, Report, Rewrite
+from mst_fx.rows.analysis import (
+    RowAnalysis,
+    State,
+    expression,
+    outside_transforms,
+    products_of_unknown_rows,
+    row_counts,
+)
+from mst_fx.rows.places import (
     Place,
     convolution_rows,
     expert_products,
@@ -44,9 +46,7 @@ from mst_fx.places import (
     place_of,
     unproved_products,
 )
-from mst_fx.plan import Plan, plan_mlp, plan_vocab
-from mst_fx.region import Region, RegionFinder, seeds
-from mst_fx.report import Fit, Refused, Report, Rewrite
+from mst_fx.rows.region import Region, RegionFinder, seeds
 
 log = logging.getLogger("mst_fx")
 

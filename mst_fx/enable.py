@@ -10,8 +10,8 @@ from typing import Any
 from torch import fx
 
 from mst_fx.backend import mst
-from mst_fx.compiler import redirect_inductor
 from mst_fx.options import Options, make_options
+from mst_fx.torch_api.inductor import redirect_inductor
 
 _enabled: list[enable] = []
 

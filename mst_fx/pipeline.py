@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from torch import fx
 
-import mst_fx.loop  # noqa: F401  (registers the ops)
-from mst_fx.body import Body, BodyConfig
-from mst_fx.canonical import join_casts, make_positional
+import mst_fx.ops.loop  # noqa: F401  (registers the ops)
+from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.compiler import ending_of, kept_until_reset, mode_patches, without_saved_tensors_hooks
-from mst_fx.defer import defer_all
-from mst_fx.deferral import Deferral, arguments_of, defer_outputs
-from mst_fx.embedding import keep_embeddings_whole
+from mst_fx.diagnose.facts import observe
+from mst_fx.diagnose.warn import warn
 from mst_fx.errors import Cause, Refusal
-from mst_fx.facts import observe
-from mst_fx.fold import eliminate_dead_code, outside_transforms
-from mst_fx.graph import VALUE, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
-from mst_fx.keep import keep_waves
-from mst_fx.mask_breaks import Crossing
+from mst_fx.graph.values import VALUE, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
+from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
+from mst_fx.logits.take_out import defer_all
+from mst_fx.ops.buffer import keep_waves
+from mst_fx.ops.embedding import keep_embeddings_whole
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
+from mst_fx.passes.canonical import join_casts, make_positional
+from mst_fx.passes.mask_breaks import Crossing
+from mst_fx.passes.scalars import numbers_to_tensors, tensors_to_numbers
 from mst_fx.report import Refused, Report
-from mst_fx.scalars import numbers_to_tensors, tensors_to_numbers
-from mst_fx.warn import warn
+from mst_fx.rows.analysis import eliminate_dead_code, outside_transforms
+from mst_fx.torch_api.inductor import ending_of, kept_until_reset, mode_patches, without_saved_tensors_hooks
 
 log = logging.getLogger("mst_fx")
 
@@ -53,7 +53,7 @@ class Result:
         report: what was done.
         deferrals: outputs of ``gm`` that its caller must get in another form.
         outputs: how many outputs the graph had.
-        bodies: of the loops in ``gm``; whoever runs it must keep them (:func:`mst_fx.body.kept_alive`).
+        bodies: of the loops in ``gm``; whoever runs it must keep them (:func:`mst_fx.bodies.body.kept_alive`).
     """
 
     gm: fx.GraphModule
@@ -76,7 +76,7 @@ def rewrite(
 
     Returns:
         The rewritten graph (``gm`` itself if nothing was rewritten) and the report. Where logits are
-        deferred, the module returns :class:`~mst_fx.logits.DeferredLogits` in their place.
+        deferred, the module returns :class:`~mst_fx.logits.tensor.DeferredLogits` in their place.
 
     Raises:
         OptionError: for bad options.

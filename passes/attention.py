@@ -6,7 +6,7 @@ Before (Hugging Face under ``torch.compile``; eager attention likewise)::
     k, v = repeat_kv(k), repeat_kv(v)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-After, by what the mask says (:mod:`mst_fx.masks`)::
+After, by what the mask says (:mod:`mst_fx.masks.formula`)::
 
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)   # causal; or no mask at all
     out = mst_fx.attention(q, k, v, key_vectors, query_vectors, reach, …)          # anything else
@@ -32,18 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from mst_fx import attention as _ops  # noqa: F401  (registers them)
-from mst_fx.changing import changes
+from mst_fx.chunk_rows import plan_attention
 from mst_fx.chunking import PassContext
-from mst_fx.compiler import real_tensors
 from mst_fx.errors import Cause, Refusal
-from mst_fx.fold import (
-    eliminate_dead_code,
-    expression,
-    mutated_storages,
-    writes_in_place,
-)
-from mst_fx.graph import (
+from mst_fx.graph.changing import changes
+from mst_fx.graph.values import (
     add_call,
     call,
     hint,
@@ -52,8 +45,7 @@ from mst_fx.graph import (
     tensor_value,
     value,
 )
-from mst_fx.kernels import is_fused
-from mst_fx.masks import (
+from mst_fx.masks.formula import (
     CAUSAL,
     FULL,
     GIVEN,
@@ -74,9 +66,7 @@ from mst_fx.masks import (
     reach,
     renamed,
 )
-from mst_fx.plan import plan_attention
-from mst_fx.report import Rewrite
-from mst_fx.sites import (
+from mst_fx.masks.sites import (
     SOFTMAXES,
     Level,
     Site,
@@ -88,6 +78,16 @@ from mst_fx.sites import (
     placeholders_of,
     scaled_query,
 )
+from mst_fx.ops import attention as _ops  # noqa: F401  (registers them)
+from mst_fx.report import Rewrite
+from mst_fx.rows.analysis import (
+    eliminate_dead_code,
+    expression,
+    mutated_storages,
+    writes_in_place,
+)
+from mst_fx.torch_api.attention import is_fused
+from mst_fx.torch_api.inductor import real_tensors
 
 aten = torch.ops.aten
 
@@ -98,7 +98,7 @@ class Understood:
 
     Attributes:
         fill: what is added to a masked score; 0: masked scores do not count at all.
-        known: what :func:`mst_fx.masks.reach` says, where all vectors are constants.
+        known: what :func:`mst_fx.masks.formula.reach` says, where all vectors are constants.
         given: what the graph that made the mask says of it.
     """
 
@@ -266,7 +266,7 @@ def _is_native(site: Site, known: Tensor | None) -> bool:
 
 
 def _is_ours(site: Site) -> bool:
-    """Whether :mod:`mst_fx.attention` runs the kernel that torch would run, and does better: on a GPU its
+    """Whether :mod:`mst_fx.ops.attention` runs the kernel that torch would run, and does better: on a GPU its
     backward pass takes a few heads at a time, and no random state is kept for dropout that is none."""
     query, value, out = map(tensor_value, (site.query, site.value, site.out))
     if query is None or value is None or out is None:
@@ -730,7 +730,7 @@ def _replace(
 
 
 def _fused_call(understood: Understood, reaches: dict[Any, _Reach]) -> fx.Node:
-    """The call of torch's fused attention, or of :mod:`mst_fx.attention`, at the graph's insertion point."""
+    """The call of torch's fused attention, or of :mod:`mst_fx.ops.attention`, at the graph's insertion point."""
     site, known, level = understood.site, understood.known, understood.site.level
     graph, out = level.gm.graph, tensor_value(understood.site.out)
     assert out is not None

@@ -14,11 +14,12 @@ knows a model, an activation or a norm.
 
 Not supported, and refused: operators without a row-wise rule inside (mixture-of-experts with grouped
 or batched expert matmuls, linears of other libraries with quantised weights, tensors written in place).
-Dropout inside is seeded (:mod:`mst_fx.dropout`).
+Dropout inside is seeded (:mod:`mst_fx.ops.dropout`).
 """
 
 from __future__ import annotations
 
+from mst_fx.chunk_rows import plan_mlp
 from mst_fx.chunking import (
     PassContext,
     chunk_regions,
@@ -31,9 +32,8 @@ from mst_fx.chunking import (
     refuse_unknown_rows,
     rows_of,
 )
-from mst_fx.dropout import SeededDropouts
-from mst_fx.plan import plan_mlp
-from mst_fx.writes import make_functional
+from mst_fx.ops.dropout import SeededDropouts
+from mst_fx.passes.functional import make_functional
 
 
 def run(context: PassContext) -> None:

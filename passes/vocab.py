@@ -11,11 +11,11 @@ After::
     loss = loop[0] / (labels != -100).sum()
     return loss, h.detach(), loop[-1]        # the backend puts deferred logits in place of h
 
-``loop[-1]`` is the port by which a gradient of ``h`` from used logits comes in (:mod:`mst_fx.port`).
+``loop[-1]`` is the port by which a gradient of ``h`` from used logits comes in (:mod:`mst_fx.ops.port`).
 
 Any row-wise function of the logits will do whose results are sums over rows or narrow rows:
 cross-entropies and what is added to them, log-probabilities, entropies, divergences from given
-targets. Means become sums divided by the global count first (:mod:`mst_fx.canonical`).
+targets. Means become sums divided by the global count first (:mod:`mst_fx.passes.canonical`).
 
 The gradient is computed in the forward loop when it is that of one scalar, and recomputed in the
 backward loop when tangents are per row.
@@ -32,16 +32,16 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.canonical import CLONE_OF, hoist_row_slices, scatter_one_hots, stack_last, sum_losses
-from mst_fx.changing import changes, unite_gathered_rows
+from mst_fx.chunk_rows import Plan, plan_vocab
 from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone, refuse_sharded, rows_of
 from mst_fx.errors import Cause
-from mst_fx.fold import RowAnalysis, bytes_a_row
-from mst_fx.graph import tensor_value
-from mst_fx.plan import Plan, plan_vocab
-from mst_fx.region import Region, RegionFinder
+from mst_fx.graph.changing import changes, unite_gathered_rows
+from mst_fx.graph.values import tensor_value
+from mst_fx.passes.canonical import CLONE_OF, hoist_row_slices, scatter_one_hots, stack_last, sum_losses
+from mst_fx.passes.functional import make_functional
 from mst_fx.report import Refused, Rewrite
-from mst_fx.writes import make_functional
+from mst_fx.rows.analysis import RowAnalysis, bytes_a_row
+from mst_fx.rows.region import Region, RegionFinder
 
 
 def run(context: PassContext) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from mst_fx import warn
+from mst_fx.diagnose import warn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

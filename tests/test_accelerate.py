@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import mst_fx
-from mst_fx.logits import DeferredLogits
+from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import SMALL_CHUNKS, gradients, relative_error, step, worst_error
 from tests.text import build_llama, token_blocks
 

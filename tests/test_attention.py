@@ -14,10 +14,22 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import mst_fx
-from mst_fx import masks
-from mst_fx.attention import attention, mask_reach
-from mst_fx.graph import subgraphs, tensors_of
-from mst_fx.masks import BLIND, CAUSAL, FULL, GENERAL, HEADER, SPANS, WHOLE, Mask, Vectors, allowed, reach
+from mst_fx.graph.values import subgraphs, tensors_of
+from mst_fx.masks import formula as masks
+from mst_fx.masks.formula import (
+    BLIND,
+    CAUSAL,
+    FULL,
+    GENERAL,
+    HEADER,
+    SPANS,
+    WHOLE,
+    Mask,
+    Vectors,
+    allowed,
+    reach,
+)
+from mst_fx.ops.attention import attention, mask_reach
 from tests.direct import check, rewritten
 from tests.helpers import check_parity, compile_mst, report_of
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import mst_fx
-from mst_fx.plan import plan_vocab
+from mst_fx.chunk_rows import plan_vocab
 from tests.helpers import compile_mst, kinds, relative_error, step, worst_error
 from tools.meter import measure_cpu
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 import mst_fx
-from mst_fx.body import Body
+from mst_fx.bodies.body import Body
 from tests.helpers import (
     Block,
     GatedMLP,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mst_fx import cli
+from mst_fx.diagnose import cli
 
 TOOLS = Path(__file__).parent.parent / "tools"
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.decompositions import add_up_labels, body_decompositions
+from mst_fx.bodies.decompositions import add_up_labels, body_decompositions
 from tests.helpers import relative_error
 
 aten = torch.ops.aten

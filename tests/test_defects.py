@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import mst_fx.body
-from mst_fx.compiler import compile_body
-from mst_fx.fold import Folder, RowGuards
+import mst_fx.bodies.body
+from mst_fx.rows.analysis import Folder, RowGuards
+from mst_fx.torch_api.inductor import compile_body
 from tests.helpers import (
     SMALL_CHUNKS,
     ToyLM,
@@ -187,8 +187,8 @@ def test_code_for_small_chunks_is_not_run_on_large_ones(
 
         return checked
 
-    monkeypatch.setattr(mst_fx.body, "_BODIES", {})
-    monkeypatch.setattr(mst_fx.body, "compile_body", compile_guarded)
+    monkeypatch.setattr(mst_fx.bodies.body, "_BODIES", {})
+    monkeypatch.setattr(mst_fx.bodies.body, "compile_body", compile_guarded)
     head, inputs = Head(), _head_batch(1, 5000)
     truth = step(head, head, inputs)[1]
     for chunk_rows in (*order, *order):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mst_fx import Options, cli, doctor
+from mst_fx import Options
+from mst_fx.diagnose import cli, doctor
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

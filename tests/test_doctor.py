@@ -22,9 +22,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import mst_fx
-from mst_fx import cli
-from mst_fx.facts import Watcher
-from mst_fx.page import make_page
+from mst_fx.diagnose import cli
+from mst_fx.diagnose.facts import Watcher
+from mst_fx.diagnose.page import make_page
 from mst_fx.report import Finding, Report
 from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, report_of, token_batch
 from tests.models import VOCAB

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import mst_fx
-from mst_fx import plan
-from mst_fx.dropout import dropout_rows, mixed, row_keys
+from mst_fx import chunk_rows as plan
+from mst_fx.ops.dropout import dropout_rows, mixed, row_keys
 from tests.direct import results, rewritten, worst
 from tests.helpers import compile_mst, kinds, report_of
 

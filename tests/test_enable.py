@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import mst_fx
-from mst_fx.logits import DeferredLogits
+import mst_fx.torch_api.inductor
+from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import SMALL_CHUNKS, gradients, relative_error, step, worst_error
 from tests.models import ACCEPTED, inputs_of
 
@@ -50,13 +51,13 @@ def test_steps_agree_with_eager(checkpointing: bool) -> None:
 def test_a_mode_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor gets what torch.compile's mode and options stand for; enable's own options come below them."""
     seen: list[dict[str, Any]] = []
-    compile_fx: Any = vars(mst_fx.compiler)["compile_fx"]
+    compile_fx: Any = vars(mst_fx.torch_api.inductor)["compile_fx"]
 
     def see(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs["config_patches"])
         return compile_fx(*args, **kwargs)
 
-    monkeypatch.setattr(mst_fx.compiler, "compile_fx", see)
+    monkeypatch.setattr(mst_fx.torch_api.inductor, "compile_fx", see)
     with mst_fx.enable({"inductor": {"max_autotune": False, "epilogue_fusion": False}}):
         torch.compile(torch.sin, options={"max_autotune": True})(torch.ones(3))
         torch.compile(torch.cos, mode="max-autotune-no-cudagraphs")(torch.ones(3))

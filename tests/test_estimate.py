@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mst_fx.estimate import _name
+from mst_fx.diagnose.estimate import _name
 from tests.helpers import EAGER_BODIES, PlainMLP, report_of
 from tools.meter import measure_cpu
 

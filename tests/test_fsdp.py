@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import mst_fx
-from mst_fx.logits import DeferredLogits
+from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import (
     DYNAMO_COMPILES_CHECKPOINTED_LAYERS,
     SMALL_CHUNKS,

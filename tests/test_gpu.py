@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from mst_fx import kernels
-from mst_fx.attention import attention, mask_reach
-from mst_fx.loop import scaled
-from mst_fx.masks import CAUSAL, FULL, GENERAL, SPANS, Vectors, allowed
+from mst_fx.masks.formula import CAUSAL, FULL, GENERAL, SPANS, Vectors, allowed
+from mst_fx.ops.attention import attention, mask_reach
+from mst_fx.ops.loop import scaled
+from mst_fx.torch_api import attention as kernels
 from tests.helpers import compile_mst, kinds, relative_error, report_of, step, worst_error
 from tests.models import ACCEPTED, attention_batch, inputs_of
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
 import mst_fx
-from mst_fx.logits import DeferredLogits
+from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import DYNAMO_COMPILES_CHECKPOINTED_LAYERS, kinds, relative_error, worst_error
 from tests.models import ACCEPTED
 

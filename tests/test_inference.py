@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mst_fx.logits import DeferredLogits
+from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import SMALL_CHUNKS, ToyLM, compile_mst, kinds, relative_error, report_of, token_batch
 from tools.bench_support import text_tokens
 from tools.meter import call_metered, is_available, malloc_meter

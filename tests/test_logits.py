@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mst_fx
-from mst_fx import port
-from mst_fx.defer import row_inputs
-from mst_fx.graph import fill_values
-from mst_fx.logits import DeferredLogits
+from mst_fx.graph.values import fill_values
+from mst_fx.logits.take_out import row_inputs
+from mst_fx.logits.tensor import DeferredLogits
+from mst_fx.ops import port
 from tests.helpers import (
     SMALL_CHUNKS,
     ToyLM,

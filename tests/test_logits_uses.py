@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx.logits import DeferredLogits
+from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import SMALL_CHUNKS, ToyLM, relative_error, token_batch
 
 VOCAB, BATCH, LENGTH = 96, 2, 33

@@ -18,9 +18,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx import mask_breaks
-from mst_fx.deferred_mask import DeferredMask, MaskForm, made_mask
 from mst_fx.errors import Cause
+from mst_fx.masks.tensor import DeferredMask, MaskForm, made_mask
+from mst_fx.passes import mask_breaks
 from tests.helpers import check_parity, compile_mst, gradients, kinds, relative_error, step, worst_error
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
 

@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx import body
-from mst_fx.logits import DeferredLogits
+from mst_fx.bodies import body
+from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import SMALL_CHUNKS, compile_mst, gradients, relative_error, step, worst_error
 
 WIDTH, INNER, VOCAB, ROWS = 16, 64, 96, 80

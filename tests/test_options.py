@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import mst_fx
-from mst_fx.compiler import mode_patches
 from mst_fx.options import PASS_NAMES, Options, make_options
+from mst_fx.torch_api.inductor import mode_patches
 
 
 def test_defaults() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from mst_fx import cli
-from mst_fx.page import make_page
+from mst_fx.diagnose import cli
+from mst_fx.diagnose.page import make_page
 from mst_fx.report import Line, Memory, Refused, Report, human_bytes
 from tests.helpers import ToyLM, report_of, token_batch
 

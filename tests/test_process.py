@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import mst_fx.body
+import mst_fx.bodies.body
 from mst_fx.backend import mst
 from tests.helpers import SMALL_CHUNKS, PlainMLP, ToyLM, compile_mst, gradients, token_batch, worst_error
 
@@ -83,7 +83,7 @@ def test_donated_buffers_are_others_business(inner: str, setting: bool) -> None:
 @pytest.fixture
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No body of an earlier test, whoever holds it; and later collections are quick."""
-    monkeypatch.setattr(mst_fx.body, "_BODIES", weakref.WeakValueDictionary())
+    monkeypatch.setattr(mst_fx.bodies.body, "_BODIES", weakref.WeakValueDictionary())
     gc.collect()
     gc.freeze()
     yield
@@ -93,7 +93,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _gone() -> bool:
     torch._dynamo.reset()
     gc.collect()
-    return not mst_fx.body._BODIES
+    return not mst_fx.bodies.body._BODIES
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -108,7 +108,7 @@ def test_reset_frees_bodies_but_not_those_of_passes_to_come(inner: str) -> None:
         model.zero_grad()
         loss, logits = compiled(**batch)
         total = loss + logits.square().mean()
-        bodies = [weakref.ref(body) for body in mst_fx.body._BODIES.values()]
+        bodies = [weakref.ref(body) for body in mst_fx.bodies.body._BODIES.values()]
         assert len(bodies) == 2
         assert not _gone(), "there is a backward pass to come"
         total.backward()

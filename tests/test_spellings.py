@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mst_fx
-from mst_fx import canonical, chunking, writes
+from mst_fx import chunking
 from mst_fx.errors import Cause
-from mst_fx.fold import writes_in_place
+from mst_fx.passes import canonical
+from mst_fx.passes import functional as writes
+from mst_fx.rows.analysis import writes_in_place
 from tests.direct import results, rewritten, worst
 from tests.helpers import check_parity, kinds, report_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import mst_fx
-from mst_fx.logits import DeferredLogits
+from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import (
     SMALL_CHUNKS,
     check_parity,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mst_fx
-from mst_fx import warn
+from mst_fx.diagnose import warn
 from tests.helpers import EAGER_BODIES, GatedMLP, compile_mst
 
 V, H, LENGTH = 96, 16, 1024

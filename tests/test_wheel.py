@@ -44,4 +44,4 @@ def test_entry_points(wheel: zipfile.ZipFile) -> None:
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(name).decode())
     assert dict(entry_points["torch_dynamo_backends"]) == {"mst": "mst_fx.backend:mst"}
-    assert dict(entry_points["console_scripts"]) == {"mst-fx": "mst_fx.cli:main"}
+    assert dict(entry_points["console_scripts"]) == {"mst-fx": "mst_fx.diagnose.cli:main"}

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from mst_fx.plan import plan_mlp, plan_vocab
+from mst_fx.chunk_rows import plan_mlp, plan_vocab
 from tools.bench import Case, Runner
 from tools.bench_support import GIB, markdown_table, numbers, write_results
 from tools.contenders import MODELS, Contender, config_of

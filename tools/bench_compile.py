@@ -77,7 +77,7 @@ def compile_run(
 
 def _measure(way: str, layers: int, chunks: int, checkpoint: bool) -> dict[str, Any]:
     import mst_fx
-    from mst_fx.compiler import cache_counters
+    from mst_fx.torch_api.inductor import cache_counters
 
     shape = Shape(hidden=64, intermediate=256, heads=4, kv_heads=2, vocabulary=1000, layers=layers)
     model = make_llama(shape, SEQ, "cpu", torch.float32, checkpoint=checkpoint)

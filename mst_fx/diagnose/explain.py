@@ -1,0 +1,51 @@
+"""``mst_fx.explain``: what the backend would do to a function, like ``torch._dynamo.explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.diagnose.doctor import watch
+from mst_fx.diagnose.warn import silent
+from mst_fx.options import Options, make_options
+from mst_fx.passes.mask_breaks import cross_masks
+from mst_fx.pipeline import run_passes
+from mst_fx.report import Report
+from mst_fx.torch_api.inductor import compile_graph
+
+
+def explain(
+    fn: Callable[..., Any], options: Mapping[str, Any] | Options | None = None
+) -> Callable[..., Report]:
+    """Says what ``torch.compile(fn, backend="mst", options=options)`` rewrites.
+
+    Args:
+        fn: a function or module; it is run once, un-compiled, on the arguments of the returned function.
+
+    Returns:
+        A function of the arguments of ``fn`` that returns a :class:`~mst_fx.report.Report` over all
+        graphs that Dynamo captures, with its findings (:mod:`mst_fx.diagnose.doctor`).
+
+    Raises:
+        OptionError: for bad options.
+    """
+    checked = make_options(options)
+
+    def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        crossing = cross_masks(gm, example_inputs, checked)
+        run_passes(gm, crossing.inputs, checked, crossing=crossing)
+        # Runs as captured, but for masks that later graphs get: the inner compiler is not what is asked about.
+        compiled = compile_graph(crossing.gm, crossing.inputs, "aot_eager", {})
+        return crossing.open_masks(crossing.put_masks(compiled, False))
+
+    def run(*args: Any, **kwargs: Any) -> Report:
+        torch._dynamo.reset()
+        with watch() as report, silent():
+            torch.compile(fn, backend=compiler)(*args, **kwargs)
+        torch._dynamo.reset()
+        return report
+
+    return run

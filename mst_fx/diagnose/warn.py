@@ -1,0 +1,62 @@
+"""One warning a process and cause, where a step of training keeps what mst-fx is there to avoid.
+
+Findings (:mod:`mst_fx.diagnose.doctor`) are for those who ask. These few are said to everybody, because what they cost is the
+whole saving: logits of all rows are made, or S x S masks. Each graph is looked at by itself, when it is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from mst_fx.diagnose.doctor import COSTLY
+from mst_fx.diagnose.facts import facts_of
+from mst_fx.report import Report
+
+log = logging.getLogger("mst_fx")
+
+# Bytes of wide values that a step keeps, or makes: less is not worth a word. 2,048 rows of 32 float32 logits.
+LEAST_BYTES = 2**18
+
+_SILENCE = 'mst_fx says this once; logging.getLogger("mst_fx").setLevel(logging.ERROR) silences it'
+
+_said: set[str] = set()
+_is_silent = contextvars.ContextVar("mst_fx_is_silent", default=False)
+
+
+def reset() -> None:
+    """Forgets what was said, as a new process would."""
+    _said.clear()
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Says nothing inside of the context: who asks for findings gets them anyway."""
+    token = _is_silent.set(True)
+    try:
+        yield
+    finally:
+        _is_silent.reset(token)
+
+
+def warn(gm: fx.GraphModule, report: Report) -> None:
+    """Says what one captured graph costs a step of training.
+
+    Args:
+        gm: as Dynamo captured it.
+        report: of this graph alone.
+    """
+    if not torch.is_grad_enabled() or _is_silent.get() or not report.kinds():
+        return
+    one = dataclasses.replace(report, facts=[facts_of(gm, report)])
+    for check in COSTLY:
+        found = check(one, LEAST_BYTES)
+        if found is not None and found.cause not in _said:
+            _said.add(found.cause)
+            log.warning("%s: %s.\n  fix: %s.\n  (%s)", found.cause, found.evidence, found.fix, _SILENCE)

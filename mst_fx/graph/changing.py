@@ -1,0 +1,101 @@
+"""Sizes that change from batch to batch: what a graph may assume of them.
+
+Whether a place fits in one chunk is decided at the sizes of the batch that a graph is compiled for. Where such
+a size is symbolic, the decision becomes a guard, so that a longer batch compiles anew; a loop takes batches of
+every size, and needs none.
+
+How many graphs that makes: each bound (queries of attention, rows of MLPs, rows of a head) at most one more. Of one
+changing size the bounds lie in order, and k of them make k + 1 cases. Of sizes that change apart (the
+batch and the sequence) they would make the product, so what comes after a place that did not fit, and has
+other sizes, becomes a loop without a guard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mst_fx.graph.values import hint, tensor_value
+from mst_fx.rows.analysis import expression
+from mst_fx.torch_api.inductor import guards_are_kept, promised_ranges
+
+_GATHERS = (torch.gather, torch.take_along_dim, "gather", "take_along_dim")
+
+
+def changes(size: Any) -> bool:
+    """Whether a graph is for more than one such size."""
+    return not expression(size).is_number
+
+
+def unite_gathered_rows(graph: fx.Graph) -> None:
+    """``log_probs.gather(-1, labels[..., None])``: guards that there is a label for each row, where there is now.
+
+    An index may be shorter than what it picks from, so torch assumes nothing of sizes that change apart, as those
+    of two inputs do. A batch with fewer labels than rows compiles anew.
+    """
+    for node in graph.nodes:
+        if node.target not in _GATHERS or len(node.args) < 3:
+            continue
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        shapes = [fake.shape for arg in operands if (fake := tensor_value(arg)) is not None]
+        dim = next((arg for arg in node.args[1:] if isinstance(arg, int)), 0)
+        if (
+            len(shapes) != 2
+            or len({len(shape) for shape in shapes}) != 1
+            or dim % len(shapes[0]) != len(shapes[0]) - 1
+        ):
+            continue
+        for size, other in zip(*(shape[:-1] for shape in shapes), strict=True):
+            _unite(size, other)
+
+
+def _unite(size: Any, other: Any) -> None:
+    first, second = expression(size), expression(other)
+    symbols = first.free_symbols | second.free_symbols
+    is_pair = len(first.free_symbols) == len(second.free_symbols) == 1 and len(symbols) == 2
+    if not is_pair or hint(size) != hint(other):
+        return
+    env = size.node.shape_env
+    if guards_are_kept(env) and not symbols & promised_ranges(env):
+        bool(size == other)
+
+
+@dataclasses.dataclass
+class Bounds:
+    """What the places of one program were found to need, in the order they are looked at."""
+
+    _exceeded: list[set[sympy.Symbol]] = dataclasses.field(default_factory=list)
+
+    def fits(self, size: Any, most: int) -> bool:
+        """Whether a size is at most so many, now and whenever the graph runs.
+
+        Raises:
+            Refusal: if the size depends on data.
+        """
+        if not changes(size):
+            return hint(size) <= most
+        symbols = expression(size).free_symbols
+        is_small = hint(size) <= most and all(symbols == others for others in self._exceeded)
+        if is_small and _stays_small(size, most):
+            return True
+        self._exceeded.append(symbols)
+        return False
+
+
+def _stays_small(size: torch.SymInt, most: int) -> bool:
+    """Whether a size that is small now is known to be, or can be guarded.
+
+    No guard can stand where nobody would check it (a graph of ``torch.export``), where it breaks what the user
+    promised of a size (``mark_dynamic`` with a range), or leaves one size of those that he wants to change.
+    """
+    env, expr = size.node.shape_env, expression(size)
+    known = env.bound_sympy(expr)
+    if known.upper <= most:
+        return True
+    if known.lower >= most or not guards_are_kept(env) or expr.free_symbols & promised_ranges(env):
+        return False
+    return bool(size <= most)

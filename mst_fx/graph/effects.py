@@ -1,0 +1,80 @@
+"""What a node does beside giving a value: effects, and the levels of ``torch.func`` transforms it opens.
+
+In a Dynamo graph ``torch.vmap(f)(x)`` is ``_vmap_increment_nesting(); b = _add_batch_dim(x); …;
+_remove_batch_dim(…); _vmap_decrement_nesting()``. What lies between the two has another meaning than outside:
+its values are no plain tensors, and nothing may be taken out, put in or left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+
+from mst_fx.graph.values import called_graphs, target_name, tensors_of, value
+
+# By name: from release to release they move between torch._C._functorch and torch._functorch.predispatch.
+_ENTERS = ("_increment_nesting", "_enter_dual_level")
+_LEAVES = ("_decrement_nesting", "_exit_dual_level")
+
+# Modes that end with the graph they are in.
+_MODES = ("_set_grad_enabled", "_autocast", "_inference_mode", "lazy_load_decompositions")
+
+# Give no tensor, and only look at their operands.
+_LOOKS = (
+    "size", "numel", "nelement", "dim", "ndimension", "stride", "storage_offset", "element_size", "get_device",
+    "is_contiguous", "is_floating_point", "is_complex",
+)  # fmt: skip
+_LOOKING_MODULES = ("_operator", "builtins", "math")
+_SYMBOLIC = (torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_ite)
+
+_KEEP_STATISTICS = ("batch_norm", "instance_norm")  # write to running_mean and running_var
+_PURE_NAMESPACES = ("aten", "prims", "mst_fx")  # but for what torch itself knows as impure
+
+
+def level_change(node: fx.Node) -> int:
+    """1 where a level of a transform begins, -1 where one ends, 0 elsewhere."""
+    if node.op != "call_function" or isinstance(node.target, (OpOverload, OpOverloadPacket)):
+        return 0
+    name = target_name(node)
+    return int(name.endswith(_ENTERS)) - int(name.endswith(_LEAVES))
+
+
+def inference_change(node: fx.Node) -> int:
+    """The same for ``torch.inference_mode()``."""
+    name = target_name(node) if node.op == "call_function" else ""
+    if name == "_exit_inference_mode":
+        return -inference_change(node.all_input_nodes[0])
+    return int(name == "_enter_inference_mode" and node.args[0] is not False)
+
+
+def has_effects(node: fx.Node) -> bool:
+    """Whether a node may do more than to give its value, so that it stays though nobody reads that.
+
+    A function that gives no tensor is run for something else (asserts, levels, modes), unless it looks at
+    sizes. What is written to arguments in an obvious way is :func:`mst_fx.rows.analysis.writes_in_place`'s affair.
+    """
+    if node.op in ("placeholder", "get_attr", "output") or node.is_impure():
+        return node.op != "get_attr"
+    name = target_name(node)
+    if any(part in name for part in _KEEP_STATISTICS):
+        return True
+    is_operator = isinstance(node.target, (OpOverload, OpOverloadPacket))
+    if is_operator and str(node.target).partition(".")[0] not in _PURE_NAMESPACES:
+        return True  # of another library: its schema does not say what else it does
+    if any(map(_changes_outside, called_graphs(node))):
+        return True
+    return node.op != "call_module" and not tensors_of(node) and not _only_looks(node, name)
+
+
+def _changes_outside(gm: fx.GraphModule) -> bool:
+    calls = [node for node in gm.graph.nodes if node.op.startswith("call_")]
+    return any(has_effects(n) for n in calls if not level_change(n) and not target_name(n).endswith(_MODES))
+
+
+def _only_looks(node: fx.Node, name: str) -> bool:
+    if node.op == "call_method" or isinstance(node.target, OpOverload):
+        return name.partition(".")[0].removeprefix("sym_") in _LOOKS
+    module = getattr(node.target, "__module__", None)
+    is_known = name in _LOOKS and value(node) is not None
+    return (module in _LOOKING_MODULES and name != "print") or node.target in _SYMBOLIC or is_known

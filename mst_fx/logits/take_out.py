@@ -1,0 +1,248 @@
+"""Takes logits out of a rewritten graph: what their caller needs to compute them becomes outputs instead.
+
+Before: ``loss = …; logits = linear(norm(h), head); return loss, logits``. After: ``return loss, h``, and a
+:class:`~mst_fx.logits.put_back.Deferral` with the graph ``(h, norm_weight, head) -> logits``. Where the loop of the
+loss computes the gradient of ``h``, the graph returns ``h`` detached and a port (:mod:`mst_fx.ops.port`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mst_fx.chunking import LOGITS_START
+from mst_fx.errors import Refusal
+from mst_fx.graph.values import VALUE, hint, is_graph, tensor_value, value
+from mst_fx.logits.put_back import Deferral, Origin
+from mst_fx.ops.port import new_port
+from mst_fx.rows.analysis import Context, RowAnalysis, contexts, expression, outside_transforms, static_sizes
+
+_Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their gradient, and its port
+
+
+def defer_all(gm: fx.GraphModule, logits: Sequence[fx.Node]) -> tuple[Deferral, ...]:
+    """Takes all of some logits outputs out of a graph."""
+    ports: _Ports = {}
+    return tuple(_defer(gm, node, logits, ports) for node in logits)
+
+
+def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], ports: _Ports) -> Deferral:
+    """Takes a logits output out of the graph and describes how its caller computes it.
+
+    The nodes that only the logits need become a graph of their own, under the modes they lay in. What they
+    read becomes an output, unless it is an argument of the graph anyway; the first of it takes the logits'
+    place, as DDPOptimizer's parts of a graph may have no None among their outputs.
+
+    Args:
+        deferred: all logits that are taken out.
+        ports: those of the graph, and of this call.
+    """
+    output = gm.graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    position = results.index(logits)
+    chain = _only_for(logits, deferred)
+    arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    inputs: list[Origin] = []
+    for node in (n for n in gm.graph.nodes if n in chain):
+        for operand in node.all_input_nodes:
+            if operand in env or operand in chain:
+                continue
+            if operand.op == "get_attr" and is_graph(gm, operand):
+                env[operand] = graph.node_copy(operand)
+                continue
+            env[operand] = graph.placeholder(operand.name)
+            env[operand].meta = dict(operand.meta)
+            if operand.op == "get_attr":
+                inputs.append(Origin("attribute", str(operand.target)))
+                continue
+            is_argument = operand.op == "placeholder"
+            has_port = not is_argument and _has_port(gm, operand, ports)
+            if results[position] is logits:
+                results[position] = ports[operand][0] if has_port else operand
+            if is_argument:
+                inputs.append(Origin("argument", arguments.index(operand)))
+            elif has_port:
+                places = (_position(results, node) for node in ports[operand])
+                inputs.append(Origin("output", *places))
+            else:
+                if operand in deferred:  # its own place will be empty
+                    results.append(operand)
+                inputs.append(Origin("output", _position(results, operand)))
+    modes = _Modes(graph)
+    context = contexts(gm.graph)
+    for node in (n for n in gm.graph.nodes if n in chain):
+        modes.enter(context[node])
+        env[node] = graph.node_copy(node, env.__getitem__)
+    modes.enter(Context((), torch.is_grad_enabled()))
+    graph.output(env[logits])
+    shape = [_size(results, position, size) for size in value(logits).shape]
+    output.args = (tuple(results),)
+    fake = tensor_value(logits)
+    assert fake is not None
+    compute = fx.GraphModule(gm, graph)
+    return Deferral(
+        position, gm, compute, tuple(inputs), row_inputs(compute), tuple(shape), fake.dtype, fake.device
+    )
+
+
+def _position(results: list[Any], node: fx.Node) -> int:
+    """Where a node is among the results, at the end if it was not there before."""
+    if node not in results:
+        results.append(node)
+    return max(index for index, found in enumerate(results) if found is node)
+
+
+def _has_port(gm: fx.GraphModule, rows: fx.Node, ports: _Ports) -> bool:
+    """Gives a port to rows that a loop computes a gradient of; false if there is no such loop.
+
+    Before: ``loop_with_grad([rows, ...]); return rows``. After: ``loop_with_grad([rows, ...], port=0)``
+    with one more output, and ``return rows.detach(), port``.
+    """
+    if rows in ports:
+        return True
+    op = torch.ops.mst_fx.loop_with_grad.default
+    for loop in rows.users:
+        if loop.target is not op or list(loop.args[0]).count(rows) != 1:  # type: ignore[arg-type]
+            continue
+        at = list(loop.args[0]).index(rows)  # type: ignore[arg-type]
+        *others, port_of = loop.args
+        if port_of != -1 or not loop.args[2][at]:  # type: ignore[index]
+            continue
+        loop.args = (*others, at)
+        fakes = [*value(loop), new_port()]
+        loop.meta[VALUE] = fakes
+        with gm.graph.inserting_after(loop):
+            port = gm.graph.call_function(operator.getitem, (loop, len(fakes) - 1))
+            port.meta[VALUE] = fakes[-1]
+        with gm.graph.inserting_after(port):
+            detached = gm.graph.call_method("detach", (rows,))
+            detached.meta[VALUE] = value(rows).detach()
+        ports[rows] = detached, port
+        return True
+    return False
+
+
+class _Modes:
+    """Writes the changes of autocast and grad mode into a graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph, self._context = graph, Context((), torch.is_grad_enabled())
+        self._entered: list[fx.Node] = []
+
+    def enter(self, context: Context) -> None:
+        if context.autocast != self._context.autocast:
+            for node in reversed(self._entered):
+                self._graph.call_function(torch.amp.autocast_mode._exit_autocast, (node,))
+            enter = torch.amp.autocast_mode._enter_autocast
+            self._entered = [self._graph.call_function(enter, args) for args in context.autocast]
+        if context.grad != self._context.grad:
+            self._graph.call_function(torch._C._set_grad_enabled, (context.grad,))
+        self._context = context
+
+
+def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
+    """For each input of the logits' graph whether it holds their rows; None where rows are not independent.
+
+    The proof that each row of the logits depends on one row of each row input is the analysis', on
+    folded rows; that the graph has no size of the batch or sequence in it is tried on other sizes.
+    """
+    logits = compute.graph.output_node().args[0]
+    assert isinstance(logits, fx.Node)
+    shape = value(logits).shape
+    lead, rows = [expression(size) for size in shape[:-1]], 1
+    for size in shape[:-1]:
+        rows = rows * size
+    inputs = [node for node in compute.graph.nodes if node.op == "placeholder"]
+    try:
+        states = RowAnalysis(compute, rows).states
+    except Refusal:
+        return None
+    read: dict[fx.Node, set[str]] = {node: set() for node in inputs}
+    for node in compute.graph.nodes:
+        state = states[node]
+        if node.op in ("placeholder", "get_attr", "output") or tensor_value(node) is None:
+            continue
+        if state.rows and not state.rowwise:
+            return None
+        for operand, role in state.roles.items():
+            read.setdefault(operand, set()).add(role)
+    holds = [read[node] == {"row"} for node in inputs]
+    if not states[logits].rowwise or not states[logits].rows or any(len(r) > 1 for r in read.values()):
+        return None
+    for node, roles in read.items():
+        is_row = roles == {"row"}
+        if is_row and node.op != "placeholder" and not states[node].rowwise:
+            return None  # a table with an entry a row
+        if is_row and node.op == "placeholder":
+            leading = [expression(size) for size in value(node).shape[: len(lead)]]
+            if leading != lead:
+                return None
+    return tuple(holds) if _takes_any_rows(compute, holds, len(lead)) else None
+
+
+def _takes_any_rows(compute: fx.GraphModule, holds: Sequence[bool], rank: int) -> bool:
+    """Whether the graph of the logits runs on other numbers of rows than it was captured with."""
+    inputs = [node for node in compute.graph.nodes if node.op == "placeholder"]
+    known = static_sizes(compute.graph.nodes)
+    primes = [size for size in (11, 13, 17, 19, 23, 29, 31, 37, 41, 43) if size not in known]
+    vocabulary = hint(value(compute.graph.output_node().args[0]).shape[-1])  # type: ignore[arg-type]
+    for lead in ([*[1] * (rank - 1), primes[0]], primes[:rank]):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def stand_in(node: fx.Node, is_row: bool, lead: list[int] = lead) -> Any:
+            found = value(node)
+            if isinstance(found, torch.Tensor):
+                sizes = [hint(size) for size in found.shape]
+                sizes = [*lead, *sizes[rank:]] if is_row else sizes
+                return torch.empty(sizes, dtype=found.dtype, device=found.device)
+            return found.node.hint if isinstance(found, (torch.SymInt, torch.SymFloat)) else found
+
+        try:
+            with mode, torch.no_grad():
+                args = [stand_in(node, is_row) for node, is_row in zip(inputs, holds, strict=True)]
+                out = compute(*args)
+        except Exception:
+            return False
+        if list(out.shape) != [*lead, vocabulary]:
+            return False
+    return True
+
+
+def _only_for(logits: fx.Node, deferred: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values reach nothing but the logits, and outputs that are taken out like them, back to
+    where the logits start."""
+    chain = {logits}
+    for node in reversed(outside_transforms(logits.graph)):
+        users = {user for user in node.users if user.op != "output" or node not in deferred}
+        is_call = node.op in ("call_function", "call_method") and users
+        if is_call and all(user in chain and LOGITS_START not in user.meta for user in users):
+            chain.add(node)
+    return chain
+
+
+def _size(results: list[Any], position: int, size: Any) -> Any:
+    """An int, or where among the outputs a dynamic size can be read."""
+    if isinstance(size, int):
+        return size
+    # What took the logits' place first; others are searched from the end, where logits that are to be
+    # taken out yet do not stand.
+    for index in (position, *reversed(range(len(results)))):
+        dim = _dim_of(results[index], size)
+        if dim is not None:
+            return ("output", index, dim)
+    raise AssertionError(f"no output has the size {size}")
+
+
+def _dim_of(node: Any, size: torch.SymInt) -> int | None:
+    fake = tensor_value(node) if isinstance(node, fx.Node) else None
+    for dim, other in enumerate(fake.shape if fake is not None else ()):
+        if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+            return dim
+    return None

@@ -1,0 +1,653 @@
+"""Logits that are made only if somebody looks, and only the rows somebody looks at.
+
+When a graph's loss consumes the logits in a loop and the graph also returns them, the graph returns
+the rows the logits are computed from instead, and the caller gets a :class:`DeferredLogits` in their
+place, which computes itself on first use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mst_fx.logits.snapshot import is_freed, snapshot, version
+from mst_fx.logits.uses import LAZY, Step, announces, plainly, taker
+
+log = logging.getLogger("mst_fx")
+
+# Called with "file:line in function" of whoever makes deferred logits compute themselves.
+on_use: list[Callable[[str], None]] = []
+_told: set[str] = set()
+_OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+
+_METADATA = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.ndimension,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.__len__,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.is_signed,
+    torch.Tensor.is_inference,
+    torch.Tensor.is_conj,
+    torch.Tensor.is_neg,
+    torch.Tensor.get_device,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.is_inference,
+    torch.is_conj,
+    torch.is_neg,
+    torch.numel,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "requires_grad",
+            "is_leaf",
+            "grad_fn",
+            "output_nr",
+            "_version",
+            "is_cuda",
+            "is_cpu",
+            "is_sparse",
+            "is_sparse_csr",
+            "is_quantized",
+            "is_nested",
+            "is_mkldnn",
+            "is_mps",
+            "is_mtia",
+            "is_xla",
+            "is_xpu",
+            "is_vulkan",
+            "is_maia",
+            "is_meta",
+            "itemsize",
+            "nbytes",
+            "is_ipu",
+            "name",
+            "names",
+            "volatile",
+            # None of a gradient: logits are no leaves, and what keeps theirs computes them.
+            "grad",
+            "_grad",
+            "grad_dtype",
+            "retains_grad",
+            "_backward_hooks",
+            "_post_accumulate_grad_hooks",
+        )
+        if hasattr(torch.Tensor, name)
+    ),
+    *(
+        getattr(torch.Tensor, name)
+        for name in ("__dir__", "has_names", "is_distributed", "is_shared", "_is_zerotensor")
+        if hasattr(torch.Tensor, name)
+    ),
+}
+
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+_WRITERS = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS)}
+_KEEP = "use them before, or set the mst option logits='keep'"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apart:
+    """Rows that were computed alone and are known outside: what is written to them the logits do not show.
+
+    Attributes:
+        storage: of the rows.
+        version: an empty tensor with the rows' version counter.
+        known: the version they had.
+        owner: the logits, or the copy of them, whose rows they are.
+    """
+
+    storage: StorageWeakRef
+    version: Tensor
+    known: int
+    owner: weakref.ref[DeferredLogits]
+
+    def is_alive(self) -> bool:
+        return not self.storage.expired()  # type: ignore[no-untyped-call]
+
+    def is_changed(self) -> bool:
+        return version(self.version) != self.known
+
+
+class _Hooks(OrderedDict[int, Callable[[Tensor], Tensor | None]]):
+    """Hooks on a gradient, by the numbers of their handles; itself one, which runs them all."""
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        for hook in list(self.values()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
+
+
+class _Announced(_Hooks):
+    """Hooks that are told that a backward pass begins, by whatever gradient comes first."""
+
+    def __call__(self, grad: Tensor) -> None:  # type: ignore[override]
+        for hook in list(self.values()):
+            changed = hook(grad)
+            if changed is not None and changed is not grad:
+                raise RuntimeError(
+                    f"{hook} changes the gradient of deferred logits, of which it sees a part; "
+                    "set the mst option logits='keep'"
+                )
+
+
+class Source:
+    """What deferred logits, their slices and their casts are computed from.
+
+    Args:
+        compute: the function of ``inputs`` whose value are the logits ``[B, S, V]``.
+        inputs: tensors, and numbers.
+        rows: for each input whether its leading dimensions are those of the logits, each row of which
+            depends on the same row of these inputs only; None where this is not proved.
+        like: a meta tensor like the logits.
+        device: of the logits.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[..., Tensor],
+        inputs: Sequence[Any],
+        rows: Sequence[bool] | None,
+        like: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.inputs, self.rows, self.like, self.device = tuple(inputs), rows, like, device
+        self.members: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
+        self.is_whole = False  # rows may not be computed alone: there are hooks on the logits' gradient
+        self._compute = compute
+        self._count = itertools.count()
+        self._known = [
+            snapshot(x, is_weight=rows is None or not rows[at]) if isinstance(x, Tensor) else None
+            for at, x in enumerate(inputs)
+        ]
+        self._grad = torch.is_grad_enabled()
+        self._autocast = (
+            device.type,
+            torch.get_autocast_dtype(device.type),
+            torch.is_autocast_enabled(device.type),
+        )
+        self._apart: list[_Apart] = []
+        self.announced = _Announced()  # called with the gradient of all that is computed
+
+    def add(self, member: DeferredLogits) -> None:
+        self.members[next(self._count)] = member
+
+    def _run(self, inputs: Sequence[Any], grad: bool) -> Tensor:
+        kind, dtype, enabled = self._autocast
+        with torch.set_grad_enabled(grad and self._grad), torch.autocast(kind, dtype, enabled):
+            value = self._compute(*inputs)
+            # What was said of the layout before there was any (mst_fx.lazy).
+            if value.shape == self.like.shape and value.stride() != self.like.stride():
+                value = value.contiguous().view(-1).view(self.like.shape)
+        return value
+
+    def logits(self, grad: bool, take: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The logits, or those of the rows that ``take`` takes from a row input.
+
+        Raises:
+            RuntimeError: if what they are computed from, or a part that was computed alone, was changed.
+        """
+        self._check()
+        _tell(_caller())
+        inputs: Sequence[Any] = self.inputs
+        if take is not None:
+            assert self.rows is not None
+            with torch.set_grad_enabled(grad and self._grad):
+                inputs = [take(x) if row else x for x, row in zip(inputs, self.rows, strict=True)]
+        value = self._run(inputs, grad)
+        if self.announced and value.requires_grad:
+            value.register_hook(self.announced)
+        return value
+
+    def gradients(self, grad: Tensor) -> list[Tensor | None]:
+        """The gradients of the inputs, for code that autograd reaches the logits from directly."""
+        self._check()
+        needed = [isinstance(x, Tensor) and x.requires_grad for x in self.inputs]
+        inputs = [
+            x.detach().requires_grad_() if need else x for x, need in zip(self.inputs, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            value = self._run(inputs, grad=True)
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(value, wanted, grad, allow_unused=True))
+        return [next(found) if need else None for need in needed]
+
+    def keep_apart(self, part: DeferredLogits) -> None:
+        """Notes that rows that were computed alone are known outside."""
+        assert part._value is not None
+        with plainly():
+            version = part._value.detach()
+            version.data = torch.empty(0, dtype=part.dtype, device=part._value.device)
+        storage = StorageWeakRef(part._value.untyped_storage())
+        self._apart = [apart for apart in self._apart if apart.is_alive()]
+        self._apart.append(_Apart(storage, version, part._version_of_value, weakref.ref(part._owner())))
+
+    def _check(self) -> None:
+        for x, known in zip(self.inputs, self._known, strict=True):
+            if is_freed(x):
+                raise RuntimeError(
+                    f"deferred logits are used for the first time after a weight of shape {tuple(x.shape)} was "
+                    "freed, as FSDP does after the backward pass, and with reshard_after_forward=True after the "
+                    f"forward pass; {_KEEP}"
+                )
+            if known is not None and not known.is_of(x):
+                raise RuntimeError(
+                    "deferred logits are used for the first time after what they are computed from "
+                    f"(a {x.dtype} tensor of shape {tuple(x.shape)}) was changed in place, as an "
+                    f"optimizer step does; {_KEEP}"
+                )
+
+    def check_parts(self, member: DeferredLogits) -> None:
+        """Raises a RuntimeError if rows of a member were computed alone and changed since."""
+        family: list[DeferredLogits] = [member]
+        while family[-1]._parent is not None:
+            family.append(family[-1]._parent)
+        changed = [apart.owner() for apart in self._apart if apart.is_alive() and apart.is_changed()]
+        for m in list(self.members.values()):
+            if m._is_part and m._value is not None and version(m._value) != m._version_of_value:
+                changed.append(m._owner())
+        for owner in changed:
+            if any(owner is m for m in family):
+                raise RuntimeError(
+                    "rows of deferred logits were computed alone and changed in place since: the logits would "
+                    f"not show it; {_KEEP.replace('them', 'all logits')}"
+                )
+
+    def settle(self, member: DeferredLogits) -> None:
+        """Gives what shares a member's storage values that do too, before one of them is changed in place.
+
+        Raises:
+            RuntimeError: if that is too late.
+        """
+        self.check_parts(member)
+        owner = member._owner()
+        if any(apart.owner() is owner and apart.is_alive() for apart in self._apart):
+            raise RuntimeError(
+                "deferred logits are changed in place after some of their rows were computed alone, which would "
+                f"not show it; {_KEEP.replace('them', 'all logits')}"
+            )
+        members = list(self.members.values())
+        views = [m for m in members if m._owner() is owner]
+        copies = [m for m in members if m._copies and m._parent is not None and m._parent._owner() is owner]
+        for view in views:
+            if view._is_part:
+                view._value = None
+        for other in (*views, *copies):  # parents first: they are older
+            other._get()
+
+    def follow(self) -> None:
+        """Tells autograd that the members are what has become of their values."""
+        for member in list(self.members.values()):
+            member._follow()
+
+
+class DeferredLogits(torch.Tensor):
+    """Logits ``[B, S, V]`` that hold what they are computed from, and no S×V storage.
+
+    Shape, dtype, device and ``requires_grad`` are those of the logits. Rows taken from them
+    (``logits[:, -1]``), casts, ``detach()``, ``clone()`` and ``contiguous()`` are deferred too, and
+    compute these rows alone. Any other use computes what it is used on, once and differentiably, and gives
+    ordinary tensors.
+
+    Raises:
+        RuntimeError: on first use, if a weight was changed in place since the forward pass: the
+            logits would be others than those the loss was computed from.
+    """
+
+    _source: Source
+    _parent: DeferredLogits | None
+    _step: Step | None
+    _like: Tensor
+    _value: Tensor | None
+    _version_of_value: int
+    _is_part: bool
+    _is_bypassed: bool
+    _node: Any
+    _hooks: _Hooks
+
+    def materialize(self) -> Tensor:
+        """The logits as an ordinary tensor ``[B, S, V]``, part of the autograd graph."""
+        value = self._get()
+        if self._is_part:
+            self._source.keep_apart(self)
+        return value
+
+    def _get(self) -> Tensor:
+        if self._value is None:
+            with plainly():
+                self._value = self._evaluate()
+                self._version_of_value = version(self._value)
+        return self._value
+
+    def _evaluate(self) -> Tensor:
+        parent = self._parent
+        if parent is not None:
+            has_all = not self._copies and self._like.numel() == parent._like.numel()
+            if has_all or self._source.is_whole:
+                parent._get()
+        self._source.check_parts(self)
+        steps, top, is_foreign = self._path()
+        grad = not is_foreign and all(step.grad for step in steps)
+        if grad:
+            self._bypass()
+        self._is_part = not self._copies and self._owner()._value is None and self._parent is not None
+        if top._value is not None:
+            value = top._value
+            if version(value) != top._version_of_value and any(step.copies for step in steps):
+                raise RuntimeError(
+                    "a copy of deferred logits is used for the first time after the logits were changed in "
+                    f"place; {_KEEP}"
+                )
+            for step in steps:
+                with torch.set_grad_enabled(step.grad and not is_foreign):
+                    value = step.apply(value)
+        else:
+            value = self._source.logits(grad, taker(steps, top._like.shape[:-1]))
+            with torch.set_grad_enabled(grad):
+                for step in steps:
+                    value = step.on_rows(value)
+        if is_foreign and self.requires_grad:
+            with torch.enable_grad():
+                value = _Attached.apply(self, value.detach())  # type: ignore[no-untyped-call]
+        elif self._hooks and value.requires_grad:
+            value.register_hook(self._hooks)
+        return value
+
+    def _stay_whole(self) -> None:
+        """Sees to it that all gradients of rows taken from these logits go through them.
+
+        Raises:
+            RuntimeError: if that is too late, or the loss of the forward pass has such gradients too.
+        """
+        if self.requires_grad and (self._parent is None or self._is_bypassed):
+            reason = "some of their rows were" if self._is_bypassed else "the loss of their forward pass was"
+            raise RuntimeError(
+                "the gradient of deferred logits as a whole is not known: "
+                f"{reason} computed without them; set the mst option logits='keep'"
+            )
+        self._source.is_whole = True
+
+    def _bypass(self) -> None:
+        passed = self._parent
+        while passed is not None and passed._value is None:
+            passed._is_bypassed = True
+            passed = passed._parent
+
+    @property
+    def _copies(self) -> bool:
+        return self._step is not None and self._step.copies
+
+    def _owner(self) -> DeferredLogits:
+        """Whose storage the logits would share."""
+        found = self
+        while found._parent is not None and not found._copies:
+            found = found._parent
+        return found
+
+    def _viewed(self) -> DeferredLogits:
+        """Whose view autograd would say that the logits are."""
+        found = self
+        while found._parent is not None and found._step is not None and found._step.index is not None:
+            found = found._parent
+        return found
+
+    def _path(self) -> tuple[list[Step], DeferredLogits, bool]:
+        """The steps from the nearest logits with a value, or the first ones, and whether autograd was
+        told of another history on the way (by a ``torch.autograd.Function`` that returned them)."""
+        steps: list[Step] = []
+        top, is_foreign = self, False
+        while top._value is None:
+            is_foreign |= top.grad_fn is not top._node
+            if top._parent is None:
+                break
+            assert top._step is not None
+            steps.insert(0, top._step)
+            top = top._parent
+        return steps, top, is_foreign
+
+    def _follow(self) -> None:
+        value = self._value
+        if value is None:
+            return
+        with plainly(), torch.enable_grad():
+            if value.requires_grad:
+                _Followed.apply(self, value)  # type: ignore[no-untyped-call]
+            elif self.requires_grad:
+                self.detach_()
+            self._node = self.grad_fn
+        self._version_of_value = version(value)
+
+    def _derive(self, step: Step) -> DeferredLogits:
+        step = dataclasses.replace(step, grad=step.grad and torch.is_grad_enabled())
+        with plainly(), torch.set_grad_enabled(step.grad):
+            child: DeferredLogits = _Derived.apply(self, step)  # type: ignore[no-untyped-call]
+            child._node = child.grad_fn
+        return child
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            state = "" if self._value is None else ", computed"
+            return (
+                f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{state})"
+            )
+
+    def __format__(self, spec: str) -> str:
+        return object.__format__(self, spec)
+
+    @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if func in _METADATA:
+            if isinstance(first, DeferredLogits) and first._value is not None:
+                return func(first._value, *args[1:], **kwargs)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if isinstance(first, DeferredLogits) and first._value is None and func in LAZY:
+            found = LAZY[func](first, func, *args[1:], **kwargs)
+            if found is not NotImplemented:
+                return found
+        return _on_values(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable and func is not torch.ops.aten.detach_.default:
+            raise RuntimeError(
+                f"{func} would change deferred logits in place; call it on logits.materialize()"
+            )
+        args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialize, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.materialize().__deepcopy__(memo)
+
+
+def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a function on the values of the deferred logits among its arguments."""
+    members = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DeferredLogits)]
+    sources = list({id(m._source): m._source for m in members}.values())
+    named, writes = _named(func, args, kwargs), _writes(func, kwargs)
+    for member in named:
+        member._stay_whole()
+    if writes:
+        for member in members:
+            member._source.settle(member)
+    args, kwargs = tree_map_only(DeferredLogits, DeferredLogits._get, (args, kwargs))
+    result = func(*args, **kwargs)
+    parts = [m for m in members if m._is_part and m._value is not None]
+    if parts:
+        storages = {leaf.untyped_storage()._cdata for leaf in tree_leaves(result) if _is_strided(leaf)}
+        for member in parts:
+            assert member._value is not None
+            if member._value.untyped_storage()._cdata in storages:
+                member._source.keep_apart(member)
+    if not writes:  # but the function's name may not tell
+        written = [m for m in members if version(m._get()) != m._version_of_value]
+        for member in written:
+            member._source.settle(member)
+        writes = bool(written)
+    if named or writes:
+        for source in sources:
+            source.follow()
+    return result
+
+
+def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[DeferredLogits]:
+    """The logits whose own gradient a function asks for."""
+    asked: Any = None
+    if func is torch.Tensor.retain_grad:
+        asked = args[0]
+    elif func is torch.Tensor.register_hook:
+        asked = None if announces(kwargs.get("hook", args[-1])) else args[0]
+    elif func in (torch.autograd.grad, torch.autograd.backward):
+        asked = kwargs.get("inputs", args[1] if func is torch.autograd.grad and len(args) > 1 else None)
+    return [leaf for leaf in tree_leaves(asked) if isinstance(leaf, DeferredLogits)]
+
+
+def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    in_place = name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+    return bool(in_place or kwargs.get("inplace") or kwargs.get("out") is not None)
+
+
+def _is_strided(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+
+
+# Autograd
+
+
+def _lazy(source: Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
+    self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        DeferredLogits, like.shape, dtype=like.dtype, device=source.device
+    )
+    self._source, self._parent, self._step, self._like = source, parent, step, like
+    self._value, self._version_of_value, self._node = None, 0, None
+    self._is_part = self._is_bypassed = False
+    self._hooks = _Hooks()
+    source.add(self)
+    return self  # type: ignore[no-any-return]
+
+
+class _First(torch.autograd.Function):
+    """Inputs → deferred logits.
+
+    Functions compute the logits' values with a graph of their own, which does not come by here. What
+    autograd does without asking Python (the inputs of a ``torch.autograd.Function``, DDP's) does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, *inputs: Any) -> DeferredLogits:
+        ctx.source = source
+        return _lazy(source, None, None, source.like)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.source.gradients(grad))
+
+
+class _Derived(torch.autograd.Function):
+    """Deferred logits → their rows, or a cast of them."""
+
+    @staticmethod
+    def forward(ctx: Any, parent: DeferredLogits, step: Step) -> DeferredLogits:
+        ctx.step, ctx.like = step, parent._like
+        return _lazy(parent._source, parent, step, step.apply(parent._like))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.step.gradient(grad, ctx.like), None
+
+
+class _Attached(torch.autograd.Function):
+    """A value whose gradient is the deferred logits'."""
+
+    @staticmethod
+    def forward(ctx: Any, deferred: DeferredLogits, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Followed(torch.autograd.Function):
+    """Makes the gradient of deferred logits that of a value."""
+
+    @staticmethod
+    def forward(ctx: Any, deferred: DeferredLogits, value: Tensor) -> DeferredLogits:
+        ctx.mark_dirty(deferred)
+        return deferred
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def _caller() -> str:
+    """The innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _tell(place: str) -> None:
+    for listener in on_use:
+        listener(place)
+    if place not in _told:
+        _told.add(place)
+        log.info("deferred logits are computed for %s", place)
+
+
+def deferred_logits(source: Source) -> DeferredLogits:
+    """Logits that are not computed yet."""
+    logits: DeferredLogits = _First.apply(source, *source.inputs)  # type: ignore[no-untyped-call]
+    logits._node = logits.grad_fn
+    return logits

@@ -1,0 +1,310 @@
+"""Attention with a mask that is never made.
+
+``mst_fx::mask_reach(keys, queries, masks, …) -> reaches, starts``
+    once a step: for each mask the keys in reach of each chunk of queries (:func:`mst_fx.masks.formula.reach`), as a
+    CPU tensor. All masks of a graph travel in one copy: one synchronisation a step.
+``mst_fx::attention(query, key, value, keys, queries, reaches, starts, known, …) -> output, sums``
+    takes one of torch's kernels where the mask turns out to be causal, all true, or a window within spans
+    of tokens (:mod:`mst_fx.torch_api.attention`). Otherwise it is a loop over chunks of queries: builds the mask of a
+    chunk from the vectors and runs ``scaled_dot_product_attention`` on the keys in reach. Its derivative is
+``mst_fx::attention_backward(tangent, output, sums, …) -> dquery, dkey, dvalue``
+    which runs the kernel's backward pass, or recomputes each chunk. Memory is O(chunk x reach), and compute
+    follows what the mask lets through.
+
+``query`` is ``[B, H, Q, D]``, ``key`` and ``value`` are ``[B, H or fewer, K, D]`` (a chunk expands grouped heads
+for itself), ``sums`` ``[B, H, Q]`` the logarithms of the softmax's sums, which only the kernels make and read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mst_fx.graph.values import sum_dtype
+from mst_fx.masks.formula import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors, allowed, parse, reach
+from mst_fx.torch_api.attention import Dense, Spans, empty_output, is_fused
+from mst_fx.torch_api.inductor import outside_of_kernels
+
+# Spans of one call: the kernels' grids are no larger.
+_MOST_SPANS = 65535
+
+
+@torch.library.custom_op(
+    "mst_fx::mask_reach",
+    mutates_args=(),
+    schema="(Tensor[] keys, Tensor[] queries, str[] masks, SymInt q, SymInt k, int chunk, bool[] finite)"
+    " -> (Tensor, Tensor)",
+)
+def mask_reach(
+    keys: list[Tensor],
+    queries: list[Tensor],
+    masks: list[str],
+    q: int,
+    k: int,
+    chunk: int,
+    finite: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """The rows of each mask's reach, int64 ``[masks, HEADER + chunks, 3]`` on the CPU, and its starts, int32
+    ``[masks, B·Q + 1]`` on the vectors' device."""
+    vectors = Vectors(keys, queries)
+    found = [reach(parse(m), vectors, q, k, chunk, f) for m, f in zip(masks, finite, strict=True)]
+    size = _batch(keys, queries) * q + 1
+    starts = [F.pad(one.starts, (0, size - one.starts.numel())) for one in found]
+    return torch.stack([one.rows for one in found]).cpu(), torch.stack(starts)
+
+
+def _batch(keys: list[Tensor], queries: list[Tensor]) -> Any:
+    return max((x.shape[0] for x in (*keys, *queries)), default=1)
+
+
+@mask_reach.register_fake
+def _(
+    keys: list[Tensor],
+    queries: list[Tensor],
+    masks: list[str],
+    q: Any,
+    k: Any,
+    chunk: int,
+    finite: list[bool],
+) -> tuple[Tensor, Tensor]:
+    rows = HEADER + (q + chunk - 1) // chunk
+    device = (*keys, *queries)[0].device
+    starts = torch.empty((len(masks), _batch(keys, queries) * q + 1), dtype=torch.int32, device=device)
+    return torch.empty((len(masks), rows, 3), dtype=torch.int64, device="cpu"), starts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Some queries and the keys they are shown; ``kind`` as in :class:`mst_fx.masks.formula.Reach`."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    kind: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The operands of one call.
+
+    Attributes:
+        keys, queries: the vectors the mask names, ``[B or 1, K]`` and ``[B or 1, Q]``.
+        reaches, starts: what ``mask_reach`` gave; None where ``known`` says it.
+        known: the rows of the mask's reach, known since the graph was compiled.
+        mask: the formula, as text (:func:`mst_fx.masks.formula.parse`).
+        which: the mask's place in ``reaches``.
+        chunk: queries a chunk.
+        scale: of the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask, as in Gemma 2; 0: not.
+        fill: what is added to a masked score; 0: it does not count at all.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    keys: list[Tensor]
+    queries: list[Tensor]
+    reaches: Tensor | None
+    starts: Tensor | None
+    known: list[int]
+    mask: str
+    which: int
+    chunk: int
+    scale: float
+    softcap: float
+    fill: float
+
+    @functools.cached_property
+    def _rows(self) -> list[list[int]]:
+        if self.reaches is not None:
+            rows: list[list[int]] = self.reaches[self.which].tolist()
+            return rows
+        return [self.known[i : i + 3] for i in range(0, len(self.known), 3)]
+
+    @property
+    def _is_native(self) -> bool:
+        """Whether torch's own attention has the form of the mask."""
+        return self._rows[0][0] in (CAUSAL, FULL) and not self.softcap
+
+    @functools.cached_property
+    def kernel(self) -> Dense | Spans | None:
+        """What runs all queries at once and makes ``sums``; None: chunks do."""
+        (form, left, right), (spans, longest, even) = self._rows[:HEADER]
+        if self._is_native and is_fused(self.query, self.value):
+            return Dense(form == CAUSAL, self.scale)
+        if form != SPANS or self.softcap or not Spans.takes(self.query, self.value):
+            return None
+        batch, size = self.query.shape[0], self.query.shape[2]
+        device = self.query.device
+        offsets = torch.arange(0, batch * size, size, dtype=torch.int32, device=device)[:, None]
+        if even:
+            starts = offsets + torch.arange(0, size, longest, dtype=torch.int32, device=device)
+        elif self.starts is None:
+            return None
+        else:
+            starts = self.starts[self.which, :spans]
+            if _batch(self.keys, self.queries) < batch:
+                starts = offsets + starts
+        starts = F.pad(starts.flatten(), (0, 1), value=batch * size)
+        if starts.numel() > _MOST_SPANS:
+            return None
+        return Spans(starts, longest, left, right, self.scale)
+
+    def chunks(self) -> Iterator[_Place]:
+        size = self.query.shape[2]
+        if self._is_native:
+            yield _Place(0, size, 0, self.key.shape[2], WHOLE)
+            return
+        for start, (first, last, kind) in zip(range(0, size, self.chunk), self._rows[HEADER:], strict=True):
+            yield _Place(start, min(start + self.chunk, size), first, last, kind)
+
+    def operands(self, place: _Place) -> tuple[Tensor, Tensor, Tensor]:
+        keys = slice(place.first, place.last)
+        return self.query[:, :, place.start : place.end], self.key[:, :, keys], self.value[:, :, keys]
+
+    def attend(self, place: _Place, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The output of one chunk, ``[B, H, end - start, D]``."""
+        mask = self._chunk_mask(place)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        # Fused kernels give wrong gradients for a query of which all scores are masked by a finite number:
+        # the logarithm of its sum drowns in that number.
+        if not self.softcap and place.kind != BLIND:
+            is_causal = self._is_native and self._rows[0][0] == CAUSAL
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, scale=self.scale
+            )
+        scores = torch.matmul(query, key.transpose(2, 3)) * self.scale
+        if self.softcap:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        hidden = ~mask if mask is not None and mask.dtype == torch.bool else None
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        weights = torch.softmax(scores, -1, dtype=sum_dtype(scores.dtype)).to(query.dtype)
+        if hidden is not None:  # a query that sees no key: 0, as of fused kernels
+            weights = weights.masked_fill(hidden, 0.0)
+        return torch.matmul(weights, value)
+
+    def _chunk_mask(self, place: _Place) -> Tensor | None:
+        """``[b, 1, end - start, last - first]``: Boolean (True: may see), or what is added to the scores."""
+        if place.kind == WHOLE:
+            return None
+        vectors, device = Vectors(self.keys, self.queries), self.query.device
+        start, end, first, last = place.start, place.end, place.first, place.last
+        found = allowed(parse(self.mask), vectors, start, end, first, last, device)
+        found = found.expand(-1, end - start, last - first)[:, None]
+        if self.fill == 0.0:
+            return found
+        return torch.zeros((), dtype=self.query.dtype, device=device).where(found, self.fill)
+
+
+def _as_promised(x: Tensor) -> Tensor:
+    """``x``, or a copy of it in the memory order of :func:`empty_output`."""
+    return x if x.transpose(1, 2).is_contiguous() else empty_output(x).copy_(x)
+
+
+def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_output(query, width=value.shape[3]), query.new_empty(
+        query.shape[:3], dtype=sum_dtype(query.dtype)
+    )
+
+
+_SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] queries, Tensor? reaches, Tensor? starts,"
+    " int[] known, str mask, int which, int chunk, float scale, float softcap, float fill"
+)
+
+
+@torch.library.custom_op("mst_fx::attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+def attention(*args: Any) -> tuple[Tensor, Tensor]:
+    call = _Call(*args)
+    operands = (call.query, call.key, call.value)
+    with torch._C._DisableAutocast():
+        if call.kernel is not None:
+            out, sums = call.kernel.forward(*operands)
+            return _as_promised(out), sums.contiguous()
+        out, sums = _outputs(call.query, call.value)
+        for place in call.chunks():
+            rows = out[:, :, place.start : place.end]
+            if place.first >= place.last:
+                rows.zero_()
+            else:
+                rows.copy_(call.attend(place, *call.operands(place)))
+    return out, sums
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(query, value)
+
+
+@torch.library.custom_op(
+    "mst_fx::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor tangent, Tensor out, Tensor sums, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def attention_backward(
+    tangent: Tensor, out: Tensor, sums: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(*args)
+    query, key, value = call.query, call.key, call.value
+    with outside_of_kernels(), torch._C._DisableAutocast():
+        if call.kernel is not None:
+            with torch.no_grad():
+                found = call.kernel.backward(tangent, query, key, value, out, sums)
+            return _as_promised(found[0]), _as_promised(found[1]), _as_promised(found[2])
+        grad_query = empty_output(query)
+        # Every chunk adds to the keys it reaches: in float32, so that many chunks lose nothing.
+        grad_key, grad_value = (empty_output(x, dtype=sum_dtype(x.dtype)).zero_() for x in (key, value))
+        for place in call.chunks():
+            rows = slice(place.start, place.end)
+            if place.first >= place.last:
+                grad_query[:, :, rows] = 0
+                continue
+            leaves = [x.detach().requires_grad_() for x in call.operands(place)]
+            grads = torch.autograd.grad(call.attend(place, *leaves), leaves, tangent[:, :, rows])
+            grad_query[:, :, rows] = grads[0]
+            for total, grad in zip((grad_key, grad_value), grads[1:], strict=True):
+                total[:, :, place.first : place.last] += grad
+            del leaves, grads, grad
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+@attention_backward.register_fake
+def _(
+    tangent: Tensor, out: Tensor, sums: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_output(query), empty_output(key), empty_output(value)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, keys, queries, reaches, starts, *ctx.rest = inputs
+    ctx.counts = (len(keys), len(queries), reaches is not None)
+    known_later = [] if reaches is None else [reaches, starts]
+    ctx.save_for_backward(*output, query, key, value, *keys, *queries, *known_later)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, tangent: Tensor, _: Any) -> tuple[Any, ...]:
+    out, sums, query, key, value, *vectors = ctx.saved_tensors
+    keys, queries, has_reach = ctx.counts
+    reaches, starts = vectors[-2:] if has_reach else (None, None)
+    parts = (query, key, value, vectors[:keys], vectors[keys : keys + queries], reaches, starts)
+    grads = attention_backward(tangent, out, sums, *parts, *ctx.rest)
+    known, *others = ctx.rest
+    # torch takes a list of ints for one value, but an empty one for a list of tensors.
+    nothing: list[Any] = [None if known else [], *[None] * len(others)]
+    return (*grads, [None] * keys, [None] * queries, None, None, *nothing)
+
+
+attention.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,82 @@
+"""A way into a compiled backward pass for a gradient that is there only if deferred logits were used.
+
+AOTAutograd gives every output of a graph a tangent, zeros where nobody used it: S×H zeros for the hidden
+rows that deferred logits are computed from, at the peak of a step. So the graph returns these rows
+detached, and with them a *port*, a float64 scalar on the CPU. :func:`joined_to_port` puts the rows back
+into the autograd graph behind the port. Their gradient is put down here under a number, the number travels
+as the port's tangent, and the loop's backward pass (``mst_fx::joined``) picks the gradient up. 0 says that
+there is none.
+
+Numbers must not add up: there is one junction a port, and autograd runs it once a backward pass, with the
+sum of all gradients of the rows.
+
+A backward pass may raise between the two (out of memory, a user's hook). What was put down belongs to it, as one
+of its final callbacks, and goes with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mst_fx.torch_api.inductor import at_end_of_backward
+
+
+class _Parcel:
+    """A gradient on its way; called when its backward pass ends, dropped with it if that raises."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient: Tensor | None = gradient
+
+    def __call__(self) -> None:
+        self.gradient = None
+
+
+_put_down: weakref.WeakValueDictionary[int, _Parcel] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def new_port() -> Tensor:
+    # On the CPU: reading it must not wait for a GPU, nor may a CUDA graph replay what it once held.
+    return torch.zeros((), dtype=torch.float64, device="cpu")
+
+
+def joined_to_port(port: Tensor, rows: Tensor) -> Tensor:
+    """``rows``, whose gradient goes through ``port``; to be called once a port."""
+    return _Junction.apply(port, rows)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def pick_up(tangent: Tensor) -> Tensor | None:
+    """The gradient whose number a port's tangent is."""
+    number = int(tangent.item())
+    if not number:
+        return None
+    parcel = _put_down.pop(number)
+    gradient, parcel.gradient = parcel.gradient, None
+    assert gradient is not None
+    return gradient
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _put(gradient: Tensor) -> Tensor:
+    # Never compiled: a number must not become part of a graph.
+    number, parcel = next(_numbers), _Parcel(gradient)
+    at_end_of_backward(parcel)
+    _put_down[number] = parcel
+    return torch.tensor(float(number), dtype=torch.float64, device="cpu")
+
+
+class _Junction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, port: Tensor, rows: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _put(grad), None

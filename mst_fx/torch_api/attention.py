@@ -1,0 +1,253 @@
+"""torch's fused attention kernels, with the sums that their backward passes need.
+
+``F.scaled_dot_product_attention`` and ``torch.nn.attention.varlen`` leave those sums to autograd; a custom op
+must save them itself, or run the forward kernel twice. The functions behind them are private ATen ops.
+Tried with torch 2.11.0 (CUDA 13, H200) and 2.13.0 (CPU):
+
+- ``aten._scaled_dot_product_cudnn_attention``, ``…_flash_attention``, ``…_flash_attention_for_cpu``
+- ``aten._flash_attention_forward`` and ``_backward`` with cumulative lengths and a window
+- ``torch._fused_sdp_choice``: which of them torch would take
+
+On an H200 (bf16, 64K tokens, 32 heads of 128; 8 of keys and values), forward + backward in ms: causal, cuDNN
+58 + 166, flash 101 + 276; a window of 4,096, flash 15 + 36, FlexAttention 11 + 30 (after compiling it for each
+mask); documents of 4,096, flash 7 + 20, FlexAttention 6 + 17.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from mst_fx.graph.values import SIXTEEN_BITS
+
+aten = torch.ops.aten
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+_Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]
+
+# Queries x heads of one call of a backward kernel. 2^18 would keep an H200 busy (64 rows a block of cuDNN's,
+# 132 multiprocessors), but the results of several calls are copied together: 0.5 ms a layer at 32K tokens.
+_BUSY = 2**20
+
+
+def is_fused(query: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a flash kernel takes these, grouped heads as they are: otherwise torch makes all S² scores
+    of grouped heads.
+
+    On CUDA for 16-bit types and up to 256 features a head, on CPUs for all (torch/nn/attention, ``SDPBackend``).
+
+    Args:
+        dtype: what the operands are cast to, where that is not theirs: autocast's.
+    """
+    if query.shape[3] != value.shape[3]:
+        return False
+    if query.device.type == "cpu":
+        return True
+    return (dtype or query.dtype) in SIXTEEN_BITS and query.shape[3] <= 256 and query.shape[3] % 8 == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Each query sees all keys, or those up to its own (``causal``)."""
+
+    causal: bool
+    scale: float
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The output ``[B, H, Q, D]`` and the logarithms of the softmax's sums ``[B, H, Q]``, whichever
+        kernel makes them: float32, of float64 float64."""
+        operands = (query, key, value)
+        if query.device.type == "cpu":
+            cpu = aten._scaled_dot_product_flash_attention_for_cpu
+            out, sums = cpu(*operands, 0.0, self.causal, scale=self.scale)
+        elif self._by_cudnn(*operands):
+            cudnn = aten._scaled_dot_product_cudnn_attention
+            out, sums = cudnn(*operands, None, True, 0.0, self.causal, scale=self.scale)[:2]
+        else:
+            flash = aten._scaled_dot_product_flash_attention
+            out, sums = flash(*operands, 0.0, self.causal, scale=self.scale)[:2]
+        return out, sums.reshape(query.shape[:3])
+
+    def backward(
+        self, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+    ) -> Gradients:
+        if query.device.type == "cpu":
+            cpu = aten._scaled_dot_product_flash_attention_for_cpu_backward
+            found: Gradients = cpu(tangent, query, key, value, out, sums, 0.0, self.causal, scale=self.scale)
+            return found
+        run = self._cudnn_backward if self._by_cudnn(query, key, value) else self._flash_backward
+        return _by_heads(run, tangent, query, key, value, out, sums)
+
+    def _by_cudnn(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        is_grouped = query.shape[1] != key.shape[1]
+        choice = torch._fused_sdp_choice(
+            query, key, value, None, 0.0, self.causal, scale=self.scale, enable_gqa=is_grouped
+        )
+        return choice == SDPBackend.CUDNN_ATTENTION.value
+
+    def _cudnn_backward(
+        self, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+    ) -> Gradients:
+        seed = torch.zeros((), dtype=torch.int64, device=query.device)
+        found: Gradients = aten._scaled_dot_product_cudnn_attention_backward(
+            tangent,
+            query,
+            key,
+            value,
+            out,
+            sums[..., None].contiguous(),
+            seed,
+            seed,
+            None,
+            None,
+            None,
+            query.shape[2],
+            key.shape[2],
+            0.0,
+            self.causal,
+            scale=self.scale,
+        )
+        return found
+
+    def _flash_backward(
+        self, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+    ) -> Gradients:
+        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        found: Gradients = aten._scaled_dot_product_flash_attention_backward(
+            tangent,
+            query,
+            key,
+            value,
+            out,
+            sums.contiguous(),
+            None,
+            None,
+            query.shape[2],
+            key.shape[2],
+            0.0,
+            self.causal,
+            seed,
+            torch.empty(0, dtype=torch.uint64, device=query.device),
+            scale=self.scale,
+        )
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Attention inside of spans of tokens that see none of each other's: packed documents; all of a
+    sequence if there is a window only.
+
+    Attributes:
+        starts: int32 ``[spans + 1]``, on the device: where each span starts in the B·S tokens; then B·S.
+        longest: tokens of the longest span.
+        left, right: how many tokens before and after itself a query sees; -1: all of its span.
+        scale: of the scores.
+    """
+
+    starts: Tensor
+    longest: int
+    left: int
+    right: int
+    scale: float
+
+    @staticmethod
+    def takes(query: Tensor, value: Tensor) -> bool:
+        return query.is_cuda and is_fused(query, value)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`Dense.forward`."""
+        batch, heads, size, _ = query.shape
+        out, sums, *_ = aten._flash_attention_forward(
+            *map(_packed, (query, key, value)),
+            self.starts,
+            self.starts,
+            self.longest,
+            self.longest,
+            0.0,
+            self._is_causal,
+            False,
+            scale=self.scale,
+            window_size_left=self.left,
+            window_size_right=self.right,
+        )
+        return _unpacked(out, batch), sums.view(heads, batch, size).transpose(0, 1)
+
+    def backward(
+        self, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+    ) -> Gradients:
+        return _by_heads(self._backward, tangent, query, key, value, out, sums)
+
+    @property
+    def _is_causal(self) -> bool:
+        return self.left < 0 and self.right == 0
+
+    def _backward(
+        self, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+    ) -> Gradients:
+        batch, heads = query.shape[:2]
+        grads = aten._flash_attention_backward(
+            *map(_packed, (tangent, query, key, value, out)),
+            sums.transpose(0, 1).reshape(heads, -1).contiguous(),
+            self.starts,
+            self.starts,
+            self.longest,
+            self.longest,
+            0.0,
+            self._is_causal,
+            torch.zeros(2, dtype=torch.uint64, device=query.device),
+            torch.empty(0, dtype=torch.uint64, device=query.device),
+            scale=self.scale,
+            window_size_left=self.left,
+            window_size_right=self.right,
+        )
+        q, k, v = (_unpacked(grad, batch) for grad in grads)
+        return q, k, v
+
+
+def _packed(x: Tensor) -> Tensor:
+    """``[B, H, S, D]`` → ``[B·S, H, D]``, a view where batch and sequence lie together in memory."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _unpacked(x: Tensor, batch: int) -> Tensor:
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _by_heads(
+    run: _Backward, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+) -> Gradients:
+    """Runs a backward kernel on a few heads at a time.
+
+    The kernels hold the query's gradient in float32, and the keys' and values' for each query head: for all
+    heads together that is the highest point of a checkpointed layer's backward pass.
+    """
+    batch, heads, queries, _ = query.shape
+    groups = key.shape[1]
+    each = heads // groups
+    step = min(groups, max(1, -(-_BUSY // (batch * queries * each))))
+    if step == groups:
+        return run(tangent, query, key, value, out, sums)
+    grads = tuple(empty_output(x) for x in (query, key, value))
+    for first in range(0, groups, step):
+        few = slice(first, first + step)
+        many = slice(first * each, (first + step) * each)
+        wide = [x[:, many] for x in (tangent, query, out, sums)]
+        found = run(wide[0], wide[1], key[:, few], value[:, few], wide[2], wide[3])
+        for grad, part, heads_of in zip(grads, found, (many, few, few), strict=True):
+            grad[:, heads_of] = part
+        del found
+    return grads[0], grads[1], grads[2]
+
+
+def empty_output(x: Tensor, *, width: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+    """``[B, H, S, D]`` in memory order ``[B, S, H, D]``, as flash kernels give it: the projections before and
+    after attention need no copy."""
+    batch, heads, size, own = x.shape
+    shape = (batch, size, heads, own if width is None else width)
+    return x.new_empty(shape, dtype=dtype or x.dtype).transpose(1, 2)

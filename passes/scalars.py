@@ -1,0 +1,134 @@
+"""Numbers that change from step to step as tensors of one element, so that a loop takes them as an input.
+
+Before, where Dynamo keeps a Python number symbolic (a temperature, a scale that is annealed)::
+
+    t = l_temperature_.item(); y = logits / t
+
+After, while regions are looked for::
+
+    t = l_temperature_.item(); number = ones((), float64) * t; y = logits / number
+
+What no loop took and no deferred logits need is put back. Written into a body, the number's value would be a
+guard: one compilation a value. As an input without dimensions, float64 and on the CPU, it is what torch makes of a
+Python number in these operators anyway: it does not count for the type of the result, nor is it rounded to a
+16-bit type before it is used. The product with 1 is of the form that AOTAutograd keeps dynamic
+(``tensorify_python_scalars``); a tensor input that is read as such it would specialise.
+
+Left as numbers are those of operators that need one (``alpha=``, ``eps=``, ``label_smoothing=``), and wherever the
+type of the result would be another one. A loop that needs such a number takes its value of the first step, with a
+guard.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from mst_fx.graph.values import SIXTEEN_BITS, VALUE, fake_mode_of, is_plain, tensor_value, tensors_of, value
+
+aten = torch.ops.aten
+
+_MARK = "mst_number"  # a meta key of the tensors that are made here
+
+
+def _spellings(*names: str) -> set[Any]:
+    """An operation's functions and methods; those that write to their first operand, too."""
+    found: set[Any] = set()
+    for name in names:
+        found |= {name, f"{name}_"}
+        for where, prefix in ((operator, ""), (operator, "i"), (torch, ""), (Tensor, ""), (Tensor, "__")):
+            function = getattr(where, f"{prefix}{name}" + ("__" if prefix == "__" else ""), None)
+            found |= {function} if callable(function) else set()
+    return found
+
+
+_ARITHMETIC = _spellings(
+    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "truediv", "rsub"
+) | {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+_POWERS = _spellings("pow")
+_CHOICES = _spellings("where", "masked_fill")
+_COMPARISONS = _spellings(
+    "gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal"
+)
+
+
+def numbers_to_tensors(graph: fx.Graph) -> None:
+    """Lets the row-wise operators of a graph read numbers that change as tensors."""
+    made: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        numbers = [operand for operand in node.all_input_nodes if _is_changing(value(operand))]
+        dtype = _type_of_numbers(node, numbers) if numbers else None
+        mode = fake_mode_of(tensors_of(node))
+        if dtype is None or mode is None:
+            continue
+        for number in numbers:
+            if (number, dtype) not in made:
+                with graph.inserting_before(node), mode:
+                    made[number, dtype] = _as_tensor(graph, number, dtype)
+            node.replace_input_with(number, made[number, dtype])
+
+
+def tensors_to_numbers(graph: fx.Graph) -> None:
+    """Puts numbers back wherever neither a loop nor what is outside of the graph reads them."""
+    for node in list(graph.nodes):
+        if _MARK not in node.meta:
+            continue
+        number = node.args[0].args[1] if node.target == "to" else node.args[1]
+        for user in list(node.users):
+            if user.op != "output" and _MARK not in user.meta and not _is_ours(user):
+                user.replace_input_with(node, number)
+
+
+def _is_changing(found: Any) -> bool:
+    is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and found.node.hint is not None
+    return is_symbolic and not found.node.expr.is_number
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace == "mst_fx"
+
+
+def _as_tensor(graph: fx.Graph, number: fx.Node, dtype: torch.dtype) -> fx.Node:
+    one = graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": torch.device("cpu")})
+    made = graph.call_function(operator.mul, (one, number))
+    for node in (one, made):
+        node.meta[VALUE] = torch.empty((), dtype=torch.float64, device="cpu")
+    if dtype != torch.float64:
+        made.meta[_MARK] = True
+        made = graph.call_method("to", (made, dtype))
+        made.meta[VALUE] = torch.empty((), dtype=dtype, device="cpu")
+    made.meta[_MARK] = True
+    return made
+
+
+def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | None:
+    """The type of the tensors that may stand in an operator in the place of numbers; None if none may."""
+    out = tensor_value(node)
+    if out is None or not is_plain(out) or {"out", "rounding_mode"} & node.kwargs.keys():
+        return None
+    if any(found in numbers for key, found in node.kwargs.items() if key != "other"):
+        return None
+    rows = [fake for operand in node.all_input_nodes for fake in tensors_of(operand) if fake.ndim]
+    if node.target in _COMPARISONS:
+        return torch.float64 if any(fake.is_floating_point() for fake in rows) else None
+    if not out.is_floating_point():
+        return None
+    decides = any(
+        fake.dtype == out.dtype for fake in rows
+    )  # the type of the result, whatever has no dimensions
+    if node.target in _POWERS:
+        # As a tensor, an exponent is rounded to 16 bits.
+        is_float = all(isinstance(value(number), torch.SymFloat) for number in numbers)
+        return torch.float64 if decides and is_float and out.dtype not in SIXTEEN_BITS else None
+    if node.target in _CHOICES:
+        return torch.float64 if decides else None
+    if node.target not in _ARITHMETIC:
+        return None
+    if decides:
+        return torch.float64
+    # Integers and Booleans become what the number is.
+    return out.dtype if rows and out.dtype not in SIXTEEN_BITS else None
