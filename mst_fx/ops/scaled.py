@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.bodies.body import Body, BodyConfig, OutputMeta, TensorMeta
-from mst_fx.graph.values import SIXTEEN_BITS
-from mst_fx.rows.analysis import Folder
+from mst_fx.graph.sizes import SIXTEEN_BITS
+from mst_fx.rows.fold import Folder
 from mst_fx.torch_api.inductor import kept_until_reset
 
 # Fewer elements are not worth a kernel of their own.
