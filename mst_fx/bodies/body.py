@@ -33,8 +33,8 @@ from mst_fx.bodies.gradient import VIEWS, GradientPlan, as_leaves, gradients, sp
 from mst_fx.graph.formula import named_in
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
-from mst_fx.rows.fold import Folder, RowGuards
 from mst_fx.torch_api.inductor import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
+from mst_fx.torch_api.symbolic_rows import RowGuards, symbolic_rows
 from mst_fx.version import __version__
 
 aten = torch.ops.aten
@@ -246,10 +246,10 @@ class Body:
     @contextlib.contextmanager
     def _fakes(self, hint: int | None = None) -> Iterator[list[Any]]:
         """Fake inputs in a mode of their own, which is active meanwhile: the number of rows comes first."""
-        folder = Folder(1, self._avoid, hint)
-        with without_saved_tensors_hooks(), folder.mode:
-            rows = [meta.empty(folder.n) for meta in self.rows]
-            yield [folder.n, *rows, *(meta.empty() for meta in self.shared)]
+        mode, n = symbolic_rows(self._avoid, hint)
+        with without_saved_tensors_hooks(), mode:
+            rows = [meta.empty(n) for meta in self.rows]
+            yield [n, *rows, *(meta.empty() for meta in self.shared)]
 
     def _output_fake(self, meta: OutputMeta, n: Any) -> torch.Tensor:
         shape = meta.shape if meta.is_sum else (n, *meta.shape)

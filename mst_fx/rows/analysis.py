@@ -30,6 +30,7 @@ from mst_fx.graph.subgraphs import function_text, is_function, subgraphs
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.rows.fold import Folder, fold_rank, quiet, read_operand, type_name
+from mst_fx.rows.function import prove
 from mst_fx.rows.labels import SUMMED, Matmul, Row, is_same_size
 from mst_fx.rows.tracer import RowTracer
 
@@ -179,10 +180,6 @@ class RowAnalysis:
         """Runs the node on folded fakes and checks that the result is the fold of its value."""
         formula = None
         if is_function(node):
-            from mst_fx.rows.function import (
-                prove,  # imports this module, whose Folder runs the Function's nodes
-            )
-
             formula = prove(node, roles, Folder(self.rows, self._avoid), self.contexts[node])
         tracer = RowTracer(self.folder.n)
         operands = {operand: self._read(operand, role, tracer) for operand, role in roles.items()}

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
 
 from mst_fx.errors import Refusal
 from mst_fx.graph.fill import call
@@ -24,12 +17,10 @@ from mst_fx.graph.formula import Formula
 from mst_fx.graph.sizes import expression, hint, row_bytes, settled
 from mst_fx.graph.spelling import is_identity_dropout
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
+from mst_fx.torch_api.symbolic_rows import RowGuards, symbolic_rows
 
 aten = torch.ops.aten
 
-
-# Stands for the number of rows while tracing: a prime that no size of the region equals.
-_ROW_HINTS = (2053, 2063, 2069, 2081, 2083, 2087, 2089, 2099)
 
 _RESHAPES = {
     "view",
@@ -74,18 +65,6 @@ def _are_guarded_equal(rows: torch.SymInt, product: Any) -> bool:
     return any(isinstance(guard, sympy.Eq) and set(guard.args) == pair for guard in guards)
 
 
-class RowGuards:
-    """What a shape environment has assumed of a symbolic number of rows so far."""
-
-    def __init__(self, n: Any) -> None:
-        self._symbol = n.node._expr  # not ``expr``, which is a number where a guard says which
-        self._guards = [guard.expr for guard in n.node.shape_env.guards]
-
-    def failed(self, rows: int) -> list[Any]:
-        """The guards that do not hold for a number of rows."""
-        return [guard for guard in self._guards if guard.subs(self._symbol, rows) is sympy.false]
-
-
 _SAMPLE_ROWS = (2, 3, 64, 1_000_003)
 
 
@@ -104,18 +83,11 @@ class Folder:
     Args:
         rows: the number of rows of the graph's tensors, an int or Dynamo's symbolic integer.
         avoid: sizes that the stand-in for the number of rows must not equal.
-        hint: the least that the stand-in shall be.
     """
 
-    def __init__(self, rows: Any, avoid: set[int] | None = None, hint: int | None = None) -> None:
+    def __init__(self, rows: Any, avoid: Collection[int] = ()) -> None:
         self.rows = rows
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        candidates = _ROW_HINTS if hint is None else filter(sympy.isprime, itertools.count(hint))
-        stand_in = next(size for size in candidates if size not in (avoid or ()))
-        with torch.device("meta"):
-            vector = torch.empty(stand_in)
-        dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        self.n: Any = self.mode.from_tensor(vector, symbolic_context=dynamic).shape[0]
+        self.mode, self.n = symbolic_rows(avoid)
 
     def folded_shape(self, tensor: torch.Tensor, n: Any = None) -> tuple[Any, ...] | None:
         """``[B, S, H]`` → ``(1, n, H)``; None when the leading dimensions do not hold the rows."""
