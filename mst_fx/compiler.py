@@ -36,6 +36,8 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._C._autograd._saved_tensors_hooks_set_tracing``: what AOTAutograd itself does while it traces.
   ``torch.autograd.graph.disable_saved_tensors_hooks`` raises where there are hooks, and hooks of our own may not be
   pushed where somebody else has disabled them.
+- ``torch._C._storage_Use_Count``: whether somebody else still has the storage of some rows of logits
+  (:mod:`mst_fx.apart`). A weak reference to the storage would say it too, and take what was written there with it.
 - ``torch.autograd.Variable._execution_engine.queue_callback``: what DDP and FSDP call; the only thing of ours that
   lives as long as one backward pass, also one that raises.
 - ``torch._C._autograd._top_saved_tensors_default_hooks``: whether a checkpoint counts what is saved.
@@ -300,6 +302,12 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
         RuntimeError: outside of a backward pass.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def uses_of_storage(x: torch.Tensor) -> int:
+    """How many tensors, and other objects, share a tensor's storage, itself included."""
+    storage = x.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1
 
 
 def is_checkpointed() -> bool:
