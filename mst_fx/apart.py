@@ -71,6 +71,4 @@ class Apart:
 
 def overlap(one: Sequence[range], other: Sequence[range]) -> bool:
     """Whether two sets of rows, one range a leading dimension, may have a row in common."""
-    return all(
-        a and b and min(a) <= max(b) and min(b) <= max(a) for a, b in zip(one, other, strict=True)
-    )
+    return all(a and b and min(a) <= max(b) and min(b) <= max(a) for a, b in zip(one, other, strict=True))

@@ -58,7 +58,12 @@ _PLAIN_LOSSES = (
     F.binary_cross_entropy,
     F.soft_margin_loss,
     F.multilabel_soft_margin_loss,
+    F.multi_margin_loss,
+    F.poisson_nll_loss,
+    F.margin_ranking_loss,
+    F.triplet_margin_loss,
 )
+_WEIGHTED_MEANS = (F.mse_loss, F.l1_loss)  # given weights, their mean divides by the sum of them
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
 
@@ -470,15 +475,28 @@ def _linked(graph: fx.Graph, link: fx.Node, operand: fx.Node) -> fx.Node:
 def _sum_plain_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
     given = dict(bound.arguments)
-    reduction = given.pop("reduction", "mean")
-    if reduction == "none" or given.get("size_average") is not None or given.get("reduce") is not None:
+    reduction, weight = given.pop("reduction", "mean"), given.get("weight")
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return None
+    is_lost = (
+        node.target is F.l1_loss and weight is not None
+    )  # torch forgets the weight wherever it traces (2.13)
+    if reduction == "none" and not is_lost:
         return None
     with graph.inserting_before(node):
-        losses = add_call(graph, node.target, **given, reduction="none")
+        if is_lost:
+            error = add_call(graph, torch.abs, add_call(graph, torch.sub, given["input"], given["target"]))
+            losses = add_call(graph, torch.mul, error, weight)
+        else:
+            losses = add_call(graph, node.target, **given, reduction="none")
+        if reduction == "none":
+            return losses
         if reduction == "sum":
             return _sum_over(graph, losses, None)
         if reduction == "batchmean":
             return _sum_over(graph, losses, _size(graph, given["input"], 0))
+        if weight is not None and node.target in _WEIGHTED_MEANS:
+            return add_call(graph, torch.div, _sum_over(graph, losses, None), add_call(graph, "sum", weight))
         return _sum_over(graph, losses, _numel(graph, losses))
 
 

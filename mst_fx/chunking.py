@@ -331,7 +331,27 @@ def refuse_transformed(context: PassContext) -> None:
         if source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
             names.add(name)
             reason = f"{node.name} ({target_name(node)}) lies inside of a torch.func transform"
-            context.refuse("mlp", name, reason, Cause.NOT_PLAIN)
+            kind = "mlp" if _narrows_again(node) else "vocab"
+            context.refuse(kind, name, reason, Cause.NOT_PLAIN)
+
+
+def _narrows_again(product: fx.Node) -> bool:
+    """Whether another product takes what a product gives, or attention does: no loss of it, then, is its only reader."""
+    wide = tensor_value(product)
+    assert wide is not None
+    seen, queue = {product}, deque([product])
+    while queue:
+        for user in queue.popleft().users:
+            fake = tensor_value(user)
+            if user in seen or user.op == "output":
+                continue
+            if is_matmul_name(user) or "attention" in target_name(user):
+                return True
+            seen.add(user)
+            # Of something narrow, such as a row's loss, whatever comes after is another's affair.
+            if fake is None or 2 * hint(fake.numel()) >= hint(wide.numel()):
+                queue.append(user)
+    return False
 
 
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:

@@ -184,13 +184,21 @@ def _mask_outside(report: Report) -> Finding | None:
     found = [r for r in report.refusals if r.cause is Cause.MASK_INPUT]
     if not found:
         return None
+    evidence = f"the mask of {found[0].name} ({len(found)} such place(s)) is an input of the graph: S x S elements are made "
+    own = (
+        "give the model a padding mask [B, S] or none (is_causal=True in attention of your own), or make the mask inside "
+        "of the compiled function, by comparing vectors: positions, or the number of each token's document"
+    )
+    if not any(
+        f.takes_rows or f.ended_by for f in report.facts
+    ):  # nothing runs before the graph that could make it
+        return Finding("mask-given", f"{evidence}by the caller, who gives it to the compiled function", own)
     return Finding(
         "mask-outside",
-        f"the mask of {found[0].name} ({len(found)} such place(s)) is an input of the graph: S x S elements are made "
-        "outside of it, where nothing is rewritten",
-        "compile the whole model in one graph, so that the mask is made in it; or give the model no mask (causal "
-        "attention needs none), or compile its layers alone (layer.compile), to which transformers passes none, and head "
-        "and loss as one function",
+        f"{evidence}outside of it, where nothing is rewritten",
+        "compile the whole model in one graph, so that the mask is made in it; or compile its layers alone "
+        "(layer.compile), to which transformers passes no mask where causal attention needs none, and head and loss as "
+        f"one function. If the mask is your own: {own}",
     )
 
 

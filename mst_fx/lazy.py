@@ -97,7 +97,7 @@ def taker(steps: Sequence[Step], sizes: Sequence[int]) -> Callable[[Tensor], Ten
 
 
 def _rows(self: DeferredLogits, index: Index) -> DeferredLogits:
-    return self._derive(Step(lambda x: x[index], index))
+    return self._derive(Step(lambda x: x[index], index))  # type: ignore[return-value]  # no copy
 
 
 def _row_dim(self: DeferredLogits, dim: Any) -> int:

@@ -120,11 +120,19 @@ _OPERATORS = (
 )
 _WRITERS = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS)}
 # What gives out memory: nobody counts what is written there.
-_MEMORY = {
-    getattr(torch.Tensor, name)
-    for name in ("untyped_storage", "storage", "_typed_storage", "data_ptr", "__dlpack__", "numpy", "__array__")
-} | {torch.Tensor.data.__get__, torch.Tensor.__cuda_array_interface__.__get__}  # type: ignore[attr-defined]
-_ARRAYS = {torch.Tensor.numpy, torch.Tensor.__array__}  # can be made read-only
+_MEMORY: dict[Any, str] = {
+    getattr(torch.Tensor, name): name
+    for name in (
+        "untyped_storage",
+        "storage",
+        "_typed_storage",
+        "data_ptr",
+        "__dlpack__",
+        "numpy",
+        "__array__",
+    )
+} | {getattr(torch.Tensor, name).__get__: name for name in ("data", "__cuda_array_interface__")}
+_ARRAYS: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}  # can be made read-only
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
 _KEEP = "use them before, or set the mst option logits='keep'"
 
@@ -509,7 +517,7 @@ class DeferredLogits(torch.Tensor):
         step = dataclasses.replace(step, grad=step.grad and torch.is_grad_enabled())
         with plainly(), torch.set_grad_enabled(step.grad):
             child: DeferredLogits = _Derived.apply(self, step)  # type: ignore[no-untyped-call]
-            child._node = child.grad_fn
+            child._node = _without_hooks(child.grad_fn)
         return child
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -572,7 +580,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     split = func in _MEMORY and any(m._is_split() for m in members)
     if split and func not in _ARRAYS:
         raise RuntimeError(
-            f"{getattr(func, '__qualname__', func)} gives out the memory of deferred logits after some of their rows "
+            f"{_MEMORY[func]} gives out the memory of deferred logits after some of their rows "
             f"were computed alone, which would not show what is written there; {_KEEP.replace('them', 'all logits')}"
         )
     result = func(*args, **kwargs)
@@ -708,8 +716,22 @@ def _tell(place: str) -> None:
         log.info("deferred logits are computed for %s", place)
 
 
+def _no_hook(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        "the gradient of deferred logits does not go through this node, and a hook on it would not be called; set the "
+        "mst option logits='keep'"
+    )
+
+
+def _without_hooks(node: Any) -> Any:
+    """The node of deferred logits in autograd's graph; their values have others."""
+    if node is not None:
+        node.register_hook = node.register_prehook = _no_hook
+    return node
+
+
 def deferred_logits(source: Source) -> DeferredLogits:
     """Logits that are not computed yet."""
     logits: DeferredLogits = _First.apply(source, *source.inputs)  # type: ignore[no-untyped-call]
-    logits._node = logits.grad_fn
+    logits._node = _without_hooks(logits.grad_fn)
     return logits

@@ -19,7 +19,7 @@ from torch import fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Operand, RowAnalysis, bytes_a_row
-from mst_fx.graph import common_path, module_path, tensor_value, tensors_of
+from mst_fx.graph import common_path, hint, module_path, tensor_value, tensors_of
 from mst_fx.places import fate_of, is_matmul_name
 
 log = logging.getLogger("mst_fx")
@@ -69,8 +69,15 @@ class Region:
     @property
     def name(self) -> str:
         """The module the region computes, e.g. ``model.layers.0.mlp``."""
-        matmuls = [module_path(node) for node in self.nodes if is_matmul_name(node)]
-        return common_path(matmuls) or module_path(self.seed) or self.seed.name
+        products = [node for node in self.nodes if is_matmul_name(node)]
+        paths = list(dict.fromkeys(module_path(node) for node in products if module_path(node)))
+        common = common_path(paths)
+        apart = {path.rpartition(".")[0] for path in paths} != {common}  # the modules are not one's children
+        out = [tensor_value(node) for node in products]
+        is_wide = all(x is not None and hint(x.shape[-1]) > self.width for x in out)
+        if len(paths) > 1 and is_wide and (apart or not common):  # heads of several models
+            return ", ".join(paths)
+        return common or module_path(self.seed) or self.seed.name
 
     @property
     def is_bulge(self) -> bool:

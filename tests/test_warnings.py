@@ -211,12 +211,22 @@ class Attention(nn.Module):
 
 
 def test_a_mask_from_outside(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a layer, whose model made it, and of a caller, whose own it is: each has a fix that can be followed."""
     x, mask = torch.randn(1, 300, H), torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
+    added = torch.zeros(1, 1, 300, 300).masked_fill(~mask, float("-inf"))
     model = Attention()
-    with mst_fx.watch() as report:
-        compile_mst(model, EAGER_BODIES)(x, mask).sum().backward()
-    assert "mask-outside" in [finding.cause for finding in report.findings]
-    assert _warnings(caplog) == ["mask-outside"]
+    for given, rows, cause, fix in (
+        (mask, x, "mask-given", "padding mask [B, S]"),
+        (added, x, "mask-given", "comparing vectors"),
+        (mask, x.clone().requires_grad_(), "mask-outside", "the whole model in one graph"),
+    ):
+        caplog.clear()
+        warn.reset()
+        with mst_fx.watch() as report:
+            compile_mst(model, EAGER_BODIES)(rows, given).sum().backward()
+        (finding,) = [finding for finding in report.findings if finding.cause.startswith("mask-")]
+        assert finding.cause == cause and fix in finding.fix
+        assert _warnings(caplog) == [cause]
 
 
 def test_silence(caplog: pytest.LogCaptureFixture) -> None:
