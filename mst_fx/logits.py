@@ -510,11 +510,11 @@ class DeferredLogits(torch.Tensor):
         self._version_of_value = version(value)
 
     def _derive(self, step: Step) -> Tensor:
-        if step.copies and self._path()[1]._value is not None:  # who knows what happens to it until then
-            value = self._get()
-            with plainly(), torch.set_grad_enabled(torch.is_grad_enabled()):
-                return step.apply(value)
         step = dataclasses.replace(step, grad=step.grad and torch.is_grad_enabled())
+        if step.copies and self._path()[1]._value is not None:  # who knows what is written to it until then
+            value = self._get()
+            with plainly(), torch.set_grad_enabled(step.grad):
+                return step.apply(value)
         with plainly(), torch.set_grad_enabled(step.grad):
             child: DeferredLogits = _Derived.apply(self, step)  # type: ignore[no-untyped-call]
             child._node = _without_hooks(child.grad_fn)

@@ -401,6 +401,12 @@ def _mean_of_all(call: _Call) -> Label:
     )
 
 
+def _filled_later(call: _Call) -> Label:
+    raise call.refusal(
+        "makes memory that the function then fills in place, with random numbers or a case for each"
+    )
+
+
 def _mm(call: _Call) -> Label:
     left, right = call.args[-2:]
     rows = (call.row_dim(left), call.row_dim(right))
@@ -628,6 +634,7 @@ _RULES: dict[Any, Rule] = {
     aten.topk.default: _along(2, -1),
     **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), _sum),
     aten.mean.default: _mean_of_all,
+    **dict.fromkeys((aten.empty_like.default, aten.new_empty.default), _filled_later),
     **dict.fromkeys(
         (
             aten.mean.dim,

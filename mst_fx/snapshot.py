@@ -73,7 +73,9 @@ def _sums_of_bits(x: Tensor) -> Bits:
             return (bits.view(_BITS[bits.itemsize]).clone(),)
         # Several at once is faster. Doubles go in halves: their exponents' sum would be a multiple of 2 ** 64.
         is_fit = bits.itemsize < 8 and bits.is_contiguous() and bits.shape[-1] * bits.itemsize % 8 == 0
-        bits = bits.view(torch.int64 if is_fit and bits.data_ptr() % 8 == 0 else _BITS[bits.itemsize])
+        bits = bits.view(
+            torch.int64 if is_fit and bits.storage_offset() * bits.itemsize % 8 == 0 else _BITS[bits.itemsize]
+        )
         return bits.sum(-1, dtype=torch.int64), bits.sum(tuple(range(bits.ndim - 1)), dtype=torch.int64)
 
 

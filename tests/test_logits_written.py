@@ -166,6 +166,20 @@ def test_reading_memory_is_no_error() -> None:
         assert relative_error(logits * 1, 2 * truth) <= 1e-6
 
 
+def test_casts_of_computed_logits_have_the_modes_they_were_made_in() -> None:
+    for grad in (True, False):
+        found = []
+        for run in _models():
+            logits = run(*token_batch(2, 33).values())[1]
+            rows = logits[:, 3:5]
+            _used(logits)
+            with torch.set_grad_enabled(grad):
+                cast = rows.float()
+            found.append(cast)
+        assert found[0].requires_grad == found[1].requires_grad == grad
+        assert relative_error(*found) <= 1e-6
+
+
 def test_rows_are_let_go_of() -> None:
     """Rows that were known outside are held until they were looked at, no longer; changes of others do no harm."""
     _, rewritten = _models()
