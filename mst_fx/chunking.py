@@ -42,6 +42,7 @@ from mst_fx.places import (
     expert_products,
     is_matmul_name,
     place_of,
+    products_of_experts,
     unproved_products,
 )
 from mst_fx.plan import Plan, plan_mlp, plan_vocab
@@ -432,7 +433,10 @@ def left_alone(
         others: the seeds of regions that are no bulges.
     """
     found: dict[Refused, None] = {}
+    experts = products_of_experts(analysis)
     for node in (*others, *unproved_products(analysis)):
+        if node in experts:
+            continue  # refused as that
         place = place_of(analysis, node, context.ending if context.is_top else "")
         if place is None or place.kind != kind:
             continue

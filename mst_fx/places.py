@@ -57,6 +57,13 @@ _PRODUCTS = {
     "addmm",
     "baddbmm",
 }
+# The operand that a product adds, by position and by name.
+_ADDED = {
+    "linear": (2, ("bias",)),
+    "addmm": (0, ("input", "self")),
+    "baddbmm": (0, ("input", "self")),
+    "scaled_dot_product_attention": (3, ("attn_mask",)),
+}
 _CONVOLUTIONS = {
     torch.conv1d,
     torch.conv2d,
@@ -309,14 +316,26 @@ def _weight_product(analysis: RowAnalysis, node: fx.Node) -> tuple[fx.Node, fx.N
     is_convolution = node.target in _CONVOLUTIONS
     if not is_convolution and node.target not in _PRODUCTS and not analysis.states[node].matmuls:
         return None
-    operands = [n for n in node.all_input_nodes if tensor_value(n) is not None]
+    operands = _multiplied(node)
     weights = [n for n in operands if analysis.states[n].constant and tensor_value(n).ndim >= 2]  # type: ignore[union-attr]
     others = [n for n in operands if not analysis.states[n].constant]
     if not weights or not others:
         return None
+    if "scaled_dot_product_attention" in target_name(node) and others != operands[:1]:
+        return None  # queries meet keys or values of rows
     if is_convolution and not _is_by_row(node, weights[0]):
         return None
     return others[0], weights[0]
+
+
+def _multiplied(product: fx.Node) -> list[fx.Node]:
+    """The tensors that a product multiplies; a bias, a mask or a residual is added only."""
+    place, names = _ADDED.get(target_name(product), (-1, ()))
+    given = [x for index, x in enumerate(product.args) if index != place]
+    given += [x for name, x in product.kwargs.items() if name not in names]
+    nodes: dict[fx.Node, None] = {}
+    fx.map_arg(given, lambda node: nodes.setdefault(node))
+    return [node for node in nodes if tensor_value(node) is not None]
 
 
 def _is_by_row(convolution: fx.Node, weight: fx.Node) -> bool:
@@ -339,7 +358,7 @@ def _size(node: fx.Node) -> int:
 
 def _width_in(product: fx.Node) -> int | None:
     """Elements a row that go into a product: the dimension its weight contracts."""
-    for node in product.all_input_nodes:
+    for node in _multiplied(product):
         fake, out = tensor_value(node), tensor_value(product)
         if fake is None or out is None or fake.ndim < 2:
             continue
@@ -477,28 +496,51 @@ def expert_products(analysis: RowAnalysis) -> list[fx.Node]:
     Each row meets a slice whole: rows were picked or repeated, or slices were, or offsets say which. A stack that
     multiplies the parts of each row (block-diagonal weights) is none.
     """
-    found = []
+    found = [_routed(analysis, products) for products in _stack_products(analysis)]
+    return [product for routed in found for product in routed]
+
+
+def products_of_experts(analysis: RowAnalysis) -> set[fx.Node]:
+    """All products with stacks of which some slices are experts' for sure; the others are by a loop over slices."""
+    return {
+        product
+        for products in _stack_products(analysis)
+        if _routed(analysis, products)
+        for product, _ in products
+    }
+
+
+def _stack_products(analysis: RowAnalysis) -> Iterator[list[tuple[fx.Node, fx.Node]]]:
+    """The products with each stack of matrices, and what of the stack each multiplies."""
     for stack in analysis.graph.nodes:
         fake = tensor_value(stack)
         if not analysis.states[stack].constant or stack.op not in ("placeholder", "get_attr"):
             continue
         if fake is None or fake.ndim != 3 or not fake.is_floating_point():
             continue
+        found = []
         queue, seen = deque([stack]), {stack}
         while queue:
             source = queue.popleft()
             for user in source.users:
-                if user in seen or user.op == "output" or analysis.states[user].rowwise:
+                if user in seen or user.op == "output":
                     continue
                 seen.add(user)
-                if "grouped_mm" in target_name(user):  # torch's own, and transformers' operators around it
-                    found.append(user)
-                elif user.target in _PRODUCTS:
-                    if _is_routed(analysis, user, source):
-                        found.append(user)
+                if "grouped_mm" in target_name(user) or user.target in _PRODUCTS:
+                    found.append((user, source))
                 elif _values(user) == [source]:
                     queue.append(user)
-    return found
+        yield found
+
+
+def _routed(analysis: RowAnalysis, products: list[tuple[fx.Node, fx.Node]]) -> list[fx.Node]:
+    """Of products with a stack those that routing decides about, and that are not proved row-wise."""
+    return [
+        product
+        for product, weights in products
+        if not analysis.states[product].rowwise
+        and ("grouped_mm" in target_name(product) or _is_routed(analysis, product, weights))
+    ]  # grouped_mm: torch's own, and transformers' operators around it
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
@@ -512,16 +554,25 @@ def _is_routed(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> boo
         return True
     rows = [n for n in _values(product) if not analysis.states[n].constant]
     node = max(rows, key=_size, default=None)
+    is_routed = False
     while node is not None and not analysis.states[node].rowwise and _weight_product(analysis, node) is None:
         values = _values(node)
-        if not values:
-            return False
+        if not values or node.target in _CONVOLUTIONS:
+            return is_routed
         source = max(values, key=_size)
         is_picked = len(values) == 1 and any(n not in values and tensors_of(n) for n in node.all_input_nodes)
-        if is_picked or _size(source) < _size(node):
-            return True
+        is_routed |= is_picked or _size(source) < _size(node)
         node = source
-    return False
+    return is_routed and (node is None or _is_whole(analysis, node, weights))
+
+
+def _is_whole(analysis: RowAnalysis, source: fx.Node, weights: fx.Node) -> bool:
+    """Whether a slice of a stack is as high or as wide as a row; slices that each take a part of it are not."""
+    fake, stack = tensor_value(source), tensor_value(weights)
+    state = analysis.states[source]
+    if fake is None or stack is None or not (state.rowwise and state.rows):
+        return True  # nobody knows how wide its rows are
+    return _size(source) // max(1, hint(analysis.rows)) in map(hint, stack.shape[-2:])
 
 
 def is_matmul_name(node: fx.Node) -> bool:
