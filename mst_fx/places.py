@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -494,20 +494,40 @@ def expert_products(analysis: RowAnalysis) -> list[fx.Node]:
     """Products of rows with a stack of weight matrices (3-D) that routing picks, outside of any region.
 
     Each row meets a slice whole: rows were picked or repeated, or slices were, or offsets say which. A stack that
-    multiplies the parts of each row (block-diagonal weights) is none.
+    multiplies the parts of each row (block-diagonal weights) is none. Nor are those that start no bulge: what other
+    experts' products feed, what attention takes, what gives no more than the rows had before they were picked.
     """
-    found = [_routed(analysis, products) for products in _stack_products(analysis)]
-    return [product for routed in found for product in routed]
+    found = [stack for stack in _stack_products(analysis) if _routed(analysis, stack)]
+    known = {product for stack in found for product, _ in stack}
+    starts = [stack for stack in found if _is_start(analysis, stack, known)]
+    return [product for stack in starts for product in _routed(analysis, stack)]
 
 
 def products_of_experts(analysis: RowAnalysis) -> set[fx.Node]:
     """All products with stacks of which some slices are experts' for sure; the others are by a loop over slices."""
-    return {
-        product
-        for products in _stack_products(analysis)
-        if _routed(analysis, products)
-        for product, _ in products
-    }
+    found = [stack for stack in _stack_products(analysis) if _routed(analysis, stack)]
+    return {product for stack in found for product, _ in stack}
+
+
+def _is_start(analysis: RowAnalysis, stack: list[tuple[fx.Node, fx.Node]], experts: set[fx.Node]) -> bool:
+    """Whether the products with a stack give something wide, of which something else than attention is made.
+
+    Args:
+        experts: the products with all stacks.
+    """
+    total = sum(_size(product) for product, _ in stack)
+    for product in _routed(analysis, stack):
+        weights = dict(stack)[product]
+        way = _way_back(analysis, product, weights, experts)
+        fake, matrices = tensor_value(way[-1]) if way else None, tensor_value(weights)
+        if way and way[-1] in experts:
+            return False
+        is_known_row = fake is not None and matrices is not None and fake.shape[-1] in matrices.shape[-2:]
+        if is_known_row and _is_picked(way) and 0 < total <= _size(way[-1]) and all(_size(p) for p, _ in stack):
+            return False
+        if fate_of(analysis, product).mixes:
+            return False
+    return True
 
 
 def _stack_products(analysis: RowAnalysis) -> Iterator[list[tuple[fx.Node, fx.Node]]]:
@@ -552,18 +572,36 @@ def _is_routed(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> boo
     """Whether slices of a stack, or the rows they meet, were picked or repeated by nodes that multiply nothing."""
     if not analysis.states[weights].constant:
         return True
-    rows = [n for n in _values(product) if not analysis.states[n].constant]
-    node = max(rows, key=_size, default=None)
-    is_routed = False
-    while node is not None and not analysis.states[node].rowwise and _weight_product(analysis, node) is None:
-        values = _values(node)
-        if not values or node.target in _CONVOLUTIONS:
-            return is_routed
-        source = max(values, key=_size)
-        is_picked = len(values) == 1 and any(n not in values and tensors_of(n) for n in node.all_input_nodes)
-        is_routed |= is_picked or _size(source) < _size(node)
-        node = source
-    return is_routed and (node is None or _is_whole(analysis, node, weights))
+    way = _way_back(analysis, product, weights)
+    return _is_picked(way) and _is_whole(analysis, way[-1], weights)
+
+
+def _way_back(
+    analysis: RowAnalysis, product: fx.Node, weights: fx.Node, ends: Collection[fx.Node] = ()
+) -> list[fx.Node]:
+    """The values that the rows of a product are made of, last first, to one that is row-wise or itself a product's.
+
+    Args:
+        ends: other values to stop at.
+    """
+    rows = [n for n in _values(product) if n is not weights and not analysis.states[n].constant]
+    way = [max(rows, key=_size)] if rows else []
+    while way and way[-1] not in ends:
+        node = way[-1]
+        is_end = analysis.states[node].rowwise or node.target in _CONVOLUTIONS
+        if is_end or _weight_product(analysis, node) is not None or not _values(node):
+            break
+        way.append(max(_values(node), key=_size))
+    return way
+
+
+def _is_picked(way: list[fx.Node]) -> bool:
+    """Whether values on the way from a product back to its rows were picked by others, or repeated."""
+    return any(
+        _size(source) < _size(node)
+        or (len(_values(node)) == 1 and any(n is not source and tensors_of(n) for n in node.all_input_nodes))
+        for node, source in itertools.pairwise(way)
+    )
 
 
 def _is_whole(analysis: RowAnalysis, source: fx.Node, weights: fx.Node) -> bool:
