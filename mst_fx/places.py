@@ -229,8 +229,12 @@ def convolution_rows(graph: fx.Graph) -> Iterator[Any]:
                 yield count
 
 
-def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
-    """Follows the wide result of a product to all that reads it."""
+def fate_of(analysis: RowAnalysis, product: fx.Node, experts: Collection[fx.Node] = ()) -> Fate:
+    """Follows the wide result of a product to all that reads it.
+
+    Args:
+        experts: products with weights that were picked, which a product with a weight is too.
+    """
     least = (_width_in(product) or 1) * hint(analysis.rows) // 4
     fate = Fate([])
     wide, narrow = {product}, set[fx.Node]()
@@ -242,7 +246,7 @@ def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
                 fate.is_output = True
             elif user in wide or user in narrow:
                 continue
-            elif _weight_product(analysis, user) is not None:
+            elif user in experts or _weight_product(analysis, user) is not None:
                 narrowing = _size(user) < max(_size(n) for n in user.all_input_nodes if n in wide)
                 fate.narrows = narrowing and fate.narrows is not False
             elif not tensors_of(user):
@@ -490,17 +494,20 @@ def _said_of(blocker: fx.Node, reason: str) -> str:
     return text if reader is blocker else f"{text}, for {reader.name} ({target_name(reader)})"
 
 
-def expert_products(analysis: RowAnalysis) -> list[fx.Node]:
+def expert_products(analysis: RowAnalysis) -> list[list[fx.Node]]:
     """Products of rows with a stack of weight matrices (3-D) that routing picks, outside of any region.
 
     Each row meets a slice whole: rows were picked or repeated, or slices were, or offsets say which. A stack that
     multiplies the parts of each row (block-diagonal weights) is none. Nor are those that start no bulge: what other
     experts' products feed, what attention takes, what gives no more than the rows had before they were picked.
+
+    Returns:
+        For each stack the products with it: those that routing decides about first.
     """
     found = [stack for stack in _stack_products(analysis) if _routed(analysis, stack)]
     known = {product for stack in found for product, _ in stack}
     starts = [stack for stack in found if _is_start(analysis, stack, known)]
-    return [product for stack in starts for product in _routed(analysis, stack)]
+    return [list(dict.fromkeys([*_routed(analysis, stack), *dict(stack)])) for stack in starts]
 
 
 def products_of_experts(analysis: RowAnalysis) -> set[fx.Node]:
@@ -515,19 +522,37 @@ def _is_start(analysis: RowAnalysis, stack: list[tuple[fx.Node, fx.Node]], exper
     Args:
         experts: the products with all stacks.
     """
-    total = sum(_size(product) for product, _ in stack)
+    sizes = [_size(product) for product, _ in stack]
     for product in _routed(analysis, stack):
         weights = dict(stack)[product]
-        way = _way_back(analysis, product, weights, experts)
-        fake, matrices = tensor_value(way[-1]) if way else None, tensor_value(weights)
-        if way and way[-1] in experts:
+        way = _way_back(analysis, product, weights)
+        if _is_fed(analysis, way, experts) or fate_of(analysis, product, experts).mixes:
             return False
-        is_known_row = fake is not None and matrices is not None and fake.shape[-1] in matrices.shape[-2:]
-        if is_known_row and _is_picked(way) and 0 < total <= _size(way[-1]) and all(_size(p) for p, _ in stack):
-            return False
-        if fate_of(analysis, product).mixes:
+        if all(sizes) and _is_picked(way) and _are_rows(way[-1], weights) and sum(sizes) <= _size(way[-1]):
             return False
     return True
+
+
+def _is_fed(analysis: RowAnalysis, way: list[fx.Node], experts: set[fx.Node]) -> bool:
+    """Whether the rows of a product are what experts gave, not yet added up or to anything else."""
+    node = way[0] if way else None
+    for _ in range(_NEAR):
+        if node is None or node in experts:
+            break
+        values = _values(node)
+        source = max(values, key=_size, default=None)
+        is_narrower = source is not None and _size(source) > _size(node) and not _is_part(node)
+        is_sum = target_name(node).strip("_") in ("add", "iadd") and len(values) > 1
+        if is_narrower or is_sum or _weight_product(analysis, node) is not None:
+            return False
+        node = source
+    return node in experts
+
+
+def _are_rows(source: fx.Node, weights: fx.Node) -> bool:
+    """Whether a value is rows that a slice of a stack takes whole."""
+    fake, stack = tensor_value(source), tensor_value(weights)
+    return fake is not None and stack is not None and fake.shape[-1] in stack.shape[-2:]
 
 
 def _stack_products(analysis: RowAnalysis) -> Iterator[list[tuple[fx.Node, fx.Node]]]:
@@ -554,11 +579,11 @@ def _stack_products(analysis: RowAnalysis) -> Iterator[list[tuple[fx.Node, fx.No
 
 
 def _routed(analysis: RowAnalysis, products: list[tuple[fx.Node, fx.Node]]) -> list[fx.Node]:
-    """Of products with a stack those that routing decides about, and that are not proved row-wise."""
+    """Of products with a stack those that routing decides about, and that are in no region."""
     return [
         product
         for product, weights in products
-        if not analysis.states[product].rowwise
+        if not (analysis.states[product].rowwise and analysis.states[weights].constant)
         and ("grouped_mm" in target_name(product) or _is_routed(analysis, product, weights))
     ]  # grouped_mm: torch's own, and transformers' operators around it
 
@@ -576,17 +601,11 @@ def _is_routed(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> boo
     return _is_picked(way) and _is_whole(analysis, way[-1], weights)
 
 
-def _way_back(
-    analysis: RowAnalysis, product: fx.Node, weights: fx.Node, ends: Collection[fx.Node] = ()
-) -> list[fx.Node]:
-    """The values that the rows of a product are made of, last first, to one that is row-wise or itself a product's.
-
-    Args:
-        ends: other values to stop at.
-    """
+def _way_back(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> list[fx.Node]:
+    """The values that the rows of a product are made of, last first, to one that is row-wise or itself a product's."""
     rows = [n for n in _values(product) if n is not weights and not analysis.states[n].constant]
     way = [max(rows, key=_size)] if rows else []
-    while way and way[-1] not in ends:
+    while way:
         node = way[-1]
         is_end = analysis.states[node].rowwise or node.target in _CONVOLUTIONS
         if is_end or _weight_product(analysis, node) is not None or not _values(node):
