@@ -616,18 +616,28 @@ def _way_back(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> list
 
 def _is_picked(way: list[fx.Node]) -> bool:
     """Whether values on the way from a product back to its rows were picked by others, or repeated."""
-    return any(
-        _size(source) < _size(node)
-        or (len(_values(node)) == 1 and any(n is not source and tensors_of(n) for n in node.all_input_nodes))
-        for node, source in itertools.pairwise(way)
-    )
+    return any(_is_repeat(node, source) or _picks(node, source) for node, source in itertools.pairwise(way))
+
+
+def _is_repeat(node: fx.Node, source: fx.Node) -> bool:
+    before, after = _size(source), _size(node)
+    return before < after and (before == 0 or after % before == 0) and target_name(node) != "pad"
+
+
+def _picks(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value is taken from one other, by indices or a mask."""
+    return _values(node) == [source] and any(n is not source and tensors_of(n) for n in node.all_input_nodes)
 
 
 def _is_whole(analysis: RowAnalysis, source: fx.Node, weights: fx.Node) -> bool:
     """Whether a slice of a stack is as high or as wide as a row; slices that each take a part of it are not."""
     fake, stack = tensor_value(source), tensor_value(weights)
     state = analysis.states[source]
-    if fake is None or stack is None or not (state.rowwise and state.rows):
+    if fake is None or stack is None:
+        return True
+    if source.target in _CONVOLUTIONS:
+        return fake.shape[1] in stack.shape[-2:]
+    if not (state.rowwise and state.rows):
         return True  # nobody knows how wide its rows are
     return _size(source) // max(1, hint(analysis.rows)) in map(hint, stack.shape[-2:])
 

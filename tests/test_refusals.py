@@ -193,21 +193,30 @@ def _diagonal_blocks(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 def _blocks_after_convolution(m: Any, x: Tensor, y: Tensor) -> Tensor:
     """Zamba's: the convolution pads, and weights stand before rows."""
+    x = m.one(x)
     inner = F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), m.conv.weight, groups=H)
     heads = F.pad(inner, (0, 3))[..., :S].reshape(B, 4, 4, S).transpose(0, 1)
     by, out = (m.wide_blocks[:, None] @ heads).transpose(-1, -2).split([4, 8], -1)
     return x + (by.cumsum(2) * out[..., :4]).permute(1, 2, 0, 3).reshape(x.shape)
 
 
+def _blocks_after_convolution_shared(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Half of the heads, each for two blocks."""
+    heads = m.conv(m.one(x).transpose(1, 2)).view(B, 4, 4, S)[:, :2].repeat_interleave(2, 1)
+    wide = m.wide_blocks @ heads
+    return x + wide.view(B, 4, 3, 4, S).cumsum(-1).sum(2).flatten(1, 2).transpose(1, 2)
+
+
 def _blocks_in_another_order(m: Any, x: Tensor, y: Tensor) -> Tensor:
     """Tokens are picked, by all blocks alike."""
+    x = m.one(x)
     parts = x[:, torch.arange(S - 1, -1, -1)].view(B, S, 4, 4).permute(2, 0, 1, 3).flatten(1, 2)
     wide = torch.bmm(parts, m.wide_blocks.transpose(1, 2))
     return x + wide.view(4, B, S, 3, 4).cumsum(2).sum(3).permute(1, 2, 0, 3).reshape(x.shape)
 
 
 def _blocks_of_repeated_heads(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    heads = x.view(B, S, 4, 4).transpose(1, 2)[:, :2].repeat_interleave(2, 1)
+    heads = m.one(x).view(B, S, 4, 4).transpose(1, 2)[:, :2].repeat_interleave(2, 1)
     wide = torch.einsum("bgsk,gjk->bgsj", heads, m.wide_blocks)
     return x + wide.view(B, 4, S, 3, 4).cumsum(2).sum(3).transpose(1, 2).reshape(x.shape)
 
@@ -220,29 +229,32 @@ def _heads_of_one_stack(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return x + m.o(mixed.transpose(1, 2).flatten(2))
 
 
-def _masked(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _masked(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], heads: int) -> Callable[..., Tensor]:
+    """Values are narrower than queries, as DeepSeek's are; the mask is a constant."""
+
     def body(m: Any, x: Tensor, y: Tensor) -> Tensor:
-        q, k, v = (f(x).view(B, S, 4, 16).transpose(1, 2) for f in (m.q, m.k, m.v))
-        q = torch.cat([q[..., :8], q[..., 8:].flip(-1)], -1)
-        mask = torch.ones(S, S, dtype=torch.bool).tril().double().log()
-        return x + m.o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        q, k, v = (f(x).view(B, S, heads, -1).transpose(1, 2) for f in (m.q, m.k, m.other))
+        q = q + q.flip(-1) * 0.5
+        mask = torch.where(torch.ones(S, S, dtype=torch.bool).tril(), 0.0, -1e9).double()
+        return x + m.one(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
     return body
 
 
-def _softmax(scores: Tensor, v: Tensor) -> Tensor:
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view_as(v)
+def _added(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+    return torch.baddbmm(m.expand(B, S, S), q.flatten(0, 1), k.flatten(0, 1).mT)
 
 
 MASKED = {
-    "sdpa": _masked(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m)),
-    "sdpa_by_name": _masked(
-        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m.exp().bool())
+    "sdpa": _masked(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), 4),
+    "by_name": _masked(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m == 0), 2),
+    "all_by_name": _masked(
+        lambda q, k, v, m: F.scaled_dot_product_attention(attn_mask=m, value=v, key=k, query=q), 2
     ),
-    "baddbmm": _masked(
-        lambda q, k, v, m: _softmax(torch.baddbmm(m[None], q.flatten(0, 1), k.flatten(0, 1).mT), v)
+    "baddbmm": _masked(lambda q, k, v, m: (_added(q, k, m).softmax(-1) @ v.flatten(0, 1))[:, None], 1),
+    "method": _masked(
+        lambda q, k, v, m: (m.expand(B, S, S).baddbmm(q[:, 0], k[:, 0].mT).softmax(-1) @ v[:, 0])[:, None], 1
     ),
-    "method": _masked(lambda q, k, v, m: _softmax(m[None].baddbmm(q.flatten(0, 1), k.flatten(0, 1).mT), v)),
 }
 
 
@@ -262,6 +274,7 @@ def test_a_mask_is_no_weight(name: str) -> None:
         _low_rank,
         _diagonal_blocks,
         _blocks_after_convolution,
+        _blocks_after_convolution_shared,
         _blocks_in_another_order,
         _blocks_of_repeated_heads,
         _heads_of_one_stack,
