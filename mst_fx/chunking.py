@@ -39,9 +39,9 @@ from mst_fx.outline import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.places import (
     Place,
     convolution_rows,
-    expert_products,
     is_matmul_name,
     place_of,
+    products_of_experts,
     unproved_products,
 )
 from mst_fx.plan import Plan, plan_mlp, plan_vocab
@@ -290,20 +290,29 @@ def rows_of(analysis: RowAnalysis) -> int:
     return hint(analysis.rows)
 
 
-def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
-    """Notes expert matmuls: products with a slice, picked by routing, of a stack of weights."""
+def refuse_experts(context: PassContext, found: Iterable[tuple[list[fx.Node], bool]]) -> None:
+    """Notes expert matmuls: products with a slice, picked by routing, of a stack of weights.
+
+    Args:
+        found: what :func:`expert_products` found in all analyses, and whether the first product is row-wise. Stacks
+            of which a loop took a product are none: there each slice has rows of its own.
+    """
+    nodes = set(context.gm.graph.nodes)
     names = {r.name for r in context.report.refusals if r.cause is Cause.EXPERTS}
-    for node in expert_products(analysis):
-        name = module_path(node) or node.name
-        if name not in names:
-            names.add(name)
-            context.refuse(
-                "mlp",
-                name,
-                f"{node.name} ({target_name(node)}) multiplies rows with the weights of their experts, "
-                "and the routing is not proved row-wise",
-                Cause.EXPERTS,
-            )
+    seen: set[fx.Node] = set()
+    for products, is_rowwise in found:
+        first = min(products, key=lambda node: node.name)
+        name = module_path(first) or first.name
+        if not nodes.issuperset(products) or not seen.isdisjoint(products) or name in names:
+            continue
+        seen.update(products)
+        names.add(name)
+        node, why = (
+            products[0],
+            "which are picked for each" if is_rowwise else "and the routing is not proved row-wise",
+        )
+        reason = f"{node.name} ({target_name(node)}) multiplies rows with the weights of their experts, {why}"
+        context.refuse("mlp", name, reason, Cause.EXPERTS)
 
 
 def refuse_unknown_rows(context: PassContext) -> None:
@@ -452,7 +461,10 @@ def left_alone(
         others: the seeds of regions that are no bulges.
     """
     found: dict[Refused, None] = {}
+    experts = products_of_experts(analysis)
     for node in (*others, *unproved_products(analysis)):
+        if node in experts:
+            continue  # refused as that
         place = place_of(analysis, node, context.ending if context.is_top else "")
         if place is None or place.kind != kind:
             continue

@@ -19,6 +19,8 @@ Dropout inside is seeded (:mod:`mst_fx.dropout`).
 
 from __future__ import annotations
 
+from torch import fx
+
 from mst_fx.chunking import (
     PassContext,
     chunk_regions,
@@ -32,6 +34,7 @@ from mst_fx.chunking import (
     rows_of,
 )
 from mst_fx.dropout import SeededDropouts
+from mst_fx.places import expert_products
 from mst_fx.plan import plan_mlp
 from mst_fx.writes import make_functional
 
@@ -40,16 +43,20 @@ def run(context: PassContext) -> None:
     """Rewrites every MLP of a graph."""
     make_functional(context.gm.graph)
     dropouts = SeededDropouts(context.gm.graph)
+    experts: list[tuple[list[fx.Node], bool]] = []
     for analysis in context.analyses():
         regions, others = context.bulges(analysis, "mlp")
         rows, chosen = rows_of(analysis), context.options.chunk_rows
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
-        refuse_experts(context, analysis)
+        experts += (
+            (products, analysis.states[products[0]].rowwise) for products in expert_products(analysis)
+        )
         refuse_opaque(context, analysis)
         refuse_functions(context, analysis)
         context.refuse_all(left_alone(context, analysis, others, "mlp"))
         chunk_regions(context, analysis, regions, "mlp", plans)
     dropouts.restore()
+    refuse_experts(context, experts)
     refuse_unknown_rows(context)
     refuse_transformed(context)
     refuse_sharded(context, "mlp")
