@@ -187,6 +187,8 @@ class Folder:
     def __init__(self, rows: Any, avoid: set[int] | None = None, hint: int | None = None) -> None:
         self.rows = rows
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        # Each node runs once in a mode: torch's cache of results would take longer to fill than it saves.
+        self.mode.cache_enabled = False
         candidates = _ROW_HINTS if hint is None else filter(sympy.isprime, itertools.count(hint))
         stand_in = next(size for size in candidates if size not in (avoid or ()))
         with torch.device("meta"):

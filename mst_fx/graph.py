@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
+from mst_fx.compiler import graph_module
 from mst_fx.errors import Refusal
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -92,7 +93,7 @@ def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a GraphModule and of the sub-GraphModules its graph names; parameters are shared."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    new = graph_module(gm, graph, type(gm).__name__)
     new.meta.update(gm.meta)
     for old_node, node in zip(gm.graph.nodes, graph.nodes, strict=True):
         node.meta = dict(old_node.meta)

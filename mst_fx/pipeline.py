@@ -15,7 +15,7 @@ import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import Body, BodyConfig
 from mst_fx.canonical import join_casts, make_positional
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.compiler import ending_of, kept_until_reset, mode_patches, without_saved_tensors_hooks
+from mst_fx.compiler import ending_of, kept_until_reset, make_code, mode_patches, without_saved_tensors_hooks
 from mst_fx.defer import defer_all
 from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
@@ -83,6 +83,7 @@ def rewrite(
         Refusal: with ``strict=True``, for the first refusal.
     """
     result = run_passes(gm, example_inputs, make_options(options))
+    make_code(result.gm)
     if result.bodies:  # and what is compiled from the module may outlive it
         result.gm.meta["mst_fx"] = result.bodies
         kept_until_reset().update({body.key: body for body in result.bodies})
@@ -216,6 +217,7 @@ class _Inliner(fx.Tracer):
 
 def _inlined(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph with leaf modules (``nn.Linear`` in symbolic traces) replaced by what they call."""
+    make_code(gm)
     try:
         return fx.GraphModule(gm, _Inliner().trace(gm))
     except Exception as error:
