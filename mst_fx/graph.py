@@ -89,14 +89,20 @@ def storage_keys(node: fx.Node) -> set[int]:
     return {key for fake in tensors_of(node) if (key := storage_key(fake)) is not None}
 
 
-def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a GraphModule and of the sub-GraphModules its graph names; parameters are shared."""
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a GraphModule; parameters are shared, and the sub-GraphModules its graph names."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     new = graph_module(gm, graph, type(gm).__name__)
     new.meta.update(gm.meta)
     for old_node, node in zip(gm.graph.nodes, graph.nodes, strict=True):
         node.meta = dict(old_node.meta)
+    return new
+
+
+def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a GraphModule and of the sub-GraphModules its graph names; parameters are shared."""
+    new = copy_graph(gm)
     for name, child in subgraphs(gm):
         new.set_submodule(name, copy_tree(child))
     return new

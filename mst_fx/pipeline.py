@@ -22,7 +22,7 @@ from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Cause, Refusal
 from mst_fx.facts import observe
 from mst_fx.fold import eliminate_dead_code, outside_transforms
-from mst_fx.graph import VALUE, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
+from mst_fx.graph import VALUE, copy_graph, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
 from mst_fx.keep import keep_waves
 from mst_fx.mask_breaks import Crossing
 from mst_fx.options import Options, make_options
@@ -264,7 +264,8 @@ class _Runner:
         for name, run, its_scope in PASSES:
             if name not in self.options.passes or its_scope != scope:
                 continue
-            context = PassContext(copy_tree(gm), self.options, self.config, is_top, self.shared)
+            copied = copy_tree(gm) if scope == "program" else copy_graph(gm)
+            context = PassContext(copied, self.options, self.config, is_top, self.shared)
             context.ending = self.ending
             start = time.perf_counter()
             try:
