@@ -68,7 +68,7 @@ def numbers_to_tensors(graph: fx.Graph) -> None:
         for number in numbers:
             if (number, dtype) not in made:
                 with graph.inserting_before(node), mode:
-                    made[number, dtype] = _as_tensor(graph, number, dtype)
+                    made[number, dtype] = number_as_tensor(graph, number, dtype)
             node.replace_input_with(number, made[number, dtype])
 
 
@@ -92,7 +92,8 @@ def _is_ours(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.namespace == "mst_fx"
 
 
-def _as_tensor(graph: fx.Graph, number: fx.Node, dtype: torch.dtype) -> fx.Node:
+def number_as_tensor(graph: fx.Graph, number: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """A number as a tensor of one element, at the graph's insertion point; a fake mode must be active."""
     one = graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": torch.device("cpu")})
     made = graph.call_function(operator.mul, (one, number))
     for node in (one, made):
