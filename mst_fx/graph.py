@@ -119,6 +119,14 @@ def subgraphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
                 yield node.target, child
 
 
+def drop_unused_subgraphs(gm: fx.GraphModule) -> None:
+    """Removes the sub-GraphModules that a graph does not refer to any more."""
+    used = {name for name, _ in subgraphs(gm)}
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule) and name not in used:
+            delattr(gm, name)
+
+
 def graphs_of(gm: fx.GraphModule) -> list[fx.Graph]:
     """A graph and all that it refers to."""
     return [gm.graph, *(graph for _, child in subgraphs(gm) for graph in graphs_of(child))]

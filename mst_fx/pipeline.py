@@ -22,7 +22,17 @@ from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Cause, Refusal
 from mst_fx.facts import observe
 from mst_fx.fold import eliminate_dead_code, outside_transforms
-from mst_fx.graph import VALUE, copy_graph, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
+from mst_fx.graph import (
+    VALUE,
+    copy_graph,
+    copy_tree,
+    drop_unused_subgraphs,
+    fill_values,
+    function_graphs,
+    is_graph,
+    subgraphs,
+    value,
+)
 from mst_fx.keep import keep_waves
 from mst_fx.mask_breaks import Crossing
 from mst_fx.options import Options, make_options
@@ -261,12 +271,13 @@ class _Runner:
     def run(self, gm: fx.GraphModule, scope: str, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
         """Every pass of a scope; returns the graph and the logits to defer."""
         deferred: list[fx.Node] = []
+        is_narrow = False
         for name, run, its_scope in PASSES:
             if name not in self.options.passes or its_scope != scope:
                 continue
             copied = copy_tree(gm) if scope == "program" else copy_graph(gm)
             context = PassContext(copied, self.options, self.config, is_top, self.shared)
-            context.ending = self.ending
+            context.ending, context.is_narrow = self.ending, is_narrow
             start = time.perf_counter()
             try:
                 run(context)
@@ -283,12 +294,14 @@ class _Runner:
                     Refused(name, "", _defect(f"the {name} pass", error), Cause.DEFECT)
                 )
                 continue
+            is_narrow = context.is_narrow
             seconds = time.perf_counter() - start
             log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), seconds)
             context.report.rewrites.reverse()  # regions are found last first
             self.report.add(context.report)
             if context.report.rewrites:
                 eliminate_dead_code(context.gm.graph)
+                drop_unused_subgraphs(context.gm)
                 context.gm.recompile()
                 gm, deferred = context.gm, context.deferred or deferred
         return gm, deferred

@@ -19,6 +19,8 @@ Dropout inside is seeded (:mod:`mst_fx.dropout`).
 
 from __future__ import annotations
 
+from torch import fx
+
 from mst_fx.chunking import (
     PassContext,
     chunk_regions,
@@ -32,7 +34,9 @@ from mst_fx.chunking import (
     rows_of,
 )
 from mst_fx.dropout import SeededDropouts
+from mst_fx.places import unproved_products
 from mst_fx.plan import plan_mlp
+from mst_fx.region import seeds
 from mst_fx.writes import make_functional
 
 
@@ -40,7 +44,9 @@ def run(context: PassContext) -> None:
     """Rewrites every MLP of a graph."""
     make_functional(context.gm.graph)
     dropouts = SeededDropouts(context.gm.graph)
+    widening: set[fx.Node] = set()
     for analysis in context.analyses():
+        widening.update(seeds(analysis), unproved_products(analysis))
         regions, others = context.bulges(analysis, "mlp")
         rows, chosen = rows_of(analysis), context.options.chunk_rows
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
@@ -49,6 +55,7 @@ def run(context: PassContext) -> None:
         refuse_functions(context, analysis)
         context.refuse_all(left_alone(context, analysis, others, "mlp"))
         chunk_regions(context, analysis, regions, "mlp", plans)
+    context.is_narrow = widening.isdisjoint(context.gm.graph.nodes)
     dropouts.restore()
     refuse_unknown_rows(context)
     refuse_transformed(context)
