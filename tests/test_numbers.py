@@ -100,6 +100,15 @@ def _powers(x: Tensor, t: float) -> Tensor:
     return (x * x + 0.5) ** t + (t - x)
 
 
+def test_slopes_are_as_many_graphs_as_with_inductor() -> None:
+    def inside(x: Tensor, t: float) -> Tensor:
+        with torch.no_grad():
+            kept = F.leaky_relu(x, t)
+        return F.leaky_relu(x, negative_slope=t) * 0.5 + nn.functional.leaky_relu(x - 0.1, t / 3) + kept
+
+    assert graphs(Net(inside, F.leaky_relu), "mst", [0.3, 0.2, -0.1, 0.0], options=SMALL_CHUNKS) == 2
+
+
 def test_where_and_powers_are_fewer_graphs_than_without_mst() -> None:
     assert graphs(Net(_powers, _logits), "mst", [1.7, 1.3, 0.9, 0.5], options=SMALL_CHUNKS) == 2
 
