@@ -370,13 +370,13 @@ def _order_of(node: fx.Node) -> tuple[int, ...] | None:
     fake, name = tensor_value(node), _plain_name(node)
     if fake is None or node.kwargs:
         return None
-    labelled = torch.empty(tuple(range(2, 2 + fake.ndim)), device="meta")
-    if node.target is getattr and node.args[1] in ("mT", "T"):
-        moved = getattr(labelled, str(node.args[1]))
-    elif name in _PERMUTES and all(isinstance(x, (int, tuple, list)) for x in node.args[1:]):
-        moved = getattr(labelled, name)(*node.args[1:])
-    else:
+    is_attribute = node.target is getattr and node.args[1] in ("mT", "T")
+    is_call = name in _PERMUTES and all(isinstance(x, (int, tuple, list)) for x in node.args[1:])
+    if not is_attribute and not is_call:
         return None
+    labelled = torch.empty(tuple(range(2, 2 + fake.ndim)), device="meta")
+    moved = getattr(labelled, str(node.args[1]) if is_attribute else name)
+    moved = moved if is_attribute else moved(*node.args[1:])
     return tuple(size - 2 for size in moved.shape)
 
 

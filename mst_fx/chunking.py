@@ -74,12 +74,13 @@ class PassContext:
     """One pass over one graph.
 
     Attributes:
-        gm: a copy that the pass may change.
+        gm: a copy that the pass may change; of scope "graph" it has the sub-graphs in common with the original.
         is_top: the graph is the program's, not the body of a ``tag_activation_checkpoint``.
         config: how bodies are compiled.
         report: where rewrites and refusals go.
         deferred: logits outputs that a loop's loss consumed and that must be deferred.
         ending: where the graph ends, in words; "" at the end of the program's function.
+        is_narrow: an earlier pass has found that nothing in the graph widens rows by a product any more.
     """
 
     gm: fx.GraphModule
@@ -90,6 +91,7 @@ class PassContext:
     report: Report = dataclasses.field(default_factory=Report)
     deferred: list[fx.Node] = dataclasses.field(default_factory=list)
     ending: str = ""
+    is_narrow: bool = False
 
     def analyses(self) -> Iterator[RowAnalysis]:
         """One for each number of rows in the graph."""

@@ -149,7 +149,17 @@ def expression(size: Any) -> Any:
 
 def settled(sizes: Iterable[Any]) -> tuple[Any, ...]:
     """Sizes, with ints for symbols that Dynamo has found to be one number since it made them (an input's width)."""
-    return tuple(int(expr) if (expr := expression(size)).is_number else size for size in sizes)
+    return tuple(
+        int(expr) if isinstance(size, torch.SymInt) and (expr := expression(size)).is_number else size
+        for size in sizes
+    )
+
+
+def split_rows(shape: Sequence[Any], rows: Any) -> tuple[int, tuple[int, ...]] | None:
+    """How many leading dimensions hold the rows, and the sizes behind them; None if none do, or those are dynamic."""
+    rank = fold_rank(shape, rows)
+    rest = settled(shape[rank:])
+    return None if not rank or any(isinstance(size, torch.SymInt) for size in rest) else (rank, rest)
 
 
 class RowGuards:
@@ -188,6 +198,8 @@ class Folder:
     def __init__(self, rows: Any, avoid: set[int] | None = None, hint: int | None = None) -> None:
         self.rows = rows
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        # Each node runs once in a mode: torch's cache of results would take longer to fill than it saves.
+        self.mode.cache_enabled = False
         candidates = _ROW_HINTS if hint is None else filter(sympy.isprime, itertools.count(hint))
         stand_in = next(size for size in candidates if size not in (avoid or ()))
         with torch.device("meta"):
@@ -197,11 +209,8 @@ class Folder:
 
     def folded_shape(self, tensor: torch.Tensor, n: Any = None) -> tuple[Any, ...] | None:
         """``[B, S, H]`` → ``(1, n, H)``; None when the leading dimensions do not hold the rows."""
-        rank = fold_rank(tensor.shape, self.rows)
-        rest = settled(tensor.shape[rank:])
-        if not rank or any(isinstance(size, torch.SymInt) for size in rest):
-            return None
-        return (*[1] * (rank - 1), self.n if n is None else n, *rest)
+        found = split_rows(tensor.shape, self.rows)
+        return found and (*[1] * (found[0] - 1), self.n if n is None else n, *found[1])
 
     def folded(self, tensor: torch.Tensor) -> torch.Tensor | None:
         shape = self.folded_shape(tensor)
@@ -290,12 +299,15 @@ def is_identity_dropout(node: fx.Node) -> bool:
 def _quiet() -> Iterator[None]:
     """Trying a node on folded rows may fail, which is an answer; torch logs it as an error."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.addFilter(_is_critical)  # a new level would clear the caches of all loggers
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_critical)
+
+
+def _is_critical(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.CRITICAL
 
 
 @contextlib.contextmanager
@@ -335,7 +347,6 @@ class RowAnalysis:
     def __init__(self, gm: fx.GraphModule, rows: Any, known: dict[Any, State] | None = None) -> None:
         self.gm, self.graph, self.rows = gm, gm.graph, rows
         self._avoid = static_sizes(gm.graph.nodes)
-        self.folder = Folder(rows, self._avoid)
         self.states: dict[fx.Node, State] = {}
         self.contexts = contexts(gm.graph)
         self._mutated = mutated_storages(gm.graph)
@@ -344,6 +355,11 @@ class RowAnalysis:
         with torch.no_grad(), enable_python_dispatcher(), _quiet():
             for node in gm.graph.nodes:
                 self.states[node] = self._analyse_alone(node)
+
+    @functools.cached_property
+    def folder(self) -> Folder:
+        """Made when a node must run: what is known of equal nodes needs none."""
+        return Folder(self.rows, self._avoid)
 
     def _analyse_alone(self, node: fx.Node) -> State:
         """:meth:`_analyse`; an exception of ours costs this node, which is then opaque, and not the graph."""
@@ -421,7 +437,7 @@ class RowAnalysis:
             if not isinstance(self.folder.n.node.expr, sympy.Symbol):
                 # The node fixed the number of rows: its result is void, and so is the stand-in.
                 self._known[key] = State(reason="depends on the number of rows")
-                self.folder = Folder(self.rows, self._avoid)
+                del self.folder
         return dataclasses.replace(self._known[key], roles=roles)
 
     def _run(self, node: fx.Node, roles: dict[fx.Node, Role]) -> State:
@@ -484,7 +500,7 @@ class RowAnalysis:
 
     def _has_rows(self, node: fx.Node) -> bool:
         fake = tensor_value(node)
-        return fake is not None and is_plain(fake) and self.folder.folded_shape(fake) is not None
+        return fake is not None and is_plain(fake) and split_rows(fake.shape, self.rows) is not None
 
     def _read(self, operand: fx.Node, role: Role, tracer: RowTracer) -> Any:
         """A fake of an operand, folded and labelled if its rows are read."""

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
+from mst_fx.compiler import graph_module
 from mst_fx.errors import Refusal
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -88,14 +89,20 @@ def storage_keys(node: fx.Node) -> set[int]:
     return {key for fake in tensors_of(node) if (key := storage_key(fake)) is not None}
 
 
-def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a GraphModule and of the sub-GraphModules its graph names; parameters are shared."""
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a GraphModule; parameters are shared, and the sub-GraphModules its graph names."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    new = graph_module(gm, graph, type(gm).__name__)
     new.meta.update(gm.meta)
     for old_node, node in zip(gm.graph.nodes, graph.nodes, strict=True):
         node.meta = dict(old_node.meta)
+    return new
+
+
+def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a GraphModule and of the sub-GraphModules its graph names; parameters are shared."""
+    new = copy_graph(gm)
     for name, child in subgraphs(gm):
         new.set_submodule(name, copy_tree(child))
     return new
@@ -110,6 +117,14 @@ def subgraphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
             child = attribute(gm, node.target)
             if isinstance(child, fx.GraphModule):
                 yield node.target, child
+
+
+def drop_unused_subgraphs(gm: fx.GraphModule) -> None:
+    """Removes the sub-GraphModules that a graph does not refer to any more."""
+    used = {name for name, _ in subgraphs(gm)}
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule) and name not in used:
+            delattr(gm, name)
 
 
 def graphs_of(gm: fx.GraphModule) -> list[fx.Graph]:

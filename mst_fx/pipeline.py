@@ -15,14 +15,24 @@ import mst_fx.loop  # noqa: F401  (registers the ops)
 from mst_fx.body import Body, BodyConfig
 from mst_fx.canonical import join_casts, make_positional
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.compiler import ending_of, kept_until_reset, mode_patches, without_saved_tensors_hooks
+from mst_fx.compiler import ending_of, kept_until_reset, make_code, mode_patches, without_saved_tensors_hooks
 from mst_fx.defer import defer_all
 from mst_fx.deferral import Deferral, arguments_of, defer_outputs
 from mst_fx.embedding import keep_embeddings_whole
 from mst_fx.errors import Cause, Refusal
 from mst_fx.facts import observe
 from mst_fx.fold import eliminate_dead_code, outside_transforms
-from mst_fx.graph import VALUE, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
+from mst_fx.graph import (
+    VALUE,
+    copy_graph,
+    copy_tree,
+    drop_unused_subgraphs,
+    fill_values,
+    function_graphs,
+    is_graph,
+    subgraphs,
+    value,
+)
 from mst_fx.keep import keep_waves
 from mst_fx.mask_breaks import Crossing
 from mst_fx.options import Options, make_options
@@ -83,6 +93,7 @@ def rewrite(
         Refusal: with ``strict=True``, for the first refusal.
     """
     result = run_passes(gm, example_inputs, make_options(options))
+    make_code(result.gm)
     if result.bodies:  # and what is compiled from the module may outlive it
         result.gm.meta["mst_fx"] = result.bodies
         kept_until_reset().update({body.key: body for body in result.bodies})
@@ -216,6 +227,7 @@ class _Inliner(fx.Tracer):
 
 def _inlined(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph with leaf modules (``nn.Linear`` in symbolic traces) replaced by what they call."""
+    make_code(gm)
     try:
         return fx.GraphModule(gm, _Inliner().trace(gm))
     except Exception as error:
@@ -259,11 +271,13 @@ class _Runner:
     def run(self, gm: fx.GraphModule, scope: str, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
         """Every pass of a scope; returns the graph and the logits to defer."""
         deferred: list[fx.Node] = []
+        is_narrow = False
         for name, run, its_scope in PASSES:
             if name not in self.options.passes or its_scope != scope:
                 continue
-            context = PassContext(copy_tree(gm), self.options, self.config, is_top, self.shared)
-            context.ending = self.ending
+            copied = copy_tree(gm) if scope == "program" else copy_graph(gm)
+            context = PassContext(copied, self.options, self.config, is_top, self.shared)
+            context.ending, context.is_narrow = self.ending, is_narrow
             start = time.perf_counter()
             try:
                 run(context)
@@ -280,12 +294,14 @@ class _Runner:
                     Refused(name, "", _defect(f"the {name} pass", error), Cause.DEFECT)
                 )
                 continue
+            is_narrow = context.is_narrow
             seconds = time.perf_counter() - start
             log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), seconds)
             context.report.rewrites.reverse()  # regions are found last first
             self.report.add(context.report)
             if context.report.rewrites:
                 eliminate_dead_code(context.gm.graph)
+                drop_unused_subgraphs(context.gm)
                 context.gm.recompile()
                 gm, deferred = context.gm, context.deferred or deferred
         return gm, deferred

@@ -21,6 +21,7 @@ heads (relative position biases), dropout, and attention weights that somebody e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -46,10 +47,12 @@ from mst_fx.fold import (
 from mst_fx.graph import (
     add_call,
     call,
+    fake_mode_of,
     hint,
     module_path,
     storage_key,
     tensor_value,
+    tensors_of,
     value,
 )
 from mst_fx.kernels import is_fused
@@ -76,6 +79,7 @@ from mst_fx.masks import (
 )
 from mst_fx.plan import plan_attention
 from mst_fx.report import Rewrite
+from mst_fx.scalars import number_as_tensor
 from mst_fx.sites import (
     SOFTMAXES,
     Level,
@@ -770,8 +774,17 @@ def _fused_call(understood: Understood, reaches: dict[Any, _Reach]) -> fx.Node:
         site.scale,
         site.softcap,
         understood.fill,
+        _cap_tensor(site),
     )
     return add_call(graph, operator.getitem, both, 0)
+
+
+def _cap_tensor(site: Site) -> fx.Node | None:
+    """A softcap that changes, as a tensor: written down, it would be a compilation a value."""
+    if site.cap is None:
+        return None
+    with fake_mode_of(tensors_of(site.query)) or contextlib.nullcontext():
+        return number_as_tensor(site.level.gm.graph, site.cap, torch.float64)
 
 
 def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:

@@ -34,8 +34,9 @@ from mst_fx.chunking import (
     rows_of,
 )
 from mst_fx.dropout import SeededDropouts
-from mst_fx.places import expert_products
+from mst_fx.places import expert_products, unproved_products
 from mst_fx.plan import plan_mlp
+from mst_fx.region import seeds
 from mst_fx.writes import make_functional
 
 
@@ -44,7 +45,9 @@ def run(context: PassContext) -> None:
     make_functional(context.gm.graph)
     dropouts = SeededDropouts(context.gm.graph)
     experts: list[tuple[list[fx.Node], bool]] = []
+    widening: set[fx.Node] = set()
     for analysis in context.analyses():
+        widening.update(seeds(analysis), unproved_products(analysis))
         regions, others = context.bulges(analysis, "mlp")
         rows, chosen = rows_of(analysis), context.options.chunk_rows
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
@@ -55,6 +58,7 @@ def run(context: PassContext) -> None:
         refuse_functions(context, analysis)
         context.refuse_all(left_alone(context, analysis, others, "mlp"))
         chunk_regions(context, analysis, regions, "mlp", plans)
+    context.is_narrow = widening.isdisjoint(context.gm.graph.nodes)
     dropouts.restore()
     refuse_experts(context, experts)
     refuse_unknown_rows(context)
