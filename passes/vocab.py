@@ -38,6 +38,7 @@ from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
 from mst_fx.graph import tensor_value
+from mst_fx.picks import gather_picks
 from mst_fx.plan import Plan, plan_vocab
 from mst_fx.region import Region, RegionFinder
 from mst_fx.report import Refused, Rewrite
@@ -48,6 +49,7 @@ def run(context: PassContext) -> None:
     """Rewrites every head whose loss is in the graph."""
     graph = context.gm.graph
     make_functional(graph)
+    gather_picks(graph, context.place)
     unite_gathered_rows(graph)
     scatter_one_hots(graph, context.place)
     stack_last(graph, context.place)
