@@ -72,9 +72,11 @@ def run(context: PassContext) -> None:
         refuse_sharded(context, "vocab")
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
-    context.refuse_all(
-        r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)
-    )
+    refusals = [r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)]
+    # Parts of a head whose use as a whole has a reason, or is rewritten, have none of their own.
+    said = {r.name for r in refusals if r.cause is not Cause.NO_SAVING}
+    said |= {x.name for x in (*context.report.rewrites, *context.report.refusals)}
+    context.refuse_all(r for r in refusals if r.cause is not Cause.NO_SAVING or r.name not in said)
 
 
 def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:
