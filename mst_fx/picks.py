@@ -33,7 +33,9 @@ aten = torch.ops.aten
 Place = Callable[[str, str], AbstractContextManager[None]]
 
 # What gives the elements of a tensor of one dimension in their order, with dimensions of 1 around them.
-_SHAPES = frozenset(("view", "reshape", "unsqueeze", "contiguous", "clone", "detach", "long", "to", "getitem"))
+_SHAPES = frozenset(
+    ("view", "reshape", "unsqueeze", "contiguous", "clone", "detach", "long", "to", "getitem")
+)
 _PUTS = frozenset(("index_put", "index_put.default"))
 
 
@@ -111,8 +113,8 @@ def _filled_with(values: Any) -> float | None:
 
 
 def are_places(part: Any) -> bool:
-    """Whether a part of an index is a list of numbers, as in ``logits[..., [3, 5]]``."""
-    return isinstance(part, list) and bool(part) and all(type(place) is int for place in part)
+    """Whether a part of an index is a list of numbers, as in ``logits[..., [3, 5]]``, or a tuple of them."""
+    return isinstance(part, (list, tuple)) and bool(part) and all(type(place) is int for place in part)
 
 
 def _columns(graph: fx.Graph, fake: torch.Tensor, index: Sequence[Any]) -> fx.Node | None:

@@ -568,7 +568,13 @@ def _scattered(add: _Adder, whole: fx.Node, parts: list[Any], new: fx.Node) -> f
 
 
 def _put_slice(
-    add: _Adder, whole: fx.Node, new: fx.Node, dim: Any = 0, start: Any = None, stop: Any = None, step: Any = 1
+    add: _Adder,
+    whole: fx.Node,
+    new: fx.Node,
+    dim: Any = 0,
+    start: Any = None,
+    stop: Any = None,
+    step: Any = 1,
 ) -> fx.Node:
     """``whole`` with ``new`` in the place of a slice of one dimension.
 
