@@ -68,8 +68,8 @@ def _read(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return None
     if isinstance(index, tuple) and are_places(index[-1]) and not any(map(_is_pick, index[:-1])):
         with fake_mode_of([fake]) or contextlib.nullcontext():
-            columns = add_call(graph, torch.tensor, list(index[-1]), device=fake.device)  # type: ignore[arg-type]
-        return add_call(graph, operator.getitem, source, (*index[:-1], columns))
+            listed = add_call(graph, torch.tensor, list(index[-1]), device=fake.device)  # type: ignore[arg-type]
+        return add_call(graph, operator.getitem, source, (*index[:-1], listed))
     columns = _columns(graph, fake, index)
     if columns is None:
         return None
@@ -146,11 +146,11 @@ def _counts(part: Any, dim: int, fake: torch.Tensor) -> bool:
     ahead = found.ndim - len(wanted)
     if not 0 <= ahead <= dim or not _same(found.shape, [*[1] * ahead, *wanted]):
         return False
-    node = part
+    node, size = part, expression(found.numel())
     while target_name(node) in _SHAPES:  # none of these moves elements, unless it takes a part of them
         source = node.args[0] if node.args else None
         before = tensor_value(source) if isinstance(source, fx.Node) else None
-        if before is None or not _same([before.numel()], [found.numel()]) or before.dtype != torch.int64:
+        if before is None or expression(before.numel()) != size or before.dtype != torch.int64:
             return False
         if target_name(node) == "getitem" and not _only_adds_dims(node.args[1]):
             return False
@@ -158,7 +158,7 @@ def _counts(part: Any, dim: int, fake: torch.Tensor) -> bool:
     is_count = node.target in (torch.arange, aten.arange.default, aten.arange.start) and not _is_written(node)
     ends = node.args[1:] if len(node.args) == 2 and node.args[0] == 0 else node.args
     rest = node.kwargs.keys() - {"device", "dtype", "requires_grad"}
-    return is_count and len(ends) == 1 and not rest and _same([tensor_value(node).numel()], [fake.shape[dim]])
+    return is_count and len(ends) == 1 and not rest and size == expression(fake.shape[dim])
 
 
 def _is_written(node: fx.Node) -> bool:

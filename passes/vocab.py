@@ -75,7 +75,7 @@ def run(context: PassContext) -> None:
     refusals = [r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)]
     # Parts of a head whose use as a whole has a reason, or is rewritten, have none of their own.
     said = {r.name for r in refusals if r.cause is not Cause.NO_SAVING}
-    said |= {x.name for x in (*context.report.rewrites, *context.report.refusals)}
+    said |= {r.name for r in context.report.rewrites} | {r.name for r in context.report.refusals}
     context.refuse_all(r for r in refusals if r.cause is not Cause.NO_SAVING or r.name not in said)
 
 

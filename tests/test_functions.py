@@ -326,7 +326,7 @@ def test_losses_with_a_backward_of_their_own(name: str) -> None:
     step, cause = LOSSES[name]
     model, labels = _MLP(lambda m, x: x), torch.randint(0, 32, (2, 13))
     for x in (_rows(2, 13), _rows(2, 13).detach()):
-        report = check(lambda x, y: step(model, x, y), [x, labels], 1e-10, module=model)  # noqa: B023
+        report = check(lambda x, y: step(model, x, y), [x, labels], 1e-10, module=model)
         refused = [(r.kind, r.cause) for r in report.refusals]
         assert (kinds(report), refused) == (({"vocab": 1}, []) if cause is None else ({}, [("vocab", cause)]))
 
