@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.fold import contexts, expression, in_context, outside_transforms, writes_in_place
+from mst_fx.fold import contexts, fold_rank, in_context, outside_transforms, writes_in_place
 from mst_fx.graph import add_call, fake_mode_of, module_path, storage_key, target_name, tensor_value
 
 aten = torch.ops.aten
@@ -133,7 +133,8 @@ def _columns(graph: fx.Graph, fake: torch.Tensor, index: Sequence[Any]) -> fx.No
 
 
 def _same(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    return list(map(expression, left)) == list(map(expression, right))
+    """Whether shapes are equal, or a guard says so."""
+    return len(left) == len(right) and all(fold_rank([a], b) == 1 for a, b in zip(left, right, strict=True))
 
 
 def _counts(part: Any, dim: int, fake: torch.Tensor) -> bool:
@@ -146,11 +147,11 @@ def _counts(part: Any, dim: int, fake: torch.Tensor) -> bool:
     ahead = found.ndim - len(wanted)
     if not 0 <= ahead <= dim or not _same(found.shape, [*[1] * ahead, *wanted]):
         return False
-    node, size = part, expression(found.numel())
+    node = part
     while target_name(node) in _SHAPES:  # none of these moves elements, unless it takes a part of them
         source = node.args[0] if node.args else None
         before = tensor_value(source) if isinstance(source, fx.Node) else None
-        if before is None or expression(before.numel()) != size or before.dtype != torch.int64:
+        if before is None or not _same([before.numel()], [found.numel()]) or before.dtype != torch.int64:
             return False
         if target_name(node) == "getitem" and not _only_adds_dims(node.args[1]):
             return False
@@ -158,7 +159,7 @@ def _counts(part: Any, dim: int, fake: torch.Tensor) -> bool:
     is_count = node.target in (torch.arange, aten.arange.default, aten.arange.start) and not _is_written(node)
     ends = node.args[1:] if len(node.args) == 2 and node.args[0] == 0 else node.args
     rest = node.kwargs.keys() - {"device", "dtype", "requires_grad"}
-    return is_count and len(ends) == 1 and not rest and size == expression(fake.shape[dim])
+    return is_count and len(ends) == 1 and not rest
 
 
 def _is_written(node: fx.Node) -> bool:

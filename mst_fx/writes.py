@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import Context, contexts, expression, in_context, writes_in_place
@@ -589,7 +590,8 @@ def _put_slice(
     first, last, stride = slice(*ends).indices(width)
     if stride != 1 or not fake.is_floating_point():
         return add(torch.slice_scatter, whole, new, dim, start, stop, step)
-    return add(F.pad, new, (first, width - last), "constant", number)
+    with enable_python_dispatcher():  # else sizes that change would become numbers, by guards
+        return add(F.pad, new, (first, width - last), "constant", number)
 
 
 def _filled_with(node: fx.Node) -> float | None:

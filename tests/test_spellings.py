@@ -605,6 +605,25 @@ def test_autocast_of_a_part(shift: int) -> None:
     assert kinds(report) == {"vocab": 1}
 
 
+def test_picks_and_buffers_of_lengths_that_change() -> None:
+    """One graph more for all lengths: no size becomes a number."""
+
+    def step(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+        logits, y = m.head(x).view(-1, VOCAB), y.flatten()
+        logits[torch.arange(len(y)), y] -= 0.35
+        wide = logits.new_full((len(y), VOCAB + 8), -1e4)
+        wide[:, :VOCAB] = logits
+        return F.cross_entropy(wide * 4, y)
+
+    model = Toy(step)
+    run, report = rewritten(model)
+    for length in (20, 31, 45):
+        x = torch.randn(3, length, WIDTH, dtype=F64, requires_grad=True)
+        batch = x, torch.randint(0, VOCAB, (3, length))
+        assert worst(results(run, batch, model), results(model, batch, model)) <= 1e-9
+    assert report.graphs == 2 and kinds(report) == {"vocab": 2} and not report.refusals
+
+
 # Picks that are none of one element a row
 
 
