@@ -722,8 +722,13 @@ def _cut_parts(node: fx.Node) -> tuple[fx.Node | None, list[Any] | None]:
     if not isinstance(source, fx.Node) or node.kwargs or fake is None or fake.ndim < 2:
         return None, None
     if node.target is operator.getitem:
-        parts = _index_parts(node.args[1], fake.ndim, picks=True)
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        columns = index[-1] if _are_columns(index[-1]) else None
+        parts = _index_parts((*index[:-1], _FULL) if columns is not None else index, fake.ndim, picks=True)
         is_known = parts is not None and len(parts) == fake.ndim and isinstance(parts[-1], slice)
+        if columns is not None and parts is not None:  # but for those of all rows, which are read as they are
+            is_known = len(index) == fake.ndim or Ellipsis in index
+            parts = [*parts[:-1], columns] if any(map(_is_cut, parts[:-1])) else None
         return source, parts if is_known and any(map(_is_cut, parts or ())) else None
     if _plain_name(node) == "narrow" and len(node.args) == 4:
         dim, start, length = node.args[1:]
@@ -785,7 +790,15 @@ def _sliced_source(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _are_columns(part: Any) -> bool:
+    """Whether a part of an index picks columns by their numbers."""
+    fake = tensor_value(part) if isinstance(part, fx.Node) else None
+    return fake is not None and fake.ndim == 1 and fake.dtype == torch.int64
+
+
 def _is_cut(part: Any) -> bool:
+    if isinstance(part, fx.Node):
+        return True
     return part not in (_FULL, slice(0, None, None))
 
 

@@ -13,6 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mst_fx.body import Body, BodyConfig, body_text, trace_body
+from mst_fx.canonical import CLONE_OF
 from mst_fx.changing import Bounds, changes
 from mst_fx.errors import Cause, Refusal
 from mst_fx.fold import (
@@ -122,6 +123,8 @@ class PassContext:
                     others.append(seed)
                 continue
             found = finder.kind_of(region)
+            if found == "mlp" and kind == "vocab" and _is_cut_out(region):
+                found = kind
             if found:
                 finder.take(region)
             else:
@@ -169,6 +172,11 @@ class PassContext:
             Refusal: with ``strict=True``.
         """
         self.refuse_all([Refused(kind, name, reason, cause)])
+
+
+def _is_cut_out(region: Region) -> bool:
+    """Whether a region is a head of rows that were cut out of others, which no pass has seen before."""
+    return not region.is_multiplied and any(CLONE_OF in node.meta for node in region.nodes)
 
 
 def chunk_regions(

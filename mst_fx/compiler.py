@@ -31,6 +31,11 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``GraphModule.compile_subgraph_reason``: why Dynamo ended a graph, a ``GraphCompileReason`` (2.11 and 2.13). It has no
   kind but its text, whose first line is the ``gb_type`` of Dynamo's registry of graph breaks.
+- ``CheckpointHigherOrderVariable`` (``_dynamo/variables/higher_order_ops.py``): a graph break inside of a checkpointed
+  layer makes Dynamo run the whole layer eagerly, and in a loop over layers skip the function, so that no backend
+  is called that could say so; neither counters nor callbacks tell a checkpoint. Its ``_call_function`` (2.13) is
+  watched, or ``call_function``, whichever it has; ``tx.output.compiler_fn`` and ``innermost_backend`` say whose
+  compilation it is. Where a torch has none of these, nothing is said.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
 - ``torch._C._autograd._saved_tensors_hooks_set_tracing``: what AOTAutograd itself does while it traces.
@@ -50,6 +55,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,12 +66,14 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._dynamo import eval_frame
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 from torch._dynamo.code_context import code_context
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import counters
+from torch._dynamo.variables import higher_order_ops
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -79,6 +87,8 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger("mst_fx")
 
 Compiled = Callable[..., Any]
 
@@ -120,6 +130,56 @@ class Ending:
         if self.kind == "ddp":
             return "which DDP's optimizer has cut here"
         return f"which Dynamo broke at {self.place} ({self.reason})" if self.kind else ""
+
+
+# Called where Dynamo gives up a checkpointed layer that a backend of ours was to compile, with why and where.
+on_eager_checkpoint: list[Callable[[Ending], None]] = []
+
+
+def _is_ours(backend: Any) -> bool:
+    """Whether a backend, in whatever Dynamo wraps it, is one of mst-fx."""
+    found = eval_frame.innermost_backend(backend)
+    found = getattr(found, "compiler_fn", found)  # of a backend that was given a mode or options
+    is_redirected = torch._TorchCompileInductorWrapper.__call__ is not _inductor_call
+    if isinstance(found, torch._TorchCompileInductorWrapper):
+        return is_redirected
+    return str(getattr(found, "__module__", "")).startswith("mst_fx.")
+
+
+def _tell_eager_checkpoint(tx: Any, error: Unsupported) -> None:
+    """Tells the listeners; must not raise, since Dynamo is tracing."""
+    try:
+        is_fatal = tx.one_graph or getattr(
+            tx, "error_on_graph_break", False
+        )  # the user sees the error itself
+        if is_fatal or not _is_ours(tx.output.compiler_fn):
+            return
+        stack = error.real_stack
+        place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+        ending = Ending("break", [*str(error).splitlines(), ""][0], place)
+        for listener in list(on_eager_checkpoint):
+            listener(ending)
+    except Exception:
+        log.debug("a checkpointed layer runs eagerly, and could not be told of", exc_info=True)
+
+
+def _watch_checkpoints() -> None:
+    """Makes Dynamo tell of checkpointed layers that it gives up (once a process)."""
+    variable: Any = getattr(higher_order_ops, "CheckpointHigherOrderVariable", None)
+    names = [name for name in ("_call_function", "call_function") if name in vars(variable or object)]
+    if not names:
+        return
+    before = getattr(variable, names[0])
+
+    @functools.wraps(before)
+    def call(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return before(self, tx, *args, **kwargs)
+        except Unsupported as error:
+            _tell_eager_checkpoint(tx, error)
+            raise
+
+    setattr(variable, names[0], call)
 
 
 def ending_of(gm: fx.GraphModule) -> Ending:
@@ -226,6 +286,9 @@ def _compile_apart(*args: Any, **kwargs: Any) -> Any:
 Redirection = Callable[[fx.GraphModule, Sequence[Any], Mapping[str, Any]], Compiled]
 
 _inductor_call = torch._TorchCompileInductorWrapper.__call__
+
+
+_watch_checkpoints()
 
 
 def redirect_inductor(instead: Redirection | None) -> None:

@@ -29,8 +29,12 @@ from mst_fx.graph import (
     drop_unused_subgraphs,
     fill_values,
     function_graphs,
+    hint,
+    is_function,
     is_graph,
+    is_known,
     subgraphs,
+    tensors_of,
     value,
 )
 from mst_fx.keep import keep_waves
@@ -259,9 +263,7 @@ class _Runner:
             if name in late:
                 known = len(self.report.refusals)
                 self._run_child(gm, name, child)
-                # What a Function gives goes on in the graph; why it is not taken as a whole was said there.
-                found = self.report.refusals[known:]
-                self.report.refusals[known:] = [r for r in found if r.cause is not Cause.IS_OUTPUT]
+                self.report.refusals[known:] = _of_function(gm, name, self.report.refusals[known:])
         return gm, deferred
 
     def _run_child(self, gm: fx.GraphModule, name: str, child: fx.GraphModule) -> None:
@@ -305,6 +307,32 @@ class _Runner:
                 context.gm.recompile()
                 gm, deferred = context.gm, context.deferred or deferred
         return gm, deferred
+
+
+def _of_function(gm: fx.GraphModule, name: str, found: list[Refused]) -> list[Refused]:
+    """The refusals of a graph of a ``torch.autograd.Function``.
+
+    What a Function gives goes on in the graph; why it is not taken as a whole was said there. Wide outputs of its
+    forward graph that it does not give are those that it saves for its backward.
+    """
+    functions = [n for n in gm.graph.nodes if is_function(n)]
+    forwards = [n for n in functions if str(n.args[0].target) == name]
+    saves = any(_gives_less(node) for node in forwards)
+    kept: list[Refused] = []
+    for refused in found:
+        if refused.cause is Cause.IS_OUTPUT and saves:
+            reason = "the wide result is saved by a torch.autograd.Function for its own backward"
+            kept.append(dataclasses.replace(refused, reason=reason, cause=Cause.OPAQUE))
+        elif refused.cause is not Cause.IS_OUTPUT:
+            kept.append(refused)
+    return kept
+
+
+def _gives_less(function: fx.Node) -> bool:
+    """Whether nothing that a Function gives is wider than its rows, so that what is wide stays inside of it."""
+    operands = [x for n in function.all_input_nodes for x in tensors_of(n)]
+    most = max((hint(x.numel()) for x in operands if x.ndim and is_known(x.numel())), default=0)
+    return all(is_known(x.numel()) and hint(x.numel()) <= most for x in tensors_of(function))
 
 
 def _text(gm: fx.GraphModule) -> str:

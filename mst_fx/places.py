@@ -25,7 +25,7 @@ from torch import fx
 
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, expression
-from mst_fx.graph import hint, is_known, target_name, tensor_value, tensors_of
+from mst_fx.graph import hint, is_function, is_known, target_name, tensor_value, tensors_of
 
 aten = torch.ops.aten
 
@@ -156,7 +156,8 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
         return Place(product, fate.kind, f"{product.name} ({target_name(product)}) {reason}", state.cause)
     if fate.blockers:
         blocker = fate.blockers[0]
-        if not fate.is_output and _is_split_up(analysis, product, blocker, width):
+        is_head = fate.narrows is None and fate.is_reduced
+        if not (fate.is_output or is_head) and _is_split_up(analysis, product, blocker, width):
             return None
         reason, cause = analysis.states[blocker].reason, analysis.states[blocker].cause
         if analysis.states[blocker].summed:
@@ -167,6 +168,9 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
         return Place(product, kind, f"the wide result leaves the graph, {ending}", Cause.BREAK)
     if fate.is_output:
         return Place(product, fate.kind, "the wide result is an output of the graph", Cause.IS_OUTPUT)
+    if fate.narrows is None and fate.is_reduced:
+        reason = "what a loop around it would read, or give, takes as much as it would save"
+        return Place(product, fate.kind, reason, Cause.NO_SAVING)
     return None
 
 
@@ -372,9 +376,17 @@ def _width_in(product: fx.Node) -> int | None:
 
 
 def _is_part(node: fx.Node) -> bool:
-    """Whether a value is a part of a larger one: a slice, or a member of a split."""
-    source = node.args[0] if node.args else None
-    return node.target is operator.getitem and isinstance(source, fx.Node) and _size(node) < _size(source)
+    """Whether a value is a part of a larger one: a slice, or a member of a split; not elements picked by tensors."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return False
+    picks = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    is_picked = any(isinstance(part, (fx.Node, list)) and not _is_number(part) for part in picks)
+    return not is_picked and _size(node) < _size(node.args[0])
+
+
+def _is_number(part: Any) -> bool:
+    """Whether a part of an index is a size or another number of the graph."""
+    return isinstance(part, fx.Node) and tensor_value(part) is None
 
 
 def _meets_rows(analysis: RowAnalysis, node: fx.Node, cone: set[fx.Node], parts: set[fx.Node]) -> bool:
@@ -387,6 +399,10 @@ def _meets_rows(analysis: RowAnalysis, node: fx.Node, cone: set[fx.Node], parts:
     inside = [n for n in rows if n in cone]
     if len(rows) < 2 or not inside:
         return False
+    if is_function(node):  # a loss of logits and labels gives no rows as attention does
+        rows = [n for n in rows if any(x.is_floating_point() for x in tensors_of(n))]
+        if len(rows) < 2 or 4 * _size(node) < min(map(_size, inside)):
+            return False
     is_product = node.target in _PRODUCTS or _is_attention(node) or _is_outer(node, rows)
     return is_product and (any(n in parts for n in inside) or len(inside) < len(rows))
 

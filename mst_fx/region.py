@@ -44,7 +44,7 @@ class Region:
         in_bytes, out_bytes, wide_bytes: bytes a row of the row inputs (but for given data, such as soft
             targets), of the row outputs, and of the widest matmul result inside.
         width, wide: elements a row that go into the seed (d_model) and come out of it (I, or V).
-        out_width: elements a row of the row outputs.
+        out_width, widest_out: elements a row of the row outputs, and of the widest of them.
         is_multiplied: all that the wide result comes to goes through another product inside, as in an MLP.
     """
 
@@ -59,6 +59,7 @@ class Region:
     width: int
     wide: int
     out_width: int
+    widest_out: int
     is_multiplied: bool
 
     @property
@@ -87,8 +88,13 @@ class Region:
 
     @property
     def ends_narrow(self) -> bool:
-        """Whether all that leaves is sums and narrow rows, as from a head with its loss."""
-        return 4 * self.out_bytes <= self.in_bytes
+        """Whether all that leaves is sums and narrow rows, as from a head with its loss.
+
+        Rows that are given, by a trunk without gradients, count for no bytes, and several results of a few elements
+        each may take more than the rows; what goes on as rows is as wide as they are.
+        """
+        are_few = 4 * self.widest_out <= self.width and 4 * self.out_bytes <= self.wide_bytes
+        return 4 * self.out_bytes <= self.in_bytes or are_few
 
 
 def seeds(analysis: RowAnalysis) -> list[fx.Node]:
@@ -247,6 +253,7 @@ class RegionFinder:
         widths = [
             m.out_bytes for node in nodes if node not in outs for m in self.analysis.states[node].matmuls
         ]
+        out_widths = [bytes_a_row(node, rows) // tensors_of(node)[0].element_size() for node in row_outputs]
         return Region(
             seed=seed,
             nodes=tuple(nodes),
@@ -260,9 +267,8 @@ class RegionFinder:
             wide_bytes=max(widths, default=0),
             width=widest.in_bytes // itemsize,
             wide=widest.out_bytes // itemsize,
-            out_width=sum(
-                bytes_a_row(node, rows) // tensors_of(node)[0].element_size() for node in row_outputs
-            ),
+            out_width=sum(out_widths),
+            widest_out=max(out_widths, default=0),
             is_multiplied=self._is_multiplied(seed, chosen),
         )
 
@@ -289,7 +295,10 @@ class RegionFinder:
         if 2 * region.out_width > region.wide:
             return ""
         goes_on = region.out_width <= region.width or fate_of(self.analysis, region.seed).narrows is not None
-        return "mlp" if goes_on else ""
+        if goes_on:
+            return "mlp"
+        # Several results a row, a top-k: wider than the rows, and still little beside the logits.
+        return "vocab" if 4 * region.out_bytes <= region.wide_bytes else ""
 
     def is_convex(self, region: Region) -> bool:
         """Whether the region still is convex: rewrites of others may have joined nodes outside."""

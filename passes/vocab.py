@@ -38,6 +38,7 @@ from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone
 from mst_fx.errors import Cause
 from mst_fx.fold import RowAnalysis, bytes_a_row
 from mst_fx.graph import tensor_value
+from mst_fx.picks import gather_picks
 from mst_fx.plan import Plan, plan_vocab
 from mst_fx.region import Region, RegionFinder
 from mst_fx.report import Refused, Rewrite
@@ -50,6 +51,7 @@ def run(context: PassContext) -> None:
         return
     graph = context.gm.graph
     make_functional(graph)
+    gather_picks(graph, context.place)
     unite_gathered_rows(graph)
     scatter_one_hots(graph, context.place)
     stack_last(graph, context.place)
@@ -72,9 +74,11 @@ def run(context: PassContext) -> None:
         refuse_sharded(context, "vocab")
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
-    context.refuse_all(
-        r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)
-    )
+    refusals = [r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)]
+    # Parts of a head whose use as a whole has a reason, or is rewritten, have none of their own.
+    said = {r.name for r in refusals if r.cause is not Cause.NO_SAVING}
+    said |= {r.name for r in context.report.rewrites} | {r.name for r in context.report.refusals}
+    context.refuse_all(r for r in refusals if r.cause is not Cause.NO_SAVING or r.name not in said)
 
 
 def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:

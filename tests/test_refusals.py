@@ -102,6 +102,41 @@ def _largest_of_sequence(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return torch.log1p(F.relu(m.head(x))).amax(1).sum(-1).mean()  # SPLADE
 
 
+def _flat_margin(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x).view(-1, V)
+    logits.view(-1)[torch.arange(B * S) * V + y.flatten()] -= 0.35
+    return _loss(logits, y)
+
+
+def _by_sequence(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x)
+    for index in range(B):
+        logits[index, torch.arange(S), y[index]] -= 0.35
+    return _loss(logits, y)
+
+
+def _rows_in_a_buffer(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    wide = x.new_zeros(B, S + 1, V)
+    wide[:, 1:] = m.head(x)
+    return _loss(wide[:, 1:], y)
+
+
+def _columns_in_a_buffer(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    wide = x.new_zeros(B, S, V + 8)
+    wide[..., torch.arange(V)] = m.head(x)
+    return _loss(wide, y)
+
+
+def _every_other_in_a_buffer(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    wide = x.new_zeros(B, S, 2 * V)
+    wide[..., ::2] = m.head(x)
+    return _loss(wide, y)
+
+
+def _last_of_each(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.head(x)[torch.arange(B), y.argmax(-1)].logsumexp(-1)
+
+
 REFUSED_HEADS: dict[str, tuple[Any, Cause]] = {
     "minimum": (_minimum, Cause.WRITTEN),
     "rows_set": (_rows_set, Cause.WRITTEN),
@@ -110,6 +145,12 @@ REFUSED_HEADS: dict[str, tuple[Any, Cause]] = {
     "other_order": (_other_order, Cause.UNPROVED),
     "contrastive": (_contrastive, Cause.UNPROVED),
     "largest_of_sequence": (_largest_of_sequence, Cause.UNPROVED),
+    "flat_margin": (_flat_margin, Cause.UNPROVED),
+    "by_sequence": (_by_sequence, Cause.WRITTEN),
+    "rows_in_a_buffer": (_rows_in_a_buffer, Cause.UNPROVED),
+    "columns_in_a_buffer": (_columns_in_a_buffer, Cause.UNPROVED),
+    "every_other_in_a_buffer": (_every_other_in_a_buffer, Cause.NO_SAVING),
+    "last_of_each": (_last_of_each, Cause.UNPROVED),
 }
 
 
