@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph.edit import add_call
+from mst_fx.graph.edit import add_call, copy_provenance
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.modes import Context, contexts, in_context
 from mst_fx.graph.names import target_name
@@ -290,9 +290,7 @@ class _Adder:
             if self._mode is not None:
                 stack.enter_context(self._mode)
             found = add_call(self._graph, target, *args, **kwargs)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in self._node.meta:
-                found.meta[key] = self._node.meta[key]
+        copy_provenance(self._node, found)
         self._new.append(found)
         return found
 
