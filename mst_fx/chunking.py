@@ -186,10 +186,9 @@ def chunk_regions(
     """
     fitting = _fitting(context, analysis, plans)
     replaced = set()
-    renamed: dict[fx.Node, fx.Node] = {}
     deferred = deferred or [False] * len(regions)
     for region, plan, defers, fits in zip(regions, plans, deferred, fitting, strict=True):
-        region = _with_inputs_renamed(analysis, region, renamed)
+        region = _current(analysis, region)
         if fits:
             context.report.fits.append(Fit(kind, region.name, plan.rows, plan.chunk_rows))
             continue
@@ -199,7 +198,7 @@ def chunk_regions(
                 body, needs, gradient_of = _prepared(context, analysis, region)
             if body is None:
                 continue
-            renamed |= _chunk(context, analysis, region, kind, plan, defers, body, needs, gradient_of)
+            _chunk(context, analysis, region, kind, plan, defers, body, needs, gradient_of)
         except Refusal as refusal:
             context.refuse(kind, region.name, str(refusal), refusal.cause)
             continue
@@ -235,7 +234,7 @@ def _chunk(
     body: Body,
     needs: list[bool],
     gradient_of: int | None,
-) -> dict[fx.Node, fx.Node]:
+) -> None:
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
@@ -248,7 +247,7 @@ def _chunk(
     new = replace_region(analysis, region, body, plan, gradient_of, needs)
     after = tuple(n.format_node() or n.name for n in context.gm.graph.nodes if n not in known)
     for old, node in new.items():
-        analysis.states[node] = dataclasses.replace(analysis.states[old], rowwise=False, reason="is a loop's")
+        analysis.replaced(old, node)
     inside = body.inside_bytes_a_row
     gradient = "none" if not any(needs) else "recompute" if gradient_of is None else "forward"
     context.report.rewrites.append(
@@ -270,18 +269,11 @@ def _chunk(
     )
     if body.key not in context.report.bodies:
         context.report.bodies[body.key] = body_text(body)
-    return new
 
 
-def _with_inputs_renamed(analysis: RowAnalysis, region: Region, renamed: dict[fx.Node, fx.Node]) -> Region:
+def _current(analysis: RowAnalysis, region: Region) -> Region:
     """The region with inputs that an earlier rewrite replaced exchanged for their replacements."""
-    if not renamed:
-        return region
-    for node in region.nodes:
-        state = analysis.states[node]
-        roles = {renamed.get(operand, operand): role for operand, role in state.roles.items()}
-        analysis.states[node] = dataclasses.replace(state, roles=roles)
-    inputs = tuple(dataclasses.replace(i, node=renamed.get(i.node, i.node)) for i in region.inputs)
+    inputs = tuple(dataclasses.replace(i, node=analysis.current(i.node)) for i in region.inputs)
     return dataclasses.replace(region, inputs=inputs)
 
 

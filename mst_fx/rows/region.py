@@ -142,8 +142,7 @@ class RegionFinder:
         except Exception as error:
             log.debug("no region could be grown around %s", seed.name, exc_info=True)
             reason, cause = f"could not be analysed: {error!r}", Cause.DEFECT
-        state = self.analysis.states[seed]
-        self.analysis.states[seed] = dataclasses.replace(state, rowwise=False, reason=reason, cause=cause)
+        self.analysis.refused(seed, reason, cause)
         return None
 
     def _grow(self, seed: fx.Node) -> Region:

@@ -161,8 +161,7 @@ def _unbind(call: Call) -> Label:
 
 
 def _cat(call: Call) -> Label:
-    tensors = call.args[0]
-    dims = {call.row_dim(tensor) for tensor in tensors}
+    dims = {call.row_dim(tensor) for tensor in call.args[0]}
     (dim, *others) = dims
     out_ndim = tensors(call.out)[0].ndim
     along = wrap(call.arg(1, "dim", 0), out_ndim)
