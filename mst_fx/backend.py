@@ -9,10 +9,11 @@ from torch import fx
 
 from mst_fx.bodies.body import kept_alive
 from mst_fx.graph.subgraphs import graphs_of
+from mst_fx.joint import hooked
 from mst_fx.logits.put_back import deferring
 from mst_fx.options import Options, make_options
 from mst_fx.passes.mask_breaks import cross_masks
-from mst_fx.pipeline import run_passes
+from mst_fx.pipeline import JOINT_STAGES, run_passes
 from mst_fx.torch_api.inductor import compile_graph, mode_patches, settle_floats
 
 
@@ -42,7 +43,8 @@ def mst(
         settle_floats(graphs_of(gm))
     crossing = cross_masks(gm, example_inputs, checked)
     result = run_passes(gm, crossing.inputs, checked, mode, crossing)
-    compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches)
+    with hooked(JOINT_STAGES, checked):
+        compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches)
     compiled = crossing.put_masks(kept_alive(compiled, result.bodies), bool(result.deferrals))
     outputs = crossing.outputs or result.outputs
     return crossing.open_masks(deferring(compiled, result.deferrals, outputs))

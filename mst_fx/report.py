@@ -183,6 +183,7 @@ class Report:
         bodies: the ATen text of each body, once, by key.
         graphs: how many graphs were captured.
         seconds: what the passes took.
+        stage_seconds: what each stage took, where it had something to do.
 
     Only :func:`~mst_fx.explain` and :func:`~mst_fx.watch` fill these:
 
@@ -203,6 +204,7 @@ class Report:
     bodies: dict[str, str] = dataclasses.field(default_factory=dict)
     graphs: int = 0
     seconds: float = 0.0
+    stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     before: list[str] = dataclasses.field(default_factory=list)
     after: list[str] = dataclasses.field(default_factory=list)
     facts: list[Facts] = dataclasses.field(default_factory=list)
@@ -222,6 +224,8 @@ class Report:
         self.bodies |= other.bodies
         self.graphs += other.graphs
         self.seconds += other.seconds
+        for name, seconds in other.stage_seconds.items():
+            self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
         self.before += other.before
         self.after += other.after
         self.facts += other.facts

@@ -34,12 +34,13 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from mst_fx.chunk_rows import plan_attention
-from mst_fx.chunking import PassContext
+from mst_fx.context import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import changes
 from mst_fx.graph.edit import add_call, eliminate_dead_code
 from mst_fx.graph.fill import call, fake_mode_of
 from mst_fx.graph.names import module_path
+from mst_fx.graph.numbers import number_as_tensor
 from mst_fx.graph.sizes import expression, hint
 from mst_fx.graph.values import storage_key, tensor_value, tensors_of, value
 from mst_fx.graph.writes import mutated_storages, writes_in_place
@@ -77,7 +78,6 @@ from mst_fx.masks.sites import (
     scaled_query,
 )
 from mst_fx.ops import attention as _ops  # noqa: F401  (registers them)
-from mst_fx.passes.scalars import number_as_tensor
 from mst_fx.report import Rewrite
 from mst_fx.torch_api.attention import is_fused
 from mst_fx.torch_api.inductor import real_tensors
@@ -106,7 +106,7 @@ class Understood:
     given: Given | None = None
 
 
-def run(context: PassContext) -> None:
+def run(context: PassContext) -> bool:
     """Rewrites every attention of a program, those of checkpointed layers included."""
     top = Level(context.gm)
     found: list[Understood] = []
@@ -128,7 +128,7 @@ def run(context: PassContext) -> None:
         _replace(context, understood, reaches, counted)
     for graph in {id(u.site.level.gm): u.site.level.gm for u in found}.values():
         _drop_unused_operands(top, graph)
-    context.report.rewrites.reverse()  # the runner reverses: regions are found last first
+    return bool(found)
 
 
 def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) -> None:
@@ -773,7 +773,7 @@ def _cap_tensor(site: Site) -> fx.Node | None:
     if site.cap is None:
         return None
     with fake_mode_of(tensors_of(site.query)) or contextlib.nullcontext():
-        return number_as_tensor(site.level.gm.graph, site.cap, torch.float64)
+        return number_as_tensor(site.level.gm.graph, site.cap, torch.float64)[-1]
 
 
 def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:

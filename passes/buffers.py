@@ -24,6 +24,7 @@ import operator
 import torch
 from torch import fx
 
+from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.sizes import hint
@@ -35,17 +36,34 @@ _LEAST_READS = 8
 _WAVES = (torch.cos, torch.sin, "cos", "sin")
 
 
-def keep_waves(graph: fx.Graph) -> None:
+def matches(context: PassContext) -> bool:
+    return bool(_found(context.graph))
+
+
+def run(context: PassContext) -> bool:
+    """Keeps the sines and cosines of the program."""
+    return keep_waves(context.graph)
+
+
+def keep_waves(graph: fx.Graph) -> bool:
     """Keeps the sines and cosines of a graph that are small beside what reads them, and have no gradient."""
-    for node in outside_transforms(graph):
-        fake = tensor_value(node)
-        if node.target not in _WAVES or fake is None or fake.requires_grad:
-            continue
-        if _reads(node, hint(fake.numel())) < _LEAST_READS or any(map(writes_in_place, node.users)):
-            continue
+    found = _found(graph)
+    for node in found:
         with graph.inserting_after(node):
             new = add_call(graph, torch.ops.mst_fx.buffer.default, node)
         node.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
+    return bool(found)
+
+
+def _found(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in outside_transforms(graph) if _is_kept(node)]
+
+
+def _is_kept(node: fx.Node) -> bool:
+    fake = tensor_value(node)
+    if node.target not in _WAVES or fake is None or fake.requires_grad:
+        return False
+    return _reads(node, hint(fake.numel())) >= _LEAST_READS and not any(map(writes_in_place, node.users))
 
 
 def _reads(node: fx.Node, size: int) -> float:

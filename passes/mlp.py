@@ -22,9 +22,10 @@ from __future__ import annotations
 from torch import fx
 
 from mst_fx.chunk_rows import plan_mlp
-from mst_fx.chunking import (
-    PassContext,
-    chunk_regions,
+from mst_fx.chunking import chunk_regions
+from mst_fx.context import PassContext
+from mst_fx.graph.sizes import hint
+from mst_fx.refusing import (
     left_alone,
     refuse_experts,
     refuse_functions,
@@ -32,24 +33,19 @@ from mst_fx.chunking import (
     refuse_sharded,
     refuse_transformed,
     refuse_unknown_rows,
-    rows_of,
 )
-from mst_fx.passes.dropouts import SeededDropouts
-from mst_fx.passes.functional import make_functional
 from mst_fx.rows.places import expert_products, unproved_products
 from mst_fx.rows.region import seeds
 
 
 def run(context: PassContext) -> None:
     """Rewrites every MLP of a graph."""
-    make_functional(context.gm.graph)
-    dropouts = SeededDropouts(context.gm.graph)
     experts: list[tuple[list[fx.Node], bool]] = []
     widening: set[fx.Node] = set()
     for analysis in context.analyses():
         widening.update(seeds(analysis), unproved_products(analysis))
         regions, others = context.bulges(analysis, "mlp")
-        rows, chosen = rows_of(analysis), context.options.chunk_rows
+        rows, chosen = hint(analysis.rows), context.options.chunk_rows
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
         experts += (
             (products, analysis.states[products[0]].rowwise) for products in expert_products(analysis)
@@ -58,8 +54,7 @@ def run(context: PassContext) -> None:
         refuse_functions(context, analysis)
         context.refuse_all(left_alone(context, analysis, others, "mlp"))
         chunk_regions(context, analysis, regions, "mlp", plans)
-    context.is_narrow = widening.isdisjoint(context.gm.graph.nodes)
-    dropouts.restore()
+    context.is_narrow = widening.isdisjoint(context.graph.nodes)
     refuse_experts(context, experts)
     refuse_unknown_rows(context)
     refuse_transformed(context)

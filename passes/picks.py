@@ -17,25 +17,23 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from mst_fx.graph.edit import add_call
+from mst_fx.context import PassContext
+from mst_fx.graph.edit import add_call, replace_with
 from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.indices import are_places
 from mst_fx.graph.modes import contexts, in_context, outside_transforms
-from mst_fx.graph.names import module_path, target_name
+from mst_fx.graph.names import target_name
 from mst_fx.graph.values import storage_key, tensor_value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.fold import fold_rank
 
 aten = torch.ops.aten
-
-# Where one place of several is worked on, as in :mod:`mst_fx.passes.canonical`.
-Place = Callable[[str, str], AbstractContextManager[None]]
 
 # What gives the elements of a tensor of one dimension in their order, with dimensions of 1 around them.
 _SHAPES = frozenset(
@@ -44,22 +42,18 @@ _SHAPES = frozenset(
 _PUTS = frozenset(("index_put", "index_put.default"))
 
 
-def gather_picks(graph: fx.Graph, place: Place | None = None) -> None:
-    """Replaces picks of one element a row by ``gather``, ``scatter`` and ``scatter_add``."""
+def run(context: PassContext) -> None:
+    """Replaces the picks of a graph by ``gather``, ``scatter`` and ``scatter_add``."""
+    graph = context.graph
     modes = contexts(graph)
     for node in outside_transforms(graph):
         is_read = node.target is operator.getitem
         if not is_read and not (node.op.startswith("call_") and _name(node) in _PUTS):
             continue
-        guard = place("vocab", module_path(node) or node.name) if place else contextlib.nullcontext()
-        with guard, graph.inserting_before(node), in_context(modes[node]):
+        with context.at("vocab", node), graph.inserting_before(node), in_context(modes[node]):
             new = _read(graph, node) if is_read else _put(graph, node)
             if new is not None:
-                for key in ("nn_module_stack", "stack_trace"):
-                    if key in node.meta:
-                        new.meta[key] = node.meta[key]
-                node.replace_all_uses_with(new)
-                graph.erase_node(node)
+                replace_with(node, new)
 
 
 def _name(node: fx.Node) -> str:
@@ -115,11 +109,6 @@ def _filled_with(values: Any) -> float | None:
     is_full = isinstance(values, fx.Node) and target_name(values) == "new_full" and len(values.args) == 3
     number = values.args[2] if is_full and not _is_written(values) else None
     return number if isinstance(number, (int, float)) else None
-
-
-def are_places(part: Any) -> bool:
-    """Whether a part of an index is a list of numbers, as in ``logits[..., [3, 5]]``, or a tuple of them."""
-    return isinstance(part, (list, tuple)) and bool(part) and all(type(place) is int for place in part)
 
 
 def _columns(graph: fx.Graph, fake: torch.Tensor, index: Sequence[Any]) -> fx.Node | None:

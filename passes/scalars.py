@@ -21,27 +21,59 @@ of the result would be another one. A loop that needs such a number takes its va
 
 from __future__ import annotations
 
-import operator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.graph.edit import add_call
+from mst_fx.context import PassContext
+from mst_fx.graph.edit import add_call, eliminate_dead_code
 from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.numbers import number_as_tensor
 from mst_fx.graph.sizes import SIXTEEN_BITS
 from mst_fx.graph.spelling import ARITHMETIC, COMPARISONS, is_of_mst, operation
-from mst_fx.graph.values import VALUE, is_plain, tensor_value, tensors_of, value
+from mst_fx.graph.subgraphs import graphs_of, subgraphs
+from mst_fx.graph.values import is_plain, tensor_value, tensors_of, value
 
-_MARK = "mst_number"  # a meta key of the tensors that are made here
+
+def is_changing(context: PassContext) -> bool:
+    """Whether a graph of the program reads a number that changes."""
+    return any(_is_changing(value(node)) for graph in graphs_of(context.gm) for node in graph.nodes)
 
 
-def numbers_to_tensors(graph: fx.Graph) -> None:
-    """Lets the row-wise operators of a graph read numbers that change as tensors."""
+def has_numbers(context: PassContext) -> bool:
+    """Whether tensors stand for numbers."""
+    return bool(context.shared.numbers)
+
+
+def put_in(context: PassContext) -> bool:
+    """Lets the row-wise operators of a program read numbers that change as tensors."""
+    return _for_all(context.gm, functools.partial(_numbers_to_tensors, context.shared.numbers))
+
+
+def take_out(context: PassContext) -> bool:
+    """Puts numbers back wherever neither a loop nor what is outside of the graph reads them."""
+    return _for_all(context.gm, functools.partial(_tensors_to_numbers, context.shared.numbers))
+
+
+def _for_all(gm: fx.GraphModule, change: Callable[[fx.Graph], bool]) -> bool:
+    """Changes a graph and those that it refers to."""
+    is_changed = change(gm.graph)
+    for _, child in subgraphs(gm):
+        is_changed |= _for_all(child, change)
+        eliminate_dead_code(child.graph)
+        child.recompile()
+    return is_changed
+
+
+def _numbers_to_tensors(marks: set[fx.Node], graph: fx.Graph) -> bool:
     made: dict[Any, fx.Node] = {}
+    is_changed = False
     for node in list(graph.nodes):
-        _write_out_slope(node)
+        is_changed |= _write_out_slope(node)
     for node in list(graph.nodes):
         numbers = [operand for operand in node.all_input_nodes if _is_changing(value(operand))]
         dtype = _type_of_numbers(node, numbers) if numbers else None
@@ -51,19 +83,35 @@ def numbers_to_tensors(graph: fx.Graph) -> None:
         for number in numbers:
             if (number, dtype) not in made:
                 with graph.inserting_before(node), mode:
-                    made[number, dtype] = number_as_tensor(graph, number, dtype)
+                    chain = number_as_tensor(graph, number, dtype)
+                made[number, dtype] = chain[-1]
+                marks.update(chain)
             node.replace_input_with(number, made[number, dtype])
+    return is_changed or bool(made)
 
 
-def _write_out_slope(node: fx.Node) -> None:
+def _tensors_to_numbers(marks: set[fx.Node], graph: fx.Graph) -> bool:
+    is_changed = False
+    for node in list(graph.nodes):
+        if node not in marks:
+            continue
+        number = node.args[0].args[1] if node.target == "to" else node.args[1]
+        for user in list(node.users):
+            if user.op != "output" and user not in marks and not is_of_mst(user):
+                user.replace_input_with(node, number)
+                is_changed = True
+    return is_changed
+
+
+def _write_out_slope(node: fx.Node) -> bool:
     """``leaky_relu(x, slope)`` → ``where(x > 0, x, x * slope)``, as Inductor writes it, if the slope changes."""
     if node.target is not F.leaky_relu or len(node.args) != 2 or node.kwargs.get("inplace"):
-        return
+        return False
     (x, slope), out = node.args, tensor_value(node)
     if not isinstance(x, fx.Node) or not isinstance(slope, fx.Node) or not _is_changing(value(slope)):
-        return
+        return False
     if out is None or not is_plain(out):
-        return
+        return False
     with node.graph.inserting_before(node), torch.set_grad_enabled(out.requires_grad):
         scaled = add_call(node.graph, torch.mul, x, slope)
         new = add_call(node.graph, torch.where, add_call(node.graph, torch.gt, x, 0), x, scaled)
@@ -71,36 +119,12 @@ def _write_out_slope(node: fx.Node) -> None:
         added.meta = {**node.meta, **added.meta}  # type: ignore[union-attr]
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
-
-
-def tensors_to_numbers(graph: fx.Graph) -> None:
-    """Puts numbers back wherever neither a loop nor what is outside of the graph reads them."""
-    for node in list(graph.nodes):
-        if _MARK not in node.meta:
-            continue
-        number = node.args[0].args[1] if node.target == "to" else node.args[1]
-        for user in list(node.users):
-            if user.op != "output" and _MARK not in user.meta and not is_of_mst(user):
-                user.replace_input_with(node, number)
+    return True
 
 
 def _is_changing(found: Any) -> bool:
     is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and found.node.hint is not None
     return is_symbolic and not found.node.expr.is_number
-
-
-def number_as_tensor(graph: fx.Graph, number: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """A number as a tensor of one element, at the graph's insertion point; a fake mode must be active."""
-    one = graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": torch.device("cpu")})
-    made = graph.call_function(operator.mul, (one, number))
-    for node in (one, made):
-        node.meta[VALUE] = torch.empty((), dtype=torch.float64, device="cpu")
-    if dtype != torch.float64:
-        made.meta[_MARK] = True
-        made = graph.call_method("to", (made, dtype))
-        made.meta[VALUE] = torch.empty((), dtype=dtype, device="cpu")
-    made.meta[_MARK] = True
-    return made
 
 
 def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | None:

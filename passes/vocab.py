@@ -15,7 +15,7 @@ After::
 
 Any row-wise function of the logits will do whose results are sums over rows or narrow rows:
 cross-entropies and what is added to them, log-probabilities, entropies, divergences from given
-targets. Means become sums divided by the global count first (:mod:`mst_fx.passes.canonical`).
+targets. Means become sums divided by the global count first (:mod:`mst_fx.passes.sum_losses`).
 
 The gradient is computed in the forward loop when it is that of one scalar, and recomputed in the
 backward loop when tangents are per row.
@@ -33,38 +33,33 @@ from __future__ import annotations
 from torch import fx
 
 from mst_fx.chunk_rows import Plan, plan_vocab
-from mst_fx.chunking import LOGITS_START, PassContext, chunk_regions, left_alone, refuse_sharded, rows_of
+from mst_fx.chunking import chunk_regions
+from mst_fx.context import PassContext
 from mst_fx.errors import Cause
-from mst_fx.graph.changing import changes, unite_gathered_rows
+from mst_fx.graph.changing import changes
+from mst_fx.graph.sizes import hint
 from mst_fx.graph.values import tensor_value
-from mst_fx.passes.canonical import CLONE_OF, hoist_row_slices, scatter_one_hots, stack_last, sum_losses
-from mst_fx.passes.functional import make_functional
-from mst_fx.passes.picks import gather_picks
+from mst_fx.refusing import left_alone, refuse_sharded
 from mst_fx.report import Refused, Rewrite
 from mst_fx.rows.analysis import RowAnalysis
 from mst_fx.rows.fold import bytes_a_row
 from mst_fx.rows.region import Region, RegionFinder
 
 
+def matches(context: PassContext) -> bool:
+    """Whether there may be a head: not in a layer whose MLP is done, where no equal form has one either."""
+    return context.is_top or not context.is_narrow
+
+
 def run(context: PassContext) -> None:
     """Rewrites every head whose loss is in the graph."""
-    if context.is_narrow and not context.is_top:  # a layer whose MLP is done: no equal form has a head either
-        return
-    graph = context.gm.graph
-    make_functional(graph)
-    gather_picks(graph, context.place)
-    unite_gathered_rows(graph)
-    scatter_one_hots(graph, context.place)
-    stack_last(graph, context.place)
-    hoist_row_slices(graph, context.place)
-    sum_losses(graph, context.place)
     free = _deferrable(context)
     refusals: list[Refused] = []
     for analysis in context.analyses():
         regions, others = context.bulges(analysis, "vocab", free)
         plans = [_plan(context, analysis, region) for region in regions]
         refusals += left_alone(context, analysis, others, "vocab")
-        deferrals = [_outputs_of(region, free) for region in regions]
+        deferrals = [_outputs_of(context, region, free) for region in regions]
         done = chunk_regions(context, analysis, regions, "vocab", plans, [bool(d) for d in deferrals])
         for region, outputs in zip(regions, deferrals, strict=True):
             if region.seed in done:
@@ -83,7 +78,7 @@ def run(context: PassContext) -> None:
 
 
 def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:
-    rows, chosen = rows_of(analysis), context.options.vocab_chunk_rows
+    rows, chosen = hint(analysis.rows), context.options.vocab_chunk_rows
     return plan_vocab(rows, region.width, region.wide, region.device, chosen, changes(analysis.rows))
 
 
@@ -94,7 +89,7 @@ def _deferrable(context: PassContext) -> set[fx.Node]:
     """
     if not context.is_top or context.options.logits == "keep":
         return set()
-    outputs = context.gm.graph.output_node().args[0]
+    outputs = context.graph.output_node().args[0]
     if not isinstance(outputs, (tuple, list)):
         return set()
     candidates = [node for node in outputs if isinstance(node, fx.Node) and tensor_value(node) is not None]
@@ -103,7 +98,7 @@ def _deferrable(context: PassContext) -> set[fx.Node]:
 
 def _defer_alone(context: PassContext, analysis: RowAnalysis, free: set[fx.Node]) -> None:
     """Takes logits that nothing but the output reads out of the graph; they need no loop."""
-    rows = rows_of(analysis)
+    rows = hint(analysis.rows)
     for logits in sorted(free - set(context.deferred), key=lambda node: node.name):
         seed = _head_of(analysis, logits)
         region = RegionFinder(analysis).grow(seed) if seed is not None else None
@@ -111,10 +106,10 @@ def _defer_alone(context: PassContext, analysis: RowAnalysis, free: set[fx.Node]
             continue
         if context.shared.bounds.fits(analysis.rows, _plan(context, analysis, region).chunk_rows):
             continue
-        seed.meta[LOGITS_START] = True
+        context.starts.append(seed)
         context.deferred.append(logits)
         nbytes = bytes_a_row(logits, analysis.rows) * rows
-        context.report.rewrites.append(
+        context.rewrote(
             Rewrite(
                 "vocab", region.name, rows, rows, 1, nbytes, 0, "none", True, "", "computed on first use only"
             )
@@ -151,9 +146,9 @@ def _is_logits(analysis: RowAnalysis, node: fx.Node) -> bool:
     return False
 
 
-def _outputs_of(region: Region, free: set[fx.Node]) -> list[fx.Node]:
+def _outputs_of(context: PassContext, region: Region, free: set[fx.Node]) -> list[fx.Node]:
     """The outputs of the graph that lie inside a region, or whose sliced rows do."""
     inside = set(region.nodes)
-    originals = {node.meta[CLONE_OF] for node in region.nodes if CLONE_OF in node.meta}
+    originals = {context.clones[node] for node in region.nodes if node in context.clones}
     leaving = {*region.row_outputs, *region.sums}
     return [node for node in free if (node in inside and node not in leaving) or node in originals]

@@ -17,8 +17,8 @@ import mst_fx
 from mst_fx import chunking
 from mst_fx.errors import Cause
 from mst_fx.graph.writes import writes_in_place
-from mst_fx.passes import canonical
 from mst_fx.passes import functional as writes
+from mst_fx.passes import sum_losses
 from tests.direct import results, rewritten, worst
 from tests.helpers import check_parity, kinds, report_of
 
@@ -814,13 +814,13 @@ def test_an_exception_costs_one_place(
 
 
 def test_an_exception_in_one_loss_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = canonical._layout_of
+    layout = sum_losses._layout_of
 
     def fails_for_rank_3(logits: Any) -> Any:
         assert logits.meta["example_value"].ndim == 2
         return layout(logits)
 
-    monkeypatch.setattr(canonical, "_layout_of", fails_for_rank_3)
+    monkeypatch.setattr(sum_losses, "_layout_of", fails_for_rank_3)
     report = _check(lambda m, x, y: _loss(m.head(x), y) + F.cross_entropy(m.teacher(x).transpose(1, 2), y), 0)
     assert kinds(report) == {"vocab": 1}
     assert Cause.DEFECT in {refused.cause for refused in report.refusals}

@@ -8,14 +8,13 @@ loss computes the gradient of ``h``, the graph returns ``h`` detached and a port
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_fx.chunking import LOGITS_START
 from mst_fx.errors import Refusal
 from mst_fx.graph.modes import Context, contexts, outside_transforms
 from mst_fx.graph.sizes import expression, hint, static_sizes
@@ -28,13 +27,25 @@ from mst_fx.rows.analysis import RowAnalysis
 _Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their gradient, and its port
 
 
-def defer_all(gm: fx.GraphModule, logits: Sequence[fx.Node]) -> tuple[Deferral, ...]:
-    """Takes all of some logits outputs out of a graph."""
+def defer_all(
+    gm: fx.GraphModule, logits: Sequence[fx.Node], starts: Collection[fx.Node]
+) -> tuple[Deferral, ...]:
+    """Takes all of some logits outputs out of a graph.
+
+    Args:
+        starts: matmuls at which logits start that no loss reads; what is before them stays in the graph.
+    """
     ports: _Ports = {}
-    return tuple(_defer(gm, node, logits, ports) for node in logits)
+    return tuple(_defer(gm, node, logits, starts, ports) for node in logits)
 
 
-def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], ports: _Ports) -> Deferral:
+def _defer(
+    gm: fx.GraphModule,
+    logits: fx.Node,
+    deferred: Sequence[fx.Node],
+    starts: Collection[fx.Node],
+    ports: _Ports,
+) -> Deferral:
     """Takes a logits output out of the graph and describes how its caller computes it.
 
     The nodes that only the logits need become a graph of their own, under the modes they lay in. What they
@@ -48,51 +59,86 @@ def _defer(gm: fx.GraphModule, logits: fx.Node, deferred: Sequence[fx.Node], por
     output = gm.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     position = results.index(logits)
-    chain = _only_for(logits, deferred)
-    arguments = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    inputs: list[Origin] = []
-    for node in (n for n in gm.graph.nodes if n in chain):
-        for operand in node.all_input_nodes:
-            if operand in env or operand in chain:
-                continue
-            if operand.op == "get_attr" and is_graph(gm, operand):
-                env[operand] = graph.node_copy(operand)
-                continue
-            env[operand] = graph.placeholder(operand.name)
-            env[operand].meta = dict(operand.meta)
-            if operand.op == "get_attr":
-                inputs.append(Origin("attribute", str(operand.target)))
-                continue
-            is_argument = operand.op == "placeholder"
-            has_port = not is_argument and _has_port(gm, operand, ports)
-            if results[position] is logits:
-                results[position] = ports[operand][0] if has_port else operand
-            if is_argument:
-                inputs.append(Origin("argument", arguments.index(operand)))
-            elif has_port:
-                places = (_position(results, node) for node in ports[operand])
-                inputs.append(Origin("output", *places))
-            else:
-                if operand in deferred:  # its own place will be empty
-                    results.append(operand)
-                inputs.append(Origin("output", _position(results, operand)))
-    modes = _Modes(graph)
+    chain = _only_for(logits, deferred, starts)
+    nodes = [node for node in gm.graph.nodes if node in chain]
+    apart = _Apart(gm, logits, deferred, ports, results, position)
+    for operand in dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes):
+        if operand not in chain:
+            apart.read(operand)
     context = contexts(gm.graph)
-    for node in (n for n in gm.graph.nodes if n in chain):
-        modes.enter(context[node])
-        env[node] = graph.node_copy(node, env.__getitem__)
-    modes.enter(Context((), torch.is_grad_enabled()))
-    graph.output(env[logits])
+    for node in nodes:
+        apart.add(node, context[node])
+    apart.end()
     shape = [_size(results, position, size) for size in value(logits).shape]
     output.args = (tuple(results),)
     fake = tensor_value(logits)
     assert fake is not None
-    compute = fx.GraphModule(gm, graph)
+    compute = fx.GraphModule(gm, apart.graph)
     return Deferral(
-        position, gm, compute, tuple(inputs), row_inputs(compute), tuple(shape), fake.dtype, fake.device
+        position, gm, compute, tuple(apart.inputs), row_inputs(compute), tuple(shape), fake.dtype, fake.device
     )
+
+
+class _Apart:
+    """The graph of some logits, while it is made.
+
+    Args:
+        results: the outputs of ``gm``, to which what the logits read is added.
+        position: of the logits among them.
+
+    Attributes:
+        inputs: where what the graph reads is found.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        logits: fx.Node,
+        deferred: Sequence[fx.Node],
+        ports: _Ports,
+        results: list[Any],
+        position: int,
+    ) -> None:
+        self._gm, self._logits, self._deferred, self._ports = gm, logits, deferred, ports
+        self._results, self._position = results, position
+        self._arguments = gm.graph.find_nodes(op="placeholder")
+        self._env: dict[fx.Node, fx.Node] = {}
+        self.graph = fx.Graph()
+        self._modes = _Modes(self.graph)
+        self.inputs: list[Origin] = []
+
+    def read(self, operand: fx.Node) -> None:
+        """Adds an input for what stays in the program."""
+        if operand.op == "get_attr" and is_graph(self._gm, operand):
+            self._env[operand] = self.graph.node_copy(operand)
+            return
+        self._env[operand] = self.graph.placeholder(operand.name)
+        self._env[operand].meta = dict(operand.meta)
+        self.inputs.append(self._origin(operand))
+
+    def _origin(self, operand: fx.Node) -> Origin:
+        if operand.op == "get_attr":
+            return Origin("attribute", str(operand.target))
+        results, is_argument = self._results, operand.op == "placeholder"
+        has_port = not is_argument and _has_port(self._gm, operand, self._ports)
+        if results[self._position] is self._logits:
+            results[self._position] = self._ports[operand][0] if has_port else operand
+        if is_argument:
+            return Origin("argument", self._arguments.index(operand))
+        if has_port:
+            rows, port = self._ports[operand]
+            return Origin("output", _position(results, rows), _position(results, port))
+        if operand in self._deferred:  # its own place will be empty
+            results.append(operand)
+        return Origin("output", _position(results, operand))
+
+    def add(self, node: fx.Node, context: Context) -> None:
+        self._modes.enter(context)
+        self._env[node] = self.graph.node_copy(node, self._env.__getitem__)
+
+    def end(self) -> None:
+        self._modes.enter(Context((), torch.is_grad_enabled()))
+        self.graph.output(self._env[self._logits])
 
 
 def _position(results: list[Any], node: fx.Node) -> int:
@@ -167,27 +213,28 @@ def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
         states = RowAnalysis(compute, rows).states
     except Refusal:
         return None
+    calls = [n for n in compute.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    calls = [n for n in calls if tensor_value(n) is not None]
+    if any(states[n].rows and not states[n].rowwise for n in calls):
+        return None
     read: dict[fx.Node, set[str]] = {node: set() for node in inputs}
-    for node in compute.graph.nodes:
-        state = states[node]
-        if node.op in ("placeholder", "get_attr", "output") or tensor_value(node) is None:
-            continue
-        if state.rows and not state.rowwise:
-            return None
-        for operand, role in state.roles.items():
+    for node in calls:
+        for operand, role in states[node].roles.items():
             read.setdefault(operand, set()).add(role)
-    holds = [read[node] == {"row"} for node in inputs]
     if not states[logits].rowwise or not states[logits].rows or any(len(r) > 1 for r in read.values()):
         return None
-    for node, roles in read.items():
-        is_row = roles == {"row"}
-        if is_row and node.op != "placeholder" and not states[node].rowwise:
-            return None  # a table with an entry a row
-        if is_row and node.op == "placeholder":
-            leading = [expression(size) for size in value(node).shape[: len(lead)]]
-            if leading != lead:
-                return None
+    by_rows = [node for node, roles in read.items() if roles == {"row"}]
+    if not all(
+        _holds_rows(node, lead) if node.op == "placeholder" else states[node].rowwise for node in by_rows
+    ):
+        return None  # else a table with an entry a row
+    holds = [read[node] == {"row"} for node in inputs]
     return tuple(holds) if _takes_any_rows(compute, holds, len(lead)) else None
+
+
+def _holds_rows(node: fx.Node, lead: list[Any]) -> bool:
+    """Whether the leading sizes of an input are those of the logits."""
+    return [expression(size) for size in value(node).shape[: len(lead)]] == lead
 
 
 def _takes_any_rows(compute: fx.GraphModule, holds: Sequence[bool], rank: int) -> bool:
@@ -218,14 +265,14 @@ def _takes_any_rows(compute: fx.GraphModule, holds: Sequence[bool], rank: int) -
     return True
 
 
-def _only_for(logits: fx.Node, deferred: Sequence[fx.Node]) -> set[fx.Node]:
+def _only_for(logits: fx.Node, deferred: Sequence[fx.Node], starts: Collection[fx.Node]) -> set[fx.Node]:
     """The nodes whose values reach nothing but the logits, and outputs that are taken out like them, back to
     where the logits start."""
     chain = {logits}
     for node in reversed(outside_transforms(logits.graph)):
         users = {user for user in node.users if user.op != "output" or node not in deferred}
         is_call = node.op in ("call_function", "call_method") and users
-        if is_call and all(user in chain and LOGITS_START not in user.meta for user in users):
+        if is_call and all(user in chain and user not in starts for user in users):
             chain.add(node)
     return chain
 

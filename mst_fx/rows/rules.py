@@ -321,7 +321,7 @@ def _index(call: Call) -> Label:
 
 
 def _nll_loss(call: Call) -> list[Label]:
-    """Per-row losses only; means and sums are rewritten to them before (mst_fx.canonical)."""
+    """Per-row losses only; means and sums are rewritten to them before (mst_fx.passes.sum_losses)."""
     source, target, weight, reduction = call.args[:4]
     if (call.row_dim(source), call.row_dim(target)) != (0, 0) or source.ndim != 2:
         raise call.refusal("picks from other rows")
@@ -331,7 +331,7 @@ def _nll_loss(call: Call) -> list[Label]:
 
 
 def _loss(position: int) -> Rule:
-    """Rule for a loss that is pointwise if nothing is reduced (:mod:`mst_fx.passes.canonical` sees to that).
+    """Rule for a loss that is pointwise if nothing is reduced (:mod:`mst_fx.passes.sum_losses` sees to that).
 
     Args:
         position: of ``reduction`` among the arguments.

@@ -1,0 +1,85 @@
+"""The joint graph of AOTAutograd: forward and backward pass, before the partitioner cuts it in two.
+
+Inductor: ``config.joint_custom_post_pass``, a ``CustomGraphPass``, whose ``uuid`` is in the keys of its caches; it runs after
+pattern matching, and after random operators have become functional. ``aot_eager``: ``functorch.config.joint_custom_pass``, which
+is in no key, and needs none there. Both are in torch 2.11 and 2.13; tried with 2.13. From 2.13 on Inductor takes a list of
+passes too; to be right with 2.11, a pass that the user has set himself is called from ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+Change = Callable[[fx.Graph], None]
+
+
+class _JointPass(CustomGraphPass):
+    def __init__(self, change: Change, key: str, before: Any) -> None:
+        passes = before if isinstance(before, (list, tuple)) else [before]
+        self._change, self._key, self._before = change, key, [each for each in passes if each is not None]
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for user_pass in self._before:
+            user_pass(graph)
+        self._change(graph)
+
+    def uuid(self) -> Any:
+        others = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self._before]
+        return None if None in others else (self._key, tuple(others))  # None: nothing is cached
+
+
+@contextlib.contextmanager
+def changed_joint_graphs(change: Change, key: str, inner: str) -> Iterator[None]:
+    """The joint graphs that are traced inside of the block are changed, in place.
+
+    Inductor calls the pass with graphs of inference too (:func:`has_backward`).
+
+    Args:
+        key: tells what ``change`` does from what others would do.
+        inner: the compiler, "inductor" or "aot_eager"; "eager" has no joint graph.
+    """
+    if inner == "inductor":
+        before = inductor_config.joint_custom_post_pass
+        with inductor_config.patch(joint_custom_post_pass=_JointPass(change, key, before)):
+            yield
+    elif inner == "aot_eager":
+        others: Any = functorch_config.joint_custom_pass
+
+        def change_module(gm: fx.GraphModule, inputs: Any) -> fx.GraphModule:
+            gm = others(gm, inputs) if callable(others) else gm
+            change(gm.graph)
+            gm.recompile()
+            return gm
+
+        with functorch_config.patch(joint_custom_pass=change_module):
+            yield
+    else:
+        yield
+
+
+def has_backward(graph: fx.Graph) -> bool:
+    """Whether a graph is of a forward and a backward pass, by what AOTAutograd calls the arriving gradients."""
+    return any("tangents" in str(node.target) for node in graph.find_nodes(op="placeholder"))
+
+
+def restore(graph: fx.Graph, backup: fx.Graph) -> None:
+    """Makes a graph what a copy of it is, in place."""
+    for node in reversed(graph.nodes):
+        graph.erase_node(node)
+    copies: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(backup, copies)
+    output = graph.output(result)
+    output.meta = dict(backup.output_node().meta)
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    restore(new, graph)
+    return new
