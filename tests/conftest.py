@@ -11,6 +11,7 @@ from mst_fx.diagnose import warn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MST_FX_VERIFY", "1")  # each changed graph, against the spec of mst_fx.graph.verify
 
 settings.register_profile("short", max_examples=50)
 settings.register_profile("long", max_examples=1000)
