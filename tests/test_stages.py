@@ -163,7 +163,7 @@ def _give_the_input(gm: fx.GraphModule) -> None:
     with gm.graph.inserting_after(x):
         view = gm.graph.call_method("view", (x, 3))
     view.meta["example_value"] = x.meta["example_value"].view(3)
-    gm.graph.output_node().args = ((view, *gm.graph.output_node().args[0][1:]),)  # type: ignore[index]
+    gm.graph.output_node().args = ((view, *gm.graph.output_node().args[0][1:]),)  # type: ignore[index, misc]
 
 
 def _drop_an_output(gm: fx.GraphModule) -> None:
