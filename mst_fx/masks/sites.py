@@ -3,7 +3,7 @@
     scaled_dot_product_attention(q, k, v, attn_mask=mask)
     matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)
 
-A :class:`Level` is a graph with the call that runs it; a :class:`Site` one attention in it.
+A :class:`Site` is one attention, in a graph or in the :class:`~mst_fx.graph.levels.Level` of a checkpointed layer.
 """
 
 from __future__ import annotations
@@ -17,95 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.errors import Refusal
-from mst_fx.graph.values import (
-    VALUE,
-    add_call,
-    attribute,
-    called_graph,
-    fake_mode_of,
-    hint,
-    tensor_value,
-    tensors_of,
-    value,
-)
-from mst_fx.masks.formula import fill_of
+from mst_fx.graph.levels import Level, all_levels, placeholders_of
+from mst_fx.graph.values import add_call, attribute, called_graph, hint, tensor_value, value
+from mst_fx.masks.constants import fill_of, number_of
 from mst_fx.rows.analysis import expression, is_identity_dropout, mutated_storages, outside_transforms
+from mst_fx.torch_api.attention import is_fused
 
 aten = torch.ops.aten
 
 _SDPA = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
-
-
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """A graph, and the call in the graph above that runs it (None for the program's graph)."""
-
-    gm: fx.GraphModule
-    call: fx.Node | None = None
-    above: Level | None = None
-
-    @property
-    def top(self) -> Level:
-        return self if self.above is None else self.above.top
-
-    def resolve(self, node: fx.Node) -> fx.Node:
-        """The node a placeholder stands for, as far up as there is one."""
-        if (
-            self.call is None
-            or self.above is None
-            or node.op != "placeholder"
-            or node.graph is not self.gm.graph
-        ):
-            return node
-        operand = self.call.args[1 + placeholders_of(self.gm).index(node)]
-        return self.above.resolve(operand) if isinstance(operand, fx.Node) else node
-
-    def imported(self, node: fx.Node) -> fx.Node:
-        """The node in this graph that has the value of a node of a graph above."""
-        if node.graph is self.gm.graph:
-            return node
-        assert self.call is not None and self.above is not None
-        operand = self.above.imported(node)
-        placeholders = placeholders_of(self.gm)
-        for known, argument in zip(placeholders, self.call.args[1:], strict=True):
-            if argument is operand:
-                return known
-        with self.gm.graph.inserting_after(placeholders[-1]):
-            new = self.gm.graph.placeholder(f"{operand.name}_mst")
-        new.meta[VALUE] = self._fake_inside(operand)
-        self.call.args = (*self.call.args, operand)
-        return new
-
-    def _fake_inside(self, operand: fx.Node) -> Any:
-        """A fake like an operand's in this graph's own mode, with its own symbols for dynamic sizes."""
-        placeholders, found = placeholders_of(self.gm), tensor_value(operand)
-        mode = fake_mode_of(tensors_of(placeholders[0]))
-        if mode is None or found is None:
-            return value(operand)
-        assert self.call is not None
-        sizes: dict[Any, Any] = {}
-        for placeholder, argument in zip(placeholders, self.call.args[1:], strict=False):
-            outer = tensor_value(argument) if isinstance(argument, fx.Node) else None
-            inner = tensor_value(placeholder)
-            if outer is not None and inner is not None:
-                sizes |= {expression(a): b for a, b in zip(outer.shape, inner.shape, strict=True)}
-        unknown = [s for s in found.shape if isinstance(s, torch.SymInt) and expression(s) not in sizes]
-        if unknown:
-            raise Refusal(
-                f"{operand.name} has the dynamic size {unknown[0]}, unknown in a checkpointed layer"
-            )
-        shape = [sizes[expression(s)] if isinstance(s, torch.SymInt) else s for s in found.shape]
-        with mode:
-            return torch.empty(shape, dtype=found.dtype, device=found.device)
-
-    def at_top(self, node: fx.Node) -> fx.Node:
-        """The node of the program's graph that runs a node of this one."""
-        return node if self.call is None or self.above is None else self.above.at_top(self.call)
-
-
-def placeholders_of(gm: fx.GraphModule) -> list[fx.Node]:
-    return list(gm.graph.find_nodes(op="placeholder"))
 
 
 @dataclasses.dataclass
@@ -137,7 +57,7 @@ class Site:
     scaling: fx.Node | None = None
 
 
-def find_sites(level: Level) -> Iterator[Site | Any]:
+def find_sites(level: Level) -> Iterator[Site]:
     calls: dict[str, list[fx.Node]] = {}
     nodes = outside_transforms(level.gm.graph)
     for node in nodes:
@@ -189,77 +109,118 @@ _PRODUCTS = (*_MATMULS, "bmm", "baddbmm", torch.baddbmm, torch.einsum, aten.bmm.
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
 
 
+@dataclasses.dataclass
+class _Chain:
+    """The nodes of a written-out attention from its end to its scores, peeled off one by one.
+
+    Attributes:
+        inner: what was peeled off. Nobody but the chain reads it.
+    """
+
+    level: Level
+    inner: list[fx.Node] = dataclasses.field(default_factory=list)
+
+    def step(self, node: Any) -> fx.Node | None:
+        """The node itself, if nobody but the chain reads it."""
+        if not isinstance(node, fx.Node) or len(node.users) != 1:
+            return None
+        self.inner.append(node)
+        return node
+
+    def softmax(self, weights: Any) -> fx.Node | None:
+        """The softmax behind the weights that the values are multiplied with, through casts."""
+        current = self.step(weights)
+        while current is not None and (current.target in _CASTS or is_identity_dropout(current)):
+            current = self.step(current.args[0])
+        is_softmax = current is not None and current.target in SOFTMAXES and _is_last_dim(current)
+        return current if is_softmax else None
+
+    def mask(self, masked: Any) -> tuple[fx.Node | None, Any] | None:
+        """The scores before a mask was added, and the mask, if there is one; None: two are added."""
+        mask = None
+        current = self.step(masked)
+        while current is not None and current.target in _ADDS and not current.kwargs:
+            left, right = current.args[:2]
+            scores_first = isinstance(left, fx.Node) and len(left.users) == 1
+            added, scores = (right, left) if scores_first else (left, right)
+            if not _is_nothing(self.level, current, added, scores):
+                if mask is not None:
+                    return None
+                mask = added
+            current = self.step(scores)
+        return current, mask
+
+    def softcap(self, current: fx.Node | None) -> tuple[fx.Node | None, float] | None:
+        """The scores before they were capped, and the cap; 0: they are not. None: capped in another way."""
+        is_capped = current is not None and bool(current.args) and _is_tanh(current.args[0])
+        factor = _factor(current) if is_capped else None
+        if current is None or factor is None:
+            return current, 0.0
+        tanh = self.step(current.args[0])
+        capped = self.step(tanh.args[0]) if tanh is not None else None
+        divisor = _factor(capped)
+        if divisor is None or capped is None or abs(divisor * factor - 1.0) > 1e-6:
+            return None
+        return self.step(capped.args[0]), factor
+
+    def scale(self, current: fx.Node | None) -> tuple[fx.Node | None, float, fx.Node | None]:
+        """The product of queries and keys, its scale, and the product with a number that the query takes over."""
+        scaling = current if current is not None and _is_scaling(current) else None
+        scale = 1.0 if scaling is not None else _factor(current)
+        # A causal kernel's NaN: torch 2.13 scales minus infinity, on a CPU.
+        if scale is not None and scale <= 0.0:
+            scaling, scale = current, 1.0
+        if scale is None or current is None:
+            return current, 1.0, scaling
+        return self.step(current.args[0]), scale, scaling
+
+
 def _eager(level: Level, node: fx.Node) -> Site | None:
     """``matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)``, in 4 dimensions."""
     if node.target not in _MATMULS or len(node.args) < 2:
         return None
-    inner: list[fx.Node] = []
-
-    def step(current: Any) -> fx.Node | None:
-        """The node itself, if nobody but the chain reads it."""
-        if not isinstance(current, fx.Node) or len(current.users) != 1:
-            return None
-        inner.append(current)
-        return current
-
-    current = step(node.args[0])
-    while current is not None and (current.target in _CASTS or is_identity_dropout(current)):
-        current = step(current.args[0])
-    if current is None or current.target not in SOFTMAXES or not _is_last_dim(current):
+    chain = _Chain(level)
+    softmax = chain.softmax(node.args[0])
+    unmasked = chain.mask(softmax.args[0]) if softmax is not None else None
+    uncapped = chain.softcap(unmasked[0]) if unmasked is not None else None
+    if unmasked is None or uncapped is None:
         return None
-    mask = None
-    current = step(current.args[0])
-    while current is not None and current.target in _ADDS and not current.kwargs:
-        left, right = current.args[:2]
-        scores_first = isinstance(left, fx.Node) and len(left.users) == 1
-        added, scores = (right, left) if scores_first else (left, right)
-        if not _is_nothing(level, current, added, scores):
-            if mask is not None:
-                return None
-            mask = added
-        current = step(scores)
-    softcap = 0.0
-    is_capped = current is not None and bool(current.args) and _is_tanh(current.args[0])
-    factor = _factor(current) if is_capped else None
-    if current is not None and factor is not None:
-        tanh = step(current.args[0])
-        capped = step(tanh.args[0]) if tanh is not None else None
-        divisor = _factor(capped)
-        if divisor is None or capped is None or abs(divisor * factor - 1.0) > 1e-6:
-            return None
-        softcap, current = factor, step(capped.args[0])
-    scaling = current if current is not None and _is_scaling(current) else None
-    scale = 1.0 if scaling is not None else _factor(current)
-    # A causal kernel's NaN: torch 2.13 scales minus infinity, on a CPU.
-    if scale is not None and scale <= 0.0:
-        scaling, scale = current, 1.0
-    if scale is not None and current is not None:
-        current = step(current.args[0])
-    if current is None or current.target not in _MATMULS:
-        return None
-    query, transposed = current.args[:2]
-    if not isinstance(transposed, fx.Node) or transposed.target not in ("transpose", torch.transpose):
-        return None
-    fakes = [tensor_value(x) for x in (query, transposed, node.args[1]) if isinstance(x, fx.Node)]
-    if {x % 4 for x in transposed.args[1:3] if isinstance(x, int)} != {2, 3}:
-        return None
-    if len(fakes) != 3 or any(fake is None or fake.ndim != 4 for fake in fakes):
+    mask, (current, softcap) = unmasked[1], uncapped
+    product, scale, scaling = chain.scale(current)
+    factors = _query_and_key(product)
+    if factors is None or not _have_heads(*product.args[:2], node.args[1]):  # type: ignore[union-attr]
         return None
     if mask is not None and not isinstance(mask, fx.Node):
         return None
     return Site(
         level,
         node,
-        query,  # type: ignore[arg-type]
-        transposed.args[0],  # type: ignore[arg-type]
+        *factors,
         node.args[1],  # type: ignore[arg-type]
         mask,
-        1.0 if scale is None else scale,
+        scale,
         softcap,
-        inner=tuple(inner),
+        inner=tuple(chain.inner),
         is_eager=True,
         scaling=scaling,
     )
+
+
+def _query_and_key(scores: fx.Node | None) -> tuple[Any, Any] | None:
+    """``q`` and ``k`` of ``matmul(q, k.transpose(2, 3))``."""
+    if scores is None or scores.target not in _MATMULS:
+        return None
+    query, transposed = scores.args[:2]
+    if not isinstance(transposed, fx.Node) or transposed.target not in ("transpose", torch.transpose):
+        return None
+    dims = {x % 4 for x in transposed.args[1:3] if isinstance(x, int)}
+    return (query, transposed.args[0]) if dims == {2, 3} else None
+
+
+def _have_heads(*operands: Any) -> bool:
+    """Whether all are tensors ``[B, H, S, D]``."""
+    fakes = [tensor_value(x) for x in operands if isinstance(x, fx.Node)]
+    return len(fakes) == len(operands) and all(fake is not None and fake.ndim == 4 for fake in fakes)
 
 
 def _is_scaling(node: fx.Node) -> bool:
@@ -334,16 +295,6 @@ def _factor(node: fx.Node | None) -> float | None:
     return None
 
 
-def number_of(found: Any) -> float | None:
-    """A Python number; of Dynamo's dynamic floats the value at capture, guarded."""
-    if isinstance(found, fx.Node):
-        found = value(found)
-    if isinstance(found, torch.SymFloat):
-        return float(found.node.guard_float("", 0))
-    is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
-    return float(found) if is_number else None
-
-
 def _is_tanh(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in (torch.tanh, "tanh", aten.tanh.default)
 
@@ -353,9 +304,49 @@ def _is_last_dim(node: fx.Node) -> bool:
     return dim in (-1, 3)
 
 
-def all_levels(level: Level) -> Iterator[Level]:
-    yield level
-    for node in level.gm.graph.nodes:
-        child = called_graph(level.gm, node)
-        if child is not None:
-            yield from all_levels(Level(child, node, level))
+def is_ours(site: Site) -> bool:
+    """Whether :mod:`mst_fx.ops.attention` runs the kernel that torch would run, and does better: on a GPU its
+    backward pass takes a few heads at a time, and no random state is kept for dropout that is none."""
+    query, value, out = map(tensor_value, (site.query, site.value, site.out))
+    if query is None or value is None or out is None:
+        return False
+    return is_fused(query, value, out.dtype)
+
+
+def is_grouped(site: Site) -> bool:
+    """Whether a kernel can take fewer heads of keys and values than the call has."""
+    return ungrouped(site) != (site.key, site.value)
+
+
+def ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before ``repeat_kv``, where a kernel takes grouped heads; otherwise as they are."""
+    key, values = _before_repeat(site.key), _before_repeat(site.value)
+    query, wide, out = map(tensor_value, (site.query, values, site.out))
+    if query is None or wide is None or out is None or not is_fused(query, wide, out.dtype):
+        return site.key, site.value
+    fakes = [tensor_value(key), tensor_value(values)]
+    if fakes[0] is None or fakes[1] is None or fakes[0].shape[1] != fakes[1].shape[1]:
+        return site.key, site.value
+    return key, values
+
+
+def _before_repeat(node: fx.Node) -> fx.Node:
+    """``x`` of ``x[:, :, None].expand(…).reshape(…)``; the node itself, if it is no such thing."""
+    expanded = _source(node, ("reshape", torch.reshape))
+    indexed = _source(expanded, ("expand", torch.Tensor.expand))
+    inner = _source(indexed, (operator.getitem,))
+    full = slice(None, None, None)
+    if indexed is None or inner is None or indexed.args[1] != (full, full, None, full, full):
+        return node
+    fake, out, wide = (tensor_value(n) for n in (inner, node, expanded))  # type: ignore[arg-type]
+    if fake is None or out is None or wide is None:
+        return node
+    heads = fake.shape[1] * wide.shape[2] == out.shape[1] and fake.ndim == 4 == out.ndim
+    rest = [fake.shape[i] for i in (0, 2, 3)] == [out.shape[i] for i in (0, 2, 3)]
+    return inner if heads and rest else node
+
+
+def _source(node: fx.Node | None, targets: tuple[Any, ...]) -> fx.Node | None:
+    """The first operand of a call of one of these."""
+    source = node.args[0] if node is not None and node.target in targets else None
+    return source if isinstance(source, fx.Node) else None

@@ -1,7 +1,7 @@
 """Attention with a mask that is never made.
 
 ``mst_fx::mask_reach(keys, queries, masks, …) -> reaches, starts``
-    once a step: for each mask the keys in reach of each chunk of queries (:func:`mst_fx.masks.formula.reach`), as a
+    once a step: for each mask the keys in reach of each chunk of queries (:func:`mst_fx.masks.reach.reach_of`), as a
     CPU tensor. All masks of a graph travel in one copy: one synchronisation a step.
 ``mst_fx::attention(query, key, value, keys, queries, reaches, starts, known, …) -> output, sums``
     takes one of torch's kernels where the mask turns out to be causal, all true, or a window within spans
@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mst_fx.graph.values import sum_dtype
-from mst_fx.masks.formula import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors, allowed, parse, reach
+from mst_fx.masks import formula, reach
+from mst_fx.masks.reach import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors
 from mst_fx.torch_api.attention import Dense, Spans, empty_output, is_fused
 from mst_fx.torch_api.inductor import outside_of_kernels
 
@@ -53,10 +54,11 @@ def mask_reach(
     """The rows of each mask's reach, int64 ``[masks, HEADER + chunks, 3]`` on the CPU, and its starts, int32
     ``[masks, B·Q + 1]`` on the vectors' device."""
     vectors = Vectors(keys, queries)
-    found = [reach(parse(m), vectors, q, k, chunk, f) for m, f in zip(masks, finite, strict=True)]
+    parsed = map(formula.parse, masks)
+    found = [reach.reach_of(m, vectors, q, k, chunk, f) for m, f in zip(parsed, finite, strict=True)]
     size = _batch(keys, queries) * q + 1
     starts = [F.pad(one.starts, (0, size - one.starts.numel())) for one in found]
-    return torch.stack([one.rows for one in found]).cpu(), torch.stack(starts)
+    return torch.stack([one.table for one in found]).cpu(), torch.stack(starts)
 
 
 def _batch(keys: list[Tensor], queries: list[Tensor]) -> Any:
@@ -81,7 +83,7 @@ def _(
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Some queries and the keys they are shown; ``kind`` as in :class:`mst_fx.masks.formula.Reach`."""
+    """Some queries and the keys they are shown; ``kind`` as in :class:`mst_fx.masks.reach.Reach`."""
 
     start: int
     end: int
@@ -201,7 +203,7 @@ class _Call:
             return None
         vectors, device = Vectors(self.keys, self.queries), self.query.device
         start, end, first, last = place.start, place.end, place.first, place.last
-        found = allowed(parse(self.mask), vectors, start, end, first, last, device)
+        found = reach.allowed(formula.parse(self.mask), vectors, start, end, first, last, device)
         found = found.expand(-1, end - start, last - first)[:, None]
         if self.fill == 0.0:
             return found
