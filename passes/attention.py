@@ -35,8 +35,12 @@ from mst_fx.chunk_rows import plan_attention
 from mst_fx.chunking import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import changes
+from mst_fx.graph.edit import add_call, eliminate_dead_code
 from mst_fx.graph.levels import Level, all_levels, placeholders_of
-from mst_fx.graph.values import add_call, hint, module_path, tensor_value
+from mst_fx.graph.names import module_path
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.values import tensor_value
+from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks import formula
 from mst_fx.masks.reach import CAUSAL
 from mst_fx.masks.sites import (
@@ -51,7 +55,6 @@ from mst_fx.masks.sites import (
 )
 from mst_fx.masks.understand import Understood, as_rows, understand
 from mst_fx.report import Rewrite
-from mst_fx.rows.analysis import eliminate_dead_code, expression, mutated_storages
 
 
 def run(context: PassContext) -> None:

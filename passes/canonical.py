@@ -19,16 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.graph.values import add_call, hint, is_known, module_path, sum_dtype, tensor_value
-from mst_fx.rows.analysis import (
-    Context,
-    contexts,
-    eliminate_dead_code,
-    in_context,
-    outside_transforms,
-    writes_in_place,
-)
-from mst_fx.rows.rules import is_same_size
+from mst_fx.graph.edit import add_call, eliminate_dead_code
+from mst_fx.graph.modes import Context, contexts, in_context, outside_transforms
+from mst_fx.graph.names import module_path
+from mst_fx.graph.sizes import hint, is_known, sum_dtype
+from mst_fx.graph.values import tensor_value
+from mst_fx.graph.writes import writes_in_place
+from mst_fx.rows.labels import is_same_size
 
 aten = torch.ops.aten
 

@@ -31,19 +31,13 @@ from torch import Tensor, fx
 
 from mst_fx.chunk_rows import plan_attention
 from mst_fx.errors import Refusal
+from mst_fx.graph.edit import add_call, copy_tree, eliminate_dead_code
+from mst_fx.graph.fill import call, fake_mode_of
 from mst_fx.graph.levels import Level, placeholders_of
-from mst_fx.graph.values import (
-    VALUE,
-    add_call,
-    call,
-    copy_tree,
-    fake_mode_of,
-    hint,
-    module_path,
-    storage_key,
-    tensor_value,
-    value,
-)
+from mst_fx.graph.names import module_path
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.values import VALUE, storage_key, tensor_value, value
+from mst_fx.graph.writes import mutated_storages, writes_in_place
 from mst_fx.masks import formula
 from mst_fx.masks.boolean import where_of
 from mst_fx.masks.formula import And, Compare, Constant, Holds, Mask, Not, Or
@@ -51,7 +45,6 @@ from mst_fx.masks.tensor import DeferredMask, MaskForm, MaskOutput, put_masks
 from mst_fx.masks.understand import GIVEN, Given, Read, as_rows, form_name, read_mask
 from mst_fx.options import Options
 from mst_fx.report import Rewrite
-from mst_fx.rows.analysis import eliminate_dead_code, expression, mutated_storages, writes_in_place
 from mst_fx.torch_api.inductor import real_tensors, returns_to_user
 
 log = logging.getLogger("mst_fx")

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from mst_fx.graph.values import SIXTEEN_BITS, VALUE, fake_mode_of, is_plain, tensor_value, tensors_of, value
+from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.sizes import SIXTEEN_BITS
+from mst_fx.graph.values import VALUE, is_plain, tensor_value, tensors_of, value
 
 aten = torch.ops.aten
 

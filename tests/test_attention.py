@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import mst_fx
-from mst_fx.graph.values import subgraphs, tensors_of
+from mst_fx.graph.subgraphs import subgraphs
+from mst_fx.graph.values import tensors_of
 from mst_fx.masks import formula
 from mst_fx.masks.formula import And, Compare, Constant, Holds, Mask, Not, Or
 from mst_fx.masks.reach import (

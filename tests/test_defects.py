@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import mst_fx.bodies.body
-from mst_fx.rows.analysis import Folder, RowGuards
+from mst_fx.rows.fold import Folder, RowGuards
 from mst_fx.torch_api.inductor import compile_body
 from tests.helpers import (
     SMALL_CHUNKS,

@@ -20,7 +20,9 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mst_fx.graph.values import called_graph, hint, is_plain, storage_key, tensors_of
+from mst_fx.graph.sizes import hint
+from mst_fx.graph.subgraphs import called_graph
+from mst_fx.graph.values import is_plain, storage_key, tensors_of
 from mst_fx.report import Memory
 
 # Operators by their exact names: functions, methods and ATen's operators without their overload or trailing "_".

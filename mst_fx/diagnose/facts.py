@@ -16,7 +16,9 @@ from torch._guards import CompileContext
 
 from mst_fx.diagnose.estimate import estimate_memory
 from mst_fx.errors import Cause
-from mst_fx.graph.values import called_graph, module_path, subgraphs, target_name, tensor_value, tensors_of
+from mst_fx.graph.names import module_path, target_name
+from mst_fx.graph.subgraphs import called_graph, subgraphs
+from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.report import Facts, Line, Report
 from mst_fx.torch_api.inductor import ending_of
 

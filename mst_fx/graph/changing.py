@@ -19,8 +19,8 @@ import sympy
 import torch
 from torch import fx
 
-from mst_fx.graph.values import hint, tensor_value
-from mst_fx.rows.analysis import expression
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.values import tensor_value
 from mst_fx.torch_api.inductor import guards_are_kept, promised_ranges
 
 _GATHERS = (torch.gather, torch.take_along_dim, "gather", "take_along_dim")

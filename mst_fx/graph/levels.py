@@ -10,8 +10,10 @@ import torch
 from torch import fx
 
 from mst_fx.errors import Refusal
-from mst_fx.graph.values import VALUE, called_graph, fake_mode_of, tensor_value, tensors_of, value
-from mst_fx.rows.analysis import expression
+from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.sizes import expression
+from mst_fx.graph.subgraphs import called_graph
+from mst_fx.graph.values import VALUE, tensor_value, tensors_of, value
 
 
 @dataclasses.dataclass(frozen=True)

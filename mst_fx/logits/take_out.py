@@ -17,10 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_fx.chunking import LOGITS_START
 from mst_fx.errors import Refusal
-from mst_fx.graph.values import VALUE, hint, is_graph, tensor_value, value
+from mst_fx.graph.modes import Context, contexts, outside_transforms
+from mst_fx.graph.sizes import expression, hint, static_sizes
+from mst_fx.graph.subgraphs import is_graph
+from mst_fx.graph.values import VALUE, tensor_value, value
 from mst_fx.logits.put_back import Deferral, Origin
 from mst_fx.ops.port import new_port
-from mst_fx.rows.analysis import Context, RowAnalysis, contexts, expression, outside_transforms, static_sizes
+from mst_fx.rows.analysis import RowAnalysis
 
 _Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their gradient, and its port
 

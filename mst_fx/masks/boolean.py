@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.levels import Level
+from mst_fx.graph.sizes import expression
 from mst_fx.graph.values import storage_key, tensor_value
 from mst_fx.masks.constants import fill_of, number_in, op_name
 from mst_fx.masks.reader import gives_heads, made_outside
-from mst_fx.rows.analysis import expression
 
 aten = torch.ops.aten
 

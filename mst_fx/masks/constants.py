@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from mst_fx.graph.values import call, hint, is_plain, storage_key, tensor_value, value
-from mst_fx.rows.analysis import writes_in_place
+from mst_fx.graph.fill import call
+from mst_fx.graph.sizes import hint
+from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
+from mst_fx.graph.writes import writes_in_place
 from mst_fx.torch_api.inductor import real_tensors
 
 

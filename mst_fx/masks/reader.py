@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
+from mst_fx.graph.sizes import expression
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.masks import formula
 from mst_fx.masks.constants import fill_of, op_name
 from mst_fx.masks.formula import TRUE, Compare, Constant, Holds, Mask
-from mst_fx.rows.analysis import expression
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from mst_fx.graph.edit import add_call
 from mst_fx.graph.levels import Level, all_levels, placeholders_of
-from mst_fx.graph.values import add_call, attribute, called_graph, hint, tensor_value, value
+from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.spelling import is_identity_dropout
+from mst_fx.graph.subgraphs import attribute, called_graph
+from mst_fx.graph.values import tensor_value, value
+from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks.constants import fill_of, number_of
-from mst_fx.rows.analysis import expression, is_identity_dropout, mutated_storages, outside_transforms
 from mst_fx.torch_api.attention import is_fused
 
 aten = torch.ops.aten

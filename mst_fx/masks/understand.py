@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.levels import Level, all_levels
-from mst_fx.graph.values import hint, tensor_value
+from mst_fx.graph.sizes import hint
+from mst_fx.graph.values import tensor_value
 from mst_fx.masks import formula, reach, sites
 from mst_fx.masks.boolean import boolean_mask
 from mst_fx.masks.constants import evaluated

@@ -21,17 +21,13 @@ from torch.utils._pytree import tree_leaves
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.effects import has_effects
 from mst_fx.graph.formula import Formula, the_one
-from mst_fx.graph.values import attribute, tensor_value, tensors_of, value
-from mst_fx.rows.analysis import (
-    Context,
-    Folder,
-    autocast_contexts,
-    check_guards,
-    contexts,
-    fold_rank,
-    writes_in_place,
-)
-from mst_fx.rows.rules import SUMMED, GradientTracer, Label, Row, RowTracer, is_same_size
+from mst_fx.graph.modes import Context, autocast_contexts, contexts
+from mst_fx.graph.subgraphs import attribute
+from mst_fx.graph.values import tensor_value, tensors_of, value
+from mst_fx.graph.writes import writes_in_place
+from mst_fx.rows.fold import Folder, check_guards, fold_rank
+from mst_fx.rows.labels import SUMMED, Label, Row, is_same_size
+from mst_fx.rows.tracer import GradientTracer, RowTracer
 
 # In an older form of the operator both graphs begin with an unused context, and only the first args, those marked in
 # the mask, have gradients.
