@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import mst_fx.ops.buffer  # noqa: F401  (registers the op)
 from mst_fx.graph.formula import without_op
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.torch_api.inductor import decompositions
