@@ -271,19 +271,22 @@ def _is_written(gm: fx.GraphModule, mask: fx.Node) -> bool:
     for node in gm.graph.nodes:
         if any(operand in readers for operand in node.all_input_nodes):
             readers.add(node)
-    writers = [
-        node for node in readers if node.op in ("call_function", "call_method") and writes_in_place(node)
-    ]
+    calls = [node for node in readers if node.op in ("call_function", "call_method")]
+    writers = {node for node in calls if writes_in_place(node)}
     if not any(operand in readers for node in writers for operand in node.all_input_nodes):
         return False
+    order = [node for node in gm.graph.nodes if node in readers and node is not mask and node.op != "output"]
+    return _write_to(mask, order, writers)
+
+
+def _write_to(mask: fx.Node, readers: Sequence[fx.Node], writers: set[fx.Node]) -> bool:
+    """Whether a writer is given the storage of the mask, in a run of what reads it, in order."""
     deferred = value(mask)
     assert deferred._form is not None
     with getattr(deferred, deferred._form.vectors[0]).fake_mode:
         env: dict[fx.Node, Any] = {mask: torch.empty(mask.meta[VALUE].shape, dtype=deferred.dtype)}
     storage = storage_key(env[mask])
-    for node in gm.graph.nodes:
-        if node not in readers or node is mask or node.op == "output":
-            continue
+    for node in readers:
         operands = [env.get(operand, value(operand)) for operand in node.all_input_nodes]
         tensors = [x for x in operands if isinstance(x, Tensor) and not isinstance(x, DeferredMask)]
         if node in writers and any(storage_key(x) in (storage, None) for x in tensors):

@@ -16,7 +16,7 @@ from mst_fx.masks import formula
 from mst_fx.masks.formula import And, Compare, Holds
 from mst_fx.masks.reach import CAUSAL, FULL, GENERAL, SPANS, Vectors, allowed
 from mst_fx.ops.attention import attention, mask_reach
-from mst_fx.ops.loop import scaled
+from mst_fx.ops.scaled import scaled
 from mst_fx.torch_api import attention as kernels
 from tests.helpers import compile_mst, kinds, relative_error, report_of, step, worst_error
 from tests.models import ACCEPTED, attention_batch, inputs_of
@@ -194,7 +194,7 @@ def test_attention(name: str, variant: str) -> None:
 
 
 CAUSAL_MASK = Compare("le", "k0", "q0", 0)
-MASKS = {
+MASKS: dict[str, formula.Mask] = {
     "causal": CAUSAL_MASK,
     "full": formula.TRUE,
     "window": And((CAUSAL_MASK, Compare("gt", "k0", "q0", -100))),

@@ -207,26 +207,29 @@ class Reader:
         if not isinstance(operand, fx.Node):
             raise Refusal(f"a mask compares with {operand!r}", Cause.MASK)
         node = self._resolve(operand)
-        if isinstance(value(node), torch.SymInt):
-            raise Refusal(f"a mask compares with the dynamic integer {node.name}", Cause.MASK)
-        fake = tensor_value(node)
-        if fake is None or fake.is_floating_point() or fake.is_complex():
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not an integer", Cause.MASK)
+        _check_integer(node)
         kind = self._kind(node)
-        name = op_name(node)
         if kind in ("keys", "queries"):
-            return self._shifted(node, name) or _Number(self._vector(node, kind))
-        if kind == "full" and name == "sub" and len(node.args) == 2:
+            return self._shifted(node, op_name(node)) or _Number(self._vector(node, kind))
+        found = self._of_both(node) if kind == "full" else None
+        if found is None:
+            raise self._not_understood(node)
+        return found
+
+    def _of_both(self, node: fx.Node) -> _Number | _Difference | None:
+        """A number for each query and key."""
+        name = op_name(node)
+        if name == "sub" and len(node.args) == 2:
             return self._difference(*node.args)
-        if kind == "full" and name == "abs":
+        if name == "abs":
             inner = self._number(node.args[0])
             if isinstance(inner, _Difference) and not inner.absolute and not inner.offset:
                 return dataclasses.replace(inner, absolute=True)
-        source = _passed_on(node) if kind == "full" else None
-        if source is not None:
-            with self._behind(node, source):
-                return self._number(source)
-        raise self._not_understood(node)
+        source = _passed_on(node)
+        if source is None:
+            return None
+        with self._behind(node, source):
+            return self._number(source)
 
     def _shifted(self, node: fx.Node, name: str) -> _Number | None:
         """A vector plus or minus a number that is known."""
@@ -282,6 +285,14 @@ _PASSING = {
     "view",
     "reshape",
 }
+
+
+def _check_integer(node: fx.Node) -> None:
+    if isinstance(value(node), torch.SymInt):
+        raise Refusal(f"a mask compares with the dynamic integer {node.name}", Cause.MASK)
+    fake = tensor_value(node)
+    if fake is None or fake.is_floating_point() or fake.is_complex():
+        raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not an integer", Cause.MASK)
 
 
 def _passed_on(node: fx.Node) -> fx.Node | None:

@@ -130,22 +130,28 @@ def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood |
     if site.causal:
         return Understood(site, NO_MASK, chunk, reach.native_table(CAUSAL), "causal")
     read = NO_MASK if site.mask is None else read_mask(site.mask, site.level, queries, keys, mutated)
-    table = read.table(queries, keys, chunk)
-    if table is None and read.formula == formula.TRUE:
-        if site.softcap:
-            raise Refusal(
-                f"{site.out.name}: capped scores without a mask, and the sequence is dynamic", Cause.SCORES
-            )
-        table = reach.native_table(FULL)
     given = _given(site, read, chunk)
-    if table is None and given is not None and given.table:
-        table = torch.tensor(given.table).view(-1, 3)
+    table = _table(site, read, (queries, keys), chunk, given)
     inside = [node for node in (*read.keys, *read.queries) if node.graph is not site.level.top.gm.graph]
     if inside and not _is_native(site, table):
         raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer", Cause.MASK)
     is_static = isinstance(queries, int) and isinstance(keys, int)
     form = form_name(read.formula, table, read.vectors if is_static else None, hint(queries))
     return Understood(site, read, chunk, table, form, given)
+
+
+def _table(site: Site, read: Read, sizes: tuple[Any, Any], chunk: int, given: Given | None) -> Tensor | None:
+    """The table of the mask's reach, if it is known before the graph runs."""
+    table = read.table(*sizes, chunk)
+    if table is None and read.formula == formula.TRUE:
+        if site.softcap:
+            raise Refusal(
+                f"{site.out.name}: capped scores without a mask, and the sequence is dynamic", Cause.SCORES
+            )
+        return reach.native_table(FULL)
+    if table is None and given is not None and given.table:
+        return torch.tensor(given.table).view(-1, 3)
+    return table
 
 
 def _check(site: Site) -> None:
