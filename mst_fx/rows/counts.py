@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from mst_fx.graph.sizes import hint, is_known
-from mst_fx.graph.spelling import MATRIX_PRODUCTS
+from mst_fx.graph.spelling import product_operands
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.fold import fold_rank
 
@@ -32,10 +32,7 @@ def products_of_unknown_rows(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _rows_at_matrix(node: fx.Node) -> Any:
-    places = MATRIX_PRODUCTS.get(node.target)
-    if places is None or len(node.args) <= max(places):
-        return None
-    source, matrix = (node.args[place] for place in places)
+    source, matrix = product_operands(node) or (None, None)
     if not isinstance(source, fx.Node) or not isinstance(matrix, fx.Node):
         return None
     rows, weight = tensor_value(source), tensor_value(matrix)
