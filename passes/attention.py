@@ -39,12 +39,12 @@ from mst_fx.graph.edit import add_call, eliminate_dead_code
 from mst_fx.graph.levels import Level, all_levels, placeholders_of
 from mst_fx.graph.names import module_path
 from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.spelling import SOFTMAXES, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks import formula
 from mst_fx.masks.reach import CAUSAL
 from mst_fx.masks.sites import (
-    SOFTMAXES,
     Site,
     find_sites,
     is_of_scores,
@@ -118,7 +118,7 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
             if node in claimed or not is_large(fake):
                 continue
             assert fake is not None
-            if node.target in SOFTMAXES and (fake.ndim == 4 or is_of_scores(node)):
+            if operation(node) in SOFTMAXES and (fake.ndim == 4 or is_of_scores(node)):
                 refused.add(name)
                 reason = f"{node.name}: softmax of scores, but no attention known here"
                 context.refuse("attention", name, reason, Cause.SCORES)
@@ -137,7 +137,7 @@ def _without_softmax(scores: fx.Node) -> bool:
     while stack:
         for user in stack.pop().users:
             fake = tensor_value(user)
-            if user.target in SOFTMAXES:
+            if operation(user) in SOFTMAXES:
                 return False
             is_weighing |= is_product(user)
             if fake is not None and user not in seen and expression(fake.numel()) == expression(size):
@@ -264,15 +264,7 @@ def _size_node(graph: fx.Graph, size: Any, vectors: Sequence[fx.Node]) -> Any:
 
 
 # What does not ask for contiguous values: a view would.
-_ANY_STRIDES = (
-    "transpose",
-    "permute",
-    "reshape",
-    "contiguous",
-    torch.transpose,
-    torch.permute,
-    torch.reshape,
-)
+_ANY_STRIDES = {"transpose", "permute", "reshape", "contiguous"}
 
 
 def _replace(
@@ -370,7 +362,7 @@ def _fused_call(understood: Understood, reaches: dict[Any, _ReachNodes]) -> fx.N
 def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:
     """``new``, or a contiguous copy of it where a user of ``old`` may count on that."""
     was, fake = tensor_value(old), tensor_value(new)
-    is_safe = all(user.target in _ANY_STRIDES for user in old.users)
+    is_safe = all(operation(user) in _ANY_STRIDES for user in old.users)
     if is_safe or was is None or fake is None or fake.is_contiguous() or not was.is_contiguous():
         return new
     return add_call(old.graph, "contiguous", new)

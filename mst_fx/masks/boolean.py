@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -12,8 +11,9 @@ from torch import Tensor, fx
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.levels import Level
 from mst_fx.graph.sizes import expression
+from mst_fx.graph.spelling import COPIES, EXPANDS, FLOAT_CASTS, operation
 from mst_fx.graph.values import storage_key, tensor_value
-from mst_fx.masks.constants import fill_of, number_in, op_name
+from mst_fx.masks.constants import fill_of, number_in, spelled
 from mst_fx.masks.reader import gives_heads, made_outside
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ def boolean_mask(
         node = step
         fake = tensor_value(node)
         if fake is not None and storage_key(fake) in mutated:
-            raise Refusal(f"{node.name} ({op_name(node)}), the mask, is written to in place", Cause.MASK)
+            raise Refusal(f"{node.name} ({spelled(node)}), the mask, is written to in place", Cause.MASK)
     if fill_of(node, mutated) == 0:
         return BooleanMask(None)
     other = _beside_zeros(node, level, mutated)
@@ -65,12 +65,12 @@ def boolean_mask(
     outside = made_outside(node, level.resolve, queries, keys)
     if outside is not None:
         raise Refusal(*outside)
-    raise Refusal(f"{node.name} ({op_name(node)}) makes the mask", Cause.MASK)
+    raise Refusal(f"{node.name} ({spelled(node)}) makes the mask", Cause.MASK)
 
 
 def _beside_zeros(node: fx.Node, level: Level, mutated: Collection[int]) -> fx.Node | None:
     """The mask that zeros were added to."""
-    if op_name(node) not in ("add", "iadd") or len(node.args) != 2 or node.kwargs:
+    if operation(node) != "add" or len(node.args) != 2 or node.kwargs:
         return None
     parts = [level.resolve(part) for part in node.args if isinstance(part, fx.Node)]
     others = [part for part in parts if fill_of(where_of(part, level), mutated) != 0]
@@ -92,7 +92,7 @@ def _chosen_by(node: fx.Node, mutated: Collection[int]) -> tuple[fx.Node, float]
 def _steps(node: fx.Node, level: Level | None) -> Iterator[fx.Node]:
     """A mask, and the nodes of which it is a cast or the whole, with more dimensions perhaps; back to the first."""
     yield node
-    while op_name(node) in _SAME or _is_whole_slice(node) or _adds_dimensions(node):
+    while operation(node) in _SAME or _is_whole_slice(node) or _adds_dimensions(node):
         node = node.args[0]  # type: ignore[assignment]
         node = node if level is None else level.resolve(node)
         yield node
@@ -104,26 +104,15 @@ def where_of(node: fx.Node, level: Level | None) -> fx.Node:
     return first
 
 
-_SAME = (
-    "to",
-    "_to_copy",
-    "contiguous",
-    "clone",
-    "detach",
-    "type",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-)
+_SAME = FLOAT_CASTS | COPIES
+_ADD_DIMENSIONS = {"getitem", "unsqueeze", "view", "reshape"}
 
 
 def _adds_dimensions(node: fx.Node) -> bool:
     """Whether a node is another with dimensions of size 1 in front (``x[None, None]``, ``x.unsqueeze(0)``), or
     for heads (``x[:, None]``), or that expanded."""
-    name = op_name(node)
-    if name not in ("getitem", "unsqueeze", "expand", "expand_as", "broadcast_to", "view", "reshape"):
+    name = operation(node)
+    if name not in EXPANDS | _ADD_DIMENSIONS:
         return False
     source = node.args[0] if node.args else None
     fake, inner = tensor_value(node), tensor_value(source) if isinstance(source, fx.Node) else None
@@ -133,13 +122,13 @@ def _adds_dimensions(node: fx.Node) -> bool:
         return True
     sizes, wanted = _sizes(fake), _sizes(inner)
     wanted = [1] * (len(sizes) - len(wanted)) + wanted
-    if name in ("view", "reshape", "getitem", "unsqueeze"):
+    if name in _ADD_DIMENSIONS:
         return sizes == wanted
     return all(a == b or b == 1 for a, b in zip(sizes, wanted, strict=True)) and sizes[-2:] == wanted[-2:]
 
 
 def _is_whole_slice(node: fx.Node) -> bool:
-    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+    if operation(node) != "getitem" or not isinstance(node.args[0], fx.Node):
         return False
     fake, source = tensor_value(node), tensor_value(node.args[0])
     return fake is not None and source is not None and _sizes(fake) == _sizes(source)

@@ -11,13 +11,14 @@ from torch.utils._pytree import tree_map_only
 
 from mst_fx.graph.fill import call
 from mst_fx.graph.sizes import hint
+from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.torch_api.inductor import real_tensors
 
 
-def op_name(node: fx.Node) -> str:
-    """The bare name of what a node calls: ``and_`` for ``operator.and_`` and for ``aten.and_``."""
+def spelled(node: fx.Node) -> str:
+    """How a node's call is spelled, for people: ``and_`` for ``operator.and_`` and for ``aten.and_``."""
     target = node.target
     if node.op in ("placeholder", "get_attr", "output"):
         return node.op
@@ -33,7 +34,7 @@ _FILLS = {"ones": 1, "ones_like": 1, "new_ones": 1, "zeros": 0, "zeros_like": 0,
 
 def fill_of(node: fx.Node, mutated: Collection[int] = ()) -> float | bool | None:
     """The number that all elements of a node are: ``x.new_zeros(shape)``, ``full(shape, True)``."""
-    name, fake = op_name(node), tensor_value(node)
+    name, fake = operation(node), tensor_value(node)
     if node.op not in ("call_function", "call_method") or any(map(writes_in_place, node.users)):
         return None
     if fake is None or not is_plain(fake) or storage_key(fake) in mutated:
@@ -94,7 +95,7 @@ def evaluated(node: fx.Node, known: dict[fx.Node, Any], limit: int) -> Any:
 def _may_be_constant(node: fx.Node, limit: int) -> bool:
     fake = tensor_value(node)
     # Named one by one: a random number is no constant, and neither is what somebody writes to.
-    is_known = node.op in ("call_function", "call_method") and op_name(node) in _CONSTANT
+    is_known = operation(node) in _CONSTANT and not writes_in_place(node)
     is_large = fake is not None and hint(fake.numel()) > limit
     is_symbolic = isinstance(value(node), torch.SymInt)
     return is_known and not is_large and not is_symbolic and not any(map(writes_in_place, node.users))
@@ -102,8 +103,8 @@ def _may_be_constant(node: fx.Node, limit: int) -> bool:
 
 _NAMES_OF_CONSTANTS = """
     arange zeros ones full new_zeros new_ones new_full zeros_like ones_like tensor
-    add sub mul floordiv floor_divide remainder mod neg abs clamp diff cumsum
-    eq ne le lt ge gt and_ or_ invert logical_and logical_or logical_not where
+    add sub mul floor_divide remainder neg abs clamp diff cumsum
+    eq ne le lt ge gt bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not where
     getitem unsqueeze squeeze expand view reshape flatten contiguous clone cat repeat repeat_interleave
     to bool int long float type size
 """

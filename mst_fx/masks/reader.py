@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.sizes import expression
+from mst_fx.graph.spelling import CASTS, COPIES, EXPANDS, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.masks import formula
-from mst_fx.masks.constants import fill_of, op_name
+from mst_fx.masks.constants import fill_of, spelled
 from mst_fx.masks.formula import TRUE, Compare, Constant, Holds, Mask
 
 
@@ -77,7 +77,7 @@ class Reader:
         node = self._resolve(node)
         fake = tensor_value(node)
         if fake is None or fake.dtype != torch.bool:
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not Boolean", Cause.MASK)
+            raise Refusal(f"{node.name} ({spelled(node)}) in the mask is not Boolean", Cause.MASK)
         if fill_of(node, self._mutated) is not None:
             return Constant(bool(fill_of(node)))
         kind = self._kind(node)
@@ -97,28 +97,28 @@ class Reader:
                 return self.read(source)
         if kind == "number":
             raise Refusal(
-                f"{node.name} ({op_name(node)}) in the mask has neither keys nor queries", Cause.MASK
+                f"{node.name} ({spelled(node)}) in the mask has neither keys nor queries", Cause.MASK
             )
         raise self._not_understood(node)
 
     def _combined(self, node: fx.Node) -> Mask | None:
         """The formula of a node that combines masks, or compares; None for others."""
-        name, count = op_name(node), len(node.args)
+        name, count = operation(node), len(node.args)
         if name in _AND and count == 2:
             return formula.both([self._part(part) for part in node.args])
         if name in _OR and count == 2:
             return formula.either([self._part(part) for part in node.args])
         if name in _NOT and count == 1:
             return formula.negated(self._part(node.args[0]))
-        if name in _COMPARISONS and count == 2:
-            return self._compare(_COMPARISONS[name], *node.args)
+        if name in formula.COMPARE and count == 2:
+            return self._compare(name, *node.args)
         return None
 
     def _not_understood(self, node: fx.Node) -> Refusal:
         outside = made_outside(node, self._resolve, self.queries, self.keys)
         if outside is not None:
             return Refusal(*outside)
-        return Refusal(f"{node.name} ({op_name(node)}) in the mask is not understood", Cause.MASK)
+        return Refusal(f"{node.name} ({spelled(node)}) in the mask is not understood", Cause.MASK)
 
     def _part(self, operand: Any) -> Mask:
         if isinstance(operand, bool):
@@ -141,21 +141,21 @@ class Reader:
         """Which of Q and K a value varies with: "full", "keys", "queries" or "number"."""
         fake = tensor_value(node)
         if fake is None:
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not a tensor", Cause.MASK)
+            raise Refusal(f"{node.name} ({spelled(node)}) in the mask is not a tensor", Cause.MASK)
         if not is_plain(fake):
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is no plain tensor", Cause.NOT_PLAIN)
+            raise Refusal(f"{node.name} ({spelled(node)}) in the mask is no plain tensor", Cause.NOT_PLAIN)
         if storage_key(fake) in self._mutated:
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask is written to in place", Cause.MASK)
+            raise Refusal(f"{node.name} ({spelled(node)}) in the mask is written to in place", Cause.MASK)
         sizes = [1] * (4 - fake.ndim) + list(fake.shape)
         if self._batch_first and fake.ndim == 3:
             sizes = [fake.shape[0], 1, *fake.shape[1:]]
         if fake.ndim > 4 or not _is_one(sizes[1]):
-            raise Refusal(f"{node.name} ({op_name(node)}) in the mask differs between heads", Cause.MASK)
+            raise Refusal(f"{node.name} ({spelled(node)}) in the mask differs between heads", Cause.MASK)
         rows, columns = sizes[2], sizes[3]
         if _is_one(rows) and _is_one(columns):
             if not _is_one(sizes[0]):
                 raise Refusal(
-                    f"{node.name} ({op_name(node)}) in the mask is one number a sequence", Cause.MASK
+                    f"{node.name} ({spelled(node)}) in the mask is one number a sequence", Cause.MASK
                 )
             return "number"
         if _is_one(rows) and _same(columns, self.keys):
@@ -165,7 +165,7 @@ class Reader:
         if _same(rows, self.queries) and _same(columns, self.keys):
             return "full"
         raise Refusal(
-            f"{node.name} ({op_name(node)}) in the mask has the shape {tuple(fake.shape)}", Cause.MASK
+            f"{node.name} ({spelled(node)}) in the mask has the shape {tuple(fake.shape)}", Cause.MASK
         )
 
     def _vector(self, node: fx.Node, kind: str) -> str:
@@ -210,7 +210,7 @@ class Reader:
         _check_integer(node)
         kind = self._kind(node)
         if kind in ("keys", "queries"):
-            return self._shifted(node, op_name(node)) or _Number(self._vector(node, kind))
+            return self._shifted(node, operation(node)) or _Number(self._vector(node, kind))
         found = self._of_both(node) if kind == "full" else None
         if found is None:
             raise self._not_understood(node)
@@ -218,7 +218,7 @@ class Reader:
 
     def _of_both(self, node: fx.Node) -> _Number | _Difference | None:
         """A number for each query and key."""
-        name = op_name(node)
+        name = operation(node)
         if name == "sub" and len(node.args) == 2:
             return self._difference(*node.args)
         if name == "abs":
@@ -255,36 +255,11 @@ class Reader:
         raise Refusal("a mask subtracts something else than keys and queries", Cause.MASK)
 
 
-_AND = {"and_", "__and__", "bitwise_and", "logical_and", "mul"}
-_OR = {"or_", "__or__", "bitwise_or", "logical_or"}
-_NOT = {"invert", "inv", "not_", "logical_not", "bitwise_not", "__invert__", "~"}
-_COMPARISONS = {
-    **{name: name for name in formula.COMPARE},
-    "less_equal": "le",
-    "less": "lt",
-    "greater_equal": "ge",
-    "greater": "gt",
-    "not_equal": "ne",
-    **{f"__{name}__": name for name in formula.COMPARE},
-}
+_AND = {"bitwise_and", "logical_and", "mul"}
+_OR = {"bitwise_or", "logical_or"}
+_NOT = {"bitwise_not", "logical_not", "not_"}
 # Ops that leave the values alone; the result's shape says whether keys and queries stay in place.
-_PASSING = {
-    "to",
-    "bool",
-    "_to_copy",
-    "expand",
-    "expand_as",
-    "contiguous",
-    "clone",
-    "detach",
-    "unsqueeze",
-    "type",
-    "broadcast_to",
-    "long",
-    "int",
-    "view",
-    "reshape",
-}
+_PASSING = CASTS | COPIES | EXPANDS | {"unsqueeze", "view", "reshape"}
 
 
 def _check_integer(node: fx.Node) -> None:
@@ -292,20 +267,20 @@ def _check_integer(node: fx.Node) -> None:
         raise Refusal(f"a mask compares with the dynamic integer {node.name}", Cause.MASK)
     fake = tensor_value(node)
     if fake is None or fake.is_floating_point() or fake.is_complex():
-        raise Refusal(f"{node.name} ({op_name(node)}) in the mask is not an integer", Cause.MASK)
+        raise Refusal(f"{node.name} ({spelled(node)}) in the mask is not an integer", Cause.MASK)
 
 
 def _passed_on(node: fx.Node) -> fx.Node | None:
     """The node whose values a node has, with other dimensions or of another type perhaps; None: it has others."""
     source = node.args[0] if node.args else None
-    is_same = op_name(node) in _PASSING or _keeps_all(node)
+    is_same = operation(node) in _PASSING or _keeps_all(node)
     return source if is_same and isinstance(source, fx.Node) else None
 
 
 def _keeps_all(node: fx.Node) -> bool:
     """Whether an index only adds dimensions (``mask[None, None]``, ``mask[:, :, :, :K]`` of K keys)."""
     source = node.args[0] if node.args else None
-    if node.target is not operator.getitem or not isinstance(source, fx.Node):
+    if operation(node) != "getitem" or not isinstance(source, fx.Node):
         return False
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     fake, out = tensor_value(source), tensor_value(node)
@@ -322,7 +297,7 @@ def gives_heads(node: fx.Node, source: fx.Node) -> bool:
     if fake is None or inner is None or (fake.ndim, inner.ndim) != (4, 3) or not _is_one(fake.shape[1]):
         return False
     is_kept = all(_same(fake.shape[to], inner.shape[at]) for to, at in ((0, 0), (2, 1), (3, 2)))
-    return is_kept and op_name(node) in ("getitem", "unsqueeze", "view", "reshape")
+    return is_kept and operation(node) in ("getitem", "unsqueeze", "view", "reshape")
 
 
 def made_outside(

@@ -9,28 +9,31 @@ A :class:`Site` is one attention, in a graph or in the :class:`~mst_fx.graph.lev
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.levels import Level, all_levels, placeholders_of
 from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression, hint
-from mst_fx.graph.spelling import is_identity_dropout
+from mst_fx.graph.spelling import (
+    ATTENTION,
+    FLOAT_CASTS,
+    MATMULS,
+    SOFTMAXES,
+    argument,
+    is_identity_dropout,
+    operation,
+)
 from mst_fx.graph.subgraphs import attribute, called_graph
 from mst_fx.graph.values import tensor_value, value
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks.constants import fill_of, number_of
 from mst_fx.torch_api.attention import is_fused
-
-aten = torch.ops.aten
-
-_SDPA = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 
 
 @dataclasses.dataclass
@@ -62,6 +65,10 @@ class Site:
     scaling: fx.Node | None = None
 
 
+# Higher-order operators, each with the graph of a checkpointed layer.
+_CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+
+
 def find_sites(level: Level) -> Iterator[Site]:
     calls: dict[str, list[fx.Node]] = {}
     nodes = outside_transforms(level.gm.graph)
@@ -71,47 +78,39 @@ def find_sites(level: Level) -> Iterator[Site]:
     for name, callers in calls.items():
         body = attribute(level.gm, name)
         is_plain = len(callers) == 1 and len(placeholders_of(body)) == len(callers[0].args) - 1
-        if is_plain and "checkpoint" in str(callers[0].target):
+        if is_plain and target_name(callers[0]) in _CHECKPOINTS:
             yield from find_sites(Level(body, callers[0], level))
     for node in nodes:
-        site = _fused(level, node) if node.target in _SDPA else _eager(level, node)
+        site = _fused(level, node) if operation(node) in ATTENTION else _eager(level, node)
         if site is not None:
             yield site
 
 
-_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-
-
 def _fused(level: Level, node: fx.Node) -> Site | None:
-    given: dict[str, Any] = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-    query, key, values = given["query"], given["key"], given["value"]
-    if not all(isinstance(x, fx.Node) for x in (query, key, values)) or isinstance(
-        given.get("is_causal"), fx.Node
-    ):
+    query, key, values = (argument(node, name) for name in ("query", "key", "value"))
+    is_causal, scale = argument(node, "is_causal", False), argument(node, "scale")
+    if not all(isinstance(x, fx.Node) for x in (query, key, values)) or isinstance(is_causal, fx.Node):
         return None
-    fake = tensor_value(query)
+    fake, dropout = tensor_value(query), number_of(argument(node, "dropout_p", 0.0))
     assert fake is not None
-    scale, dropout = given.get("scale"), number_of(given.get("dropout_p", 0.0))
     scale = hint(fake.shape[-1]) ** -0.5 if scale is None else number_of(scale)
     if scale is None:
         return None
+    mask = argument(node, "attn_mask")
     return Site(
         level,
         node,
         query,
         key,
         values,
-        given.get("attn_mask"),
+        mask,
         scale,
-        causal=bool(given.get("is_causal")),
+        causal=bool(is_causal),
         dropout=1.0 if dropout is None else dropout,
     )
 
 
-_MATMULS = (torch.matmul, operator.matmul, "matmul", torch.bmm, aten.matmul.default)
-SOFTMAXES = (F.softmax, torch.softmax, "softmax", aten.softmax.int)
-_PRODUCTS = (*_MATMULS, "bmm", "baddbmm", torch.baddbmm, torch.einsum, aten.bmm.default, aten.baddbmm.default)
-_CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
+_PRODUCTS = MATMULS | {"baddbmm", "einsum"}
 
 
 @dataclasses.dataclass
@@ -135,16 +134,16 @@ class _Chain:
     def softmax(self, weights: Any) -> fx.Node | None:
         """The softmax behind the weights that the values are multiplied with, through casts."""
         current = self.step(weights)
-        while current is not None and (current.target in _CASTS or is_identity_dropout(current)):
+        while current is not None and (operation(current) in FLOAT_CASTS or is_identity_dropout(current)):
             current = self.step(current.args[0])
-        is_softmax = current is not None and current.target in SOFTMAXES and _is_last_dim(current)
+        is_softmax = current is not None and operation(current) in SOFTMAXES and _is_last_dim(current)
         return current if is_softmax else None
 
     def mask(self, masked: Any) -> tuple[fx.Node | None, Any] | None:
         """The scores before a mask was added, and the mask, if there is one; None: two are added."""
         mask = None
         current = self.step(masked)
-        while current is not None and current.target in _ADDS and not current.kwargs:
+        while current is not None and operation(current) == "add" and not current.kwargs:
             left, right = current.args[:2]
             scores_first = isinstance(left, fx.Node) and len(left.users) == 1
             added, scores = (right, left) if scores_first else (left, right)
@@ -182,7 +181,7 @@ class _Chain:
 
 def _eager(level: Level, node: fx.Node) -> Site | None:
     """``matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)``, in 4 dimensions."""
-    if node.target not in _MATMULS or len(node.args) < 2:
+    if operation(node) not in MATMULS or len(node.args) < 2:
         return None
     chain = _Chain(level)
     softmax = chain.softmax(node.args[0])
@@ -213,10 +212,10 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
 
 def _query_and_key(scores: fx.Node | None) -> tuple[Any, Any] | None:
     """``q`` and ``k`` of ``matmul(q, k.transpose(2, 3))``."""
-    if scores is None or scores.target not in _MATMULS:
+    if scores is None or operation(scores) not in MATMULS:
         return None
     query, transposed = scores.args[:2]
-    if not isinstance(transposed, fx.Node) or transposed.target not in ("transpose", torch.transpose):
+    if not isinstance(transposed, fx.Node) or operation(transposed) != "transpose":
         return None
     dims = {x % 4 for x in transposed.args[1:3] if isinstance(x, int)}
     return (query, transposed.args[0]) if dims == {2, 3} else None
@@ -231,7 +230,7 @@ def _have_heads(*operands: Any) -> bool:
 def _is_scaling(node: fx.Node) -> bool:
     """Whether a node is ``x * c`` or ``x / c`` with a number that changes: no value of it may be written down."""
     number = value(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], fx.Node) else None
-    is_scaled = node.target in (*_SCALES, *_QUOTIENTS)
+    is_scaled = operation(node) in ("mul", "div") and not node.kwargs
     return is_scaled and isinstance(number, torch.SymFloat) and not number.node.expr.is_number
 
 
@@ -239,15 +238,8 @@ def scaled_query(site: Site, query: fx.Node) -> fx.Node:
     """The query of a site, times the number that scaled its scores; at the graph's insertion point."""
     if site.scaling is None:
         return query
-    target = torch.mul if site.scaling.target in _SCALES else torch.div
+    target = torch.mul if operation(site.scaling) == "mul" else torch.div
     return add_call(site.level.gm.graph, target, query, site.scaling.args[1])
-
-
-_SCALES = (torch.mul, operator.mul, "mul", operator.imul)
-_QUOTIENTS = (torch.div, operator.truediv, "div", operator.itruediv)
-
-
-_ADDS = (torch.add, operator.add, "add", operator.iadd)
 
 
 def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any) -> bool:
@@ -265,8 +257,7 @@ def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any) -> bool:
 
 def is_product(node: fx.Node) -> bool:
     """Whether a node multiplies matrices, or stacks of them."""
-    name = getattr(node.target, "__name__", str(node.target))
-    return node.target in _PRODUCTS or name in ("bmm", "baddbmm", "einsum")
+    return operation(node) in _PRODUCTS
 
 
 def is_of_scores(node: fx.Node) -> bool:
@@ -290,23 +281,22 @@ def is_of_scores(node: fx.Node) -> bool:
 
 def _factor(node: fx.Node | None) -> float | None:
     """``c`` of ``x * c`` and ``1 / c`` of ``x / c``."""
-    if node is None or len(node.args) != 2:
+    if node is None or len(node.args) != 2 or node.kwargs:
         return None
-    if node.target in _SCALES:
+    if operation(node) == "mul":
         return number_of(node.args[1])
-    if node.target in _QUOTIENTS:
+    if operation(node) == "div":
         divisor = number_of(node.args[1])
         return None if not divisor else 1.0 / divisor
     return None
 
 
 def _is_tanh(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in (torch.tanh, "tanh", aten.tanh.default)
+    return isinstance(node, fx.Node) and operation(node) == "tanh"
 
 
 def _is_last_dim(node: fx.Node) -> bool:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return dim in (-1, 3)
+    return argument(node, "dim") in (-1, 3)
 
 
 def is_ours(site: Site) -> bool:
@@ -337,9 +327,9 @@ def ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:
 
 def _before_repeat(node: fx.Node) -> fx.Node:
     """``x`` of ``x[:, :, None].expand(…).reshape(…)``; the node itself, if it is no such thing."""
-    expanded = _source(node, ("reshape", torch.reshape))
-    indexed = _source(expanded, ("expand", torch.Tensor.expand))
-    inner = _source(indexed, (operator.getitem,))
+    expanded = _source(node, "reshape")
+    indexed = _source(expanded, "expand")
+    inner = _source(indexed, "getitem")
     full = slice(None, None, None)
     if indexed is None or inner is None or indexed.args[1] != (full, full, None, full, full):
         return node
@@ -351,7 +341,7 @@ def _before_repeat(node: fx.Node) -> fx.Node:
     return inner if heads and rest else node
 
 
-def _source(node: fx.Node | None, targets: tuple[Any, ...]) -> fx.Node | None:
-    """The first operand of a call of one of these."""
-    source = node.args[0] if node is not None and node.target in targets else None
+def _source(node: fx.Node | None, name: str) -> fx.Node | None:
+    """The first operand of an operation."""
+    source = node.args[0] if node is not None and operation(node) == name else None
     return source if isinstance(source, fx.Node) else None
