@@ -574,6 +574,38 @@ def test_masks_written_in_place_are_refused() -> None:
     assert not check(Attention(mask), (x,), options=OPTIONS).rewrites
 
 
+def _shifted_through_a_view(k: Tensor, q: Tensor) -> Tensor:
+    place = torch.arange(SEQ)
+    place.view(-1).sub_(9)
+    return (k <= q) | (place[None, :] * 1 < 0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda k, q: torch.sub(k, q, alpha=2) <= 0,
+        lambda k, q: (k - q).bool() < 1,
+        lambda k, q: (q - k).to(torch.uint8) < 5,
+        _shifted_through_a_view,
+    ],
+)
+def test_numbers_that_are_others_are_not_read(mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Differences with a factor or after a cast that changes them, and constants that are written to through a view."""
+    x = torch.randn(1, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    check(Attention(mask), (x,), options=OPTIONS)
+
+
+def test_a_scale_that_rounds_is_none() -> None:
+    class Rounded(WrittenOut):
+        def forward(self, x: Tensor) -> Any:
+            query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+            scores = torch.div(query @ key.transpose(2, 3), 0.5, rounding_mode="floor")
+            return scores.softmax(-1) @ value
+
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    assert not check(Rounded(), (x,), options=OPTIONS).rewrites
+
+
 def test_short_sequences_are_left_alone() -> None:
     x = torch.randn(1, CHUNK, 16, dtype=torch.float64)
     report = report_of(Attention(lambda k, q: k <= q), OPTIONS, x)

@@ -82,8 +82,8 @@ def _chosen_by(node: fx.Node, mutated: Collection[int]) -> tuple[fx.Node, float]
     if node.target not in (torch.where, aten.where.self) or len(node.args) != 3:
         return None
     mask, zero, masked = node.args
-    fill = number_in(masked)
-    is_zero = number_in(zero) == 0 or (isinstance(zero, fx.Node) and fill_of(zero, mutated) == 0)
+    fill = number_in(masked, mutated)
+    is_zero = number_in(zero, mutated) == 0 or (isinstance(zero, fx.Node) and fill_of(zero, mutated) == 0)
     if not isinstance(mask, fx.Node) or not is_zero or fill is None or fill >= -1e4:
         return None
     return mask, 0.0 if fill == float("-inf") else fill

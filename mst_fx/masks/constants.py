@@ -58,26 +58,27 @@ def number_of(found: Any) -> float | None:
     return float(found) if is_number else None
 
 
-def number_in(found: Any) -> float | None:
+def number_in(found: Any, mutated: Collection[int]) -> float | None:
     """:func:`number_of`, of tensors of one element that are constant too."""
     if not isinstance(found, fx.Node):
         return number_of(found)
-    known = evaluated(found, {}, 1)
+    known = evaluated(found, {}, 1, mutated)
     return float(known) if isinstance(known, Tensor) and known.numel() == 1 else None
 
 
-def evaluated(node: fx.Node, known: dict[fx.Node, Any], limit: int) -> Any:
+def evaluated(node: fx.Node, known: dict[fx.Node, Any], limit: int, mutated: Collection[int]) -> Any:
     """The value of a node on the CPU; None if it depends on an input, or is larger than ``limit`` elements.
 
     Args:
         known: what was asked before; is added to.
+        mutated: storages that something writes to: what they hold depends on when it is read.
     """
     if node in known:
         return known[node]
     known[node] = None
-    if not _may_be_constant(node, limit):
+    if not _may_be_constant(node, limit, mutated):
         return None
-    operands = {operand: evaluated(operand, known, limit) for operand in node.all_input_nodes}
+    operands = {operand: evaluated(operand, known, limit, mutated) for operand in node.all_input_nodes}
     if any(found is None for found in operands.values()):
         return None
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
@@ -92,13 +93,15 @@ def evaluated(node: fx.Node, known: dict[fx.Node, Any], limit: int) -> Any:
     return known[node]
 
 
-def _may_be_constant(node: fx.Node, limit: int) -> bool:
+def _may_be_constant(node: fx.Node, limit: int, mutated: Collection[int]) -> bool:
     fake = tensor_value(node)
     # Named one by one: a random number is no constant, and neither is what somebody writes to.
     is_known = operation(node) in _CONSTANT and not writes_in_place(node)
     is_large = fake is not None and hint(fake.numel()) > limit
     is_symbolic = isinstance(value(node), torch.SymInt)
-    return is_known and not is_large and not is_symbolic and not any(map(writes_in_place, node.users))
+    is_written = fake is not None and storage_key(fake) in mutated  # through a view of it, perhaps
+    is_fixed = not is_written and not any(map(writes_in_place, node.users))
+    return is_known and is_fixed and not is_large and not is_symbolic
 
 
 _NAMES_OF_CONSTANTS = """

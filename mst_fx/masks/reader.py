@@ -219,14 +219,15 @@ class Reader:
     def _of_both(self, node: fx.Node) -> _Number | _Difference | None:
         """A number for each query and key."""
         name = operation(node)
-        if name == "sub" and len(node.args) == 2:
+        if name == "sub" and len(node.args) == 2 and not node.kwargs:  # alpha
             return self._difference(*node.args)
         if name == "abs":
             inner = self._number(node.args[0])
             if isinstance(inner, _Difference) and not inner.absolute and not inner.offset:
                 return dataclasses.replace(inner, absolute=True)
         source = _passed_on(node)
-        if source is None:
+        fake = tensor_value(node)
+        if source is None or fake is None or fake.dtype not in _WIDE_INTEGERS:
             return None
         with self._behind(node, source):
             return self._number(source)
@@ -260,6 +261,10 @@ _OR = {"bitwise_or", "logical_or"}
 _NOT = {"bitwise_not", "logical_not", "not_"}
 # Ops that leave the values alone; the result's shape says whether keys and queries stay in place.
 _PASSING = CASTS | COPIES | EXPANDS | {"unsqueeze", "view", "reshape"}
+
+
+# Of others a cast may change the values.
+_WIDE_INTEGERS = (torch.int32, torch.int64)
 
 
 def _check_integer(node: fx.Node) -> None:

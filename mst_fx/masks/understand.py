@@ -217,7 +217,7 @@ def read_mask(node: fx.Node, level: Level, queries: Any, keys: Any, mutated: Col
     limit = 64 * (hint(queries) + hint(keys))
 
     def constant(node: fx.Node) -> Any:
-        return evaluated(node, known, limit)
+        return evaluated(node, known, limit, mutated)
 
     boolean = boolean_mask(node, level, queries, keys, mutated)
     reader = Reader(queries, keys, level.resolve, constant, mutated, boolean.batch_first)
