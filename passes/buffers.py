@@ -11,7 +11,7 @@ Before::
 
 After::
 
-    cos = mst_fx.kept(emb.cos())             # :mod:`mst_fx.ops.buffer`
+    cos = mst_fx.buffer(emb.cos())           # :mod:`mst_fx.ops.buffer`
 
 Left alone: values that need a gradient, that somebody writes to, or that are read less than ``_LEAST_READS`` times.
 """
@@ -44,7 +44,7 @@ def keep_waves(graph: fx.Graph) -> None:
         if _reads(node, hint(fake.numel())) < _LEAST_READS or any(map(writes_in_place, node.users)):
             continue
         with graph.inserting_after(node):
-            new = add_call(graph, torch.ops.mst_fx.kept.default, node)
+            new = add_call(graph, torch.ops.mst_fx.buffer.default, node)
         node.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
 
 

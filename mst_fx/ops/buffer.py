@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("mst_fx::kept", mutates_args=())
-def kept(x: Tensor) -> Tensor:
+@torch.library.custom_op("mst_fx::buffer", mutates_args=())
+def buffer(x: Tensor) -> Tensor:
     """``x``, as a buffer of its own."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@kept.register_fake
+@buffer.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
