@@ -397,12 +397,14 @@ def test_a_view_of_the_output_still_works() -> None:
     assert _forms(check(Viewed(), (x,), options=OPTIONS)) == ["full"]
 
 
-@pytest.mark.parametrize("how", ["alpha", "types"])
+@pytest.mark.parametrize("how", ["alpha", "types", "in place"])
 def test_attention_written_out_otherwise_is_left_alone(how: str) -> None:
     class Other(WrittenOut):
         def forward(self, x: Tensor) -> Any:
             query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
-            scores = query @ key.transpose(2, 3)
+            scores = query @ (key.clone().transpose_(2, 3) if how == "in place" else key.transpose(2, 3))
+            if how == "in place":
+                return scores.softmax(-1) @ value
             if how == "alpha":
                 place = torch.arange(x.shape[1])
                 mask = torch.where(place[None, :] <= place[:, None], 0.0, float("-inf"))

@@ -31,7 +31,7 @@ from mst_fx.graph.spelling import (
 )
 from mst_fx.graph.subgraphs import attribute, called_graph
 from mst_fx.graph.values import tensor_value, value
-from mst_fx.graph.writes import mutated_storages
+from mst_fx.graph.writes import mutated_storages, writes_in_place
 from mst_fx.masks.constants import fill_of, number_of
 from mst_fx.torch_api.attention import is_fused
 
@@ -216,6 +216,8 @@ def _query_and_key(scores: fx.Node | None) -> tuple[Any, Any] | None:
         return None
     query, transposed = scores.args[:2]
     if not isinstance(transposed, fx.Node) or operation(transposed) != "transpose":
+        return None
+    if writes_in_place(transposed):  # and so would the key be transposed that is read in its place
         return None
     dims = {x % 4 for x in transposed.args[1:3] if isinstance(x, int)}
     return (query, transposed.args[0]) if dims == {2, 3} else None
