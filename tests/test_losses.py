@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[Loss, str, Cause]] = {
     ),
     "cosine_embedding": (
         lambda x, r: F.cosine_embedding_loss(x, TARGETS, SIGNS[:, 0], reduction=r),
-        "cosine_embedding_loss (cosine_embedding_loss) aten.empty_like.default makes memory",
+        "(cosine_embedding_loss) aten.empty_like.default makes memory",
         Cause.UNPROVED,
     ),
     "hinge_embedding": (
