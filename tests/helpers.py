@@ -14,6 +14,9 @@ import mst_fx
 EAGER_BODIES = {"inner": "aot_eager"}  # for tests that are not about Inductor
 # torch 2.11's Dynamo runs a layer eagerly that FSDP2 shards and a checkpoint calls.
 DYNAMO_COMPILES_CHECKPOINTED_LAYERS = torch.__version__ >= torch.torch_version.TorchVersion("2.12")
+# In torch 2.11 a captured torch.autograd.Function gives all values inside of it beside its results; those that are no
+# rows make it one that we refuse.
+FUNCTIONS_GIVE_THEIR_RESULTS = torch.__version__ >= torch.torch_version.TorchVersion("2.12")
 SMALL_CHUNKS = {**EAGER_BODIES, "chunk_rows": 16, "vocab_chunk_rows": 20}
 
 
