@@ -29,7 +29,9 @@ from mst_fx.passes.mask_breaks import Crossing
 from mst_fx.passes.scalars import numbers_to_tensors, tensors_to_numbers
 from mst_fx.report import Refused, Report
 from mst_fx.rows.analysis import eliminate_dead_code, outside_transforms
-from mst_fx.torch_api.inductor import ending_of, kept_until_reset, mode_patches, without_saved_tensors_hooks
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.dynamo import ending_of, kept_until_reset
+from mst_fx.torch_api.inductor import mode_patches
 
 log = logging.getLogger("mst_fx")
 

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
 from mst_fx.chunk_rows import plan_attention
 from mst_fx.chunking import PassContext
@@ -87,7 +86,9 @@ from mst_fx.rows.analysis import (
     writes_in_place,
 )
 from mst_fx.torch_api.attention import is_fused
-from mst_fx.torch_api.inductor import real_tensors
+from mst_fx.torch_api.fakes import real_tensors
+from mst_fx.torch_api.modes import ENTER_AUTOCAST
+from mst_fx.torch_api.tensors import tree_map_only
 
 aten = torch.ops.aten
 
@@ -277,10 +278,9 @@ def _is_ours(site: Site) -> bool:
 def _under_autocast(site: Site) -> bool:
     fake = tensor_value(site.out)
     assert fake is not None
-    enters = torch.amp.autocast_mode._enter_autocast
     graphs = [level.gm.graph for level in all_levels(site.level.top)]
     return torch.is_autocast_enabled(fake.device.type) or any(
-        graph.find_nodes(op="call_function", target=enters) for graph in graphs
+        graph.find_nodes(op="call_function", target=ENTER_AUTOCAST) for graph in graphs
     )
 
 

@@ -25,9 +25,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map_only
 
 from mst_fx.bodies.decompositions import add_up_labels, body_decompositions
 from mst_fx.errors import Cause, Refusal
@@ -46,7 +43,12 @@ from mst_fx.rows.analysis import (
 )
 from mst_fx.rows.region import Region
 from mst_fx.rows.rules import SUMMED, Row, RowTracer
-from mst_fx.torch_api.inductor import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.fakes import make_fx
+from mst_fx.torch_api.inductor import Compiled, compile_body
+from mst_fx.torch_api.modes import enable_python_dispatcher, outside_of_kernels
+from mst_fx.torch_api.ops import OpOverload, schema
+from mst_fx.torch_api.tensors import tree_map_only
 from mst_fx.version import __version__
 
 aten = torch.ops.aten
@@ -645,7 +647,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and bool(schema(node.target).is_mutable)
 
 
 def _under(tracer: RowTracer, function: Any) -> Any:

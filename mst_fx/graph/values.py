@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves
 
 from mst_fx.errors import Refusal
+from mst_fx.torch_api.fakes import FakeTensor, fake_mode
+from mst_fx.torch_api.fakes import fake_mode_of as fake_mode_of
+from mst_fx.torch_api.symbols import hint_of
+from mst_fx.torch_api.tensors import SIXTEEN_BITS as SIXTEEN_BITS
+from mst_fx.torch_api.tensors import storage_id, tree_leaves
 
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 VALUE = "example_value"  # the meta key under which Dynamo keeps a node's fake value
 
 
@@ -50,12 +51,12 @@ def hint(size: Any) -> int:
         return int(size)
     if not is_known(size):
         raise Refusal(f"the size {size} depends on data")
-    return int(size.node.hint)
+    return int(hint_of(size))
 
 
 def is_known(size: Any) -> bool:
     """Whether a size has a value at capture."""
-    return not isinstance(size, torch.SymInt) or size.node.hint is not None
+    return hint_of(size) is not None
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,7 +79,7 @@ def storage_key(tensor: torch.Tensor) -> int | None:
     """What tells a tensor's storage from others; None if it has none to show: values inside of ``torch.vmap``
     and ``torch.func.grad``, sparse tensors, some subclasses."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return storage_id(tensor)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -200,13 +201,6 @@ def call(op: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
         return function(*args, **kwargs)
 
 
-def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
-    for found in values:
-        if isinstance(found, FakeTensor):
-            return found.fake_mode
-    return None
-
-
 def fill_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Gives every node of a graph that Dynamo did not make its fake value.
 
@@ -214,7 +208,7 @@ def fill_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         gm: any GraphModule; sub-GraphModules are filled when they are called.
         example_inputs: what ``gm`` is called with; tensors may be real or fake.
     """
-    mode = fake_mode_of(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = fake_mode_of(example_inputs) or fake_mode(is_symbolic=True)
 
     def fake(found: Any) -> Any:
         if isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor):

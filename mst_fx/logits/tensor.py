@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.logits.snapshot import is_freed, snapshot, version
 from mst_fx.logits.uses import LAZY, Step, announces, plainly, taker
+from mst_fx.torch_api.modes import without_torch_function
+from mst_fx.torch_api.ops import schema
+from mst_fx.torch_api.tensors import StorageWeakRef, storage_id, tree_leaves, tree_map_only, wrapper
 
 log = logging.getLogger("mst_fx")
 
@@ -462,7 +463,7 @@ class DeferredLogits(torch.Tensor):
         return child
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             state = "" if self._value is None else ", computed"
             return (
                 f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{state})"
@@ -481,7 +482,7 @@ class DeferredLogits(torch.Tensor):
         if func in _METADATA:
             if isinstance(first, DeferredLogits) and first._value is not None:
                 return func(first._value, *args[1:], **kwargs)
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         if isinstance(first, DeferredLogits) and first._value is None and func in LAZY:
             found = LAZY[func](first, func, *args[1:], **kwargs)
@@ -493,7 +494,7 @@ class DeferredLogits(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func._schema.is_mutable and func is not torch.ops.aten.detach_.default:
+        if schema(func).is_mutable and func is not torch.ops.aten.detach_.default:
             raise RuntimeError(
                 f"{func} would change deferred logits in place; call it on logits.materialize()"
             )
@@ -521,10 +522,10 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*args, **kwargs)
     parts = [m for m in members if m._is_part and m._value is not None]
     if parts:
-        storages = {leaf.untyped_storage()._cdata for leaf in tree_leaves(result) if _is_strided(leaf)}
+        storages = {storage_id(leaf) for leaf in tree_leaves(result) if _is_strided(leaf)}
         for member in parts:
             assert member._value is not None
-            if member._value.untyped_storage()._cdata in storages:
+            if storage_id(member._value) in storages:
                 member._source.keep_apart(member)
     if not writes:  # but the function's name may not tell
         written = [m for m in members if version(m._get()) != m._version_of_value]
@@ -563,15 +564,13 @@ def _is_strided(leaf: Any) -> bool:
 
 
 def _lazy(source: Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
-    self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        DeferredLogits, like.shape, dtype=like.dtype, device=source.device
-    )
+    self = wrapper(DeferredLogits, like.shape, like.dtype, source.device)
     self._source, self._parent, self._step, self._like = source, parent, step, like
     self._value, self._version_of_value, self._node = None, 0, None
     self._is_part = self._is_bypassed = False
     self._hooks = _Hooks()
     source.add(self)
-    return self  # type: ignore[no-any-return]
+    return self
 
 
 class _First(torch.autograd.Function):

@@ -36,6 +36,7 @@ from torch import Tensor, fx
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.rows.analysis import expression, writes_in_place
+from mst_fx.torch_api.ops import OpOverload
 
 aten = torch.ops.aten
 
@@ -703,7 +704,7 @@ def op_name(node: fx.Node) -> str:
         return node.op
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target.overloadpacket.__name__
     return getattr(target, "__name__", str(target))
 

@@ -266,7 +266,7 @@ def _is_scaling(node: fx.Node) -> bool:
     """Whether a node is ``x * c`` or ``x / c`` with a number that changes: no value of it may be written down."""
     number = value(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], fx.Node) else None
     is_scaled = node.target in (*_SCALES, *_QUOTIENTS)
-    return is_scaled and isinstance(number, torch.SymFloat) and not number.node.expr.is_number
+    return is_scaled and isinstance(number, torch.SymFloat) and not expression(number).is_number
 
 
 def scaled_query(site: Site, query: fx.Node) -> fx.Node:
@@ -339,7 +339,7 @@ def number_of(found: Any) -> float | None:
     if isinstance(found, fx.Node):
         found = value(found)
     if isinstance(found, torch.SymFloat):
-        return float(found.node.guard_float("", 0))
+        return float(found)
     is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
     return float(found) if is_number else None
 

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.masks.formula import Mask, Vectors, allowed, names
+from mst_fx.torch_api.fakes import FunctionalTensor
+from mst_fx.torch_api.modes import NO_TORCH_FUNCTION
+from mst_fx.torch_api.ops import schema
+from mst_fx.torch_api.tensors import tree_leaves, tree_map_only, version_of, wrapper
 
 log = logging.getLogger("mst_fx")
 
@@ -72,7 +74,7 @@ class _Cell:
         """Whether somebody has changed the values: views of them count the changes for their base."""
         if not self.is_written and self.value is not None:
             members = [member for ref in self.members if (member := ref()) is not None]
-            self.is_written = any(x._version > 0 for x in (self.value, *members))
+            self.is_written = any(version_of(x) > 0 for x in (self.value, *members))
         return self.is_written
 
 
@@ -92,10 +94,7 @@ class DeferredMask(torch.Tensor):
     ) -> DeferredMask:
         first = next(x for name, x in vectors.items() if name != "rows")
         dtype = first.dtype if form is None else form.dtype
-        self: DeferredMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, size, dtype=dtype, device=first.device
-        )
-        return self
+        return wrapper(cls, size, dtype, first.device)
 
     def __init__(self, vectors: Mapping[str, Tensor], form: MaskForm | None, size: Sequence[Any]) -> None:
         self._form = form
@@ -142,7 +141,7 @@ class DeferredMask(torch.Tensor):
     ) -> DeferredMask:
         return DeferredMask(inner, form, size)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = NO_TORCH_FUNCTION
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -272,10 +271,10 @@ _LAZY: dict[Any, Callable[..., DeferredMask | None]] = {
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[DeferredMask]:
     """The masks that an operator changes."""
-    if not func._schema.is_mutable:
+    if not schema(func).is_mutable:
         return []
     found = []
-    for index, argument in enumerate(func._schema.arguments):
+    for index, argument in enumerate(schema(func).arguments):
         given = kwargs.get(argument.name, args[index] if index < len(args) else None)
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += [

@@ -29,7 +29,7 @@ from torch import Tensor
 from mst_fx.graph.values import sum_dtype
 from mst_fx.masks.formula import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors, allowed, parse, reach
 from mst_fx.torch_api.attention import Dense, Spans, empty_output, is_fused
-from mst_fx.torch_api.inductor import outside_of_kernels
+from mst_fx.torch_api.modes import outside_of_kernels, without_autocast
 
 # Spans of one call: the kernels' grids are no larger.
 _MOST_SPANS = 65535
@@ -229,7 +229,7 @@ _SCHEMA = (
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*args)
     operands = (call.query, call.key, call.value)
-    with torch._C._DisableAutocast():
+    with without_autocast():
         if call.kernel is not None:
             out, sums = call.kernel.forward(*operands)
             return _as_promised(out), sums.contiguous()
@@ -258,7 +258,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(*args)
     query, key, value = call.query, call.key, call.value
-    with outside_of_kernels(), torch._C._DisableAutocast():
+    with outside_of_kernels(), without_autocast():
         if call.kernel is not None:
             with torch.no_grad():
                 found = call.kernel.backward(tangent, query, key, value, out, sums)

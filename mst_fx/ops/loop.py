@@ -39,6 +39,7 @@ from mst_fx.bodies.body import body as body_of
 from mst_fx.graph.values import sum_dtype
 from mst_fx.ops.port import new_port, pick_up
 from mst_fx.ops.scaled import product
+from mst_fx.torch_api.modes import without_autocast
 
 aten = torch.ops.aten
 
@@ -61,7 +62,7 @@ def _chunk_sizes(rows: int, chunk_rows: int) -> set[int]:
 @contextlib.contextmanager
 def _plain_mode() -> Iterator[None]:
     """Bodies are traced with all casts and modes in them: nothing ambient may act twice."""
-    with torch.no_grad(), torch._C._DisableAutocast():
+    with torch.no_grad(), without_autocast():
         yield
 
 

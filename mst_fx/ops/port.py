@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mst_fx.torch_api.inductor import at_end_of_backward
+from mst_fx.torch_api.autograd import at_end_of_backward
 
 
 class _Parcel:

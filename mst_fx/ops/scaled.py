@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.bodies.body import Body, BodyConfig, OutputMeta, TensorMeta
 from mst_fx.graph.values import SIXTEEN_BITS
 from mst_fx.rows.analysis import Folder
-from mst_fx.torch_api.inductor import kept_until_reset
+from mst_fx.torch_api.dynamo import kept_until_reset
+from mst_fx.torch_api.fakes import make_fx
 
 # Fewer elements are not worth a kernel of their own.
 _LEAST = 2**20

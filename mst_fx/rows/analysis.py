@@ -27,14 +27,6 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.effects import has_effects, inference_change, level_change
@@ -55,6 +47,12 @@ from mst_fx.graph.values import (
     value,
 )
 from mst_fx.rows.rules import SUMMED, Matmul, Row, RowTracer, is_same_size
+from mst_fx.torch_api.fakes import fake_mode, quiet_fakes, symbolic_size
+from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED, enable_python_dispatcher
+from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket, schema
+from mst_fx.torch_api.symbols import expression as expression
+from mst_fx.torch_api.symbols import guards_of, unguarded
+from mst_fx.torch_api.tensors import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 log = logging.getLogger("mst_fx")
@@ -137,13 +135,7 @@ def _are_guarded_equal(rows: torch.SymInt, product: Any) -> bool:
     if wanted.is_number or product.free_symbols & wanted.free_symbols:
         return False
     pair = {product, wanted}
-    guards = (guard.expr for guard in rows.node.shape_env.guards)
-    return any(isinstance(guard, sympy.Eq) and set(guard.args) == pair for guard in guards)
-
-
-def expression(size: Any) -> Any:
-    """A size as a sympy expression: arithmetic on symbolic integers would be traced, or guarded."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return any(isinstance(guard, sympy.Eq) and set(guard.args) == pair for guard in guards_of(rows))
 
 
 def settled(sizes: Iterable[Any]) -> tuple[Any, ...]:
@@ -155,8 +147,8 @@ class RowGuards:
     """What a shape environment has assumed of a symbolic number of rows so far."""
 
     def __init__(self, n: Any) -> None:
-        self._symbol = n.node._expr  # not ``expr``, which is a number where a guard says which
-        self._guards = [guard.expr for guard in n.node.shape_env.guards]
+        self._symbol = unguarded(n)
+        self._guards = guards_of(n)
 
     def failed(self, rows: int) -> list[Any]:
         """The guards that do not hold for a number of rows."""
@@ -168,7 +160,7 @@ _SAMPLE_ROWS = (2, 3, 64, 1_000_003)
 
 def check_guards(folder: Folder) -> None:
     """Refuses what was traced under an assumption about its number of rows."""
-    if not isinstance(folder.n.node.expr, sympy.Symbol):
+    if not isinstance(expression(folder.n), sympy.Symbol):
         raise Refusal("depends on the number of rows")
     guards = RowGuards(folder.n)
     for failed in (guard for rows in _SAMPLE_ROWS for guard in guards.failed(rows)):
@@ -186,13 +178,10 @@ class Folder:
 
     def __init__(self, rows: Any, avoid: set[int] | None = None, hint: int | None = None) -> None:
         self.rows = rows
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.mode = fake_mode(is_symbolic=True)
         candidates = _ROW_HINTS if hint is None else filter(sympy.isprime, itertools.count(hint))
         stand_in = next(size for size in candidates if size not in (avoid or ()))
-        with torch.device("meta"):
-            vector = torch.empty(stand_in)
-        dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        self.n: Any = self.mode.from_tensor(vector, symbolic_context=dynamic).shape[0]
+        self.n = symbolic_size(self.mode, stand_in)
 
     def folded_shape(self, tensor: torch.Tensor, n: Any = None) -> tuple[Any, ...] | None:
         """``[B, S, H]`` → ``(1, n, H)``; None when the leading dimensions do not hold the rows."""
@@ -237,7 +226,7 @@ class Folder:
             found = value(operand)
             if isinstance(found, (torch.SymFloat, torch.SymBool)):
                 # Adds a guard to Dynamo's shape environment: another value compiles anew.
-                return found.node.guard_float("", 0) if isinstance(found, torch.SymFloat) else bool(found)
+                return float(found) if isinstance(found, torch.SymFloat) else bool(found)
             return read(operand)
 
         if formula is not None:
@@ -286,18 +275,6 @@ def is_identity_dropout(node: fx.Node) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Trying a node on folded rows may fail, which is an answer; torch logs it as an error."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def autocast_contexts(contexts: Sequence[tuple[Any, ...]]) -> Iterator[None]:
     """The autocast regions (``_enter_autocast`` nodes' arguments) a node lies in."""
     with contextlib.ExitStack() as stack:
@@ -340,7 +317,7 @@ class RowAnalysis:
         self._mutated = mutated_storages(gm.graph)
         self._subgraphs = {name for name, _ in subgraphs(gm)}
         self._known = {} if known is None else known
-        with torch.no_grad(), enable_python_dispatcher(), _quiet():
+        with torch.no_grad(), enable_python_dispatcher(), quiet_fakes():
             for node in gm.graph.nodes:
                 self.states[node] = self._analyse_alone(node)
 
@@ -415,7 +392,7 @@ class RowAnalysis:
                 self._known[key] = self._run(node, roles)
             except Refusal as refusal:
                 self._known[key] = State(reason=str(refusal), cause=refusal.cause)
-            if not isinstance(self.folder.n.node.expr, sympy.Symbol):
+            if not isinstance(expression(self.folder.n), sympy.Symbol):
                 # The node fixed the number of rows: its result is void, and so is the stand-in.
                 self._known[key] = State(reason="depends on the number of rows")
                 self.folder = Folder(self.rows, self._avoid)
@@ -543,11 +520,11 @@ def contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
     outer: list[Context] = []  # of regions of inference_mode
     contexts = {}
     for node in graph.nodes:
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is ENTER_AUTOCAST:
             current = dataclasses.replace(current, autocast=(*current.autocast, tuple(node.args)))
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is EXIT_AUTOCAST:
             current = dataclasses.replace(current, autocast=current.autocast[:-1])
-        elif node.target is torch._C._set_grad_enabled:
+        elif node.target is SET_GRAD_ENABLED:
             current = dataclasses.replace(current, grad=bool(node.args[0]))
         elif change := level_change(node):
             current = dataclasses.replace(current, level=max(0, current.level + change))
@@ -575,9 +552,9 @@ _INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_NAMES}
 
 def writes_in_place(node: fx.Node) -> bool:
     """Whether a node may write to one of its arguments."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
+    if isinstance(node.target, OpOverload):
+        return bool(schema(node.target).is_mutable)
+    if isinstance(node.target, OpOverloadPacket):
         return bool(_written_by_schema(node))
     if node.target in _INPLACE_OPERATORS | _INPLACE_METHODS or node.kwargs.get("out") is not None:
         return True
@@ -626,7 +603,7 @@ def mutated_storages(graph: fx.Graph) -> set[int]:
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The operands that a node in place may write to."""
-    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
         return _written_by_schema(node)
     if node.kwargs.get("out") is not None:
         return node.all_input_nodes
@@ -637,11 +614,11 @@ def _written(node: fx.Node) -> list[fx.Node]:
 def _written_by_schema(node: fx.Node) -> list[fx.Node]:
     """The operands of an operator, or of a packet of overloads, that a schema says it writes to."""
     target: Any = node.target
-    is_packet = isinstance(target, torch._ops.OpOverloadPacket)
+    is_packet = isinstance(target, OpOverloadPacket)
     overloads = [getattr(target, name) for name in target.overloads()] if is_packet else [target]
     found: list[fx.Node] = []
     for overload in overloads:
-        for index, argument in enumerate(overload._schema.arguments):
+        for index, argument in enumerate(schema(overload).arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 is_positional = index < len(node.args) and not argument.kwarg_only
                 given = node.args[index] if is_positional else node.kwargs.get(argument.name)

@@ -26,6 +26,7 @@ from torch import fx
 from mst_fx.errors import Cause
 from mst_fx.graph.values import hint, is_known, target_name, tensor_value, tensors_of
 from mst_fx.rows.analysis import RowAnalysis, expression
+from mst_fx.torch_api.ops import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 
@@ -386,9 +387,9 @@ def _is_outer(node: fx.Node, operands: list[fx.Node]) -> bool:
 def _is_attention(node: fx.Node) -> bool:
     """Higher-order operators (flex attention, scans) and operators of libraries on several values of rows."""
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return True
-    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
+    return isinstance(target, OpOverload) and target.namespace not in ("aten", "prims")
 
 
 def _is_low_rank(analysis: RowAnalysis, product: fx.Node) -> bool:

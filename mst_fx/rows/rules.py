@@ -24,11 +24,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import mst_fx.graph.formula  # noqa: F401  (registers the op)
 from mst_fx.errors import Refusal
+from mst_fx.torch_api.modes import TorchDispatchMode
+from mst_fx.torch_api.ops import same_overload, schema
+from mst_fx.torch_api.symbols import expression
+from mst_fx.torch_api.tensors import storage_id, tree_leaves
 
 aten = torch.ops.aten
 
@@ -59,7 +61,7 @@ class Matmul:
 def is_same_size(size: int | torch.SymInt, rows: int | torch.SymInt) -> bool:
     """Whether two sizes are the same expression, without adding a guard."""
     if isinstance(size, torch.SymInt) and isinstance(rows, torch.SymInt):
-        return bool(size.node.expr == rows.node.expr)
+        return bool(expression(size) == expression(rows))
     if isinstance(size, torch.SymInt) or isinstance(rows, torch.SymInt):
         return False
     return size == rows
@@ -125,7 +127,7 @@ class RowTracer(TorchDispatchMode):
             if func in _OF_SUMS:
                 return [SUMMED]
             raise Refusal(f"{func} works on a sum over rows")
-        if func._schema.is_mutable:
+        if schema(func).is_mutable:
             self._check_write(func, args)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refusal(f"{func} draws random numbers")
@@ -188,7 +190,7 @@ def _is_pointwise(func: Any) -> bool:
         return True
     name = func.overloadpacket.__name__
     packet = getattr(aten, name[:-1], None) if func.namespace == "aten" and name.endswith("_") else None
-    other = getattr(packet, func._overloadname, None)
+    other = same_overload(packet, func)
     return other is not None and torch.Tag.pointwise in other.tags
 
 
@@ -233,7 +235,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _storage(tensor: Any) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return storage_id(tensor)
 
 
 def _wrap(dim: int, ndim: int) -> int:
