@@ -19,14 +19,14 @@ from torch import fx
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.code_context import code_context
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import (
-    BackendCompilerFailed as BackendCompilerFailed,
-)  # how a backend's exception reaches the user
+from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import CompileContext, TracingContext
 
 from mst_fx.torch_api.symbols import unguarded
+
+# ``BackendCompilerFailed`` is what an exception of a backend reaches the user in: the command line takes it off.
 
 # How the reasons begin that Dynamo gives; all that mst-fx knows of them by text.
 _BREAKS = {"DDPOptimizer": "ddp", "Dynamic shape operator": "data"}
@@ -98,7 +98,7 @@ def returns_to_user() -> bool:
     return True
 
 
-# By which code that Dynamo compiles is entered; no frame has another mark.
+# By which code that Dynamo compiles is entered: frames have no other mark.
 _ENTRY = os.path.join("torch", "_dynamo", "eval_frame.py")
 _WRITTEN = ("__compiled_fn", "__resume_at", "torch_dynamo_resume")
 

@@ -15,11 +15,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch._subclasses.functional_tensor import (
-    FunctionalTensor as FunctionalTensor,
-)  # AOTAutograd's, while it traces
+from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+# ``FunctionalTensor`` is what AOTAutograd traces with, where writes are followed. ``make_fx`` traces a function to ATen, under
+# a fake mode of ours.
 
 
 def fake_mode(*, is_symbolic: bool) -> FakeTensorMode:
