@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from mst_fx.bodies.body import kept_alive
-from mst_fx.graph.values import graphs_of
+from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.logits.put_back import deferring
 from mst_fx.options import Options, make_options
 from mst_fx.passes.mask_breaks import cross_masks

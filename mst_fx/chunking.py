@@ -11,32 +11,21 @@ from typing import Any
 
 from torch import fx
 
-from mst_fx.bodies.body import Body, BodyConfig, body_text, trace_body
+from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.bodies.insert import needs_gradient, replace_region, scalar_with_gradient
+from mst_fx.bodies.trace import body_text, trace_body
 from mst_fx.chunk_rows import Plan, plan_mlp, plan_vocab
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import Bounds, changes
-from mst_fx.graph.values import (
-    common_path,
-    hint,
-    is_function,
-    is_known,
-    is_plain,
-    module_path,
-    target_name,
-    tensor_value,
-    tensors_of,
-)
+from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.names import common_path, module_path, target_name
+from mst_fx.graph.sizes import expression, hint, is_known
+from mst_fx.graph.subgraphs import is_function
+from mst_fx.graph.values import is_plain, tensor_value, tensors_of
 from mst_fx.options import Options
 from mst_fx.report import Fit, Refused, Report, Rewrite
-from mst_fx.rows.analysis import (
-    RowAnalysis,
-    State,
-    expression,
-    outside_transforms,
-    products_of_unknown_rows,
-    row_counts,
-)
+from mst_fx.rows.analysis import RowAnalysis, State
+from mst_fx.rows.counts import products_of_unknown_rows, row_counts
 from mst_fx.rows.places import (
     Place,
     convolution_rows,

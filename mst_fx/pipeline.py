@@ -17,7 +17,11 @@ from mst_fx.chunking import PassContext, Shared
 from mst_fx.diagnose.facts import observe
 from mst_fx.diagnose.warn import warn
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph.values import VALUE, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
+from mst_fx.graph.edit import copy_tree, eliminate_dead_code
+from mst_fx.graph.fill import fill_values
+from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.subgraphs import function_graphs, is_graph, subgraphs
+from mst_fx.graph.values import VALUE, value
 from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
 from mst_fx.logits.take_out import defer_all
 from mst_fx.ops.buffer import keep_waves
@@ -28,7 +32,6 @@ from mst_fx.passes.canonical import join_casts, make_positional
 from mst_fx.passes.mask_breaks import Crossing
 from mst_fx.passes.scalars import numbers_to_tensors, tensors_to_numbers
 from mst_fx.report import Refused, Report
-from mst_fx.rows.analysis import eliminate_dead_code, outside_transforms
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
 from mst_fx.torch_api.dynamo import ending_of, kept_until_reset
 from mst_fx.torch_api.inductor import mode_patches

@@ -35,15 +35,12 @@ from mst_fx.chunk_rows import plan_attention
 from mst_fx.chunking import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import changes
-from mst_fx.graph.values import (
-    add_call,
-    call,
-    hint,
-    module_path,
-    storage_key,
-    tensor_value,
-    value,
-)
+from mst_fx.graph.edit import add_call, eliminate_dead_code
+from mst_fx.graph.fill import call
+from mst_fx.graph.names import module_path
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.values import storage_key, tensor_value, value
+from mst_fx.graph.writes import mutated_storages, writes_in_place
 from mst_fx.masks.formula import (
     CAUSAL,
     FULL,
@@ -79,12 +76,6 @@ from mst_fx.masks.sites import (
 )
 from mst_fx.ops import attention as _ops  # noqa: F401  (registers them)
 from mst_fx.report import Rewrite
-from mst_fx.rows.analysis import (
-    eliminate_dead_code,
-    expression,
-    mutated_storages,
-    writes_in_place,
-)
 from mst_fx.torch_api.attention import is_fused
 from mst_fx.torch_api.fakes import real_tensors
 from mst_fx.torch_api.modes import ENTER_AUTOCAST

@@ -19,18 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mst_fx.graph.values import add_call, hint, is_known, module_path, sum_dtype, tensor_value
-from mst_fx.rows.analysis import (
-    Context,
-    contexts,
-    eliminate_dead_code,
-    in_context,
-    outside_transforms,
-    writes_in_place,
-)
-from mst_fx.rows.rules import is_same_size
+from mst_fx.graph.edit import add_call, eliminate_dead_code
+from mst_fx.graph.modes import Context, contexts, in_context, outside_transforms
+from mst_fx.graph.names import module_path
+from mst_fx.graph.sizes import hint, is_known, sum_dtype
+from mst_fx.graph.values import tensor_value
+from mst_fx.graph.writes import writes_in_place
+from mst_fx.rows.labels import is_same_size
 from mst_fx.torch_api.modes import EXIT_AUTOCAST, SET_GRAD_ENABLED
-from mst_fx.torch_api.ops import OpOverload, schema
+from mst_fx.torch_api.ops import OpOverload, schema_of
 from mst_fx.torch_api.symbols import expression
 
 aten = torch.ops.aten
@@ -125,17 +122,19 @@ def _signatures(node: fx.Node) -> list[tuple[str, ...]]:
             return []
         return [tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)]
     if isinstance(target, OpOverload):
-        schemas = [schema(target)]
+        schemas = [schema_of(target)]
     elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
         packet = getattr(aten, target.__name__, None)
-        schemas = [schema(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
+        schemas = (
+            [schema_of(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
+        )
     else:
         return []
     found = []
-    for each in schemas:
-        taken = {name for a in each.arguments for name in (a.name, *_OTHER_NAMES.get(a.name, ()))}
+    for schema in schemas:
+        taken = {name for a in schema.arguments for name in (a.name, *_OTHER_NAMES.get(a.name, ()))}
         if node.kwargs.keys() <= taken:
-            found.append(tuple(a.name for a in each.arguments if not a.kwarg_only))
+            found.append(tuple(a.name for a in schema.arguments if not a.kwarg_only))
     return found
 
 

@@ -34,8 +34,12 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph.values import add_call, fake_mode_of, hint, is_plain, storage_key, tensor_value, tensors_of
-from mst_fx.rows.analysis import Context, contexts, expression, in_context, writes_in_place
+from mst_fx.graph.edit import add_call
+from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.modes import Context, contexts, in_context
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
+from mst_fx.graph.writes import writes_in_place
 from mst_fx.torch_api.ops import HigherOrderOperator, OpOverload, same_overload
 
 log = logging.getLogger("mst_fx")

@@ -31,18 +31,12 @@ from torch import Tensor, fx
 
 from mst_fx.chunk_rows import plan_attention
 from mst_fx.errors import Refusal
-from mst_fx.graph.values import (
-    VALUE,
-    add_call,
-    call,
-    copy_tree,
-    fake_mode_of,
-    hint,
-    module_path,
-    storage_key,
-    tensor_value,
-    value,
-)
+from mst_fx.graph.edit import add_call, copy_tree, eliminate_dead_code
+from mst_fx.graph.fill import call, fake_mode_of
+from mst_fx.graph.names import module_path
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.values import VALUE, storage_key, tensor_value, value
+from mst_fx.graph.writes import mutated_storages, writes_in_place
 from mst_fx.masks.formula import GIVEN, Given, Mask, Vectors, describe, form_name, reach
 from mst_fx.masks.sites import Level, placeholders_of
 from mst_fx.masks.tensor import DeferredMask, MaskForm, MaskOutput, put_masks
@@ -50,7 +44,6 @@ from mst_fx.ops import attention as _ops  # noqa: F401  (registers them)
 from mst_fx.options import Options
 from mst_fx.passes import attention
 from mst_fx.report import Rewrite
-from mst_fx.rows.analysis import eliminate_dead_code, expression, mutated_storages, writes_in_place
 from mst_fx.torch_api.dynamo import goes_on, keep_ending
 from mst_fx.torch_api.fakes import mode_of, real_tensors
 

@@ -27,7 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mst_fx.graph.values import SIXTEEN_BITS, VALUE, fake_mode_of, is_plain, tensor_value, tensors_of, value
+from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.sizes import SIXTEEN_BITS
+from mst_fx.graph.values import VALUE, is_plain, tensor_value, tensors_of, value
 from mst_fx.torch_api.ops import OpOverload
 from mst_fx.torch_api.symbols import expression, hint_of
 

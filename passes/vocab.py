@@ -40,7 +40,8 @@ from mst_fx.graph.values import tensor_value
 from mst_fx.passes.canonical import CLONE_OF, hoist_row_slices, scatter_one_hots, stack_last, sum_losses
 from mst_fx.passes.functional import make_functional
 from mst_fx.report import Refused, Rewrite
-from mst_fx.rows.analysis import RowAnalysis, bytes_a_row
+from mst_fx.rows.analysis import RowAnalysis
+from mst_fx.rows.fold import bytes_a_row
 from mst_fx.rows.region import Region, RegionFinder
 
 

@@ -81,7 +81,8 @@ def record(build: Callable[[], Case], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(parts, indent=1))
     graphs = [text for pair in zip(report.before, report.after, strict=True) for text in pair]
-    (folder / "graphs.txt").write_text("\n\n".join(graphs))
+    here = str(Path(__file__).parent.parent)
+    (folder / "graphs.txt").write_text("\n\n".join(graphs).replace(here, "."))
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import mst_fx
-from mst_fx.graph.values import subgraphs, tensors_of
+from mst_fx.graph.subgraphs import subgraphs
+from mst_fx.graph.values import tensors_of
 from mst_fx.masks import formula as masks
 from mst_fx.masks.formula import (
     BLIND,

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import mst_fx.bodies.body
-from mst_fx.rows.analysis import Folder, RowGuards
+from mst_fx.rows.fold import Folder
 from mst_fx.torch_api.inductor import compile_body
+from mst_fx.torch_api.symbolic_rows import RowGuards
 from tests.helpers import (
     SMALL_CHUNKS,
     ToyLM,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import mst_fx
-from mst_fx.graph.values import target_name
+from mst_fx.graph.names import target_name
 from tests.direct import results, worst
 
 WIDTH, INNER = 6, 24

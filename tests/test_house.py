@@ -100,7 +100,6 @@ def test_functions_are_simple() -> None:
     assert not found, "\n".join(found)
 
 
-@_until_split
 def test_imports_stand_at_the_top() -> None:
     # Tools may: some measure what an import costs.
     found = [f"{path}:{late}" for path, text in _files("mst_fx", "passes") for late in late_imports(text)]

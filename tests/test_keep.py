@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.choices import InductorChoices
 
 import mst_fx
-from mst_fx.graph.values import fill_values
+from mst_fx.graph.fill import fill_values
 from mst_fx.ops.buffer import keep_waves
 from mst_fx.torch_api.inductor import _Choices, _is_loop
 from tests.models import ACCEPTED, inputs_of

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mst_fx
-from mst_fx.graph.values import fill_values
+from mst_fx.graph.fill import fill_values
 from mst_fx.logits.take_out import row_inputs
 from mst_fx.logits.tensor import DeferredLogits
 from mst_fx.ops import port

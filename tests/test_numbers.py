@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx.bodies import body
+from mst_fx.bodies import trace as tracing
 from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import SMALL_CHUNKS, compile_mst, gradients, relative_error, step, worst_error
 
@@ -282,13 +282,13 @@ def test_passes_run_once_where_floats_become_constants(
     """Gemma's embedding scale is a float64 buffer; with ``dynamic=True`` norms' eps and such are floats, too."""
     model, given = _gemma() if spelling != "dynamic=True" else (_Eps(), {"ids": batch()[1]})
     traced: list[Any] = []
-    trace = body._trace_region
+    trace = tracing._trace_region
 
     def counted(*args: Any) -> Any:
         traced.append(args)
         return trace(*args)
 
-    monkeypatch.setattr(body, "_trace_region", counted)
+    monkeypatch.setattr(tracing, "_trace_region", counted)
     compiled = compile_mst(model, dynamic=True if spelling == "dynamic=True" else None)
     found, truth = step(model, compiled, given)[1], step(model, model, given)[1]
     assert worst_error(found, truth) < (

@@ -16,7 +16,8 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from mst_fx.errors import Cause
 from mst_fx.graph.values import is_plain, storage_key
-from mst_fx.rows.analysis import RowAnalysis, mutated_storages, writes_in_place
+from mst_fx.graph.writes import mutated_storages, writes_in_place
+from mst_fx.rows.analysis import RowAnalysis
 from mst_fx.rows.region import RegionFinder
 from tests.direct import check
 from tests.helpers import check_parity, compile_mst, kinds, relative_error, worst_error

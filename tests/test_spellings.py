@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import mst_fx
 from mst_fx import chunking
 from mst_fx.errors import Cause
+from mst_fx.graph.writes import writes_in_place
 from mst_fx.passes import canonical
 from mst_fx.passes import functional as writes
-from mst_fx.rows.analysis import writes_in_place
 from tests.direct import results, rewritten, worst
 from tests.helpers import check_parity, kinds, report_of
 

@@ -43,7 +43,8 @@ from torch._guards import CompileContext
 
 import mst_fx
 import mst_fx.backend
-from mst_fx.graph.values import module_path, tensors_of
+from mst_fx.graph.names import module_path
+from mst_fx.graph.values import tensors_of
 from mst_fx.pipeline import run_passes
 from mst_fx.report import Refused, Report
 from mst_fx.version import __version__

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 import mst_fx.ops.buffer  # noqa: F401  (registers the op)
 from mst_fx.graph.formula import without_op
-from mst_fx.graph.values import sum_dtype
+from mst_fx.graph.sizes import sum_dtype
 from mst_fx.torch_api.inductor import decompositions, decompositions_of
 
 aten = torch.ops.aten

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.bodies.body import Body, without_gradients
+from mst_fx.bodies.body import Body
+from mst_fx.bodies.trace import without_gradients
 from mst_fx.chunk_rows import Plan
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph.values import VALUE, add_call, tensor_value
-from mst_fx.rows.analysis import RowAnalysis, expression, fold_rank, writes_in_place
+from mst_fx.graph.edit import add_call
+from mst_fx.graph.sizes import expression
+from mst_fx.graph.values import VALUE, tensor_value
+from mst_fx.graph.writes import writes_in_place
+from mst_fx.rows.analysis import RowAnalysis
+from mst_fx.rows.fold import fold_rank
 from mst_fx.rows.region import Region
 from mst_fx.torch_api.modes import SET_GRAD_ENABLED
 

@@ -13,7 +13,9 @@ from torch import fx
 
 from mst_fx.diagnose.estimate import estimate_memory
 from mst_fx.errors import Cause
-from mst_fx.graph.values import called_graph, module_path, subgraphs, target_name, tensor_value, tensors_of
+from mst_fx.graph.names import module_path, target_name
+from mst_fx.graph.subgraphs import called_graph, subgraphs
+from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.report import Facts, Line, Report
 from mst_fx.torch_api.dynamo import compilation, ending_of, enters_compiled_code, is_transformed
 

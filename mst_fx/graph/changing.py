@@ -19,8 +19,8 @@ import sympy
 import torch
 from torch import fx
 
-from mst_fx.graph.values import hint, tensor_value
-from mst_fx.rows.analysis import expression
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.values import tensor_value
 from mst_fx.torch_api.symbols import bounds, guards_are_kept, promised_ranges
 
 _GATHERS = (torch.gather, torch.take_along_dim, "gather", "take_along_dim")
@@ -91,13 +91,9 @@ def _stays_small(size: torch.SymInt, most: int) -> bool:
     No guard can stand where nobody would check it (a graph of ``torch.export``), where it breaks what the user
     promised of a size (``mark_dynamic`` with a range), or leaves one size of those that he wants to change.
     """
-    known = bounds(size)
+    known, symbols = bounds(size), expression(size).free_symbols
     if known.upper <= most:
         return True
-    if (
-        known.lower >= most
-        or not guards_are_kept(size)
-        or expression(size).free_symbols & promised_ranges(size)
-    ):
+    if known.lower >= most or not guards_are_kept(size) or symbols & promised_ranges(size):
         return False
     return bool(size <= most)

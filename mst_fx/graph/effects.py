@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from mst_fx.graph.values import called_graphs, target_name, tensors_of, value
+from mst_fx.graph.names import target_name
+from mst_fx.graph.subgraphs import called_graphs
+from mst_fx.graph.values import tensors_of, value
 from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket
 
 # By name: from release to release they move between torch._C._functorch and torch._functorch.predispatch.
@@ -52,7 +54,7 @@ def has_effects(node: fx.Node) -> bool:
     """Whether a node may do more than to give its value, so that it stays though nobody reads that.
 
     A function that gives no tensor is run for something else (asserts, levels, modes), unless it looks at
-    sizes. What is written to arguments in an obvious way is :func:`mst_fx.rows.analysis.writes_in_place`'s affair.
+    sizes. What is written to arguments in an obvious way is :func:`mst_fx.graph.writes.writes_in_place`'s affair.
     """
     if node.op in ("placeholder", "get_attr", "output") or node.is_impure():
         return node.op != "get_attr"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mst_fx.graph.values import attribute
+from mst_fx.graph.subgraphs import attribute
 from mst_fx.logits.tensor import Source, deferred_logits
 from mst_fx.ops.port import joined_to_port
 

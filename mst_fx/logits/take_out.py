@@ -16,10 +16,13 @@ from torch import fx
 
 from mst_fx.chunking import LOGITS_START
 from mst_fx.errors import Refusal
-from mst_fx.graph.values import VALUE, hint, is_graph, tensor_value, value
+from mst_fx.graph.modes import Context, contexts, outside_transforms
+from mst_fx.graph.sizes import expression, hint, static_sizes
+from mst_fx.graph.subgraphs import is_graph
+from mst_fx.graph.values import VALUE, tensor_value, value
 from mst_fx.logits.put_back import Deferral, Origin
 from mst_fx.ops.port import new_port
-from mst_fx.rows.analysis import Context, RowAnalysis, contexts, expression, outside_transforms, static_sizes
+from mst_fx.rows.analysis import RowAnalysis
 from mst_fx.torch_api.fakes import fake_mode
 from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from mst_fx.torch_api.symbols import hint_of
@@ -142,7 +145,8 @@ class _Modes:
         if context.autocast != self._context.autocast:
             for node in reversed(self._entered):
                 self._graph.call_function(EXIT_AUTOCAST, (node,))
-            self._entered = [self._graph.call_function(ENTER_AUTOCAST, args) for args in context.autocast]
+            enter = ENTER_AUTOCAST
+            self._entered = [self._graph.call_function(enter, args) for args in context.autocast]
         if context.grad != self._context.grad:
             self._graph.call_function(SET_GRAD_ENABLED, (context.grad,))
         self._context = context
@@ -203,7 +207,7 @@ def _takes_any_rows(compute: fx.GraphModule, holds: Sequence[bool], rank: int) -
                 sizes = [hint(size) for size in found.shape]
                 sizes = [*lead, *sizes[rank:]] if is_row else sizes
                 return torch.empty(sizes, dtype=found.dtype, device=found.device)
-            return hint_of(found)
+            return hint_of(found) if isinstance(found, (torch.SymInt, torch.SymFloat)) else found
 
         try:
             with mode, torch.no_grad():

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from mst_fx.logits.snapshot import is_freed, snapshot, version
 from mst_fx.logits.uses import LAZY, Step, announces, plainly, taker
 from mst_fx.torch_api.modes import without_torch_function
-from mst_fx.torch_api.ops import schema
+from mst_fx.torch_api.ops import schema_of
 from mst_fx.torch_api.tensors import StorageWeakRef, storage_id, tree_leaves, tree_map_only, wrapper
 
 log = logging.getLogger("mst_fx")
@@ -494,7 +494,7 @@ class DeferredLogits(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if schema(func).is_mutable and func is not torch.ops.aten.detach_.default:
+        if schema_of(func).is_mutable and func is not torch.ops.aten.detach_.default:
             raise RuntimeError(
                 f"{func} would change deferred logits in place; call it on logits.materialize()"
             )

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
+from mst_fx.graph.sizes import expression
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
-from mst_fx.rows.analysis import expression, writes_in_place
+from mst_fx.graph.writes import writes_in_place
 from mst_fx.torch_api.ops import OpOverload
 
 aten = torch.ops.aten

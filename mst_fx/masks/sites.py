@@ -18,19 +18,15 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Refusal
-from mst_fx.graph.values import (
-    VALUE,
-    add_call,
-    attribute,
-    called_graph,
-    fake_mode_of,
-    hint,
-    tensor_value,
-    tensors_of,
-    value,
-)
+from mst_fx.graph.edit import add_call
+from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.spelling import is_identity_dropout
+from mst_fx.graph.subgraphs import attribute, called_graph
+from mst_fx.graph.values import VALUE, tensor_value, tensors_of, value
+from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks.formula import fill_of
-from mst_fx.rows.analysis import expression, is_identity_dropout, mutated_storages, outside_transforms
 
 aten = torch.ops.aten
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from mst_fx.masks.formula import Mask, Vectors, allowed, names
 from mst_fx.torch_api.fakes import FunctionalTensor
 from mst_fx.torch_api.modes import NO_TORCH_FUNCTION
-from mst_fx.torch_api.ops import schema
+from mst_fx.torch_api.ops import schema_of
 from mst_fx.torch_api.tensors import tree_leaves, tree_map_only, version_of, wrapper
 
 log = logging.getLogger("mst_fx")
@@ -271,10 +271,10 @@ _LAZY: dict[Any, Callable[..., DeferredMask | None]] = {
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[DeferredMask]:
     """The masks that an operator changes."""
-    if not schema(func).is_mutable:
+    if not schema_of(func).is_mutable:
         return []
     found = []
-    for index, argument in enumerate(schema(func).arguments):
+    for index, argument in enumerate(schema_of(func).arguments):
         given = kwargs.get(argument.name, args[index] if index < len(args) else None)
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += [

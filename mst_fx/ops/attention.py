@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mst_fx.graph.values import sum_dtype
+from mst_fx.graph.sizes import sum_dtype
 from mst_fx.masks.formula import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors, allowed, parse, reach
 from mst_fx.torch_api.attention import Dense, Spans, empty_output, is_fused
 from mst_fx.torch_api.modes import outside_of_kernels, without_autocast

@@ -14,8 +14,11 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from mst_fx.graph.values import add_call, hint, tensor_value
-from mst_fx.rows.analysis import outside_transforms, writes_in_place
+from mst_fx.graph.edit import add_call
+from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.sizes import hint
+from mst_fx.graph.values import tensor_value
+from mst_fx.graph.writes import writes_in_place
 
 # A value that is read for so many times its elements is worth a buffer.
 _LEAST_READS = 8

@@ -20,8 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mst_fx.graph.values import add_call, fake_mode_of, is_plain, tensor_value, value
-from mst_fx.rows.analysis import dropout_probability, expression, outside_transforms
+from mst_fx.graph.edit import add_call
+from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.sizes import expression
+from mst_fx.graph.spelling import dropout_probability
+from mst_fx.graph.values import is_plain, tensor_value, value
 
 _BITS = 32
 _MASK = 2**_BITS - 1

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mst_fx.graph.values import SIXTEEN_BITS, add_call, tensor_value
-from mst_fx.rows.analysis import outside_transforms
+from mst_fx.graph.edit import add_call
+from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.sizes import SIXTEEN_BITS
+from mst_fx.graph.values import tensor_value
 
 
 @torch.library.custom_op("mst_fx::embedding", mutates_args=())

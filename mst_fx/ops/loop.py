@@ -34,9 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_fx.bodies.body import Body, CompiledBody, GradientPlan, OutputMeta, TensorMeta, Term
+from mst_fx.bodies.body import Body, CompiledBody, OutputMeta, TensorMeta
 from mst_fx.bodies.body import body as body_of
-from mst_fx.graph.values import sum_dtype
+from mst_fx.bodies.gradient import GradientPlan, Term
+from mst_fx.graph.sizes import sum_dtype
 from mst_fx.ops.port import new_port, pick_up
 from mst_fx.ops.scaled import product
 from mst_fx.torch_api.modes import without_autocast

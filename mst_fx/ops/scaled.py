@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mst_fx.bodies.body import Body, BodyConfig, OutputMeta, TensorMeta
-from mst_fx.graph.values import SIXTEEN_BITS
-from mst_fx.rows.analysis import Folder
+from mst_fx.graph.sizes import SIXTEEN_BITS
 from mst_fx.torch_api.dynamo import kept_until_reset
 from mst_fx.torch_api.fakes import make_fx
+from mst_fx.torch_api.symbolic_rows import symbolic_rows
 
 # Fewer elements are not worth a kernel of their own.
 _LEAST = 2**20
@@ -48,8 +48,8 @@ def _make_body(dtype: torch.dtype, tangent_dtype: torch.dtype, device: torch.dev
         return [(x * tangent).to(x.dtype)]
 
     rows, shared = TensorMeta((), (), dtype, device), TensorMeta((1,), (1,), tangent_dtype, device)
-    folder = Folder(1)
-    with folder.mode:
-        forward = make_fx(multiplied)(folder.n, rows.empty(folder.n), shared.empty())
+    mode, n = symbolic_rows()
+    with mode:
+        forward = make_fx(multiplied)(n, rows.empty(n), shared.empty())
     output = OutputMeta(False, (), dtype, device)
     return Body(forward, [rows], [shared], [output], BodyConfig("inductor", "auto"), set())

@@ -19,20 +19,16 @@ from torch import fx
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.effects import has_effects
 from mst_fx.graph.formula import Formula, the_one
-from mst_fx.graph.values import attribute, tensor_value, tensors_of, value
-from mst_fx.rows.analysis import (
-    Context,
-    Folder,
-    autocast_contexts,
-    check_guards,
-    contexts,
-    fold_rank,
-    writes_in_place,
-)
-from mst_fx.rows.rules import SUMMED, GradientTracer, Label, Row, RowTracer, is_same_size
+from mst_fx.graph.modes import Context, autocast_contexts, contexts
+from mst_fx.graph.subgraphs import attribute
+from mst_fx.graph.values import tensor_value, tensors_of, value
+from mst_fx.graph.writes import writes_in_place
+from mst_fx.rows.fold import Folder, check_guards, fold_rank
+from mst_fx.rows.labels import SUMMED, Label, Row, is_same_size
+from mst_fx.rows.tracer import GradientTracer, RowTracer
 from mst_fx.torch_api.fakes import make_fx
 from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
-from mst_fx.torch_api.ops import schema
+from mst_fx.torch_api.ops import schema_of
 from mst_fx.torch_api.tensors import tree_leaves
 
 # In an older form of the operator both graphs begin with an unused context, and only the first args, those marked in
@@ -276,10 +272,10 @@ class _Proof:
 
 def _check_trace(traced: fx.GraphModule, name: str) -> None:
     for node in traced.graph.nodes:
-        known = schema(node.target)
+        schema = schema_of(node.target)
         if node.op == "get_attr":
             raise Refusal(f"the {name} of a torch.autograd.Function makes a tensor from Python numbers")
-        if known is not None and known.is_mutable:
+        if schema is not None and schema.is_mutable:
             raise Refusal(
                 f"the {name} of a torch.autograd.Function writes in place: {node.target}", Cause.WRITTEN
             )

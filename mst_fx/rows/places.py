@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Cause
-from mst_fx.graph.values import hint, is_known, target_name, tensor_value, tensors_of
-from mst_fx.rows.analysis import RowAnalysis, expression
+from mst_fx.graph.names import target_name
+from mst_fx.graph.sizes import expression, hint, is_known
+from mst_fx.graph.values import tensor_value, tensors_of
+from mst_fx.rows.analysis import RowAnalysis
 from mst_fx.torch_api.ops import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten

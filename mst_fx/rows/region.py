@@ -18,8 +18,10 @@ import torch
 from torch import fx
 
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph.values import common_path, module_path, tensor_value, tensors_of
-from mst_fx.rows.analysis import Operand, RowAnalysis, bytes_a_row
+from mst_fx.graph.names import common_path, module_path
+from mst_fx.graph.values import tensor_value, tensors_of
+from mst_fx.rows.analysis import Operand, RowAnalysis
+from mst_fx.rows.fold import bytes_a_row
 from mst_fx.rows.places import fate_of, is_matmul_name
 
 log = logging.getLogger("mst_fx")

@@ -17,174 +17,21 @@ An operator without a rule, or whose rule does not hold, raises :class:`~mst_fx.
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 import mst_fx.graph.formula  # noqa: F401  (registers the op)
-from mst_fx.errors import Refusal
-from mst_fx.torch_api.modes import TorchDispatchMode
-from mst_fx.torch_api.ops import same_overload, schema
-from mst_fx.torch_api.symbols import expression
-from mst_fx.torch_api.tensors import storage_id, tree_leaves
+from mst_fx.rows.labels import SUMMED, Call, Label, Matmul, Row, Rule, is_same_size, tensors, wrap
+from mst_fx.torch_api.ops import same_overload
 
 aten = torch.ops.aten
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The rows lie along dimension ``dim``."""
-
-    dim: int
-
-
-class _Summed(enum.Enum):
-    SUMMED = "summed"
-
-
-SUMMED = _Summed.SUMMED
-Label = Row | _Summed | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Matmul:
-    """A product of rows with a shared matrix: bytes a row that go in and come out."""
-
-    in_bytes: int
-    out_bytes: int
-
-
-def is_same_size(size: int | torch.SymInt, rows: int | torch.SymInt) -> bool:
-    """Whether two sizes are the same expression, without adding a guard."""
-    if isinstance(size, torch.SymInt) and isinstance(rows, torch.SymInt):
-        return bool(expression(size) == expression(rows))
-    if isinstance(size, torch.SymInt) or isinstance(rows, torch.SymInt):
-        return False
-    return size == rows
-
-
-class RowTracer(TorchDispatchMode):
-    """Labels the results of every ATen operator that runs under it.
-
-    Args:
-        rows: the symbolic number of rows ``n``.
-
-    Raises:
-        Refusal: from the dispatched call, naming the operator, when no rule proves it row-wise.
-    """
-
-    def __init__(self, rows: torch.SymInt) -> None:
-        super().__init__()
-        self.rows = rows
-        self.matmuls: list[Matmul] = []
-        # Strong references: an id must not be reused while its label is kept.
-        self._labels: dict[int, tuple[torch.Tensor, Label]] = {}
-        self._protected: set[int] = set()
-
-    def protect(self, tensor: torch.Tensor) -> None:
-        """Marks an operand: what writes to its storage is refused."""
-        self._protected.add(_storage(tensor))
-
-    def set_label(self, tensor: torch.Tensor, label: Label) -> None:
-        self._labels[id(tensor)] = (tensor, label)
-
-    def label(self, value: Any) -> Label:
-        entry = self._labels.get(id(value))
-        return entry[1] if entry is not None else None
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is aten.nll_loss.default:  # composite, but on the meta device
-            with self:
-                return _nll_loss_parts(*args, **kwargs)[0]
-        out = func(*args, **kwargs)
-        if not _tensors(out):  # a property, such as prim.device
-            return out
-        labels = self._apply_rule(func, args, kwargs, out)
-        for tensor, label in zip(_tensors(out), labels, strict=True):
-            if isinstance(label, Row) and not is_same_size(tensor.shape[label.dim], self.rows):
-                raise Refusal(f"{func} changes the number of rows")
-            if label is not None:
-                self.set_label(tensor, label)
-        return out
-
-    def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
-        outs = _tensors(out)
-        inputs = _tensors((args, kwargs))
-        if all(self.label(tensor) is None for tensor in inputs):
-            return [self.label_of_constant(func, tensor) for tensor in outs]
-        if any(self.label(tensor) is SUMMED for tensor in inputs):
-            if func in _OF_SUMS:
-                return [SUMMED]
-            raise Refusal(f"{func} works on a sum over rows")
-        if schema(func).is_mutable:
-            self._check_write(func, args)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise Refusal(f"{func} draws random numbers")
-        rule = _RULES.get(func)
-        if rule is None and _is_pointwise(func):
-            rule = _pointwise
-        if rule is None:
-            raise Refusal(f"{func} has no row-wise rule")
-        call = _Call(self, func, args, kwargs, out)
-        labels = rule(call)
-        if not isinstance(labels, list):
-            labels = [labels] * len(outs)
-        return labels
-
-    def _check_write(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Only a composite operator's own temporary may be written to, and only by rows on rows."""
-        target = args[0] if args else None
-        if not (_is_pointwise(func) and isinstance(target, torch.Tensor)):
-            raise Refusal(f"{func} writes to its argument")
-        if self.label(target) is None or _storage(target) in self._protected:
-            raise Refusal(f"{func} writes to its argument")
-
-    def label_of_constant(self, func: Any, tensor: torch.Tensor) -> Label:
-        """The label of a result of operands without rows: constant fills may have n rows."""
-        if torch.Tag.nondeterministic_seeded in func.tags:  # each chunk would draw anew
-            raise Refusal(f"{func} draws random numbers")
-        dims = [d for d, size in enumerate(tensor.shape) if is_same_size(size, self.rows)]
-        if not dims:
-            return None
-        if func in _CONSTANT_FILLS and len(dims) == 1:
-            return Row(dims[0])
-        raise Refusal(f"{func} makes a tensor whose rows are not alike")
-
-
-class GradientTracer(RowTracer):
-    """Labels what the backward graph of a ``torch.autograd.Function`` does, where weights' gradients are made.
-
-    There a product may contract the rows (``tangent.t() @ x``), and the sum over rows be transposed. Elsewhere that is
-    nothing to chunk: a later operator would wait for all chunks.
-    """
-
-    def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
-        labels = [self.label(tensor) for tensor in _tensors((args, kwargs))]
-        if labels == _CONTRACTIONS.get(func) or (func in _TRANSPOSES and labels == [SUMMED]):
-            return [SUMMED]
-        return super()._apply_rule(func, args, kwargs, out)
-
-
-_CONTRACTIONS: dict[Any, list[Label]] = {
-    aten.mm.default: [Row(1), Row(0)],
-    aten.bmm.default: [Row(2), Row(1)],
-}
-_TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
-
-
 @functools.cache
-def _is_pointwise(func: Any) -> bool:
+def is_pointwise(func: Any) -> bool:
     """By tag; of an in-place form also by the tag of the other form (``masked_fill_`` has none itself)."""
     if torch.Tag.pointwise in func.tags:
         return True
@@ -194,55 +41,7 @@ def _is_pointwise(func: Any) -> bool:
     return other is not None and torch.Tag.pointwise in other.tags
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """One dispatched call, and what rules ask of it."""
-
-    tracer: RowTracer
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-
-    def arg(self, index: int, name: str, default: Any = None) -> Any:
-        if index < len(self.args):
-            return self.args[index]
-        return self.kwargs.get(name, default)
-
-    def label(self, value: Any) -> Label:
-        return self.tracer.label(value)
-
-    def row_dim(self, value: torch.Tensor) -> int | None:
-        label = self.tracer.label(value)
-        return label.dim if isinstance(label, Row) else None
-
-    def only_row_dim(self, value: torch.Tensor) -> int:
-        """The row dimension of the one operand that may hold rows."""
-        dim = self.row_dim(value)
-        if dim is None:
-            raise self.refusal("takes rows in an operand other than its first")
-        return dim
-
-    def refusal(self, what: str) -> Refusal:
-        return Refusal(f"{self.func} {what}")
-
-
-Rule = Callable[[_Call], "Label | list[Label]"]
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _storage(tensor: Any) -> int:
-    return storage_id(tensor)
-
-
-def _wrap(dim: int, ndim: int) -> int:
-    return dim + ndim if dim < 0 else dim
-
-
-def _check_along(call: _Call, source: torch.Tensor, dims: Iterable[int]) -> int:
+def _check_along(call: Call, source: torch.Tensor, dims: Iterable[int]) -> int:
     """The row dimension of an operator that works along ``dims``, none of which may hold rows.
 
     Nor may one lie before the rows: the batch was folded away there, and a size of 1 stands for it. A
@@ -257,9 +56,9 @@ def _check_along(call: _Call, source: torch.Tensor, dims: Iterable[int]) -> int:
     return row_dim
 
 
-def _pointwise(call: _Call) -> Label:
+def pointwise(call: Call) -> Label:
     """Operands broadcast from the right: the rows must lie at one place, counted from the right."""
-    inputs = _tensors((call.args, call.kwargs))
+    inputs = tensors((call.args, call.kwargs))
     from_right = {t.ndim - d for t in inputs if (d := call.row_dim(t)) is not None}
     if len(from_right) != 1:
         raise call.refusal("combines rows along different dimensions")
@@ -268,17 +67,17 @@ def _pointwise(call: _Call) -> Label:
         at_rows = tensor.shape[-place] if tensor.ndim >= place else 1
         if call.row_dim(tensor) is None and not is_same_size(at_rows, 1):
             raise call.refusal("combines rows with an operand of as many shared values")
-    return Row(_tensors(call.out)[0].ndim - place)
+    return Row(tensors(call.out)[0].ndim - place)
 
 
-def _same(call: _Call) -> Label:
+def _same(call: Call) -> Label:
     """The result has the dimensions of the first operand."""
     return Row(call.only_row_dim(call.args[0]))
 
 
-def _view(call: _Call) -> Label:
+def _view(call: Call) -> Label:
     """A reshape that keeps the rows whole: the dimensions before them have the same product."""
-    source, out = call.args[0], _tensors(call.out)[0]
+    source, out = call.args[0], tensors(call.out)[0]
     dim = call.only_row_dim(source)
     before = _product(source.shape[:dim])
     product: Any = 1
@@ -296,78 +95,78 @@ def _product(sizes: Sequence[Any]) -> Any:
     return product
 
 
-def _unsqueeze(call: _Call) -> Label:
+def _unsqueeze(call: Call) -> Label:
     source = call.args[0]
-    dim, at = call.only_row_dim(source), _wrap(call.args[1], source.ndim + 1)
+    dim, at = call.only_row_dim(source), wrap(call.args[1], source.ndim + 1)
     return Row(dim + (at <= dim))
 
 
-def _squeeze(call: _Call) -> Label:
+def _squeeze(call: Call) -> Label:
     source = call.args[0]
     dim = call.only_row_dim(source)
     which = call.arg(1, "dim")
     if which is None:
         which = range(source.ndim)
-    dims = {_wrap(d, source.ndim) for d in ([which] if isinstance(which, int) else which)}
+    dims = {wrap(d, source.ndim) for d in ([which] if isinstance(which, int) else which)}
     gone = [d for d in dims if is_same_size(source.shape[d], 1)]
     return Row(dim - sum(d < dim for d in gone))
 
 
-def _permute(call: _Call) -> Label:
+def _permute(call: Call) -> Label:
     source = call.args[0]
-    order = [_wrap(d, source.ndim) for d in call.args[1]]
+    order = [wrap(d, source.ndim) for d in call.args[1]]
     return Row(order.index(call.only_row_dim(source)))
 
 
-def _transpose(call: _Call) -> Label:
+def _transpose(call: Call) -> Label:
     source = call.args[0]
     dim = call.only_row_dim(source)
     a, b = (0, source.ndim - 1) if call.func is aten.t.default else call.args[1:3]
-    swap = {_wrap(a, source.ndim): _wrap(b, source.ndim), _wrap(b, source.ndim): _wrap(a, source.ndim)}
+    swap = {wrap(a, source.ndim): wrap(b, source.ndim), wrap(b, source.ndim): wrap(a, source.ndim)}
     return Row(swap.get(dim, dim))
 
 
-def _expand(call: _Call) -> Label:
-    source, out = call.args[0], _tensors(call.out)[0]
+def _expand(call: Call) -> Label:
+    source, out = call.args[0], tensors(call.out)[0]
     return Row(call.only_row_dim(source) + out.ndim - source.ndim)
 
 
 def _along(position: int, default: int = 0) -> Rule:
     """Rule for an operator that works along one dimension, which must not be the rows'."""
 
-    def rule(call: _Call) -> Label:
+    def rule(call: Call) -> Label:
         source = call.args[0]
-        along = _wrap(call.arg(position, "dim", default), source.ndim)
+        along = wrap(call.arg(position, "dim", default), source.ndim)
         return Row(_check_along(call, source, [along]))
 
     return rule
 
 
-def _slice(call: _Call) -> Label:
-    source, out = call.args[0], _tensors(call.out)[0]
-    along = _wrap(call.arg(1, "dim", 0), source.ndim)
+def _slice(call: Call) -> Label:
+    source, out = call.args[0], tensors(call.out)[0]
+    along = wrap(call.arg(1, "dim", 0), source.ndim)
     whole = is_same_size(source.shape[along], out.shape[along]) and call.arg(4, "step", 1) == 1
     if whole and call.arg(2, "start", 0) in (0, None):
         return Row(call.only_row_dim(source))
     return Row(_check_along(call, source, [along]))
 
 
-def _select(call: _Call) -> Label:
+def _select(call: Call) -> Label:
     source = call.args[0]
-    return Row(_check_along(call, source, [_wrap(call.args[1], source.ndim)]))
+    return Row(_check_along(call, source, [wrap(call.args[1], source.ndim)]))
 
 
-def _unbind(call: _Call) -> Label:
+def _unbind(call: Call) -> Label:
     source = call.args[0]
-    return Row(_check_along(call, source, [_wrap(call.arg(1, "dim", 0), source.ndim)]))
+    return Row(_check_along(call, source, [wrap(call.arg(1, "dim", 0), source.ndim)]))
 
 
-def _cat(call: _Call) -> Label:
+def _cat(call: Call) -> Label:
     tensors = call.args[0]
     dims = {call.row_dim(tensor) for tensor in tensors}
     (dim, *others) = dims
-    out_ndim = _tensors(call.out)[0].ndim
-    along = _wrap(call.arg(1, "dim", 0), out_ndim)
+    out_ndim = tensors(call.out)[0].ndim
+    along = wrap(call.arg(1, "dim", 0), out_ndim)
     if others or dim is None:
         raise call.refusal("joins rows with something else")
     if call.func is aten.stack.default:
@@ -377,26 +176,26 @@ def _cat(call: _Call) -> Label:
     return Row(dim)
 
 
-def _reduction(call: _Call) -> Label:
+def _reduction(call: Call) -> Label:
     """Reductions over given dimensions; all of them when none is given."""
     source = call.args[0]
     which = call.arg(2 if call.func is aten.linalg_vector_norm.default else 1, "dim")
     if which is None or which == []:
         which = range(source.ndim)
-    dims = {_wrap(d, source.ndim) for d in ([which] if isinstance(which, int) else which)}
+    dims = {wrap(d, source.ndim) for d in ([which] if isinstance(which, int) else which)}
     return Row(_check_along(call, source, sorted(dims, reverse=True)))
 
 
-def _sum(call: _Call) -> Label:
+def _sum(call: Call) -> Label:
     source = call.args[0]
     which = call.arg(1, "dim") if call.func is aten.sum.dim_IntList else None
-    dims = {_wrap(d, source.ndim) for d in which or range(source.ndim)}
+    dims = {wrap(d, source.ndim) for d in which or range(source.ndim)}
     if call.only_row_dim(source) in dims:
         return SUMMED
     return _reduction(call)
 
 
-def _mm(call: _Call) -> Label:
+def _mm(call: Call) -> Label:
     left, right = call.args[-2:]
     rows = (call.row_dim(left), call.row_dim(right))
     if rows not in ((0, None), (None, 1)):
@@ -408,7 +207,7 @@ def _mm(call: _Call) -> Label:
     return Row(dim)
 
 
-def _bmm(call: _Call) -> Label:
+def _bmm(call: Call) -> Label:
     left, right = call.args[-2:]
     rows = (call.row_dim(left), call.row_dim(right))
     if rows not in ((1, None), (None, 2), (0, 0)):
@@ -421,13 +220,13 @@ def _bmm(call: _Call) -> Label:
     return Row(dim)
 
 
-def _mv(call: _Call) -> Label:
+def _mv(call: Call) -> Label:
     if (call.row_dim(call.args[0]), call.row_dim(call.args[1])) != (0, None):
         raise call.refusal("multiplies rows with rows")
     return Row(0)
 
 
-def _check_bias(call: _Call, bias: torch.Tensor, place: int) -> None:
+def _check_bias(call: Call, bias: torch.Tensor, place: int) -> None:
     """A bias broadcasts over the rows, or has them at the same place as the product."""
     dim = call.row_dim(bias)
     if dim is not None and bias.ndim - dim != place:
@@ -436,8 +235,8 @@ def _check_bias(call: _Call, bias: torch.Tensor, place: int) -> None:
         raise call.refusal("adds an operand of as many shared values to rows")
 
 
-def _note_matmul(call: _Call, source: torch.Tensor, contracted: int) -> None:
-    out = _tensors(call.out)[0]
+def _note_matmul(call: Call, source: torch.Tensor, contracted: int) -> None:
+    out = tensors(call.out)[0]
     widths = (_row_bytes(tensor, call.tracer.rows) for tensor in (source, out))
     call.tracer.matmuls.append(Matmul(*widths))
 
@@ -447,58 +246,58 @@ def _row_bytes(tensor: torch.Tensor, rows: torch.SymInt) -> int:
     return int(_product(sizes)) * tensor.element_size()
 
 
-def _layer_norm(call: _Call) -> list[Label]:
+def _layer_norm(call: Call) -> list[Label]:
     """Normalises over the last dimensions; statistics keep the others."""
     source, shape = call.args[:2]
     dim = call.only_row_dim(source)
     if dim >= source.ndim - len(shape):
         raise call.refusal("normalises over the rows")
-    return [Row(dim)] * len(_tensors(call.out))
+    return [Row(dim)] * len(tensors(call.out))
 
 
-def _gather(call: _Call) -> Label:
+def _gather(call: Call) -> Label:
     source, along, index = call.args[:3]
     dim = call.row_dim(source)
     if dim is None or call.row_dim(index) != dim:
         raise call.refusal("picks from other rows")
-    if _wrap(along, source.ndim) <= dim:
+    if wrap(along, source.ndim) <= dim:
         raise call.refusal("works along the rows or the batch")
     return Row(dim)
 
 
-def _scatter(call: _Call) -> Label:
+def _scatter(call: Call) -> Label:
     source, along, index, value = call.args[:4]
     dim = call.row_dim(source)
     rows = {call.row_dim(t) for t in (index, value) if isinstance(t, torch.Tensor) and t.ndim}
-    if dim is None or rows != {dim} or _wrap(along, source.ndim) <= dim:
+    if dim is None or rows != {dim} or wrap(along, source.ndim) <= dim:
         raise call.refusal("writes to other rows")
     return Row(dim)
 
 
-def _scatter_part(call: _Call) -> Label:
+def _scatter_part(call: Call) -> Label:
     """slice_scatter, select_scatter: ``source`` with another tensor in a part of one dimension."""
-    source, part, along = call.args[0], call.args[1], _wrap(call.arg(2, "dim", 0), call.args[0].ndim)
+    source, part, along = call.args[0], call.args[1], wrap(call.arg(2, "dim", 0), call.args[0].ndim)
     dim, dim_of_part = call.row_dim(source), call.row_dim(part)
     if dim is None or dim_of_part is None or dim_of_part != dim or part.ndim + (along > dim) < source.ndim:
         raise call.refusal("joins rows with something else")
     return Row(_check_along(call, source, [along]))
 
 
-def _index_fill(call: _Call) -> Label:
+def _index_fill(call: Call) -> Label:
     source, along, index, filled = call.args[:4]
     if any(call.label(t) is not None for t in (index, filled) if isinstance(t, torch.Tensor)):
         raise call.refusal("picks columns by row")
-    return Row(_check_along(call, source, [_wrap(along, source.ndim)]))
+    return Row(_check_along(call, source, [wrap(along, source.ndim)]))
 
 
-def _index_select(call: _Call) -> Label:
+def _index_select(call: Call) -> Label:
     source, along, index = call.args[:3]
     if call.label(index) is not None:
         raise call.refusal("picks columns by row")
-    return Row(_check_along(call, source, [_wrap(along, source.ndim)]))
+    return Row(_check_along(call, source, [wrap(along, source.ndim)]))
 
 
-def _index(call: _Call) -> Label:
+def _index(call: Call) -> Label:
     """``x[..., columns]``: one list of places, the same for each row."""
     source, indices = call.args[:2]
     picks = [(dim, index) for dim, index in enumerate(indices) if index is not None]
@@ -510,7 +309,7 @@ def _index(call: _Call) -> Label:
     return Row(_check_along(call, source, dims))
 
 
-def _nll_loss(call: _Call) -> list[Label]:
+def _nll_loss(call: Call) -> list[Label]:
     """Per-row losses only; means and sums are rewritten to them before (mst_fx.canonical)."""
     source, target, weight, reduction = call.args[:4]
     if (call.row_dim(source), call.row_dim(target)) != (0, 0) or source.ndim != 2:
@@ -527,21 +326,21 @@ def _loss(position: int) -> Rule:
         position: of ``reduction`` among the arguments.
     """
 
-    def rule(call: _Call) -> Label:
+    def rule(call: Call) -> Label:
         if call.arg(position, "reduction", 1) != 0:
             raise call.refusal("reduces over the rows")
-        return _pointwise(call)
+        return pointwise(call)
 
     return rule
 
 
-def _log_sigmoid(call: _Call) -> list[Label]:
+def _log_sigmoid(call: Call) -> list[Label]:
     """The second result is what the gradient needs: as large as the first one on a CPU, empty elsewhere."""
-    row = _pointwise(call)
-    return [row, row if _tensors(call.out)[1].ndim == call.args[0].ndim else None]
+    row = pointwise(call)
+    return [row, row if tensors(call.out)[1].ndim == call.args[0].ndim else None]
 
 
-def _nll_loss_parts(
+def nll_loss_parts(
     source: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -554,12 +353,12 @@ def _nll_loss_parts(
     return found
 
 
-def _constant_like(call: _Call) -> Label:
+def _constant_like(call: Call) -> Label:
     """new_zeros and the like take no values from their operand."""
-    return call.tracer.label_of_constant(call.func, _tensors(call.out)[0])
+    return call.tracer.label_of_constant(call.func, tensors(call.out)[0])
 
 
-def _pad(call: _Call) -> Label:
+def _pad(call: Call) -> Label:
     source, pad = call.args[:2]
     dim = call.only_row_dim(source)
     after = 2 * (source.ndim - 1 - dim)  # pads of the dimensions after the rows come first
@@ -568,21 +367,21 @@ def _pad(call: _Call) -> Label:
     return Row(dim)
 
 
-def _along_given(call: _Call) -> Label:
+def _along_given(call: Call) -> Label:
     """flip, roll: the dimensions are a list."""
     source = call.args[0]
     dims = call.arg(2 if call.func is aten.roll.default else 1, "dims", [])
     if not dims:
         raise call.refusal("works along the rows")
-    return Row(_check_along(call, source, [_wrap(d, source.ndim) for d in dims]))
+    return Row(_check_along(call, source, [wrap(d, source.ndim) for d in dims]))
 
 
-def _with_gradient(call: _Call) -> list[Label]:
+def _with_gradient(call: Call) -> list[Label]:
     """Gives its first operands; the gradient was proved with the formula (mst_fx.function)."""
     return [call.label(tensor) for tensor in call.args[0]]
 
 
-_RULES: dict[Any, Rule] = {
+RULES: dict[Any, Rule] = {
     torch.ops.mst_fx.with_gradient.default: _with_gradient,
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _view),
     aten.unsqueeze.default: _unsqueeze,
@@ -670,9 +469,9 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.flip.default, aten.roll.default), _along_given),
 }
 
-_OF_SUMS = frozenset({aten.view.default, aten.alias.default, aten.detach.default})
+OF_SUMS = frozenset({aten.view.default, aten.alias.default, aten.detach.default})
 
-_CONSTANT_FILLS = frozenset(
+CONSTANT_FILLS = frozenset(
     {
         aten.zeros.default,
         aten.ones.default,

@@ -5,6 +5,6 @@ this room and it imports nobody, so that a new version of torch is met here alon
 
 ``inductor`` compiles graphs and bodies; ``dynamo`` asks who captures what, and why a graph ends; ``modes`` are autocast,
 grad mode, dispatch; ``autograd`` is what it saves and one backward pass; ``fakes`` traces on fake tensors; ``symbols`` are sizes
-that are not numbers yet; ``tensors`` storages, versions, subclasses and trees; ``ops`` operators as objects; ``attention``
+that are not numbers yet, ``symbolic_rows`` one of our own; ``tensors`` storages, versions, subclasses and trees; ``ops`` operators as objects; ``attention``
 the fused kernels.
 """

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # ``FunctionalTensor`` is what AOTAutograd traces with, where writes are followed. ``make_fx`` traces a function to ATen, under
 # a fake mode of ours.
@@ -30,14 +30,6 @@ def fake_mode(*, is_symbolic: bool) -> FakeTensorMode:
         is_symbolic: whether it may have sizes that are symbols.
     """
     return FakeTensorMode(shape_env=ShapeEnv() if is_symbolic else None, allow_non_fake_inputs=True)
-
-
-def symbolic_size(mode: FakeTensorMode, hint: int) -> Any:
-    """A new symbol of a symbolic fake mode, with nothing assumed of it but that it is not 0 or 1."""
-    with torch.device("meta"):
-        vector = torch.empty(hint)
-    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    return mode.from_tensor(vector, symbolic_context=dynamic).shape[0]
 
 
 def mode_of(fake: Any) -> FakeTensorMode:

@@ -13,7 +13,7 @@ from torch._ops import OpOverload as OpOverload  # aten.add.Tensor
 from torch._ops import OpOverloadPacket as OpOverloadPacket  # aten.add
 
 
-def schema(target: Any) -> Any:
+def schema_of(target: Any) -> Any:
     """The schema of an operator (``arguments``, ``is_mutable``); None of what is no operator, or a packet of them.
 
     ``OpOverload._schema``: no public name tells which arguments are written to.

@@ -1,0 +1,52 @@
+"""Graphs copied and changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from mst_fx.graph.effects import has_effects
+from mst_fx.graph.fill import call
+from mst_fx.graph.modes import outside_transforms
+from mst_fx.graph.subgraphs import subgraphs
+from mst_fx.graph.values import VALUE, value
+from mst_fx.graph.writes import writes_in_place
+
+
+def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a GraphModule and of the sub-GraphModules its graph names; parameters are shared."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    new.meta.update(gm.meta)
+    for old_node, node in zip(gm.graph.nodes, graph.nodes, strict=True):
+        node.meta = dict(old_node.meta)
+    for name, child in subgraphs(gm):
+        new.set_submodule(name, copy_tree(child))
+    return new
+
+
+def add_call(graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
+    """Adds a ``call_function`` (or, for a string, ``call_method``) node with its fake value.
+
+    The node goes to the graph's insertion point.
+    """
+    op = "call_method" if isinstance(target, str) else "call_function"
+    fakes, fake_kwargs = fx.node.map_arg((args, kwargs), value)
+    found = call(op, target, fakes, fake_kwargs)  # before there is a node: this may fail
+    node = graph.create_node(op, target, args, kwargs)
+    node.meta[VALUE] = found
+    return node
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Removes nodes without readers: not those that write to an argument or have effects, and none inside
+    of a ``torch.func`` transform, where a value is marked by passing through functions.
+
+    ``fx.Graph.eliminate_dead_code`` takes a test of impurity, but goes on into sub-graphs (bodies of
+    activation checkpoints) without it, and there removes ``scatter_`` and ``x[i] = y``.
+    """
+    for node in reversed(outside_transforms(graph)):
+        if not node.users and not has_effects(node) and not writes_in_place(node):
+            graph.erase_node(node)

@@ -1,0 +1,44 @@
+"""How many rows the products with weights of a graph have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from mst_fx.graph.sizes import hint, is_known
+from mst_fx.graph.spelling import product_operands
+from mst_fx.graph.values import tensor_value
+from mst_fx.rows.fold import fold_rank
+
+
+def row_counts(graph: fx.Graph) -> list[Any]:
+    """The numbers of rows in a graph: those of the tensors that meet a weight matrix."""
+    counts: list[Any] = []
+    for node in graph.nodes:
+        count = _rows_at_matrix(node)
+        if count is None or not is_known(count):
+            continue
+        if hint(count) > 1 and not any(fold_rank([count], known) for known in counts):
+            counts.append(count)
+    return counts
+
+
+def products_of_unknown_rows(graph: fx.Graph) -> list[fx.Node]:
+    """The products with a matrix whose number of rows depends on data: how many tokens were picked."""
+    return [
+        node for node in graph.nodes if (count := _rows_at_matrix(node)) is not None and not is_known(count)
+    ]
+
+
+def _rows_at_matrix(node: fx.Node) -> Any:
+    source, matrix = product_operands(node) or (None, None)
+    if not isinstance(source, fx.Node) or not isinstance(matrix, fx.Node):
+        return None
+    rows, weight = tensor_value(source), tensor_value(matrix)
+    if rows is None or weight is None or rows.ndim < 2 or weight.ndim != 2:
+        return None
+    count: Any = 1
+    for size in rows.shape[:-1]:
+        count = count * size
+    return count
