@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-import mst_fx.ops.loop  # noqa: F401  (registers the ops)
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.chunking import PassContext, Shared
 from mst_fx.diagnose.facts import observe
@@ -24,11 +23,11 @@ from mst_fx.graph.subgraphs import function_graphs, is_graph, subgraphs
 from mst_fx.graph.values import VALUE, value
 from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
 from mst_fx.logits.take_out import defer_all
-from mst_fx.ops.buffer import keep_waves
-from mst_fx.ops.embedding import keep_embeddings_whole
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
+from mst_fx.passes.buffers import keep_waves
 from mst_fx.passes.canonical import join_casts, make_positional
+from mst_fx.passes.embeddings import keep_embeddings_whole
 from mst_fx.passes.mask_breaks import Crossing
 from mst_fx.passes.scalars import numbers_to_tensors, tensors_to_numbers
 from mst_fx.report import Refused, Report

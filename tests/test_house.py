@@ -106,7 +106,6 @@ def test_imports_stand_at_the_top() -> None:
     assert not found, "\n".join(found)
 
 
-@_until_split
 def test_operators_know_no_graph() -> None:
     """A step runs :mod:`mst_fx.ops`: nothing there is about nodes of a graph."""
     found = []

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_fx.masks.formula import Mask, Vectors, allowed, names
+from mst_fx.masks import formula
+from mst_fx.masks.formula import Mask
+from mst_fx.masks.reach import Vectors, allowed
 from mst_fx.torch_api.fakes import FunctionalTensor
 from mst_fx.torch_api.modes import NO_TORCH_FUNCTION
 from mst_fx.torch_api.ops import schema_of
@@ -44,21 +46,21 @@ class MaskForm:
         dtype: ``torch.bool`` (True: may see), or that of the scores to which the mask is added.
         fill: what is added where the formula is false, -inf included; 0 for a Boolean mask.
         chunk: queries a chunk, of what is known of the reach.
-        known: the rows of the mask's reach (:class:`mst_fx.masks.formula.Reach`), flat, where they are constants.
-        has_reach: otherwise two more vectors are: the rows of its reach and the starts of its spans.
+        table: that of the mask's reach (:class:`mst_fx.masks.reach.Reach`), flat, where it is constant.
+        has_reach: otherwise two more vectors are: the table of its reach and the starts of its spans.
     """
 
     formula: Mask
     dtype: torch.dtype
     fill: float
     chunk: int
-    known: tuple[int, ...] = ()
+    table: tuple[int, ...] = ()
     has_reach: bool = False
 
     @property
     def vectors(self) -> list[str]:
         """The names of the vectors: those of the formula, in order, and those of the reach."""
-        found = sorted(set(names(self.formula)), key=lambda name: (name[0], int(name[1:])))
+        found = sorted(set(formula.vectors_in(self.formula)), key=lambda name: (name[0], int(name[1:])))
         return found + (["rows", "starts"] if self.has_reach else [])
 
 
