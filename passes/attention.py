@@ -21,6 +21,7 @@ heads (relative position biases), dropout, and attention weights that somebody e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -36,11 +37,13 @@ from mst_fx.chunking import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import changes
 from mst_fx.graph.edit import add_call, eliminate_dead_code
+from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.levels import Level, all_levels, placeholders_of
 from mst_fx.graph.names import module_path
+from mst_fx.graph.numbers import number_as_tensor
 from mst_fx.graph.sizes import expression, hint
 from mst_fx.graph.spelling import SOFTMAXES, operation
-from mst_fx.graph.values import tensor_value
+from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks import formula
 from mst_fx.masks.reach import CAUSAL
@@ -355,8 +358,17 @@ def _fused_call(understood: Understood, reaches: dict[Any, _ReachNodes]) -> fx.N
         site.scale,
         site.softcap,
         mask.fill,
+        _cap_tensor(site),
     )
     return add_call(graph, operator.getitem, both, 0)
+
+
+def _cap_tensor(site: Site) -> fx.Node | None:
+    """A softcap that changes, as a tensor: written down, it would be a compilation a value."""
+    if site.cap is None:
+        return None
+    with fake_mode_of(tensors_of(site.query)) or contextlib.nullcontext():
+        return number_as_tensor(site.level.gm.graph, site.cap, torch.float64)
 
 
 def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:

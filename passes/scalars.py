@@ -14,9 +14,9 @@ Python number in these operators anyway: it does not count for the type of the r
 16-bit type before it is used. The product with 1 is of the form that AOTAutograd keeps dynamic
 (``tensorify_python_scalars``); a tensor input that is read as such it would specialise.
 
-Left as numbers are those of operators that need one (``alpha=``, ``eps=``, ``label_smoothing=``), and wherever the
-type of the result would be another one. A loop that needs such a number takes its value of the first step, with a
-guard.
+A ``leaky_relu`` whose slope changes is written out, as Inductor does. Left as numbers are those of operators that
+need one (``alpha=``, ``eps=``, ``label_smoothing=``), of which AOTAutograd makes constants too, and wherever the type
+of the result would be another one. A loop that needs such a number takes its value of the first step, with a guard.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
+from mst_fx.graph.edit import add_call
 from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.numbers import MARK, number_as_tensor
 from mst_fx.graph.sizes import SIXTEEN_BITS
-from mst_fx.graph.values import VALUE, is_plain, tensor_value, tensors_of, value
+from mst_fx.graph.values import is_plain, tensor_value, tensors_of, value
 from mst_fx.torch_api.ops import OpOverload
 from mst_fx.torch_api.symbols import expression, hint_of
 
 aten = torch.ops.aten
-
-_MARK = "mst_number"  # a meta key of the tensors that are made here
 
 
 def _spellings(*names: str) -> set[Any]:
@@ -63,6 +64,8 @@ def numbers_to_tensors(graph: fx.Graph) -> None:
     """Lets the row-wise operators of a graph read numbers that change as tensors."""
     made: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
+        _write_out_slope(node)
+    for node in list(graph.nodes):
         numbers = [operand for operand in node.all_input_nodes if _is_changing(value(operand))]
         dtype = _type_of_numbers(node, numbers) if numbers else None
         mode = fake_mode_of(tensors_of(node))
@@ -71,18 +74,36 @@ def numbers_to_tensors(graph: fx.Graph) -> None:
         for number in numbers:
             if (number, dtype) not in made:
                 with graph.inserting_before(node), mode:
-                    made[number, dtype] = _as_tensor(graph, number, dtype)
+                    made[number, dtype] = number_as_tensor(graph, number, dtype)
             node.replace_input_with(number, made[number, dtype])
+
+
+def _write_out_slope(node: fx.Node) -> None:
+    """``leaky_relu(x, slope)`` → ``where(x > 0, x, x * slope)``, as Inductor writes it, if the slope changes."""
+    if node.target is not F.leaky_relu or len(node.args) != 2 or node.kwargs.get("inplace"):
+        return
+    (x, slope), out = node.args, tensor_value(node)
+    if not isinstance(x, fx.Node) or not isinstance(slope, fx.Node) or not _is_changing(value(slope)):
+        return
+    if out is None or not is_plain(out):
+        return
+    with node.graph.inserting_before(node), torch.set_grad_enabled(out.requires_grad):
+        scaled = add_call(node.graph, torch.mul, x, slope)
+        new = add_call(node.graph, torch.where, add_call(node.graph, torch.gt, x, 0), x, scaled)
+    for added in (scaled, new.args[0], new):
+        added.meta = {**node.meta, **added.meta}  # type: ignore[union-attr]
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def tensors_to_numbers(graph: fx.Graph) -> None:
     """Puts numbers back wherever neither a loop nor what is outside of the graph reads them."""
     for node in list(graph.nodes):
-        if _MARK not in node.meta:
+        if MARK not in node.meta:
             continue
         number = node.args[0].args[1] if node.target == "to" else node.args[1]
         for user in list(node.users):
-            if user.op != "output" and _MARK not in user.meta and not _is_ours(user):
+            if user.op != "output" and MARK not in user.meta and not _is_ours(user):
                 user.replace_input_with(node, number)
 
 
@@ -93,19 +114,6 @@ def _is_changing(found: Any) -> bool:
 
 def _is_ours(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.namespace == "mst_fx"
-
-
-def _as_tensor(graph: fx.Graph, number: fx.Node, dtype: torch.dtype) -> fx.Node:
-    one = graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": torch.device("cpu")})
-    made = graph.call_function(operator.mul, (one, number))
-    for node in (one, made):
-        node.meta[VALUE] = torch.empty((), dtype=torch.float64, device="cpu")
-    if dtype != torch.float64:
-        made.meta[_MARK] = True
-        made = graph.call_method("to", (made, dtype))
-        made.meta[VALUE] = torch.empty((), dtype=dtype, device="cpu")
-    made.meta[_MARK] = True
-    return made
 
 
 def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | None:

@@ -46,6 +46,7 @@ class Site:
         mask: None, Boolean, or to be added.
         causal: the node is causal already.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0: not.
+        cap: a number that changes from step to step, by which the softcap is multiplied.
         scaling: a product of the scores with a number that changes from step to step, or is negative, which the
             query takes over.
     """
@@ -63,6 +64,7 @@ class Site:
     is_eager: bool = False
     dropout: float = 0.0
     scaling: fx.Node | None = None
+    cap: fx.Node | None = None
 
 
 # Higher-order operators, each with the graph of a checkpointed layer.
@@ -154,18 +156,14 @@ class _Chain:
             current = self.step(scores)
         return current, mask
 
-    def softcap(self, current: fx.Node | None) -> tuple[fx.Node | None, float] | None:
-        """The scores before they were capped, and the cap; 0: they are not. None: capped in another way."""
-        is_capped = current is not None and bool(current.args) and _is_tanh(current.args[0])
-        factor = _factor(current) if is_capped else None
-        if current is None or factor is None:
-            return current, 0.0
+    def softcap(self, current: fx.Node | None) -> tuple[fx.Node | None, float, fx.Node | None] | None:
+        """The scores before they were capped, and what :func:`_softcap` says; None: somebody reads what is in between."""
+        softcap, cap = _softcap(current)
+        if current is None or not softcap:
+            return current, 0.0, None
         tanh = self.step(current.args[0])
         capped = self.step(tanh.args[0]) if tanh is not None else None
-        divisor = _factor(capped)
-        if divisor is None or capped is None or abs(divisor * factor - 1.0) > 1e-6:
-            return None
-        return self.step(capped.args[0]), factor
+        return None if capped is None else (self.step(capped.args[0]), softcap, cap)
 
     def scale(self, current: fx.Node | None) -> tuple[fx.Node | None, float, fx.Node | None]:
         """The product of queries and keys, its scale, and the product with a number that the query takes over."""
@@ -189,7 +187,7 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
     uncapped = chain.softcap(unmasked[0]) if unmasked is not None else None
     if unmasked is None or uncapped is None:
         return None
-    mask, (current, softcap) = unmasked[1], uncapped
+    mask, (current, softcap, cap) = unmasked[1], uncapped
     product, scale, scaling = chain.scale(current)
     factors = _query_and_key(product)
     if factors is None or not _have_heads(*product.args[:2], node.args[1]):  # type: ignore[union-attr]
@@ -207,6 +205,7 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         inner=tuple(chain.inner),
         is_eager=True,
         scaling=scaling,
+        cap=cap,
     )
 
 
@@ -227,6 +226,22 @@ def _have_heads(*operands: Any) -> bool:
     """Whether all are tensors ``[B, H, S, D]``."""
     fakes = [tensor_value(x) for x in operands if isinstance(x, fx.Node)]
     return len(fakes) == len(operands) and all(fake is not None and fake.ndim == 4 for fake in fakes)
+
+
+def _softcap(product: fx.Node | None) -> tuple[float, fx.Node | None]:
+    """The softcap of ``tanh(scores / softcap) * softcap``, and the number that changes by which it is multiplied; 0, None: none."""
+    tanh = product.args[0] if product is not None and product.args else None
+    inner = tanh.args[0] if _is_tanh(tanh) and tanh.args else None  # type: ignore[union-attr]
+    if product is None or not isinstance(inner, fx.Node):
+        return 0.0, None
+    changing = [_is_scaling(node) for node in (product, inner)]
+    if any(changing):  # no value of it may be written down, nor two be compared
+        is_cap = all(changing) and product.args[1] is inner.args[1]
+        is_cap = is_cap and (operation(product), operation(inner)) == ("mul", "div")
+        return (1.0, product.args[1]) if is_cap else (0.0, None)  # type: ignore[return-value]
+    factor, divisor = _factor(product), _factor(inner)
+    is_softcap = factor is not None and divisor is not None and abs(divisor * factor - 1.0) <= 1e-6
+    return (factor or 0.0, None) if is_softcap else (0.0, None)
 
 
 def _is_scaling(node: fx.Node) -> bool:

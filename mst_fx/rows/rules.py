@@ -179,7 +179,8 @@ def _cat(call: Call) -> Label:
 def _reduction(call: Call) -> Label:
     """Reductions over given dimensions; all of them when none is given."""
     source = call.args[0]
-    which = call.arg(2 if call.func is aten.linalg_vector_norm.default else 1, "dim")
+    is_norm = call.func in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
+    which = call.arg(2 if is_norm else 1, "dim")
     if which is None or which == []:
         which = range(source.ndim)
     dims = {wrap(d, source.ndim) for d in ([which] if isinstance(which, int) else which)}
@@ -193,6 +194,18 @@ def _sum(call: Call) -> Label:
     if call.only_row_dim(source) in dims:
         return SUMMED
     return _reduction(call)
+
+
+def _mean_of_all(call: Call) -> Label:
+    raise call.refusal(
+        "averages over the rows, inside of a function that is not known as a sum of row losses"
+    )
+
+
+def _filled_later(call: Call) -> Label:
+    raise call.refusal(
+        "makes memory that the function then fills in place, with random numbers or a case for each"
+    )
 
 
 def _mm(call: Call) -> Label:
@@ -421,6 +434,8 @@ RULES: dict[Any, Rule] = {
     aten.sort.stable: _along(2, -1),
     aten.topk.default: _along(2, -1),
     **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), _sum),
+    aten.mean.default: _mean_of_all,
+    **dict.fromkeys((aten.empty_like.default, aten.new_empty.default), _filled_later),
     **dict.fromkeys(
         (
             aten.mean.dim,
@@ -439,6 +454,7 @@ RULES: dict[Any, Rule] = {
             aten.std.correction,
             aten.var_mean.correction,
             aten.linalg_vector_norm.default,
+            aten.norm.ScalarOpt_dim,
         ),
         _reduction,
     ),

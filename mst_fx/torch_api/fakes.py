@@ -48,14 +48,17 @@ def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
 
 @contextlib.contextmanager
 def quiet_fakes() -> Iterator[None]:
-    """Trying a node on folded rows may fail, which is an answer; torch logs it as an error."""
+    """Trying a node on folded rows may fail, which is an answer; torch logs it as an error, under a private name."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.addFilter(_is_critical)  # a new level would clear the caches of all loggers
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_critical)
+
+
+def _is_critical(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.CRITICAL
 
 
 @contextlib.contextmanager

@@ -146,6 +146,11 @@ Redirection = Callable[[fx.GraphModule, Sequence[Any], Mapping[str, Any]], Compi
 _inductor_call = torch._TorchCompileInductorWrapper.__call__
 
 
+def is_redirected() -> bool:
+    """Whether ``torch.compile`` with its default backend calls a function of ours now."""
+    return torch._TorchCompileInductorWrapper.__call__ is not _inductor_call
+
+
 def redirect_inductor(instead: Redirection | None) -> None:
     """Makes ``torch.compile`` with its default backend call a function in place of Inductor.
 

@@ -36,6 +36,16 @@ def storage_id(tensor: Any) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def uses_of_storage(x: torch.Tensor) -> int:
+    """How many tensors, and other objects, share a tensor's storage, itself included.
+
+    ``torch._C._storage_Use_Count``: whether somebody else still has the storage of some rows of logits
+    (:mod:`mst_fx.logits.apart`). A weak reference to the storage would say it too, and take what was written there with it.
+    """
+    storage = x.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """How often a tensor, or a view of it, was written.
 
@@ -56,3 +66,12 @@ def wrapper(
     """
     found: _Subclass = torch.Tensor._make_wrapper_subclass(kind, size, dtype=dtype, device=device)  # type: ignore[attr-defined]
     return found
+
+
+def refuse_address(tensor: torch.Tensor) -> None:
+    """Lets who asks for the memory of a tensor that has none get an error.
+
+    ``torch._C._set_throw_on_mutable_data_ptr``: what torch does for its own fakes; an override in Python is passed by where
+    C++ asks.
+    """
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
