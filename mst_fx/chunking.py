@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.bodies.insert import needs_gradient, replace_region, scalar_with_gradient
@@ -37,6 +36,7 @@ from mst_fx.rows.places import (
     unproved_products,
 )
 from mst_fx.rows.region import Region, RegionFinder, seeds
+from mst_fx.torch_api.ops import OpOverload
 
 log = logging.getLogger("mst_fx")
 

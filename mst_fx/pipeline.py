@@ -32,13 +32,10 @@ from mst_fx.passes.embeddings import keep_embeddings_whole
 from mst_fx.passes.mask_breaks import Crossing
 from mst_fx.passes.scalars import numbers_to_tensors, tensors_to_numbers
 from mst_fx.report import Refused, Report
-from mst_fx.torch_api.inductor import (
-    ending_of,
-    kept_until_reset,
-    make_code,
-    mode_patches,
-    without_saved_tensors_hooks,
-)
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.dynamo import ending_of, kept_until_reset
+from mst_fx.torch_api.graphs import make_code
+from mst_fx.torch_api.inductor import mode_patches
 
 log = logging.getLogger("mst_fx")
 

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import add_call
@@ -42,6 +41,8 @@ from mst_fx.graph.sizes import expression, hint
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.passes.picks import are_places
+from mst_fx.torch_api.modes import enable_python_dispatcher
+from mst_fx.torch_api.ops import HigherOrderOperator, OpOverload, same_overload
 
 log = logging.getLogger("mst_fx")
 
@@ -163,7 +164,7 @@ def _storage(fake: torch.Tensor) -> int:
 def _name(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.target.overloadpacket.__name__
     return str(getattr(node.target, "__name__", ""))
 
@@ -234,7 +235,7 @@ class _Rewrite:
             maker = first
         if maker.op not in ("call_function", "call_method") or first is not self.views[0]:
             raise Refusal(f"{first.name} is written to, and not made here", Cause.WRITTEN)
-        is_graph = isinstance(maker.target, torch._ops.HigherOrderOperator)
+        is_graph = isinstance(maker.target, HigherOrderOperator)
         if is_graph and "checkpoint" not in _name(maker):
             raise Refusal(f"{first.name} comes from a sub-graph", Cause.WRITTEN)
         return first
@@ -260,7 +261,7 @@ class _Rewrite:
     def _check_reader(self, reader: fx.Node) -> None:
         if any(not is_plain(fake) for fake in tensors_of(reader)):
             raise Refusal(f"{reader.name} is no plain tensor", Cause.NOT_PLAIN)
-        if isinstance(reader.target, torch._ops.HigherOrderOperator) or reader.op == "call_module":
+        if isinstance(reader.target, HigherOrderOperator) or reader.op == "call_module":
             raise Refusal(f"{reader.name} calls a sub-graph", Cause.OPAQUE)
         if writes_in_place(reader) and _twin(reader) is None:
             raise Refusal(f"{reader.name} ({_name(reader)}) writes in a way not known here", Cause.WRITTEN)
@@ -412,9 +413,9 @@ def _twin(node: fx.Node) -> _Twin | None:
     base = name.removesuffix("_")
     if isinstance(node.target, str):
         return _same_call(base) if hasattr(torch.Tensor, base) else None
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         packet = getattr(torch.ops.aten, base, None) if node.target.namespace == "aten" else None
-        found = getattr(packet, node.target._overloadname, None)
+        found = same_overload(packet, node.target)
     else:
         found = getattr(torch, base, None) or getattr(F, base, None)
     return _same_call(found) if found is not None else None

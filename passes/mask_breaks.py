@@ -45,7 +45,8 @@ from mst_fx.masks.tensor import DeferredMask, MaskForm, MaskOutput, put_masks
 from mst_fx.masks.understand import GIVEN, Given, Read, as_rows, form_name, read_mask
 from mst_fx.options import Options
 from mst_fx.report import Rewrite
-from mst_fx.torch_api.inductor import real_tensors, returns_to_user
+from mst_fx.torch_api.dynamo import goes_on, keep_ending
+from mst_fx.torch_api.fakes import mode_of, real_tensors
 
 log = logging.getLogger("mst_fx")
 
@@ -114,9 +115,7 @@ def _cross(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     if not has_inputs and not found:
         return Crossing(gm, example_inputs)
     new = copy_tree(gm)
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is not None:
-        new.compile_subgraph_reason = reason  # the doctor asks for it
+    keep_ending(gm, new)  # the doctor asks for it
     inputs, opened = _open_inputs(new, example_inputs)
     outputs = new.graph.output_node().args[0]
     masks, rewrites = _take_out(new, options)
@@ -165,7 +164,7 @@ def _replace_by_values(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     """The graph gets the mask as an ordinary tensor; returns its fake."""
     mask = value(node)
     first = mask.made if mask._form is None else getattr(mask, mask._form.vectors[0])
-    with first.fake_mode:
+    with mode_of(first):
         fake = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     node.meta[VALUE] = fake
     return fake
@@ -283,7 +282,7 @@ def _write_to(mask: fx.Node, readers: Sequence[fx.Node], writers: set[fx.Node]) 
     """Whether a writer is given the storage of the mask, in a run of what reads it, in order."""
     deferred = value(mask)
     assert deferred._form is not None
-    with getattr(deferred, deferred._form.vectors[0]).fake_mode:
+    with mode_of(getattr(deferred, deferred._form.vectors[0])):
         env: dict[fx.Node, Any] = {mask: torch.empty(mask.meta[VALUE].shape, dtype=deferred.dtype)}
     storage = storage_key(env[mask])
     for node in readers:
@@ -311,7 +310,7 @@ def _candidates(gm: fx.GraphModule, options: Options) -> list[fx.Node]:
         return []
     nodes = list(dict.fromkeys(node for node in results if isinstance(node, fx.Node)))
     found = [node for node in nodes if _may_be_mask(node, options)]
-    if not found or not _goes_on(gm):
+    if not found or not goes_on(gm):
         return []
     storages = [storage_key(fake) for n in nodes if (fake := _plain(n)) is not None]
     # Two outputs of one storage stay so.
@@ -332,12 +331,6 @@ def _may_be_mask(node: fx.Node, options: Options) -> bool:
         return False
     least = plan_attention(fake.device.type, options.attention_chunk_rows)
     return min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
-
-
-def _goes_on(gm: fx.GraphModule) -> bool:
-    """Whether Dynamo, or code that it compiles in part, gets the outputs, rather than the user."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return reason is not None and (reason.graph_break or not returns_to_user())
 
 
 def _take_out(gm: fx.GraphModule, options: Options) -> tuple[tuple[MaskOutput, ...], tuple[Rewrite, ...]]:

@@ -27,13 +27,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.numbers import MARK, number_as_tensor
 from mst_fx.graph.sizes import SIXTEEN_BITS
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of, value
+from mst_fx.torch_api.ops import OpOverload
+from mst_fx.torch_api.symbols import expression, hint_of
 
 aten = torch.ops.aten
 
@@ -107,8 +108,8 @@ def tensors_to_numbers(graph: fx.Graph) -> None:
 
 
 def _is_changing(found: Any) -> bool:
-    is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and found.node.hint is not None
-    return is_symbolic and not found.node.expr.is_number
+    is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and hint_of(found) is not None
+    return is_symbolic and not expression(found).is_number
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.bodies.body import Body, BodyConfig, OutputMeta, TensorMeta
+from mst_fx.torch_api.fakes import make_fx
 from mst_fx.torch_api.symbolic_rows import symbolic_rows
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket, schema_of
+
 aten = torch.ops.aten
 
 # Spellings of one operation. Left: what torch, ATen or ``operator`` also call it.
@@ -66,9 +68,9 @@ def operation(node: fx.Node) -> str:
 
 @functools.cache
 def _operation(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         target = target.overloadpacket
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         name = target.__name__
     elif isinstance(target, str):
         name = target
@@ -132,11 +134,11 @@ def _names_of(target: Any) -> tuple[tuple[str, ...], ...]:
 
 
 def _schemas(target: Any) -> list[Any]:
-    if isinstance(target, torch._ops.OpOverload):
-        return [target._schema]
+    if isinstance(target, OpOverload):
+        return [schema_of(target)]
     if isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
         packet = getattr(aten, target.__name__, None)
-        return [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
+        return [schema_of(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
     return []
 
 
@@ -149,7 +151,7 @@ def signatures(node: fx.Node) -> tuple[tuple[str, ...], ...]:
 
 
 def _is_of_torch_or_operator(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) or _is_of_torch(target)
+    return isinstance(target, OpOverload) or _is_of_torch(target)
 
 
 def dropout_probability(node: fx.Node) -> float | None:

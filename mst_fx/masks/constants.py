@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
 from mst_fx.graph.fill import call
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.graph.writes import writes_in_place
-from mst_fx.torch_api.inductor import real_tensors
+from mst_fx.torch_api.fakes import real_tensors
+from mst_fx.torch_api.ops import OpOverload
+from mst_fx.torch_api.tensors import tree_map_only
 
 
 def spelled(node: fx.Node) -> str:
@@ -24,7 +25,7 @@ def spelled(node: fx.Node) -> str:
         return node.op
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target.overloadpacket.__name__
     return getattr(target, "__name__", str(target))
 
@@ -53,7 +54,7 @@ def number_of(found: Any) -> float | None:
     if isinstance(found, fx.Node):
         found = value(found)
     if isinstance(found, torch.SymFloat):
-        return float(found.node.guard_float("", 0))
+        return float(float(found))
     is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
     return float(found) if is_number else None
 

@@ -248,7 +248,7 @@ def _is_scaling(node: fx.Node) -> bool:
     """Whether a node is ``x * c`` or ``x / c`` with a number that changes: no value of it may be written down."""
     number = value(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], fx.Node) else None
     is_scaled = operation(node) in ("mul", "div") and not node.kwargs
-    return is_scaled and isinstance(number, torch.SymFloat) and not number.node.expr.is_number
+    return is_scaled and isinstance(number, torch.SymFloat) and not expression(number).is_number
 
 
 def scaled_query(site: Site, query: fx.Node) -> fx.Node:

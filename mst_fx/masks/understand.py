@@ -20,6 +20,7 @@ from mst_fx.masks.formula import Compare, Holds, Mask
 from mst_fx.masks.reach import CAUSAL, FULL, Vectors
 from mst_fx.masks.reader import Reader
 from mst_fx.masks.sites import Site
+from mst_fx.torch_api.modes import ENTER_AUTOCAST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _is_native(site: Site, table: Tensor | None) -> bool:
 def _under_autocast(site: Site) -> bool:
     fake = tensor_value(site.out)
     assert fake is not None
-    enters = torch.amp.autocast_mode._enter_autocast
+    enters = ENTER_AUTOCAST
     graphs = [level.gm.graph for level in all_levels(site.level.top)]
     return torch.is_autocast_enabled(fake.device.type) or any(
         graph.find_nodes(op="call_function", target=enters) for graph in graphs

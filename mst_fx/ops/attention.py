@@ -31,7 +31,7 @@ from mst_fx.masks import formula, reach
 from mst_fx.masks.reach import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors
 from mst_fx.ops.chunks import Reaching, Rows, Window, WindowSum, by_reach
 from mst_fx.torch_api.attention import Dense, Spans, empty_output, is_fused
-from mst_fx.torch_api.inductor import outside_of_kernels
+from mst_fx.torch_api.modes import outside_of_kernels, without_autocast
 
 # Spans of one call: the kernels' grids are no larger.
 _MOST_SPANS = 65535
@@ -225,7 +225,7 @@ _SCHEMA = (
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*args)
     operands = (call.query, call.key, call.value)
-    with torch._C._DisableAutocast():
+    with without_autocast():
         if call.kernel is not None:
             out, sums = call.kernel.forward(*operands)
             return _as_promised(out), sums.contiguous()
@@ -254,7 +254,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(*args)
     query, key, value = call.query, call.key, call.value
-    with outside_of_kernels(), torch._C._DisableAutocast():
+    with outside_of_kernels(), without_autocast():
         if call.kernel is not None:
             with torch.no_grad():
                 found = call.kernel.backward(tangent, query, key, value, out, sums)

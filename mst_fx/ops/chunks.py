@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mst_fx.torch_api.modes import without_autocast
+
 aten = torch.ops.aten
 
 
@@ -181,5 +183,5 @@ class WindowSum:
 @contextlib.contextmanager
 def plain_mode() -> Iterator[None]:
     """Bodies are traced with all casts and modes in them: nothing ambient may act twice."""
-    with torch.no_grad(), torch._C._DisableAutocast():
+    with torch.no_grad(), without_autocast():
         yield

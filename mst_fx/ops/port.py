@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from mst_fx.ops.chunks import plain_mode
 from mst_fx.ops.scaled import product
-from mst_fx.torch_api.inductor import at_end_of_backward
+from mst_fx.torch_api.autograd import at_end_of_backward
 
 
 class _Parcel:

@@ -14,7 +14,7 @@ from mst_fx.bodies.body import Body
 from mst_fx.bodies.product import product_body
 from mst_fx.graph.sizes import SIXTEEN_BITS
 from mst_fx.ops.chunks import plain_mode
-from mst_fx.torch_api.inductor import kept_until_reset
+from mst_fx.torch_api.dynamo import kept_until_reset
 
 # Fewer elements are not worth a kernel of their own.
 _LEAST = 2**20

@@ -29,6 +29,7 @@ from mst_fx.graph.sizes import expression, hint, is_known
 from mst_fx.graph.subgraphs import is_function
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.rows.analysis import RowAnalysis
+from mst_fx.torch_api.ops import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 
@@ -428,9 +429,9 @@ def _is_outer(node: fx.Node, operands: list[fx.Node]) -> bool:
 def _is_attention(node: fx.Node) -> bool:
     """Higher-order operators (flex attention, scans) and operators of libraries on several values of rows."""
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return True
-    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
+    return isinstance(target, OpOverload) and target.namespace not in ("aten", "prims")
 
 
 def _is_low_rank(analysis: RowAnalysis, product: fx.Node) -> bool:

@@ -25,6 +25,7 @@ import torch
 
 import mst_fx.graph.formula  # noqa: F401  (registers the op)
 from mst_fx.rows.labels import SUMMED, Call, Label, Matmul, Row, Rule, is_same_size, tensors, wrap
+from mst_fx.torch_api.ops import same_overload
 
 aten = torch.ops.aten
 
@@ -36,7 +37,7 @@ def is_pointwise(func: Any) -> bool:
         return True
     name = func.overloadpacket.__name__
     packet = getattr(aten, name[:-1], None) if func.namespace == "aten" and name.endswith("_") else None
-    other = getattr(packet, func._overloadname, None)
+    other = same_overload(packet, func)
     return other is not None and torch.Tag.pointwise in other.tags
 
 
