@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from mst_fx.diagnose import warn
+from tests.cpu_times import CPUTimes
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,15 @@ settings.register_profile("short", max_examples=50)
 settings.register_profile("long", max_examples=1000)
 settings.register_profile("longest", max_examples=10_000)
 settings.load_profile("short")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-times", metavar="FILE", help="write the CPU seconds of each test to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("cpu_times"):
+        config.pluginmanager.register(CPUTimes())
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,67 @@
+"""``pytest --cpu-times=FILE``: the CPU seconds of each test, in JSON lines, and the dearest files at the end.
+
+Of the processor, not of the clock, so that a busy machine and other workers change little. A test's seconds are
+those of its process, its threads and the children that it waited for, in all its phases; a fixture of a module
+counts for the first test that asks for it.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_PROPERTY = "cpu_seconds"
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children so far."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+class CPUTimes:
+    """One in each process; that of the controller hears of all tests."""
+
+    def __init__(self) -> None:
+        self._last = cpu_seconds()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        self._last = cpu_seconds()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Iterator[None]:
+        report: Any = yield
+        now = cpu_seconds()
+        report.user_properties = [(_PROPERTY, now - self._last)]
+        self._last = now
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += sum(
+            value for name, value in report.user_properties if name == _PROPERTY and isinstance(value, float)
+        )
+
+    def by_file(self) -> dict[str, float]:
+        found: dict[str, float] = collections.defaultdict(float)
+        for test, seconds in self.seconds.items():
+            found[test.split("::")[0]] += seconds
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        lines = (json.dumps({"test": test, "cpu_s": round(s, 3)}) for test, s in self.seconds.items())
+        Path(config.getoption("cpu_times")).write_text("".join(f"{line}\n" for line in lines))
+        files = self.by_file()
+        terminalreporter.section("CPU seconds")
+        for file, seconds in list(files.items())[:10]:
+            terminalreporter.line(f"{seconds:8.1f}  {file}")
+        rest = cpu_seconds() - sum(files.values()) if not hasattr(config, "workerinput") else 0.0
+        terminalreporter.line(f"{sum(files.values()):8.1f}  all tests, and {rest:.1f} of imports and collection")
