@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from mst_fx.diagnose import warn
+from tests import apart
 from tests.cpu_times import CPUTimes
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,6 +27,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("cpu_times"):
         config.pluginmanager.register(CPUTimes())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forks() -> Iterator[None]:
+    """What is called apart, in forks of a process with all imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.meter.start", apart.start)
+        yield
+    apart.stop()
 
 
 @pytest.fixture(autouse=True)

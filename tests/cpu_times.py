@@ -1,7 +1,7 @@
 """``pytest --cpu-times=FILE``: the CPU seconds of each test, in JSON lines, and the dearest files at the end.
 
 Of the processor, not of the clock, so that a busy machine and other workers change little. A test's seconds are
-those of its process, its threads and the children that it waited for, in all its phases; a fixture of a module
+those of its process, its threads, the children that it waited for and its forks, in all its phases; a fixture of a module
 counts for the first test that asks for it.
 """
 
@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 
+from tests import apart
+
 _PROPERTY = "cpu_seconds"
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children so far."""
+    """Of this process, its children and the forks that it asked for, so far."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    return sum(each.ru_utime + each.ru_stime for each in used) + apart.cpu_seconds()
 
 
 class CPUTimes:
@@ -56,7 +58,9 @@ class CPUTimes:
             found[test.split("::")[0]] += seconds
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter, config: pytest.Config
+    ) -> None:
         lines = (json.dumps({"test": test, "cpu_s": round(s, 3)}) for test, s in self.seconds.items())
         Path(config.getoption("cpu_times")).write_text("".join(f"{line}\n" for line in lines))
         files = self.by_file()
@@ -64,4 +68,6 @@ class CPUTimes:
         for file, seconds in list(files.items())[:10]:
             terminalreporter.line(f"{seconds:8.1f}  {file}")
         rest = cpu_seconds() - sum(files.values()) if not hasattr(config, "workerinput") else 0.0
-        terminalreporter.line(f"{sum(files.values()):8.1f}  all tests, and {rest:.1f} of imports and collection")
+        terminalreporter.line(
+            f"{sum(files.values()):8.1f}  all tests, and {rest:.1f} of imports and collection"
+        )
