@@ -98,7 +98,7 @@ def _call(
     outputs: Sequence[int],
     timeout: float,
 ) -> int:
-    request = {"function": function, "args": args, "env": environment, "cwd": str(cwd)}
+    request = {"function": function, "args": args, "env": environment, "cwd": str(Path(cwd).resolve())}
     status = _server(environment).call(request, outputs, math.ceil(timeout))
     if status is None:
         raise subprocess.TimeoutExpired(function.__qualname__, timeout)

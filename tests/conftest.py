@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import settings
 from mst_fx.diagnose import warn
 from tests import apart
 from tests.cpu_times import CPUTimes
+from tests.helpers import Sharing
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,13 +43,54 @@ def _forks() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """Every test starts with the same seed, without compiled code, and with every warning still to be said."""
+def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test starts with the same seed and with every warning still to be said."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
     warn.reset()
+    if request.node.get_closest_marker("shares_compiled") is None:
+        with _apart():
+            yield
+    else:
+        with _shared(request.node.path):
+            yield
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Without compiled code of tests before, and none is left."""
+    torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def _shared(file: Path) -> Iterator[None]:
+    """With the compiled code of tests before it in the same file, where Dynamo's guards find that it fits.
+
+    What does not fit is compiled as if it were the first: sizes stay constants, and nothing runs in eager because
+    too much was compiled.
+    """
+    if Sharing.file != file:
+        torch._dynamo.reset()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch._dynamo.config.patch(
+            automatic_dynamic_shapes=False,
+            recompile_limit=1000,
+            accumulated_recompile_limit=1000,
+            fail_on_recompile_limit_hit=True,
+        ),
+    ):
+        Sharing.file = file
+        patch.setattr(Sharing, "now", True)
+        yield
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is here to stay: collections of garbage, which torch's compilers cause, need not look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 10)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
