@@ -181,7 +181,8 @@ def _run(request: dict[str, Any], outputs: Sequence[int]) -> int:
     for number, fd in enumerate(outputs, start=1):
         os.dup2(fd, number)
         os.close(fd)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update({name: value for name, value in request["env"].items() if name not in _AT_START})
@@ -242,7 +243,7 @@ def import_all() -> None:
     import torch._functorch.aot_autograd
     import torch._inductor.compile_fx
     import torch.distributed
-    import torch.fx.experimental.proxy_tensor  # noqa: F401
+    import torch.fx.experimental.proxy_tensor
 
     with contextlib.suppress(ImportError):
         import transformers.masking_utils

@@ -14,6 +14,7 @@ from mst_fx.diagnose import warn
 from tests import apart
 from tests.cpu_times import CPUTimes
 from tests.helpers import Sharing
+from tests.selection import is_of_a_real_model
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("cpu_times"):
-        config.pluginmanager.register(CPUTimes())
+        is_worker = hasattr(config, "workerinput")
+        config.pluginmanager.register(CPUTimes(None if is_worker else Path(config.getoption("cpu_times"))))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -47,12 +49,9 @@ def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts with the same seed and with every warning still to be said."""
     torch.manual_seed(0)
     warn.reset()
-    if request.node.get_closest_marker("shares_compiled") is None:
-        with _apart():
-            yield
-    else:
-        with _shared(request.node.path):
-            yield
+    marker = request.node.get_closest_marker("shares_compiled")
+    with _apart() if marker is None else _shared(request.node.path, **marker.kwargs):
+        yield
 
 
 @contextlib.contextmanager
@@ -64,18 +63,19 @@ def _apart() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _shared(file: Path) -> Iterator[None]:
+def _shared(file: Path, automatic_dynamic: bool = False) -> Iterator[None]:
     """With the compiled code of tests before it in the same file, where Dynamo's guards find that it fits.
 
-    What does not fit is compiled as if it were the first: sizes stay constants, and nothing runs in eager because
-    too much was compiled.
+    What does not fit is compiled as if it were the first: sizes stay constants (but with ``automatic_dynamic``,
+    for tests that all have the same sizes one after the other), and nothing runs in eager because too much was
+    compiled.
     """
     if Sharing.file != file:
         torch._dynamo.reset()
     with (
         pytest.MonkeyPatch.context() as patch,
         torch._dynamo.config.patch(
-            automatic_dynamic_shapes=False,
+            automatic_dynamic_shapes=automatic_dynamic,
             recompile_limit=1000,
             accumulated_recompile_limit=1000,
             fail_on_recompile_limit_hit=True,
@@ -94,6 +94,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_of_a_real_model(item):
+            item.add_marker("real_model")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no CUDA device")
         for item in items:

@@ -30,8 +30,11 @@ def cpu_seconds() -> float:
 class CPUTimes:
     """One in each process; that of the controller hears of all tests."""
 
-    def __init__(self) -> None:
-        self._last = cpu_seconds()
+    def __init__(self, file: Path | None) -> None:
+        """``file`` is what the process writes that hears of all tests, as they end."""
+        self._file, self._last = file, cpu_seconds()
+        if file is not None:
+            file.write_text("")
         self.seconds: dict[str, float] = collections.defaultdict(float)
 
     @pytest.hookimpl(wrapper=True)
@@ -51,6 +54,10 @@ class CPUTimes:
         self.seconds[report.nodeid] += sum(
             value for name, value in report.user_properties if name == _PROPERTY and isinstance(value, float)
         )
+        if report.when == "teardown" and self._file is not None:
+            line = {"test": report.nodeid, "cpu_s": round(self.seconds[report.nodeid], 3)}
+            with self._file.open("a") as out:
+                out.write(f"{json.dumps(line)}\n")
 
     def by_file(self) -> dict[str, float]:
         found: dict[str, float] = collections.defaultdict(float)
@@ -58,16 +65,10 @@ class CPUTimes:
             found[test.split("::")[0]] += seconds
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def pytest_terminal_summary(
-        self, terminalreporter: pytest.TerminalReporter, config: pytest.Config
-    ) -> None:
-        lines = (json.dumps({"test": test, "cpu_s": round(s, 3)}) for test, s in self.seconds.items())
-        Path(config.getoption("cpu_times")).write_text("".join(f"{line}\n" for line in lines))
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         files = self.by_file()
         terminalreporter.section("CPU seconds")
         for file, seconds in list(files.items())[:10]:
             terminalreporter.line(f"{seconds:8.1f}  {file}")
-        rest = cpu_seconds() - sum(files.values()) if not hasattr(config, "workerinput") else 0.0
-        terminalreporter.line(
-            f"{sum(files.values()):8.1f}  all tests, and {rest:.1f} of imports and collection"
-        )
+        tests = sum(files.values())
+        terminalreporter.line(f"{tests:8.1f}  all tests; {cpu_seconds():.1f} with imports and collection")

@@ -160,6 +160,7 @@ def test_losses_inside_of_an_autocast_region(name: str) -> None:
         assert relative_error(f, t) <= 1.1 * relative_error(e, t) + 1e-6
 
 
+@pytest.mark.shares_compiled
 def test_train_eval_train() -> None:
     model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
     compiled = compile_mst(model)
@@ -200,6 +201,7 @@ def test_accumulation_over_micro_batches() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shares_compiled
 @pytest.mark.parametrize("options", [SMALL_CHUNKS, INDUCTOR], ids=["aot_eager", "inductor"])
 def test_retain_graph(options: dict[str, Any]) -> None:
     model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
@@ -216,6 +218,7 @@ def test_retain_graph(options: dict[str, Any]) -> None:
     assert worst_error(thrice(compile_mst(model, options)), truth) <= _BAR
 
 
+@pytest.mark.shares_compiled
 def test_loss_scaling() -> None:
     model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
     _, truth = step(model, model, inputs, scale=2.0**16)
@@ -223,6 +226,7 @@ def test_loss_scaling() -> None:
     assert worst_error(found, truth) <= _BAR
 
 
+@pytest.mark.shares_compiled
 def test_all_labels_ignored() -> None:
     """The mean of nothing is NaN and its gradient is 0, as in eager."""
     model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
@@ -255,6 +259,7 @@ def test_checkpointing_under_autocast() -> None:
     assert worst_error(found, truth) <= 1.1 * worst_error(eager, truth)
 
 
+@pytest.mark.shares_compiled
 def test_hooks_see_one_gradient_a_step() -> None:
     """DDP's reducer needs every parameter to be ready exactly once."""
     model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
@@ -273,6 +278,7 @@ def test_hooks_see_one_gradient_a_step() -> None:
     assert set(seen.values()) == {1}
 
 
+@pytest.mark.shares_compiled
 def test_autograd_grad() -> None:
     model, inputs = LLAMA.build(), inputs_of(LLAMA, 3, 35)
     parameters = dict(model.named_parameters())
