@@ -170,9 +170,9 @@ def script(path: str, *arguments: str) -> None:
 
 
 def _ranks(function: Callable[..., Any], args: tuple[Any, ...], count: int) -> None:
-    import torch.multiprocessing
+    from torch.multiprocessing.spawn import start_processes
 
-    torch.multiprocessing.start_processes(function, args, nprocs=count, start_method="fork")
+    start_processes(function, args, nprocs=count, start_method="fork")
 
 
 def _run(request: dict[str, Any], outputs: Sequence[int]) -> int:
