@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +68,17 @@ def worst_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(errors)
 
 
+class Sharing:
+    """Whether the test that runs shares compiled code (marked ``shares_compiled``), and the file of the last that did."""
+
+    now = False
+    file: Path | None = None
+
+
 def compile_mst(fn: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    torch._dynamo.reset()
+    """``fn`` under mst, compiled anew when it is called, but for what a test marked ``shares_compiled`` finds."""
+    if not Sharing.now:
+        torch._dynamo.reset()
     chosen: Any = options or SMALL_CHUNKS
     return torch.compile(fn, backend="mst", options=chosen, **kwargs)
 
