@@ -14,10 +14,9 @@ from torch import fx
 import mst_fx.ops.loop  # noqa: F401  (registers the ops)
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.diagnose.facts import observe
-from mst_fx.diagnose.warn import warn
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.values import VALUE, copy_tree, fill_values, function_graphs, is_graph, subgraphs, value
+from mst_fx.listeners import on_graph
 from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
 from mst_fx.logits.take_out import defer_all
 from mst_fx.ops.buffer import keep_waves
@@ -139,13 +138,7 @@ def run_passes(
         report.after.append("")
     report.seconds = time.perf_counter() - start
     _log(report)
-    try:
-        observe(captured, new, report)
-        warn(captured, report)
-    except Exception as error:
-        if options.strict:
-            raise
-        _defect("the doctor's facts", error)
+    on_graph.tell(captured, new, report)
     bodies = tuple(shared.bodies.values()) if report.rewrites else ()
     return Result(new, report, deferrals, outputs, bodies)
 

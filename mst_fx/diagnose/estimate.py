@@ -20,8 +20,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from mst_fx.diagnose.findings import Memory
 from mst_fx.graph.values import called_graph, hint, is_plain, storage_key, tensors_of
-from mst_fx.report import Memory
 
 # Operators by their exact names: functions, methods and ATen's operators without their overload or trailing "_".
 # Their backward passes need neither their operands nor their results …

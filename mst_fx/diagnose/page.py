@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from string import Template
 
-from mst_fx.report import Line, Memory, Report, Rewrite, human_bytes
+from mst_fx.diagnose.findings import Diagnosis, Line, Memory
+from mst_fx.report import Rewrite, human_bytes
 
 _SHOWN = 4  # unchanged nodes in a row that are not worth folding
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 880, 300, 78, 26, 34  # of the chart, and its margins
 
 
-def make_page(title: str, report: Report) -> str:
+def make_page(title: str, report: Diagnosis) -> str:
     """A page of HTML that needs nothing else: no network, light and dark.
 
     Args:
@@ -39,7 +40,7 @@ def make_page(title: str, report: Report) -> str:
     )
 
 
-def _tiles(report: Report) -> Iterator[str]:
+def _tiles(report: Diagnosis) -> Iterator[str]:
     before, after = report.memory_before.peak, report.memory_after.peak
     if before:
         note = "estimated peak of a step above parameters and their gradients"
@@ -145,7 +146,7 @@ def _y(value: float, full: int) -> float:
 # The lists
 
 
-def _findings(report: Report) -> Iterator[str]:
+def _findings(report: Diagnosis) -> Iterator[str]:
     for finding in report.findings:
         yield (
             f'<div class="finding"><b>{escape(finding.cause)}</b> {escape(finding.evidence)}'
@@ -158,7 +159,7 @@ def _findings(report: Report) -> Iterator[str]:
         )
 
 
-def _rewrites(report: Report) -> str:
+def _rewrites(report: Diagnosis) -> str:
     head = "".join(
         f"<th>{name}</th>" for name in ("kind", "name", "rows", "chunks", "inside", "a chunk", "gradient")
     )
@@ -176,7 +177,7 @@ def _remark(rewrite: Rewrite) -> str:
     return f" <span>({escape(text)})</span>" if text else ""
 
 
-def _bodies(report: Report) -> Iterator[str]:
+def _bodies(report: Diagnosis) -> Iterator[str]:
     for key, text in report.bodies.items():
         names = [rewrite.name for rewrite in report.rewrites if rewrite.body == key]
         yield (
@@ -188,7 +189,7 @@ def _bodies(report: Report) -> Iterator[str]:
 # The graphs side by side
 
 
-def _graphs(report: Report) -> Iterator[str]:
+def _graphs(report: Diagnosis) -> Iterator[str]:
     pairs = list(zip(report.lines_before, report.lines_after, strict=True))
     for index, (before, after) in enumerate(pairs):
         title = f"graph {index}: {len(before)} nodes → {len(after)}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import logging
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ from torch import fx
 
 from mst_fx.diagnose.doctor import COSTLY
 from mst_fx.diagnose.facts import facts_of
+from mst_fx.diagnose.findings import diagnosis_of
 from mst_fx.report import Report
 
 log = logging.getLogger("mst_fx")
@@ -45,16 +45,12 @@ def silent() -> Iterator[None]:
         _is_silent.reset(token)
 
 
-def warn(gm: fx.GraphModule, report: Report) -> None:
-    """Says what one captured graph costs a step of training.
-
-    Args:
-        gm: as Dynamo captured it.
-        report: of this graph alone.
-    """
+def warn(captured: fx.GraphModule, new: fx.GraphModule, report: Report) -> None:
+    """Says what one captured graph costs a step of training; listens to :data:`mst_fx.listeners.on_graph`."""
     if not torch.is_grad_enabled() or _is_silent.get() or not report.kinds():
         return
-    one = dataclasses.replace(report, facts=[facts_of(gm, report)])
+    one = diagnosis_of(report)
+    one.facts.append(facts_of(captured, report))
     for check in COSTLY:
         found = check(one, LEAST_BYTES)
         if found is not None and found.cause not in _said:

@@ -23,13 +23,12 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mst_fx.listeners import on_logits
 from mst_fx.logits.snapshot import is_freed, snapshot, version
 from mst_fx.logits.uses import LAZY, Step, announces, plainly, taker
 
 log = logging.getLogger("mst_fx")
 
-# Called with "file:line in function" of whoever makes deferred logits compute themselves.
-on_use: list[Callable[[str], None]] = []
 _told: set[str] = set()
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
@@ -639,8 +638,7 @@ def _caller() -> str:
 
 
 def _tell(place: str) -> None:
-    for listener in on_use:
-        listener(place)
+    on_logits.tell(place)
     if place not in _told:
         _told.add(place)
         log.info("deferred logits are computed for %s", place)
