@@ -139,7 +139,7 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(f"<code>{name}</code>: " in text for name in names), "a region in each checkpointed layer"
     assert len(page.having("region", "mlp", "came")) == 2
     first = re.findall(
-        r'<div class="region attention came"><div class="head">.*?</div><div[^>]*><b>(\w+)<', text
+        r'<div class="region attention came"><div class="head">.*?</div>\s*<div[^>]*><b>(\w+)<', text
     )
     assert [name.startswith("attention_default") for name in first] == [True, True], "the op, not its getitem"
     assert cli.main([*arguments, "--html", str(tmp_path / "no" / "out.html")]) == 2
