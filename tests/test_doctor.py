@@ -28,9 +28,9 @@ from mst_fx.diagnose.findings import Diagnosis, Finding, Memory
 from mst_fx.diagnose.page import make_page
 from mst_fx.diagnose.watch import LastAttempts
 from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, report_of, token_batch
-from tests.models import VOCAB
-from tools.bench_support import Shape, make_llama, text_tokens
-from tools.meter import measure_cpu
+from tests.models import ACCEPTED, VOCAB
+from tools.bench.models import Shape, make_llama, text_tokens
+from tools.meters.cpu import measure_cpu
 
 LENGTH = 130
 
@@ -50,16 +50,7 @@ def _batch() -> dict[str, Any]:
 
 
 def _llama() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCAB,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).train()
+    return ACCEPTED["llama"].build(intermediate_size=256, num_key_value_heads=4)
 
 
 def _gpt2() -> Any:

@@ -1,6 +1,6 @@
 """Trains a small Llama on long text, eager and under mst: the same losses, a fraction of the memory.
 
-``make demo``. The tokenizer is trained on the spot, from the source of Python's standard library, which is
+``make demo``, or ``python -m tools.demo``. The tokenizer is trained on the spot, from the source of Python's standard library, which is
 also the text. On a GPU, if there is one, sequences are longer.
 """
 
@@ -16,10 +16,8 @@ import os
 import platform
 import random
 import statistics
-import sys
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -36,10 +34,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mst_fx.report import human_bytes
-
-# Run as a script, so tools/ is where imports are looked for first: the repository root is what is meant.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.meter import Measurement, measure_cpu
+from tools.meters.cpu import Measurement, measure_cpu
+from tools.meters.gpu import measure_cuda
 
 VOCABULARY = 16_384
 END_OF_FILE = "<|endoftext|>"
@@ -205,28 +201,6 @@ def train(
             run.seconds.append(time.perf_counter() - start)
         progress.update(task, advance=1, note=f"loss {run.losses[-1]:.3f}")
     return run
-
-
-@contextlib.contextmanager
-def measure_cuda() -> Iterator[Measurement]:
-    """As :func:`tools.meter.measure_cpu`, from the CUDA allocator's own record."""
-    found = Measurement()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python")
-    try:
-        yield found
-        torch.cuda.synchronize()
-        found.peak_bytes = torch.cuda.max_memory_allocated() - before
-        trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
-    signs = {"alloc": 1, "free_completed": -1}
-    alive = 0
-    for event in trace:
-        alive += signs.get(event["action"], 0) * event["size"]
-        found.timeline.append(((event["time_us"] - trace[0]["time_us"]) / 1e6, alive))
 
 
 def loss_difference(runs: list[Run]) -> float:
