@@ -95,7 +95,7 @@ def main() -> None:
         if torch.cuda.get_device_properties(0).total_memory < 32 * 2**30:
             setup = dataclasses.replace(setup, seq=setup.seq // 2)
     setup = dataclasses.replace(
-        setup, seq=arguments.seq or setup.seq, steps=max(arguments.steps or setup.steps, COLD_STEPS + 1)
+        setup, seq=arguments.seq or setup.seq, steps=max(arguments.steps or setup.steps, COLD_STEPS + 2)
     )
     console = Console()
     begin = time.perf_counter()
