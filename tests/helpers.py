@@ -87,9 +87,7 @@ def check_parity(
     return report
 
 
-def report_of(
-    fn: Any, options: dict[str, Any] | None = None, /, *args: Any, **kwargs: Any
-) -> mst_fx.Diagnosis:
+def report_of(fn: Any, options: Any = None, /, *args: Any, **kwargs: Any) -> mst_fx.Diagnosis:
     return mst_fx.explain(fn, options or SMALL_CHUNKS)(*args, **kwargs)
 
 
