@@ -26,7 +26,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Threads that spin while they wait make everything twice as slow where another program runs too.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import matplotlib
 import torch
+import transformers
+from matplotlib import pyplot
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -36,6 +39,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mst_fx.report import human_bytes
 from tools.meters.cpu import Measurement, measure_cpu
 from tools.meters.gpu import measure_cuda
+
+matplotlib.use("agg")
 
 VOCABULARY = 16_384
 END_OF_FILE = "<|endoftext|>"
@@ -250,12 +255,6 @@ def device_name(setup: Setup) -> str:
 
 def save(folder: Path, setup: Setup, model: torch.nn.Module, runs: list[Run], seconds: float) -> None:
     """Writes ``demo.json`` and ``demo.png``."""
-    import matplotlib
-    import transformers
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {
         "setup": dataclasses.asdict(setup)
@@ -279,7 +278,12 @@ def save(folder: Path, setup: Setup, model: torch.nn.Module, runs: list[Run], se
         },
     }
     (folder / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    draw(folder / "demo.png", setup, runs)
+    assert all(math.isfinite(loss) for run in runs for loss in run.losses)
 
+
+def draw(path: Path, setup: Setup, runs: list[Run]) -> None:
+    """The losses of both runs, and their memory over one step."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     styles = {"eager": {"color": "#c0392b", "lw": 2.5}, "mst": {"color": "#2471a3", "lw": 1.5, "ls": "--"}}
     for run in runs:
@@ -308,8 +312,8 @@ def save(folder: Path, setup: Setup, model: torch.nn.Module, runs: list[Run], se
     figure.suptitle(
         f"Llama, {setup.layers} layers, vocabulary {VOCABULARY:,}, sequence {setup.seq:,}, {device_name(setup)}"
     )
-    figure.savefig(folder / "demo.png", dpi=130)
-    assert all(math.isfinite(loss) for run in runs for loss in run.losses)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+import mst_fx
+from mst_fx.torch_api.inductor import cache_counters
 from tools.bench.models import Shape, make_llama, text_tokens
 from tools.bench.tables import markdown_table, numbers, write_results
 from tools.meters.apart import call_apart
@@ -74,9 +76,6 @@ def compile_run(
 
 
 def _measure(way: str, layers: int, chunks: int, checkpoint: bool) -> dict[str, Any]:
-    import mst_fx
-    from mst_fx.torch_api.inductor import cache_counters
-
     shape = Shape(hidden=64, intermediate=256, heads=4, kv_heads=2, vocabulary=1000, layers=layers)
     model = make_llama(shape, SEQ, "cpu", torch.float32, checkpoint=checkpoint)
     ids = text_tokens(SEQ, shape.vocabulary)[None]

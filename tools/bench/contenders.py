@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch.utils.checkpoint import checkpoint
 
 from mst_fx.diagnose.model_of import random_model
 from tools.bench.models import CLASSES, MODELS, Head, SwiGLU, config_of
@@ -171,9 +173,8 @@ def block(kind: str, contender: Contender, hidden: int, wide: int, device: str) 
         made = head(hidden, wide)
     elif contender.way == "liger-tiled":
         from liger_kernel.transformers import LigerTiledSwiGLUMLP
-        from transformers import LlamaConfig
 
-        made = LigerTiledSwiGLUMLP(LlamaConfig(hidden_size=hidden, intermediate_size=wide))
+        made = LigerTiledSwiGLUMLP(transformers.LlamaConfig(hidden_size=hidden, intermediate_size=wide))
     else:
         made = SwiGLU(hidden, wide)
     made = made.to(device, dtype)
@@ -202,8 +203,6 @@ class _Checkpointed(nn.Module):
         self.inside = inside
 
     def forward(self, *args: Tensor) -> Tensor:
-        from torch.utils.checkpoint import checkpoint
-
         return checkpoint(self.inside, *args, use_reentrant=False)  # type: ignore[no-any-return]
 
 
@@ -247,12 +246,10 @@ class _FlatHead(nn.Module):
 
 def _autochunked(run: Callable[..., Any]) -> Callable[..., Any]:
     """With Inductor's AutoChunker, its threshold below what it finds in a head."""
-    from torch._inductor import config
-
     settings: Any = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 4}
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with config.patch(settings):
+        with inductor_config.patch(settings):
             return run(*args, **kwargs)
 
     return call

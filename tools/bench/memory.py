@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import mst_fx
 from tools.bench.models import Head, Shape, SwiGLU, make_llama, text_tokens
 from tools.bench.tables import MIB, markdown_table, write_results
 from tools.meters.cpu import call_metered, describe_blocks, malloc_meter
@@ -122,8 +123,6 @@ def _measure_block(
     tangent = torch.randn(1, rows, hidden) if kind == "mlp" else torch.tensor(1.0)
     chunk_rows, chunk_bytes = rows, 0
     if way == "mst":
-        import mst_fx
-
         (rewrite,) = mst_fx.explain(module, options)(*inputs).rewrites
         chunk_rows, chunk_bytes = -(-rewrite.rows // rewrite.chunks), rewrite.chunk_bytes
     run = _compiled(module, way, options)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mst_fx.diagnose.model_of import random_model
 
@@ -149,8 +150,6 @@ def make_llama(
         mask: as Hugging Face has it. Without, attention is told that it is causal and gets no mask:
             under ``torch.compile`` the library builds one of S×S bytes.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     attention = "sdpa"
     if not mask:  # an attention that the library knows no mask function for gets no mask
         attention = "causal_sdpa"

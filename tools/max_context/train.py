@@ -9,11 +9,12 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import utils as dynamo_utils
 
 from tools.bench.contenders import CONTENDERS, Contender, loss_function, make_model
 from tools.bench.models import text_tokens
@@ -236,24 +237,30 @@ def _train(
     compiling = _compile_seconds() - compiling
     seconds = sum(phase["seconds"] for phase in memory.phases.values())
     return {
+        **_bytes(parameters, stepper, memory),
+        "at_first_gradient_bytes": None if stepper.at_first is None else stepper.at_first - base,
+        "before_bytes": base,
+        "retries": _retries(memory) - retries,
+        "step_seconds": seconds - compiling,
+        "compile_seconds": compiling,
+        "loss": float(loss),
+        "gradient_norm": norm,
+        "gpu": torch.cuda.get_device_name() if memory.on_gpu else "none",
+    }
+
+
+def _bytes(parameters: Sequence[Tensor], stepper: _Stepper, memory: _Memory) -> Result:
+    return {
         "phases": memory.phases,
         "parameter_bytes": sum(p.nbytes for p in parameters),
         "gradient_bytes": sum(stepper.gradients.values()),
         "largest_gradient_bytes": max(stepper.gradients.values()),
         "most_steps_of_a_parameter": max(stepper.counts.values()),
         "state_bytes": stepper.state_bytes(),
-        "at_first_gradient_bytes": None if stepper.at_first is None else stepper.at_first - base,
-        "before_bytes": base,
         "reserved_bytes": memory.reserved,
-        "retries": _retries(memory) - retries,
         "total_bytes": memory.total,
         "limit_bytes": memory.limit,
         "outside_bytes": memory.outside(),
-        "step_seconds": seconds - compiling,
-        "compile_seconds": compiling,
-        "loss": float(loss),
-        "gradient_norm": norm,
-        "gpu": torch.cuda.get_device_name() if memory.on_gpu else "none",
     }
 
 
@@ -272,9 +279,7 @@ def _retries(memory: _Memory) -> int:
 
 
 def _compile_seconds() -> float:
-    from torch._dynamo import utils
-
-    found: dict[str, float] = getattr(utils, "calculate_time_spent", dict)()
+    found: dict[str, float] = getattr(dynamo_utils, "calculate_time_spent", dict)()
     return found.get("total_wall_time", 0.0)
 
 

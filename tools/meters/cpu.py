@@ -24,6 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.profiler import ProfilerActivity, profile
+
 from tools.meters.apart import call_apart
 
 _SOURCE = Path(__file__).with_name("malloc.c")
@@ -49,9 +52,6 @@ def measure_cpu() -> Iterator[Measurement]:
 
     Allocations outside of torch's allocator (oneDNN's and BLAS's scratch) are not seen.
     """
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     found = Measurement()
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     entry = time.time_ns()
