@@ -19,7 +19,6 @@ import statistics
 import sysconfig
 import time
 from pathlib import Path
-from typing import cast
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -36,6 +35,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mst_fx.diagnose.model_of import random_model
 from mst_fx.report import human_bytes
 from tools.meters.cpu import Measurement, measure_cpu
 from tools.meters.gpu import measure_cuda
@@ -107,8 +107,7 @@ def main() -> None:
     columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
         batches = make_batches(setup, progress)
-        torch.manual_seed(0)
-        model = cast(torch.nn.Module, LlamaForCausalLM(make_config(setup))).to(setup.device)
+        model = random_model(LlamaForCausalLM, make_config(setup)).to(setup.device)
         runs = [
             train("eager", model, batches, setup, progress),
             train("mst", model, batches, setup, progress),
