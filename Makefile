@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 test: $(STAMP)
 	$(PYTEST) $(ARGS)
@@ -41,12 +41,12 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 bench-gpu: $(STAMP)
-	$(BIN)/python tools/bench.py --out benchmarks/gpu
+	$(BIN)/python -m tools.bench --out benchmarks/gpu
 
 bench-cpu: $(STAMP)
-	$(BIN)/python tools/bench_memory.py --out benchmarks/memory
-	$(BIN)/python tools/bench_compile.py --out benchmarks/compile
-	$(BIN)/python tools/bench_accumulation.py --out benchmarks/accumulation
+	$(BIN)/python -m tools.bench.memory --out benchmarks/memory
+	$(BIN)/python -m tools.bench.compile --out benchmarks/compile
+	$(BIN)/python -m tools.bench.accumulation --out benchmarks/accumulation
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info

@@ -13,8 +13,6 @@ from torch import fx
 
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.chunking import PassContext, Shared
-from mst_fx.diagnose.facts import observe
-from mst_fx.diagnose.warn import warn
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import copy_graph, copy_tree, drop_unused_subgraphs, eliminate_dead_code
 from mst_fx.graph.fill import fill_values
@@ -22,6 +20,7 @@ from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.sizes import hint, is_known
 from mst_fx.graph.subgraphs import function_graphs, is_function, is_graph, subgraphs
 from mst_fx.graph.values import VALUE, tensors_of, value
+from mst_fx.listeners import on_graph
 from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
 from mst_fx.logits.take_out import defer_all
 from mst_fx.options import Options, make_options
@@ -146,13 +145,7 @@ def run_passes(
         report.after.append("")
     report.seconds = time.perf_counter() - start
     _log(report)
-    try:
-        observe(captured, new, report)
-        warn(captured, report)
-    except Exception as error:
-        if options.strict:
-            raise
-        _defect("the doctor's facts", error)
+    on_graph.tell(captured, new, report)
     bodies = tuple(shared.bodies.values()) if report.rewrites else ()
     return Result(new, report, deferrals, outputs, bodies)
 

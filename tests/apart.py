@@ -23,11 +23,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from tools import meter
 
 ROOT = Path(__file__).resolve().parent.parent
 _AT_START = ("LD_PRELOAD",)
@@ -133,14 +131,33 @@ def run_script(path: str | Path, *arguments: str, **how: Any) -> subprocess.Comp
     return call(script, str(path), *arguments, **how)
 
 
-def start(
-    request: dict[str, Any], result: Path, log: Path, environment: dict[str, str], timeout: float
-) -> int:
-    """In the place of ``tools.meter.start``."""
-    with log.open("w") as output:
-        return _call(
-            meter.answer, (request, result), environment, ROOT, [output.fileno(), output.fileno()], timeout
-        )
+def once(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    env: Mapping[str, str],
+    timeout: float,
+) -> Any:
+    """In the place of ``tools.meters.apart._once``: a fork calls the function."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result"
+        name = function.__qualname__
+        with (Path(folder) / "log.txt").open("w+") as log:
+            outputs, environment = [log.fileno(), log.fileno()], {**os.environ, **env}
+            try:
+                request = (function, tuple(args), dict(kwargs), str(result))
+                status = _call(_answer, request, environment, ROOT, outputs, timeout)
+                message = f"{name} ended with status {status}"
+            except subprocess.TimeoutExpired:
+                message = f"{name} took more than {timeout:.0f} s"
+            log.seek(0)
+            said = log.read().splitlines()[-30:]
+        if not result.exists():
+            raise RuntimeError("\n".join([*said, message]))
+        is_right, found = pickle.loads(result.read_bytes())
+    if not is_right:
+        raise RuntimeError(f"{name} failed:\n{found}")
+    return found
 
 
 def ranks(function: Callable[..., Any], *args: Any, count: int = 2, timeout: float = 600) -> None:
@@ -157,13 +174,21 @@ def ranks(function: Callable[..., Any], *args: Any, count: int = 2, timeout: flo
 # Inside of a fork
 
 
+def _answer(function: Callable[..., Any], args: Any, kwargs: Any, result: str) -> None:
+    """The other end of :func:`once`."""
+    try:
+        answer = (True, function(*args, **kwargs))
+    except Exception:
+        answer = (False, traceback.format_exc())
+    Path(result).write_bytes(pickle.dumps(answer))
+
+
 def script(path: str, *arguments: str) -> None:
     """Runs a file as Python does that is given its name; the processes that it spawns are forks, too."""
     import torch.multiprocessing
+    from torch.multiprocessing.spawn import start_processes
 
-    torch.multiprocessing.spawn = functools.partial(
-        torch.multiprocessing.start_processes, start_method="fork"
-    )
+    torch.multiprocessing.spawn = functools.partial(start_processes, start_method="fork")  # type: ignore[attr-defined]
     sys.argv = [path, *arguments]
     sys.path[0] = str(Path(path).resolve().parent)
     runpy.run_path(path, run_name="__main__")

@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _forks() -> Iterator[None]:
     """What is called apart, in forks of a process with all imports."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tools.meter.start", apart.start)
+        patch.setattr("tools.meters.apart._once", apart.once)
         yield
     apart.stop()
 

@@ -90,7 +90,7 @@ def check_parity(
     gradient_bar: float,
     options: dict[str, Any] | None = None,
     **compile_options: Any,
-) -> mst_fx.Report:
+) -> mst_fx.Diagnosis:
     """Loss and all gradients under mst agree with eager's; returns what was rewritten in that step."""
     loss, grads = step(model, model, batch)
     with mst_fx.watch() as report:
@@ -100,7 +100,7 @@ def check_parity(
     return report
 
 
-def report_of(fn: Any, options: dict[str, Any] | None = None, /, *args: Any, **kwargs: Any) -> mst_fx.Report:
+def report_of(fn: Any, options: Any = None, /, *args: Any, **kwargs: Any) -> mst_fx.Diagnosis:
     return mst_fx.explain(fn, options or SMALL_CHUNKS)(*args, **kwargs)
 
 

@@ -36,7 +36,7 @@ from mst_fx.ops.attention import attention, mask_reach
 from tests.direct import check, rewritten
 from tests.helpers import check_parity, compile_mst, report_of
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
-from tools.meter import call_metered, is_available
+from tools.meters.cpu import call_metered, is_available
 
 CHUNK = 8
 OPTIONS: dict[str, Any] = {
@@ -751,8 +751,8 @@ def test_strict_raises_the_reason() -> None:
 
 def _measure(way: str, variant: str) -> int:
     """Bytes that a step of one layer at S = 16,384 takes at its peak above what was there before."""
-    from tools.bench_support import Shape, make_llama
-    from tools.meter import malloc_meter
+    from tools.bench.models import Shape, make_llama
+    from tools.meters.cpu import malloc_meter
 
     seq = 16384
     shape = Shape(hidden=32, intermediate=64, heads=2, kv_heads=1, vocabulary=64, layers=1)

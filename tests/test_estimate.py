@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from mst_fx.diagnose.estimate import _name
 from tests.helpers import EAGER_BODIES, PlainMLP, report_of
-from tools.meter import measure_cpu
+from tools.meters.cpu import measure_cpu
 
 ROWS, WIDTH, INNER = 512, 32, 1024
 _KEPT = 0.1  # of one wide tensor: what is kept between forward and backward is known to that

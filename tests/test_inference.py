@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mst_fx.logits.tensor import DeferredLogits
 from tests import apart
 from tests.helpers import SMALL_CHUNKS, ToyLM, compile_mst, kinds, relative_error, report_of, token_batch
-from tools.bench_support import text_tokens
-from tools.meter import call_metered, is_available, malloc_meter
+from tools.bench.models import text_tokens
+from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 512

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.models import VOCAB
-from tools.meter import call_metered, is_available, malloc_meter
+from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 pytest.importorskip("accelerate")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

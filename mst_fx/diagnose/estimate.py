@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import fx
 
+from mst_fx.diagnose.findings import Memory
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.subgraphs import called_graph
 from mst_fx.graph.values import is_plain, storage_key, tensors_of
-from mst_fx.report import Memory
 from mst_fx.torch_api.ops import OpOverload
 from mst_fx.torch_api.symbols import hint_of
 

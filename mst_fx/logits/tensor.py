@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mst_fx.listeners import on_logits
 from mst_fx.logits.apart import Apart, overlap
 from mst_fx.logits.snapshot import Snapshot, is_freed, snapshot, version
 from mst_fx.logits.uses import LAZY, Step, announces, plainly, rows_of, taker
@@ -30,8 +31,6 @@ from mst_fx.torch_api.tensors import refuse_address, storage_id, tree_leaves, tr
 
 log = logging.getLogger("mst_fx")
 
-# Called with "file:line in function" of whoever makes deferred logits compute themselves.
-on_use: list[Callable[[str], None]] = []
 _told: set[str] = set()
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
@@ -709,8 +708,7 @@ def _caller() -> str:
 
 
 def _tell(place: str) -> None:
-    for listener in on_use:
-        listener(place)
+    on_logits.tell(place)
     if place not in _told:
         _told.add(place)
         log.info("deferred logits are computed for %s", place)

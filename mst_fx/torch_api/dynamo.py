@@ -6,6 +6,7 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU).
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -129,6 +130,12 @@ def compiled_module(found: Any) -> torch.nn.Module | None:
     By ``type()``, not ``isinstance()``: that would wake up lazy modules. The wrapper's class has no public name.
     """
     return found._orig_mod if type(found) is OptimizedModule else None
+
+
+def wrapped_modules() -> list[torch.nn.Module]:
+    """All modules that ``torch.compile`` has wrapped, and that are alive."""
+    found = (compiled_module(x) for x in gc.get_objects())
+    return [module for module in found if module is not None]
 
 
 def kept_until_reset() -> dict[Any, Any]:
