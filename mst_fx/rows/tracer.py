@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_fx.errors import Refusal
+from mst_fx.rows.checks import is_pointwise, pointwise
 from mst_fx.rows.labels import SUMMED, Call, Label, Matmul, Row, is_same_size, storage, tensors
-from mst_fx.rows.rules import CONSTANT_FILLS, OF_SUMS, RULES, is_pointwise, nll_loss_parts, pointwise
+from mst_fx.rows.rules import CONSTANT_FILLS, OF_SUMS, RULES
+from mst_fx.rows.rules_of_picks import nll_loss_parts
 
 aten = torch.ops.aten
 
