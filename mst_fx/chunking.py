@@ -24,15 +24,16 @@ from mst_fx.graph.sizes import expression, hint, is_known
 from mst_fx.graph.subgraphs import is_function
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of
 from mst_fx.options import Options
+from mst_fx.passes.canonical import CLONE_OF
 from mst_fx.report import Fit, Refused, Report, Rewrite
 from mst_fx.rows.analysis import RowAnalysis, State
 from mst_fx.rows.counts import products_of_unknown_rows, row_counts
 from mst_fx.rows.places import (
     Place,
     convolution_rows,
-    expert_products,
     is_matmul_name,
     place_of,
+    products_of_experts,
     unproved_products,
 )
 from mst_fx.rows.region import Region, RegionFinder, seeds
@@ -63,12 +64,13 @@ class PassContext:
     """One pass over one graph.
 
     Attributes:
-        gm: a copy that the pass may change.
+        gm: a copy that the pass may change; of scope "graph" it has the sub-graphs in common with the original.
         is_top: the graph is the program's, not the body of a ``tag_activation_checkpoint``.
         config: how bodies are compiled.
         report: where rewrites and refusals go.
         deferred: logits outputs that a loop's loss consumed and that must be deferred.
         ending: where the graph ends, in words; "" at the end of the program's function.
+        is_narrow: an earlier pass has found that nothing in the graph widens rows by a product any more.
     """
 
     gm: fx.GraphModule
@@ -79,6 +81,7 @@ class PassContext:
     report: Report = dataclasses.field(default_factory=Report)
     deferred: list[fx.Node] = dataclasses.field(default_factory=list)
     ending: str = ""
+    is_narrow: bool = False
 
     def analyses(self) -> Iterator[RowAnalysis]:
         """One for each number of rows in the graph."""
@@ -109,6 +112,8 @@ class PassContext:
                     others.append(seed)
                 continue
             found = finder.kind_of(region)
+            if found == "mlp" and kind == "vocab" and _is_cut_out(region):
+                found = kind
             if found:
                 finder.take(region)
             else:
@@ -156,6 +161,11 @@ class PassContext:
             Refusal: with ``strict=True``.
         """
         self.refuse_all([Refused(kind, name, reason, cause)])
+
+
+def _is_cut_out(region: Region) -> bool:
+    """Whether a region is a head of rows that were cut out of others, which no pass has seen before."""
+    return not region.is_multiplied and any(CLONE_OF in node.meta for node in region.nodes)
 
 
 def chunk_regions(
@@ -271,20 +281,29 @@ def rows_of(analysis: RowAnalysis) -> int:
     return hint(analysis.rows)
 
 
-def refuse_experts(context: PassContext, analysis: RowAnalysis) -> None:
-    """Notes expert matmuls: products with a slice, picked by routing, of a stack of weights."""
+def refuse_experts(context: PassContext, found: Iterable[tuple[list[fx.Node], bool]]) -> None:
+    """Notes expert matmuls: products with a slice, picked by routing, of a stack of weights.
+
+    Args:
+        found: what :func:`expert_products` found in all analyses, and whether the first product is row-wise. Stacks
+            of which a loop took a product are none: there each slice has rows of its own.
+    """
+    nodes = set(context.gm.graph.nodes)
     names = {r.name for r in context.report.refusals if r.cause is Cause.EXPERTS}
-    for node in expert_products(analysis):
-        name = module_path(node) or node.name
-        if name not in names:
-            names.add(name)
-            context.refuse(
-                "mlp",
-                name,
-                f"{node.name} ({target_name(node)}) multiplies rows with the weights of their experts, "
-                "and the routing is not proved row-wise",
-                Cause.EXPERTS,
-            )
+    seen: set[fx.Node] = set()
+    for products, is_rowwise in found:
+        first = min(products, key=lambda node: node.name)
+        name = module_path(first) or first.name
+        if not nodes.issuperset(products) or not seen.isdisjoint(products) or name in names:
+            continue
+        seen.update(products)
+        names.add(name)
+        node, why = (
+            products[0],
+            "which are picked for each" if is_rowwise else "and the routing is not proved row-wise",
+        )
+        reason = f"{node.name} ({target_name(node)}) multiplies rows with the weights of their experts, {why}"
+        context.refuse("mlp", name, reason, Cause.EXPERTS)
 
 
 def refuse_unknown_rows(context: PassContext) -> None:
@@ -312,7 +331,27 @@ def refuse_transformed(context: PassContext) -> None:
         if source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
             names.add(name)
             reason = f"{node.name} ({target_name(node)}) lies inside of a torch.func transform"
-            context.refuse("mlp", name, reason, Cause.NOT_PLAIN)
+            kind = "mlp" if _narrows_again(node) else "vocab"
+            context.refuse(kind, name, reason, Cause.NOT_PLAIN)
+
+
+def _narrows_again(product: fx.Node) -> bool:
+    """Whether another product takes what a product gives, or attention does: no loss of it, then, is its only reader."""
+    wide = tensor_value(product)
+    assert wide is not None
+    seen, queue = {product}, deque([product])
+    while queue:
+        for user in queue.popleft().users:
+            fake = tensor_value(user)
+            if user in seen or user.op == "output":
+                continue
+            if is_matmul_name(user) or "attention" in target_name(user):
+                return True
+            seen.add(user)
+            # Of something narrow, such as a row's loss, whatever comes after is another's affair.
+            if fake is None or 2 * hint(fake.numel()) >= hint(wide.numel()):
+                queue.append(user)
+    return False
 
 
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
@@ -413,7 +452,10 @@ def left_alone(
         others: the seeds of regions that are no bulges.
     """
     found: dict[Refused, None] = {}
+    experts = products_of_experts(analysis)
     for node in (*others, *unproved_products(analysis)):
+        if node in experts:
+            continue  # refused as that
         place = place_of(analysis, node, context.ending if context.is_top else "")
         if place is None or place.kind != kind:
             continue

@@ -21,6 +21,7 @@ class Cause(str, enum.Enum):
     EXPERTS = "experts"  # rows are multiplied with the weights of their experts
     UNKNOWN_ROWS = "unknown-rows"  # data decide how many rows there are
     IS_OUTPUT = "is-output"  # the wide result is an output of the graph
+    NO_SAVING = "no-saving"  # what a loop would read or give is as wide as what it would not keep
     BREAK = "break"  # the wide result leaves the graph where Dynamo, or DDP's optimizer, broke it
     MASK_INPUT = "mask-input"  # the mask of attention is an input of the graph, made outside of it
     MASK = "mask"  # the mask of attention is not understood

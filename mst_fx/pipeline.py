@@ -17,11 +17,12 @@ from mst_fx.chunking import PassContext, Shared
 from mst_fx.diagnose.facts import observe
 from mst_fx.diagnose.warn import warn
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph.edit import copy_tree, eliminate_dead_code
+from mst_fx.graph.edit import copy_graph, copy_tree, drop_unused_subgraphs, eliminate_dead_code
 from mst_fx.graph.fill import fill_values
 from mst_fx.graph.modes import outside_transforms
-from mst_fx.graph.subgraphs import function_graphs, is_graph, subgraphs
-from mst_fx.graph.values import VALUE, value
+from mst_fx.graph.sizes import hint, is_known
+from mst_fx.graph.subgraphs import function_graphs, is_function, is_graph, subgraphs
+from mst_fx.graph.values import VALUE, tensors_of, value
 from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
 from mst_fx.logits.take_out import defer_all
 from mst_fx.ops.buffer import keep_waves
@@ -32,7 +33,13 @@ from mst_fx.passes.canonical import join_casts, make_positional
 from mst_fx.passes.mask_breaks import Crossing
 from mst_fx.passes.scalars import numbers_to_tensors, tensors_to_numbers
 from mst_fx.report import Refused, Report
-from mst_fx.torch_api.inductor import ending_of, kept_until_reset, mode_patches, without_saved_tensors_hooks
+from mst_fx.torch_api.inductor import (
+    ending_of,
+    kept_until_reset,
+    make_code,
+    mode_patches,
+    without_saved_tensors_hooks,
+)
 
 log = logging.getLogger("mst_fx")
 
@@ -86,6 +93,7 @@ def rewrite(
         Refusal: with ``strict=True``, for the first refusal.
     """
     result = run_passes(gm, example_inputs, make_options(options))
+    make_code(result.gm)
     if result.bodies:  # and what is compiled from the module may outlive it
         result.gm.meta["mst_fx"] = result.bodies
         kept_until_reset().update({body.key: body for body in result.bodies})
@@ -219,6 +227,7 @@ class _Inliner(fx.Tracer):
 
 def _inlined(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph with leaf modules (``nn.Linear`` in symbolic traces) replaced by what they call."""
+    make_code(gm)
     try:
         return fx.GraphModule(gm, _Inliner().trace(gm))
     except Exception as error:
@@ -250,9 +259,7 @@ class _Runner:
             if name in late:
                 known = len(self.report.refusals)
                 self._run_child(gm, name, child)
-                # What a Function gives goes on in the graph; why it is not taken as a whole was said there.
-                found = self.report.refusals[known:]
-                self.report.refusals[known:] = [r for r in found if r.cause is not Cause.IS_OUTPUT]
+                self.report.refusals[known:] = _of_function(gm, name, self.report.refusals[known:])
         return gm, deferred
 
     def _run_child(self, gm: fx.GraphModule, name: str, child: fx.GraphModule) -> None:
@@ -262,11 +269,13 @@ class _Runner:
     def run(self, gm: fx.GraphModule, scope: str, is_top: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
         """Every pass of a scope; returns the graph and the logits to defer."""
         deferred: list[fx.Node] = []
+        is_narrow = False
         for name, run, its_scope in PASSES:
             if name not in self.options.passes or its_scope != scope:
                 continue
-            context = PassContext(copy_tree(gm), self.options, self.config, is_top, self.shared)
-            context.ending = self.ending
+            copied = copy_tree(gm) if scope == "program" else copy_graph(gm)
+            context = PassContext(copied, self.options, self.config, is_top, self.shared)
+            context.ending, context.is_narrow = self.ending, is_narrow
             start = time.perf_counter()
             try:
                 run(context)
@@ -283,15 +292,43 @@ class _Runner:
                     Refused(name, "", _defect(f"the {name} pass", error), Cause.DEFECT)
                 )
                 continue
+            is_narrow = context.is_narrow
             seconds = time.perf_counter() - start
             log.debug("pass %s: %d rewrites, %.3f s", name, len(context.report.rewrites), seconds)
             context.report.rewrites.reverse()  # regions are found last first
             self.report.add(context.report)
             if context.report.rewrites:
                 eliminate_dead_code(context.gm.graph)
+                drop_unused_subgraphs(context.gm)
                 context.gm.recompile()
                 gm, deferred = context.gm, context.deferred or deferred
         return gm, deferred
+
+
+def _of_function(gm: fx.GraphModule, name: str, found: list[Refused]) -> list[Refused]:
+    """The refusals of a graph of a ``torch.autograd.Function``.
+
+    What a Function gives goes on in the graph; why it is not taken as a whole was said there. Wide outputs of its
+    forward graph that it does not give are those that it saves for its backward.
+    """
+    functions = [n for n in gm.graph.nodes if is_function(n)]
+    forwards = [n for n in functions if str(n.args[0].target) == name]
+    saves = any(_gives_less(node) for node in forwards)
+    kept: list[Refused] = []
+    for refused in found:
+        if refused.cause is Cause.IS_OUTPUT and saves:
+            reason = "the wide result is saved by a torch.autograd.Function for its own backward"
+            kept.append(dataclasses.replace(refused, reason=reason, cause=Cause.OPAQUE))
+        elif refused.cause is not Cause.IS_OUTPUT:
+            kept.append(refused)
+    return kept
+
+
+def _gives_less(function: fx.Node) -> bool:
+    """Whether nothing that a Function gives is wider than its rows, so that what is wide stays inside of it."""
+    operands = [x for n in function.all_input_nodes for x in tensors_of(n)]
+    most = max((hint(x.numel()) for x in operands if x.ndim and is_known(x.numel())), default=0)
+    return all(is_known(x.numel()) and hint(x.numel()) <= most for x in tensors_of(function))
 
 
 def _text(gm: fx.GraphModule) -> str:

@@ -192,6 +192,8 @@ class Report:
         lines_before, lines_after: the nodes of each graph.
         logits_used: where deferred logits were computed: "file:line in function".
         uncalled: classes of modules that ``torch.compile`` wrapped, where no graph was captured at all.
+        eager_checkpoints: where a graph breaks inside of a checkpointed layer, which then runs eagerly: "file:line
+            (reason)".
         findings: why less was saved than could be.
     """
 
@@ -210,6 +212,7 @@ class Report:
     lines_after: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
     logits_used: list[str] = dataclasses.field(default_factory=list)
     uncalled: list[str] = dataclasses.field(default_factory=list)
+    eager_checkpoints: list[str] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:

@@ -21,6 +21,7 @@ heads (relative position biases), dropout, and attention weights that somebody e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -37,10 +38,10 @@ from mst_fx.chunking import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import changes
 from mst_fx.graph.edit import add_call, eliminate_dead_code
-from mst_fx.graph.fill import call
+from mst_fx.graph.fill import call, fake_mode_of
 from mst_fx.graph.names import module_path
 from mst_fx.graph.sizes import expression, hint
-from mst_fx.graph.values import storage_key, tensor_value, value
+from mst_fx.graph.values import storage_key, tensor_value, tensors_of, value
 from mst_fx.graph.writes import mutated_storages, writes_in_place
 from mst_fx.masks.formula import (
     CAUSAL,
@@ -76,6 +77,7 @@ from mst_fx.masks.sites import (
     scaled_query,
 )
 from mst_fx.ops import attention as _ops  # noqa: F401  (registers them)
+from mst_fx.passes.scalars import number_as_tensor
 from mst_fx.report import Rewrite
 from mst_fx.torch_api.attention import is_fused
 from mst_fx.torch_api.inductor import real_tensors
@@ -761,8 +763,17 @@ def _fused_call(understood: Understood, reaches: dict[Any, _Reach]) -> fx.Node:
         site.scale,
         site.softcap,
         understood.fill,
+        _cap_tensor(site),
     )
     return add_call(graph, operator.getitem, both, 0)
+
+
+def _cap_tensor(site: Site) -> fx.Node | None:
+    """A softcap that changes, as a tensor: written down, it would be a compilation a value."""
+    if site.cap is None:
+        return None
+    with fake_mode_of(tensors_of(site.query)) or contextlib.nullcontext():
+        return number_as_tensor(site.level.gm.graph, site.cap, torch.float64)
 
 
 def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:

@@ -55,7 +55,12 @@ _PLAIN_LOSSES = (
     F.binary_cross_entropy,
     F.soft_margin_loss,
     F.multilabel_soft_margin_loss,
+    F.multi_margin_loss,
+    F.poisson_nll_loss,
+    F.margin_ranking_loss,
+    F.triplet_margin_loss,
 )
+_WEIGHTED_MEANS = (F.mse_loss, F.l1_loss)  # given weights, their mean divides by the sum of them
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
 
@@ -362,13 +367,13 @@ def _order_of(node: fx.Node) -> tuple[int, ...] | None:
     fake, name = tensor_value(node), _plain_name(node)
     if fake is None or node.kwargs:
         return None
-    labelled = torch.empty(tuple(range(2, 2 + fake.ndim)), device="meta")
-    if node.target is getattr and node.args[1] in ("mT", "T"):
-        moved = getattr(labelled, str(node.args[1]))
-    elif name in _PERMUTES and all(isinstance(x, (int, tuple, list)) for x in node.args[1:]):
-        moved = getattr(labelled, name)(*node.args[1:])
-    else:
+    is_attribute = node.target is getattr and node.args[1] in ("mT", "T")
+    is_call = name in _PERMUTES and all(isinstance(x, (int, tuple, list)) for x in node.args[1:])
+    if not is_attribute and not is_call:
         return None
+    labelled = torch.empty(tuple(range(2, 2 + fake.ndim)), device="meta")
+    moved = getattr(labelled, str(node.args[1]) if is_attribute else name)
+    moved = moved if is_attribute else moved(*node.args[1:])
     return tuple(size - 2 for size in moved.shape)
 
 
@@ -467,15 +472,28 @@ def _linked(graph: fx.Graph, link: fx.Node, operand: fx.Node) -> fx.Node:
 def _sum_plain_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
     given = dict(bound.arguments)
-    reduction = given.pop("reduction", "mean")
-    if reduction == "none" or given.get("size_average") is not None or given.get("reduce") is not None:
+    reduction, weight = given.pop("reduction", "mean"), given.get("weight")
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return None
+    is_lost = (
+        node.target is F.l1_loss and weight is not None
+    )  # torch forgets the weight wherever it traces (2.13)
+    if reduction == "none" and not is_lost:
         return None
     with graph.inserting_before(node):
-        losses = add_call(graph, node.target, **given, reduction="none")
+        if is_lost:
+            error = add_call(graph, torch.abs, add_call(graph, torch.sub, given["input"], given["target"]))
+            losses = add_call(graph, torch.mul, error, weight)
+        else:
+            losses = add_call(graph, node.target, **given, reduction="none")
+        if reduction == "none":
+            return losses
         if reduction == "sum":
             return _sum_over(graph, losses, None)
         if reduction == "batchmean":
             return _sum_over(graph, losses, _size(graph, given["input"], 0))
+        if weight is not None and node.target in _WEIGHTED_MEANS:
+            return add_call(graph, torch.div, _sum_over(graph, losses, None), add_call(graph, "sum", weight))
         return _sum_over(graph, losses, _numel(graph, losses))
 
 
@@ -701,8 +719,13 @@ def _cut_parts(node: fx.Node) -> tuple[fx.Node | None, list[Any] | None]:
     if not isinstance(source, fx.Node) or node.kwargs or fake is None or fake.ndim < 2:
         return None, None
     if node.target is operator.getitem:
-        parts = _index_parts(node.args[1], fake.ndim, picks=True)
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        columns = index[-1] if _are_columns(index[-1]) else None
+        parts = _index_parts((*index[:-1], _FULL) if columns is not None else index, fake.ndim, picks=True)
         is_known = parts is not None and len(parts) == fake.ndim and isinstance(parts[-1], slice)
+        if columns is not None and parts is not None:  # but for those of all rows, which are read as they are
+            is_known = len(index) == fake.ndim or Ellipsis in index
+            parts = [*parts[:-1], columns] if any(map(_is_cut, parts[:-1])) else None
         return source, parts if is_known and any(map(_is_cut, parts or ())) else None
     if _plain_name(node) == "narrow" and len(node.args) == 4:
         dim, start, length = node.args[1:]
@@ -764,7 +787,15 @@ def _sliced_source(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _are_columns(part: Any) -> bool:
+    """Whether a part of an index picks columns by their numbers."""
+    fake = tensor_value(part) if isinstance(part, fx.Node) else None
+    return fake is not None and fake.ndim == 1 and fake.dtype == torch.int64
+
+
 def _is_cut(part: Any) -> bool:
+    if isinstance(part, fx.Node):
+        return True
     return part not in (_FULL, slice(0, None, None))
 
 

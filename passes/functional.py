@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import add_call, copy_provenance
@@ -43,15 +44,19 @@ from mst_fx.graph.spelling import (
     CASTS,
     CHECKPOINTS,
     EXPANDS,
+    FULLS,
+    NUMBERS_EVERYWHERE,
     RESHAPES,
     SPLITS,
     TRANSPOSES,
+    argument,
     is_in_place_operator,
     operation,
     out_of_place,
 )
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
 from mst_fx.graph.writes import writes_in_place
+from mst_fx.passes.picks import are_places
 
 log = logging.getLogger("mst_fx")
 
@@ -360,9 +365,10 @@ def _copy(add: _Adder, written: fx.Node, source: Any, non_blocking: bool = False
         return add(torch.full_like, written, source)
     if _fake(source).dtype != _fake(written).dtype:
         source = add("to", source, _fake(written).dtype)
-    if list(map(expression, _fake(source).shape)) != list(map(expression, _fake(written).shape)):
-        everywhere = add(torch.ones_like, written, dtype=torch.bool)
-        source = add(torch.where, everywhere, source, written)  # expands it, row by row
+    if list(map(expression, _fake(source).shape)) == list(map(expression, _fake(written).shape)):
+        return add.like(add("clone", source), written)  # so that what is written to is not read
+    everywhere = add(torch.ones_like, written, dtype=torch.bool)
+    source = add(torch.where, everywhere, source, written)  # expands it, row by row
     return add.like(add("view_as", source, written), written)
 
 
@@ -377,7 +383,7 @@ def _zero(add: _Adder, written: fx.Node) -> fx.Node:
 def _set_item(add: _Adder, written: fx.Node, index: Any, source: Any) -> fx.Node:
     parts = list(index) if isinstance(index, tuple) else [index]
     device = _fake(written).device
-    parts = [add(torch.tensor, list(p), device=device) if _are_places(p) else p for p in parts]
+    parts = [add(torch.tensor, list(p), device=device) if are_places(p) else p for p in parts]
     tensors = [part for part in parts if isinstance(part, fx.Node) and tensor_value(part) is not None]
     if not tensors:
         return _set_slices(add, written, parts, source)
@@ -399,11 +405,6 @@ def _set_item(add: _Adder, written: fx.Node, index: Any, source: Any) -> fx.Node
     while places[-1] is None:
         places.pop()
     return add.like(add(torch.ops.aten.index_put.default, written, places, source), written)
-
-
-def _are_places(part: Any) -> bool:
-    """Whether a part of an index is a list of numbers, as in ``logits[..., [3, 5]] = 0``."""
-    return isinstance(part, list) and bool(part) and all(type(place) is int for place in part)
 
 
 def _is_mask(node: fx.Node) -> bool:
@@ -492,10 +493,43 @@ def _scattered(add: _Adder, whole: fx.Node, parts: list[Any], new: fx.Node) -> f
         dim += part is _FULL or isinstance(part, slice)
     for source, dim, part in reversed(steps):
         if isinstance(part, slice):
-            new = add(torch.slice_scatter, source, new, dim, part.start, part.stop, part.step or 1)
+            new = _put_slice(add, source, new, dim, part.start, part.stop, part.step or 1)
         else:
             new = add(torch.select_scatter, source, new, dim, part)
     return new if steps else add.like(new, whole)
+
+
+def _put_slice(
+    add: _Adder,
+    whole: fx.Node,
+    new: fx.Node,
+    dim: Any = 0,
+    start: Any = None,
+    stop: Any = None,
+    step: Any = 1,
+) -> fx.Node:
+    """``whole`` with ``new`` in the place of a slice of one dimension.
+
+    What goes into some columns of a tensor that holds one number is padded with it: so the buffer is no value that
+    all rows have to be made for.
+    """
+    number, fake = _filled_with(whole), _fake(whole)
+    width = fake.shape[-1] if isinstance(dim, int) and dim % fake.ndim == fake.ndim - 1 else None
+    ends = [start, stop, step]
+    if number is None or not isinstance(width, int) or not all(x is None or isinstance(x, int) for x in ends):
+        return add(torch.slice_scatter, whole, new, dim, start, stop, step)
+    first, last, stride = slice(*ends).indices(width)
+    if stride != 1 or not fake.is_floating_point():
+        return add(torch.slice_scatter, whole, new, dim, start, stop, step)
+    with enable_python_dispatcher():  # else sizes that change would become numbers, by guards
+        return add(F.pad, new, (first, width - last), "constant", number)
+
+
+def _filled_with(node: fx.Node) -> float | None:
+    """The number that a new tensor holds everywhere, or may hold; None if nobody knows."""
+    name = operation(node)
+    number = argument(node, "fill_value") if name in FULLS else NUMBERS_EVERYWHERE.get(name)
+    return number if isinstance(number, (int, float)) else None
 
 
 def _step(add: _Adder, source: fx.Node, dim: int, part: Any) -> fx.Node:
@@ -536,7 +570,7 @@ def _inverse(add: _Adder, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.No
         return add(torch.select_scatter, parent, new, *args)
     if name == "narrow":
         dim, start, length = args
-        return add(torch.slice_scatter, parent, new, dim, start, start + length)  # type: ignore[operator]
+        return _put_slice(add, parent, new, dim, start, start + length)  # type: ignore[operator]
     if name == "slice":
-        return add(torch.slice_scatter, parent, new, *args)
+        return _put_slice(add, parent, new, *args)
     raise Refusal(f"{view.name} is a view through which nothing is written here", Cause.WRITTEN)

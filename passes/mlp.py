@@ -19,6 +19,8 @@ Dropout inside is seeded (:mod:`mst_fx.ops.dropout`).
 
 from __future__ import annotations
 
+from torch import fx
+
 from mst_fx.chunk_rows import plan_mlp
 from mst_fx.chunking import (
     PassContext,
@@ -34,22 +36,31 @@ from mst_fx.chunking import (
 )
 from mst_fx.ops.dropout import SeededDropouts
 from mst_fx.passes.functional import make_functional
+from mst_fx.rows.places import expert_products, unproved_products
+from mst_fx.rows.region import seeds
 
 
 def run(context: PassContext) -> None:
     """Rewrites every MLP of a graph."""
     make_functional(context.gm.graph)
     dropouts = SeededDropouts(context.gm.graph)
+    experts: list[tuple[list[fx.Node], bool]] = []
+    widening: set[fx.Node] = set()
     for analysis in context.analyses():
+        widening.update(seeds(analysis), unproved_products(analysis))
         regions, others = context.bulges(analysis, "mlp")
         rows, chosen = rows_of(analysis), context.options.chunk_rows
         plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
-        refuse_experts(context, analysis)
+        experts += (
+            (products, analysis.states[products[0]].rowwise) for products in expert_products(analysis)
+        )
         refuse_opaque(context, analysis)
         refuse_functions(context, analysis)
         context.refuse_all(left_alone(context, analysis, others, "mlp"))
         chunk_regions(context, analysis, regions, "mlp", plans)
+    context.is_narrow = widening.isdisjoint(context.gm.graph.nodes)
     dropouts.restore()
+    refuse_experts(context, experts)
     refuse_unknown_rows(context)
     refuse_transformed(context)
     refuse_sharded(context, "mlp")

@@ -14,9 +14,9 @@ Python number in these operators anyway: it does not count for the type of the r
 16-bit type before it is used. The product with 1 is of the form that AOTAutograd keeps dynamic
 (``tensorify_python_scalars``); a tensor input that is read as such it would specialise.
 
-Left as numbers are those of operators that need one (``alpha=``, ``eps=``, ``label_smoothing=``), and wherever the
-type of the result would be another one. A loop that needs such a number takes its value of the first step, with a
-guard.
+A ``leaky_relu`` whose slope changes is written out, as Inductor does. Left as numbers are those of operators that
+need one (``alpha=``, ``eps=``, ``label_smoothing=``), of which AOTAutograd makes constants too, and wherever the type
+of the result would be another one. A loop that needs such a number takes its value of the first step, with a guard.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
+from mst_fx.graph.edit import add_call
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.sizes import SIXTEEN_BITS
 from mst_fx.graph.spelling import ARITHMETIC, COMPARISONS, is_of_mst, operation
@@ -39,6 +41,8 @@ def numbers_to_tensors(graph: fx.Graph) -> None:
     """Lets the row-wise operators of a graph read numbers that change as tensors."""
     made: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
+        _write_out_slope(node)
+    for node in list(graph.nodes):
         numbers = [operand for operand in node.all_input_nodes if _is_changing(value(operand))]
         dtype = _type_of_numbers(node, numbers) if numbers else None
         mode = fake_mode_of(tensors_of(node))
@@ -47,8 +51,26 @@ def numbers_to_tensors(graph: fx.Graph) -> None:
         for number in numbers:
             if (number, dtype) not in made:
                 with graph.inserting_before(node), mode:
-                    made[number, dtype] = _as_tensor(graph, number, dtype)
+                    made[number, dtype] = number_as_tensor(graph, number, dtype)
             node.replace_input_with(number, made[number, dtype])
+
+
+def _write_out_slope(node: fx.Node) -> None:
+    """``leaky_relu(x, slope)`` → ``where(x > 0, x, x * slope)``, as Inductor writes it, if the slope changes."""
+    if node.target is not F.leaky_relu or len(node.args) != 2 or node.kwargs.get("inplace"):
+        return
+    (x, slope), out = node.args, tensor_value(node)
+    if not isinstance(x, fx.Node) or not isinstance(slope, fx.Node) or not _is_changing(value(slope)):
+        return
+    if out is None or not is_plain(out):
+        return
+    with node.graph.inserting_before(node), torch.set_grad_enabled(out.requires_grad):
+        scaled = add_call(node.graph, torch.mul, x, slope)
+        new = add_call(node.graph, torch.where, add_call(node.graph, torch.gt, x, 0), x, scaled)
+    for added in (scaled, new.args[0], new):
+        added.meta = {**node.meta, **added.meta}  # type: ignore[union-attr]
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def tensors_to_numbers(graph: fx.Graph) -> None:
@@ -67,7 +89,8 @@ def _is_changing(found: Any) -> bool:
     return is_symbolic and not found.node.expr.is_number
 
 
-def _as_tensor(graph: fx.Graph, number: fx.Node, dtype: torch.dtype) -> fx.Node:
+def number_as_tensor(graph: fx.Graph, number: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """A number as a tensor of one element, at the graph's insertion point; a fake mode must be active."""
     one = graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": torch.device("cpu")})
     made = graph.call_function(operator.mul, (one, number))
     for node in (one, made):

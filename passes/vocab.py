@@ -39,6 +39,7 @@ from mst_fx.graph.changing import changes, unite_gathered_rows
 from mst_fx.graph.values import tensor_value
 from mst_fx.passes.canonical import CLONE_OF, hoist_row_slices, scatter_one_hots, stack_last, sum_losses
 from mst_fx.passes.functional import make_functional
+from mst_fx.passes.picks import gather_picks
 from mst_fx.report import Refused, Rewrite
 from mst_fx.rows.analysis import RowAnalysis
 from mst_fx.rows.fold import bytes_a_row
@@ -47,8 +48,11 @@ from mst_fx.rows.region import Region, RegionFinder
 
 def run(context: PassContext) -> None:
     """Rewrites every head whose loss is in the graph."""
+    if context.is_narrow and not context.is_top:  # a layer whose MLP is done: no equal form has a head either
+        return
     graph = context.gm.graph
     make_functional(graph)
+    gather_picks(graph, context.place)
     unite_gathered_rows(graph)
     scatter_one_hots(graph, context.place)
     stack_last(graph, context.place)
@@ -71,9 +75,11 @@ def run(context: PassContext) -> None:
         refuse_sharded(context, "vocab")
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
-    context.refuse_all(
-        r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)
-    )
+    refusals = [r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)]
+    # Parts of a head whose use as a whole has a reason, or is rewritten, have none of their own.
+    said = {r.name for r in refusals if r.cause is not Cause.NO_SAVING}
+    said |= {r.name for r in context.report.rewrites} | {r.name for r in context.report.refusals}
+    context.refuse_all(r for r in refusals if r.cause is not Cause.NO_SAVING or r.name not in said)
 
 
 def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:

@@ -228,7 +228,7 @@ def test_op(mask: Mask, groups: int, softcap: float) -> None:
         for _ in range(2)
     )
     reaches = mask_reach(list(vectors.keys), list(vectors.queries), [repr(mask)], size, size, CHUNK, [False])
-    rest: Any = ([], repr(mask), 0, CHUNK, 0.3, softcap, 0.0)
+    rest: Any = ([], repr(mask), 0, CHUNK, 0.3, softcap, 0.0, None)
     out, _ = attention(query, key, value, list(vectors.keys), list(vectors.queries), *reaches, *rest)
 
     visible = allowed(mask, vectors, 0, size, 0, size, torch.device("cpu")).expand(batch, -1, -1)[:, None]

@@ -257,6 +257,80 @@ def test_what_mixes_rows_is_refused(name: str) -> None:
     assert "torch.autograd.Function" in refusal.reason and word in refusal.reason
 
 
+# Cross-entropies with a backward of their own
+
+
+def _entropy(backward: Any, reduce: Any = lambda losses: losses, labels: Any = lambda y: y) -> Any:
+    """A cross-entropy of rows that saves the softmax, with ``backward(g, p, y)`` for its logits."""
+
+    class Made(Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:
+            p = logits.softmax(-1)
+            ctx.save_for_backward(p, y)
+            losses = logits.logsumexp(-1) - logits.gather(-1, y[..., None]).squeeze(-1)
+            return reduce(losses)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+            return backward(g, *ctx.saved_tensors), None
+
+    return Made.apply
+
+
+def _less_one(p: Tensor, y: Tensor) -> Tensor:
+    return p.scatter_add(-1, y[..., None], -torch.ones_like(p[..., :1]))
+
+
+def _edited(g: Tensor, p: Tensor, y: Tensor) -> Tensor:
+    d = p.clone()
+    d[torch.arange(len(y)), y] -= 1
+    return g * d / len(y)
+
+
+class _WholeHead(Function):
+    """The product too, so that the logits are inside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        logits = x @ weight.t()
+        p = logits.softmax(-1)
+        ctx.save_for_backward(x, weight, p, y)
+        return (logits.logsumexp(-1) - logits.gather(-1, y[:, None]).squeeze(-1)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, p, y = ctx.saved_tensors
+        d = _less_one(p, y) * g
+        return d @ weight, d.t() @ x, None
+
+
+_row_entropy = _entropy(lambda g, p, y: g[..., None] * _less_one(p, y))
+_clipped_entropy = _entropy(lambda g, p, y: (g[..., None] * _less_one(p, y)).clamp(-0.005, 0.005))
+_mean_entropy = _entropy(_edited, torch.mean)
+_mixing_entropy = _entropy(lambda g, p, y: g[..., None] * (p - p.mean(0, keepdim=True)))
+LOSSES: dict[str, tuple[Any, Cause | None]] = {
+    "rows": (lambda m, x, y: _row_entropy(m.up(x), y).mean(), None),
+    "flat rows": (lambda m, x, y: _row_entropy(m.up(x).flatten(0, 1), y.flatten()).sum(), None),
+    "clipped": (lambda m, x, y: _clipped_entropy(m.up(x), y).mean() * 3, None),
+    "mean": (lambda m, x, y: _mean_entropy(m.up(x).flatten(0, 1), y.flatten()), Cause.UNPROVED),
+    "mixing": (lambda m, x, y: _mixing_entropy(m.up(x), y).sum(), Cause.UNPROVED),
+    "head": (lambda m, x, y: _WholeHead.apply(x.flatten(0, 1), m.up.weight, y.flatten()), Cause.OPAQUE),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_with_a_backward_of_their_own(name: str) -> None:
+    """Rewritten where both graphs are row-wise; else there is a reason, the same for rows without gradients."""
+    torch.manual_seed(0)
+    step, cause = LOSSES[name]
+    model, labels = _MLP(lambda m, x: x), torch.randint(0, 32, (2, 13))
+    for x in (_rows(2, 13), _rows(2, 13).detach()):
+        report = check(lambda x, y: step(model, x, y), [x, labels], 1e-10, module=model)
+        refused = [(r.kind, r.cause) for r in report.refusals]
+        assert (kinds(report), refused) == (({"vocab": 1}, []) if cause is None else ({}, [("vocab", cause)]))
+
+
 @pytest.mark.parametrize("random", [torch.rand_like, lambda x: torch.rand(32, dtype=x.dtype)])
 def test_random_numbers_are_refused(random: Any) -> None:
     """Of a row, and of all rows: each chunk would draw its own."""

@@ -232,7 +232,9 @@ def test_attention_kernels(name: str, kernel: str, heads: int, monkeypatch: pyte
     backends = [SDPBackend.CUDNN_ATTENTION] if kernel == "cudnn" else [SDPBackend.FLASH_ATTENTION]
     with sdpa_kernel([*backends, SDPBackend.EFFICIENT_ATTENTION]):
         reaches = mask_reach(vectors, vectors, [repr(mask)], size, size, 128, [False])
-        out, _ = attention(*operands, vectors, vectors, *reaches, [], repr(mask), 0, 128, 0.125, 0.0, 0.0)
+        out, _ = attention(
+            *operands, vectors, vectors, *reaches, [], repr(mask), 0, 128, 0.125, 0.0, 0.0, None
+        )
         found = [out, *torch.autograd.grad(out, operands, tangent)]
     expected = {"causal": CAUSAL, "full": FULL, "padding": GENERAL}.get(name, SPANS)
     assert int(reaches[0][0, 0, 0]) == expected

@@ -100,6 +100,15 @@ def _powers(x: Tensor, t: float) -> Tensor:
     return (x * x + 0.5) ** t + (t - x)
 
 
+def test_slopes_are_as_many_graphs_as_with_inductor() -> None:
+    def inside(x: Tensor, t: float) -> Tensor:
+        with torch.no_grad():
+            kept = F.leaky_relu(x, t)
+        return F.leaky_relu(x, negative_slope=t) * 0.5 + nn.functional.leaky_relu(x - 0.1, t / 3) + kept
+
+    assert graphs(Net(inside, F.leaky_relu), "mst", [0.3, 0.2, -0.1, 0.0], options=SMALL_CHUNKS) == 2
+
+
 def test_where_and_powers_are_fewer_graphs_than_without_mst() -> None:
     assert graphs(Net(_powers, _logits), "mst", [1.7, 1.3, 0.9, 0.5], options=SMALL_CHUNKS) == 2
 
@@ -188,6 +197,59 @@ def test_a_scale_of_eager_attention_is_taken_by_the_query() -> None:
             assert all(relative_error(a, b) < 1e-10 for a, b in zip(*grads, strict=True))
     assert counters["stats"]["unique_graphs"] == 2
     assert [r.kind for r in report.rewrites].count("attention") >= 4
+
+
+class Capped(nn.Module):
+    """Gemma 2's attention, written out: the cap is a number that changes.
+
+    Args:
+        cap: of the scaled scores and the number.
+    """
+
+    def __init__(self, cap: Callable[[Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, number: float) -> Tensor:
+        at = torch.arange(q.shape[2])
+        scores = self.cap(torch.matmul(q, k.transpose(2, 3)) * 0.35, number)
+        scores = scores + torch.where(at[None, :] <= at[:, None], 0.0, float("-inf"))
+        return torch.matmul(F.softmax(scores, dim=-1), v)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "cap", "fires"),
+    [
+        ("as Gemma 2", lambda x, t: torch.tanh(x / t) * t, True),
+        ("as methods", lambda x, t: x.div(t).tanh().mul(t), True),
+        ("two numbers", lambda x, t: torch.tanh(x / t) * (2 * t), False),
+        ("one constant", lambda x, t: torch.tanh(x / 3.0) * t, False),
+        ("the wrong way", lambda x, t: torch.tanh(x * t) / t, False),
+    ],
+)
+def test_a_softcap_of_eager_attention_may_change(spelling: str, cap: Any, fires: bool) -> None:
+    model = Capped(cap)
+    q, k, v = (torch.randn(1, 2, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def run(function: Any, number: float) -> list[Tensor]:
+        out = function(q, k, v, number)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    counts = []
+    ours: Any = {**SMALL_CHUNKS, "attention_chunk_rows": 16}
+    for backend, options in (("aot_eager", None), ("mst", ours)):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model, backend=backend, options=options)
+        run(compiled, 0.5)  # a constant of the first graph
+        with mst_fx.watch() as report:
+            for number in (0.7, 3.0, -0.9):
+                pairs = zip(run(compiled, number), run(model, number), strict=True)
+                assert all(relative_error(a, b) < 1e-10 for a, b in pairs)
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] == 2
+    found = [r.kind for r in report.rewrites], [r.kind for r in report.refusals]
+    assert found == ((["attention"], []) if fires else ([], ["attention"]))
 
 
 def test_negative_scales_of_fused_attention_are_left_alone() -> None:

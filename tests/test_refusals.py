@@ -31,7 +31,11 @@ class Parts(nn.Module):
         self.one, self.other = nn.Linear(H, H), nn.Linear(H, H)
         self.q, self.k, self.v, self.o = (nn.Linear(*sizes) for sizes in ((H, 64), (H, 64), (H, 64), (64, H)))
         self.mixed, self.conv = nn.Linear(H, 3 * H), nn.Conv1d(H, H, 3, padding=1, groups=H)
-        self.blocks = nn.Parameter(torch.randn(4, 4, 4))
+        self.blocks, self.wide_blocks = (
+            nn.Parameter(torch.randn(4, 4, 4)),
+            nn.Parameter(torch.randn(4, 12, 4)),
+        )
+        self.ups, self.downs = nn.Parameter(torch.randn(4, H, 64)), nn.Parameter(torch.randn(4, 64, H))
         self.rank_in, self.rank_out = nn.Linear(H, 4), nn.Linear(4, H)
         self.double()
 
@@ -98,6 +102,41 @@ def _largest_of_sequence(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return torch.log1p(F.relu(m.head(x))).amax(1).sum(-1).mean()  # SPLADE
 
 
+def _flat_margin(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x).view(-1, V)
+    logits.view(-1)[torch.arange(B * S) * V + y.flatten()] -= 0.35
+    return _loss(logits, y)
+
+
+def _by_sequence(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    logits = m.head(x)
+    for index in range(B):
+        logits[index, torch.arange(S), y[index]] -= 0.35
+    return _loss(logits, y)
+
+
+def _rows_in_a_buffer(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    wide = x.new_zeros(B, S + 1, V)
+    wide[:, 1:] = m.head(x)
+    return _loss(wide[:, 1:], y)
+
+
+def _columns_in_a_buffer(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    wide = x.new_zeros(B, S, V + 8)
+    wide[..., torch.arange(V)] = m.head(x)
+    return _loss(wide, y)
+
+
+def _every_other_in_a_buffer(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    wide = x.new_zeros(B, S, 2 * V)
+    wide[..., ::2] = m.head(x)
+    return _loss(wide, y)
+
+
+def _last_of_each(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return m.head(x)[torch.arange(B), y.argmax(-1)].logsumexp(-1)
+
+
 REFUSED_HEADS: dict[str, tuple[Any, Cause]] = {
     "minimum": (_minimum, Cause.WRITTEN),
     "rows_set": (_rows_set, Cause.WRITTEN),
@@ -106,6 +145,12 @@ REFUSED_HEADS: dict[str, tuple[Any, Cause]] = {
     "other_order": (_other_order, Cause.UNPROVED),
     "contrastive": (_contrastive, Cause.UNPROVED),
     "largest_of_sequence": (_largest_of_sequence, Cause.UNPROVED),
+    "flat_margin": (_flat_margin, Cause.UNPROVED),
+    "by_sequence": (_by_sequence, Cause.WRITTEN),
+    "rows_in_a_buffer": (_rows_in_a_buffer, Cause.UNPROVED),
+    "columns_in_a_buffer": (_columns_in_a_buffer, Cause.UNPROVED),
+    "every_other_in_a_buffer": (_every_other_in_a_buffer, Cause.NO_SAVING),
+    "last_of_each": (_last_of_each, Cause.UNPROVED),
 }
 
 
@@ -187,10 +232,165 @@ def _diagonal_blocks(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return x + torch.bmm(parts, m.blocks).permute(1, 0, 2).reshape(x.shape).cumsum(1)
 
 
-@pytest.mark.parametrize("body", [_gated_convolution, _attention, _outer_states, _low_rank, _diagonal_blocks])
+def _blocks_after_convolution(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Zamba's: the convolution pads, and weights stand before rows."""
+    x = m.one(x)
+    inner = F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), m.conv.weight, groups=H)
+    heads = F.pad(inner, (0, 3))[..., :S].reshape(B, 4, 4, S).transpose(0, 1)
+    by, out = (m.wide_blocks[:, None] @ heads).transpose(-1, -2).split([4, 8], -1)
+    return x + (by.cumsum(2) * out[..., :4]).permute(1, 2, 0, 3).reshape(x.shape)
+
+
+def _blocks_after_convolution_shared(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Half of the heads, each for two blocks."""
+    heads = m.conv(m.one(x).transpose(1, 2)).view(B, 4, 4, S)[:, :2].repeat_interleave(2, 1)
+    wide = m.wide_blocks @ heads
+    return x + wide.view(B, 4, 3, 4, S).cumsum(-1).sum(2).flatten(1, 2).transpose(1, 2)
+
+
+def _blocks_in_another_order(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Tokens are picked, by all blocks alike."""
+    x = m.one(x)
+    parts = x[:, torch.arange(S - 1, -1, -1)].view(B, S, 4, 4).permute(2, 0, 1, 3).flatten(1, 2)
+    wide = torch.bmm(parts, m.wide_blocks.transpose(1, 2))
+    return x + wide.view(4, B, S, 3, 4).cumsum(2).sum(3).permute(1, 2, 0, 3).reshape(x.shape)
+
+
+def _blocks_of_repeated_heads(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    heads = m.one(x).view(B, S, 4, 4).transpose(1, 2)[:, :2].repeat_interleave(2, 1)
+    wide = torch.einsum("bgsk,gjk->bgsj", heads, m.wide_blocks)
+    return x + wide.view(B, 4, S, 3, 4).cumsum(2).sum(3).transpose(1, 2).reshape(x.shape)
+
+
+def _heads_of_one_stack(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Each head projects whole rows; none is picked."""
+    rows = x[:, None].expand(B, 4, S, H).reshape(B * 4, S, H)
+    q, k, v, _ = torch.bmm(rows, m.ups.repeat(B, 1, 1)).view(B, 4, S, 64).chunk(4, -1)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return x + m.o(mixed.transpose(1, 2).flatten(2))
+
+
+def _masked(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], heads: int) -> Callable[..., Tensor]:
+    """Values are narrower than queries, as DeepSeek's are; the mask is a constant."""
+
+    def body(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (f(x).view(B, S, heads, -1).transpose(1, 2) for f in (m.q, m.k, m.other))
+        q = q + q.flip(-1) * 0.5
+        mask = torch.where(torch.ones(S, S, dtype=torch.bool).tril(), 0.0, -1e9).double()
+        return x + m.one(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    return body
+
+
+def _added(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+    return torch.baddbmm(m.expand(B, S, S), q.flatten(0, 1), k.flatten(0, 1).mT)
+
+
+MASKED = {
+    "sdpa": _masked(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), 4),
+    "by_name": _masked(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m == 0), 2),
+    "all_by_name": _masked(
+        lambda q, k, v, m: F.scaled_dot_product_attention(attn_mask=m, value=v, key=k, query=q), 2
+    ),
+    "baddbmm": _masked(lambda q, k, v, m: (_added(q, k, m).softmax(-1) @ v.flatten(0, 1))[:, None], 1),
+    "method": _masked(
+        lambda q, k, v, m: (m.expand(B, S, S).baddbmm(q[:, 0], k[:, 0].mT).softmax(-1) @ v[:, 0])[:, None], 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_is_no_weight(name: str) -> None:
+    """What takes queries beside a constant mask is attention, not the second product of an MLP."""
+    report = _report(MASKED[name], passes=("mlp", "vocab"), strict=True)
+    assert not report.rewrites and not report.refusals
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        _gated_convolution,
+        _attention,
+        _outer_states,
+        _low_rank,
+        _diagonal_blocks,
+        _blocks_after_convolution,
+        _blocks_after_convolution_shared,
+        _blocks_in_another_order,
+        _blocks_of_repeated_heads,
+        _heads_of_one_stack,
+    ],
+)
 def test_what_can_be_no_bulge_is_not_listed(body: Any) -> None:
     report = _report(body, passes=("mlp", "vocab"), strict=True)
     assert not report.rewrites and not report.refusals
+
+
+# Experts
+
+
+def _sorted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    order = y.flatten().argsort()
+    return order, x.flatten(0, 1)[order]
+
+
+def _expert_slices(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """JetMoE's: a loop over slices of the stacks, whose results are joined."""
+    order, rows = _sorted(x, y)
+    parts = rows.split([10, 24, 30, 16])
+    inner = F.gelu(torch.cat([F.linear(part, m.ups[i].t()) for i, part in enumerate(parts)]))
+    outs = [F.linear(part, m.downs[i].t()) for i, part in enumerate(inner.split([10, 24, 30, 16]))]
+    return x + torch.zeros_like(rows).index_add(0, order, torch.cat(outs)).view_as(x)
+
+
+def _expert_mlps(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Each expert is an MLP on rows of its own."""
+    order, rows = _sorted(x, y)
+    outs, start = [], 0
+    for up, down, count in zip(m.ups.unbind(), m.downs.unbind(), [10, 24, 30, 16], strict=True):
+        outs.append(F.gelu(rows[start : start + count] @ up) @ down)
+        start += count
+    return x + torch.zeros_like(rows).index_copy(0, order, torch.cat(outs)).view_as(x)
+
+
+def _expert_weights(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A switch: each row picks the weights of one expert."""
+    of, x = (y % 4).flatten(), x + m.one(x)
+    inner = F.gelu(torch.bmm(x.view(-1, 1, H), m.ups[of]))
+    return x + torch.bmm(inner, m.downs[of]).view_as(x)
+
+
+def _all_experts(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Llama 4's: each expert gets all rows, times its score."""
+    scores = m.rank_in(x).view(-1, 4).t().sigmoid()
+    rows = x.view(-1, H).repeat(4, 1).view(4, -1, H) * scores[..., None]
+    return x + torch.bmm(F.gelu(torch.bmm(rows, m.ups)), m.downs).sum(0).view_as(x)
+
+
+def _up_slices(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    _, rows = _sorted(x, y)
+    return torch.cat([part @ m.ups[i] for i, part in enumerate(rows.split([10, 24, 30, 16]))])
+
+
+@pytest.mark.parametrize("body", [_expert_slices, _expert_weights, _all_experts, _up_slices])
+def test_experts_are_refused_as_that(body: Any) -> None:
+    """Once: what begins there. Joined results that nothing narrows are no vocabulary's."""
+    (refused,) = _report(body).refusals
+    assert (refused.kind, refused.cause) == ("mlp", Cause.EXPERTS)
+
+
+def test_experts_that_are_rewritten_are_not_refused() -> None:
+    report = _report(_expert_mlps, strict=True)
+    assert kinds(report) == {"mlp": 4} and not report.refusals
+
+
+def test_experts_that_only_project_are_no_bulge() -> None:
+    def body(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        order, rows = _sorted(x, y)
+        outs = [part @ m.ups[i, :, :H] for i, part in enumerate(rows.split([10, 24, 30, 16]))]
+        return x + torch.zeros_like(rows).index_add(0, order, torch.cat(outs)).view_as(x)
+
+    assert not _report(body, strict=True).refusals
 
 
 # What a place is

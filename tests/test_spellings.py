@@ -351,6 +351,84 @@ LAYOUTS: dict[str, Step] = {
     "padded_and_shifted": lambda m, x, y: _loss(LOGITS["columns"](m, m.head(x))[:, :-1], y[:, 1:]),
 }
 
+# One element of each row, and logits in wider buffers
+
+
+def _margin(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    """CosFace's: the label's logit less a constant."""
+    logits, y = m.head(x).view(-1, VOCAB), y.clamp(min=0).flatten()
+    logits[torch.arange(len(y)), y] -= 0.35
+    return F.cross_entropy(logits * 4, y)
+
+
+def _angle(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    """ArcFace's: a function of the label's logit."""
+    logits, y = F.linear(F.normalize(x, dim=-1), F.normalize(m.head.weight, dim=-1)), y.clamp(min=0)
+    rows = (torch.arange(y.shape[0])[:, None], torch.arange(y.shape[1]))
+    target = logits[(*rows, y)]
+    logits[(*rows, y)] = torch.cos(torch.acos(target) + 0.2)
+    return _loss(logits * 4, y)
+
+
+def _margins_put(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    """Out of place, added, and of labels counted from the end."""
+    logits, labels = m.head(x).view(-1, VOCAB), y.flatten() - 40
+    places = torch.arange(BATCH * LENGTH), torch.where(labels < -VOCAB, 5, labels)
+    first = logits.index_put(places, m.token_weights.flatten(), accumulate=True)
+    second = torch.index_put(logits, places, torch.tensor(0.25, dtype=F64))
+    third = torch.zeros_like(logits)
+    third[places] = 0.5
+    fourth = logits * 2
+    fourth[places] *= 0.5
+    return sum((_loss(each, y) for each in (first, second, third + logits, fourth)), x.sum() * 0)
+
+
+def _likelihood(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    y = y.clamp(min=0).flatten()
+    return -m.head(x).view(-1, VOCAB).log_softmax(-1)[torch.arange(y.shape[0], dtype=torch.long), y].mean()
+
+
+PICKS: dict[str, Step] = {
+    "margin": _margin,
+    "angle": _angle,
+    "margins_put": _margins_put,
+    "likelihood": _likelihood,
+}
+
+
+def _into(make: Callable[[Toy, Tensor], Tensor], at: slice) -> Step:
+    """Logits written to a part of a wider buffer that ``make`` gives, and their loss."""
+
+    def step(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+        wide = make(m, x)
+        wide[..., at] = m.head(x)
+        return _loss(wide, y)
+
+    return step
+
+
+def _two_heads(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    wide = x.new_empty(BATCH, LENGTH, 2 * VOCAB + 1)
+    wide[..., :VOCAB], wide[..., VOCAB:-1] = m.head(x), m.teacher(x)
+    wide[..., -1] = -1e4
+    return _loss(wide, y)
+
+
+def _copied(m: Toy, x: Tensor, y: Tensor) -> Any:
+    wide = torch.full((BATCH, LENGTH, VOCAB + 8), fill_value=-1e4, dtype=F64)
+    wide.narrow(-1, 0, VOCAB).copy_(m.head(x))
+    return _loss(15 * torch.tanh(wide / 15), y)
+
+
+SIZE = (BATCH, LENGTH, VOCAB + 8)
+BUFFERS: dict[str, Step] = {
+    "full": _into(lambda m, x: x.new_full(SIZE, -1e4), slice(None, VOCAB)),
+    "zeros": _into(lambda m, x: torch.zeros(SIZE, dtype=F64), slice(8, None)),
+    "filled": _into(lambda m, x: x.new_empty(SIZE).fill_(-3.0), slice(3, -5)),
+    "two_heads": _two_heads,
+    "copied": _copied,
+}
+
 # Losses
 
 
@@ -398,6 +476,8 @@ HEADS: dict[str, tuple[Step, bool]] = {
     **{f"keywords_{name}": (step, True) for name, step in KEYWORDS.items()},
     **{f"layout_{name}": (step, True) for name, step in LAYOUTS.items()},
     **{f"loss_{name}": (step, name in NARROW) for name, step in LOSSES.items()},
+    **{f"picks_{name}": (step, True) for name, step in PICKS.items()},
+    **{f"buffer_{name}": (step, True) for name, step in BUFFERS.items()},
 }
 
 
@@ -525,6 +605,68 @@ def test_autocast_of_a_part(shift: int) -> None:
     model, (x, y) = Toy(step).float(), _batch()
     report = check_parity(model, {"x": x.detach().float(), "y": y}, 1e-5, 1e-2)
     assert kinds(report) == {"vocab": 1}
+
+
+def test_picks_and_buffers_of_lengths_that_change() -> None:
+    """One graph more for all lengths: no size becomes a number."""
+
+    def step(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+        logits, y = m.head(x).view(-1, VOCAB), y.flatten()
+        logits[torch.arange(len(y)), y] -= 0.35
+        wide = logits.new_full((len(y), VOCAB + 8), -1e4)
+        wide[:, :VOCAB] = logits
+        return F.cross_entropy(wide * 4, y)
+
+    model = Toy(step)
+    run, report = rewritten(model)
+    for length in (20, 31, 45):
+        x = torch.randn(3, length, WIDTH, dtype=F64, requires_grad=True)
+        batch = x, torch.randint(0, VOCAB, (3, length))
+        assert worst(results(run, batch, model), results(model, batch, model)) <= 1e-9
+    assert report.graphs == 2 and kinds(report) == {"vocab": 2} and not report.refusals
+
+
+# Picks that are none of one element a row
+
+
+def _of_rows(index: Callable[[], Any]) -> Step:
+    """Margins at rows that ``index`` gives: eager's numbers, and no loop."""
+
+    def step(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+        logits, y = m.head(x).view(-1, VOCAB), y.clamp(min=0).flatten()
+        logits[index(), y] -= 0.35
+        return F.cross_entropy(logits, y)
+
+    return step
+
+
+def _swapped(m: Toy, x: Tensor, y: Tensor) -> Tensor:
+    """As many sequences as tokens, and rows that are those of others."""
+    logits, y, i = m.head(x).view(8, 8, VOCAB), y.clamp(min=0).view(8, 8), torch.arange(8)
+    return (logits[i, i[:, None], y] * logits.amax(-1)).sum()
+
+
+def _counted_and_moved() -> Tensor:
+    rows = torch.arange(BATCH * LENGTH)
+    rows[1:] = rows[:-1].clone()
+    return rows
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        _of_rows(lambda: torch.arange(BATCH * LENGTH).flip(0)),
+        _of_rows(lambda: torch.arange(BATCH * LENGTH - 1, -1, -1)),
+        _of_rows(lambda: torch.arange(1, 1 + BATCH * LENGTH) % 7),
+        _of_rows(lambda: torch.arange(BATCH).repeat_interleave(LENGTH)),
+        _of_rows(_counted_and_moved),
+        _swapped,
+    ],
+)
+def test_picks_of_other_rows_are_refused(step: Step) -> None:
+    report = _check(step, 0)
+    assert not report.rewrites
+    assert [(r.kind, r.cause) for r in report.refusals] == [("vocab", Cause.UNPROVED)]
 
 
 # Writes that others see, or that autograd does not

@@ -267,3 +267,66 @@ def test_narrow_functions_beside_the_loss() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
     assert [(rewrite.kind, rewrite.deferred) for rewrite in report.rewrites] == [("vocab", False)]
     assert not report.refusals
+
+
+def _some(m: Head, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Five results of one or two elements a row: together more than a quarter of the row."""
+    logits = m.head(h)
+    p = logits.log_softmax(-1)
+    return (
+        p.gather(-1, y[:, None]).squeeze(-1),
+        -(p.exp() * p).sum(-1),
+        logits.logsumexp(-1),
+        logits.topk(2, -1).values,
+    )
+
+
+def _top(m: Head, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Values and places of the largest: more than the row."""
+    return tuple(m.head(h).log_softmax(-1).topk(6, -1))
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize(
+    "loss",
+    [_ce(reduction="none"), _some, _top, lambda m, h, y: m.head(h).logsumexp(-1)],
+    ids=["losses", "some", "top", "largest"],
+)
+def test_results_of_each_row(loss: Callable[[Head, Tensor, Tensor], Tensor], needs_gradient: bool) -> None:
+    """A head as any other, by ``vocab_chunk_rows``, whether or not the trunk is frozen."""
+    hidden, labels = torch.randn(ROWS, WIDTH, dtype=torch.float64), torch.randint(0, VOCAB, (ROWS,))
+    report = check(Head(loss), [hidden.requires_grad_(needs_gradient), labels], 1e-10)
+    assert [(r.kind, r.chunk_rows) for r in report.rewrites] == [("vocab", DIRECT["vocab_chunk_rows"])]
+    assert not report.refusals
+
+
+COLUMNS: dict[str, Callable[[Head, Tensor, Tensor], Tensor]] = {
+    "list": lambda m, h, y: m.head(h)[:, -1, [3, 7]],
+    "tuple": lambda m, h, y: m.head(h).softmax(-1)[:, -1, (3, -7)],
+    "tensor": lambda m, h, y: m.head(h)[:, -1, torch.tensor([0, 5])],
+    "loss": lambda m, h, y: F.cross_entropy(m.head(h)[:, -1][:, [3, 7]], y[:, 0] % 2),
+    "slice": lambda m, h, y: m.head(h)[:, -2:, [1, 2, 3]].log_softmax(-1),
+    "dots": lambda m, h, y: m.head(h)[..., -1, [3, 7]],
+    "labels": lambda m, h, y: m.head(h)[:, -1, y[0, :3]],
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_of_the_last_token(name: str) -> None:
+    """Yes or no, a score of some answers: the head is applied to the rows that are asked for."""
+    model = Head(COLUMNS[name])
+    hidden, labels = (
+        torch.randn(ROWS, 5, WIDTH, dtype=torch.float64, requires_grad=True),
+        torch.randint(0, VOCAB, (ROWS, 5)),
+    )
+    report = check(model, [hidden, labels], 1e-10)
+    rows = ROWS * (2 if name == "slice" else 1)
+    assert [(r.kind, r.rows) for r in report.rewrites] == [("vocab", rows)] and not report.refusals
+    short = check(model, [hidden[:4].detach(), labels[:4]], 1e-10)
+    assert not short.rewrites and not short.refusals  # of few sequences, little is made at all
+
+
+def test_columns_of_all_tokens() -> None:
+    hidden = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    report = check(Head(lambda m, h, y: m.head(h)[..., [3, 7]]), [hidden, torch.zeros(1)], 1e-10)
+    assert kinds(report) == {"vocab": 1} and not report.refusals

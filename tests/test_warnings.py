@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 from mst_fx.diagnose import warn
@@ -200,6 +201,72 @@ def test_a_function_that_dynamo_skips(caplog: pytest.LogCaptureFixture) -> None:
         assert _warnings(caplog) == [] and report.findings == [], type(model)
 
 
+class Noisy(nn.Module):
+    """A layer whose forward function breaks the graph, in a way of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.mlp, self.how, self.seen = GatedMLP(H, 40), how, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "break":
+            torch._dynamo.graph_break()
+        elif self.how == "print":
+            print("a layer", end="")
+        elif self.how == "item":
+            self.seen = x.sum().item()
+        elif self.how == "disabled":
+            torch._dynamo.disable(lambda: None)()
+        elif self.how == "branch" and x.sum() > 1e9:
+            return x
+        return x + self.mlp(x)
+
+
+class Checkpointed(Model):
+    """Its layers are checkpointed: in a loop, where Dynamo skips the whole function, or one after the other."""
+
+    def __init__(self, how: str, in_loop: bool) -> None:
+        super().__init__()
+        self.layers, self.in_loop = nn.ModuleList([Noisy(how), Noisy(how)]), in_loop
+
+    def forward(self, ids: Tensor, *args: Any) -> Tensor:
+        x = self.embed(ids)
+        if self.in_loop:
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+        else:
+            x = checkpoint(self.layers[0], x, use_reentrant=False)
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+@pytest.mark.parametrize("in_loop", [True, False])
+@pytest.mark.parametrize("how", ["break", "print", "item", "disabled", "branch"])
+def test_a_checkpointed_layer_that_breaks(how: str, in_loop: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = Checkpointed(how, in_loop), _ids()
+    with mst_fx.watch() as report:
+        compile_mst(model, EAGER_BODIES)(ids).backward()
+    assert [f.cause for f in report.findings] == ["eager-checkpoint"]
+    assert f"{__file__}:" in report.findings[0].evidence and f"{__file__}:" in caplog.text
+    assert _warnings(caplog)[-1:] == ["eager-checkpoint"]  # Dynamo has a word of its own for .item()
+    assert [r.kind for r in report.rewrites] == ([] if in_loop else ["vocab"])
+
+
+def test_checkpointed_layers_of_others_and_without_breaks(caplog: pytest.LogCaptureFixture) -> None:
+    ids = _ids()
+    with mst_fx.watch() as report:
+        compile_mst(Checkpointed("", True), EAGER_BODIES)(ids).backward()
+        torch.compile(Checkpointed("print", True), backend="eager")(ids).backward()
+    assert not report.findings and not report.eager_checkpoints
+    mst_fx.explain(Checkpointed("print", True), EAGER_BODIES)(ids)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compile_mst(Checkpointed("print", True), EAGER_BODIES, fullgraph=True)(ids)
+    assert _warnings(caplog) == []
+    with mst_fx.enable(EAGER_BODIES):
+        torch._dynamo.reset()
+        torch.compile(Checkpointed("print", True))(ids).backward()
+    assert _warnings(caplog) == ["eager-checkpoint"]
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -211,12 +278,22 @@ class Attention(nn.Module):
 
 
 def test_a_mask_from_outside(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a layer, whose model made it, and of a caller, whose own it is: each has a fix that can be followed."""
     x, mask = torch.randn(1, 300, H), torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
+    added = torch.zeros(1, 1, 300, 300).masked_fill(~mask, float("-inf"))
     model = Attention()
-    with mst_fx.watch() as report:
-        compile_mst(model, EAGER_BODIES)(x, mask).sum().backward()
-    assert "mask-outside" in [finding.cause for finding in report.findings]
-    assert _warnings(caplog) == ["mask-outside"]
+    for given, rows, cause, fix in (
+        (mask, x, "mask-given", "padding mask [B, S]"),
+        (added, x, "mask-given", "comparing vectors"),
+        (mask, x.clone().requires_grad_(), "mask-outside", "the whole model in one graph"),
+    ):
+        caplog.clear()
+        warn.reset()
+        with mst_fx.watch() as report:
+            compile_mst(model, EAGER_BODIES)(rows, given).sum().backward()
+        (finding,) = [finding for finding in report.findings if finding.cause.startswith("mask-")]
+        assert finding.cause == cause and fix in finding.fix
+        assert _warnings(caplog) == [cause]
 
 
 def test_silence(caplog: pytest.LogCaptureFixture) -> None:

@@ -87,6 +87,10 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _DROPPED = "<dropped>"  # the constructor is not given the field
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _HYBRID = ["linear_attention", "hybrid"] * 2
+_QSA = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_compress_ratio": 4, "indexer_budget": 16,
+    "hc_lowrank": 8,
+}  # fmt: skip
 
 # "part.field" is a field of a part of the configuration.
 _OVERRIDES: dict[str, dict[str, Any]] = {
@@ -106,14 +110,15 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "jetmoe": {"kv_channels": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "mamba2": {"head_dim": 16, "num_heads": 4, "n_groups": 1},
     "ministral": {"head_dim": 8, "rope_parameters": _ROPE},
     "mpt": {"attn_config.attn_pdrop": 0},
     "nemotron": {"num_key_value_heads": 2},
     "phi": {"partial_rotary_factor": 0.5},
-    "qwen4_exp": {"text_config.indexer_compress_ratio": 4, "text_config.indexer_budget": 16},
-    "qwen4_exp_text": {"indexer_compress_ratio": 4, "indexer_budget": 16},
+    "qwen4_exp": {f"text_config.{key}": size for key, size in _QSA.items()},
+    "qwen4_exp_text": _QSA,
     "stablelm": {"partial_rotary_factor": 0.5},
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 512},
     "xmod": {"default_language": "en_XX"},

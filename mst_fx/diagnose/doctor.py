@@ -16,6 +16,7 @@ from mst_fx.diagnose.facts import watching
 from mst_fx.errors import Cause
 from mst_fx.logits import tensor as logits
 from mst_fx.report import Facts, Finding, Refused, Report, human_bytes
+from mst_fx.torch_api.inductor import Ending, on_eager_checkpoint
 
 Check = Callable[[Report], Finding | None]
 
@@ -43,14 +44,18 @@ def watch() -> Iterator[Report]:
     """
     report = Report()
     used: list[str] = []
+    eager: list[Ending] = []
     logits.on_use.append(used.append)
+    on_eager_checkpoint.append(eager.append)
     try:
         with watching() as watcher:
             yield report
     finally:
         logits.on_use.remove(used.append)
+        on_eager_checkpoint.remove(eager.append)
     report.add(watcher.total())
     report.logits_used += dict.fromkeys(used)
+    report.eager_checkpoints += dict.fromkeys(said_of(ending) for ending in eager)
     if not report.graphs:
         report.uncalled += _wrapped()
     report.findings += advise(report)
@@ -63,8 +68,27 @@ def _wrapped() -> list[str]:
     return sorted({type(x._orig_mod).__name__ for x in found})
 
 
+def said_of(ending: Ending) -> str:
+    """Where a graph breaks, and why."""
+    return f"{ending.place or 'a place unknown'} ({ending.reason})"
+
+
+def eager_checkpoint(report: Report) -> Finding | None:
+    """Checkpointed layers that Dynamo gave up, and runs eagerly: they may be all of the model."""
+    if not report.eager_checkpoints:
+        return None
+    said = "; ".join(report.eager_checkpoints[:3])
+    return Finding(
+        "eager-checkpoint",
+        f"the graph breaks inside of a checkpointed layer, at {said}: Dynamo runs the whole layer eagerly, and nothing "
+        "in it is rewritten",
+        "take what breaks the graph (a print, an .item(), a disabled function) out of the layers that are checkpointed; "
+        "fullgraph=True shows each such place",
+    )
+
+
 def _nothing_compiled(report: Report) -> Finding | None:
-    if report.graphs:
+    if report.graphs or report.eager_checkpoints:
         return None
     wrapped = ", ".join(report.uncalled)
     evidence = "no graph reached mst: what ran was not compiled"
@@ -105,6 +129,7 @@ def _behind_a_break(head: Facts) -> Finding:
 def _graph_break(report: Report) -> Finding | None:
     """Breaks that cost something, and that nothing else explains."""
     places = {f.ended_at: f.ended for f in report.facts if f.ended_by in ("break", "data")}
+    places = {at: why for at, why in places.items() if f"{at} ({why})" not in report.eager_checkpoints}
     costly = (Cause.BREAK, Cause.MASK_INPUT, Cause.IS_OUTPUT)
     is_costly = any(r.cause in costly for r in report.refusals) or not (report.rewrites or report.fits)
     if not places or not is_costly or _loss_behind_a_break(report) or _eager_experts(report):
@@ -184,13 +209,21 @@ def _mask_outside(report: Report) -> Finding | None:
     found = [r for r in report.refusals if r.cause is Cause.MASK_INPUT]
     if not found:
         return None
+    evidence = f"the mask of {found[0].name} ({len(found)} such place(s)) is an input of the graph: S x S elements are made "
+    own = (
+        "give the model a padding mask [B, S] or none (is_causal=True in attention of your own), or make the mask inside "
+        "of the compiled function, by comparing vectors: positions, or the number of each token's document"
+    )
+    if not any(
+        f.takes_rows or f.ended_by for f in report.facts
+    ):  # nothing runs before the graph that could make it
+        return Finding("mask-given", f"{evidence}by the caller, who gives it to the compiled function", own)
     return Finding(
         "mask-outside",
-        f"the mask of {found[0].name} ({len(found)} such place(s)) is an input of the graph: S x S elements are made "
-        "outside of it, where nothing is rewritten",
-        "compile the whole model in one graph, so that the mask is made in it; or give the model no mask (causal "
-        "attention needs none), or compile its layers alone (layer.compile), to which transformers passes none, and head "
-        "and loss as one function",
+        f"{evidence}outside of it, where nothing is rewritten",
+        "compile the whole model in one graph, so that the mask is made in it; or compile its layers alone "
+        "(layer.compile), to which transformers passes no mask where causal attention needs none, and head and loss as "
+        f"one function. If the mask is your own: {own}",
     )
 
 
@@ -275,6 +308,7 @@ def _is_ddp(facts: Facts) -> bool:
 
 # What explains most comes first.
 CHECKS: tuple[Check, ...] = (
+    eager_checkpoint,
     _nothing_compiled,
     _split_by_ddp,
     _eager_experts,

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from mst_fx.diagnose.doctor import COSTLY
+from mst_fx.diagnose.doctor import COSTLY, eager_checkpoint, said_of
 from mst_fx.diagnose.facts import facts_of
-from mst_fx.report import Report
+from mst_fx.report import Finding, Report
+from mst_fx.torch_api.inductor import Ending, on_eager_checkpoint
 
 log = logging.getLogger("mst_fx")
 
@@ -57,6 +58,21 @@ def warn(gm: fx.GraphModule, report: Report) -> None:
     one = dataclasses.replace(report, facts=[facts_of(gm, report)])
     for check in COSTLY:
         found = check(one, LEAST_BYTES)
-        if found is not None and found.cause not in _said:
-            _said.add(found.cause)
-            log.warning("%s: %s.\n  fix: %s.\n  (%s)", found.cause, found.evidence, found.fix, _SILENCE)
+        if found is not None:
+            _say(found)
+
+
+def _warn_eager_checkpoint(ending: Ending) -> None:
+    """Says that a checkpointed layer runs eagerly: whoever checkpoints has no memory to spare."""
+    found = eager_checkpoint(Report(eager_checkpoints=[said_of(ending)]))
+    if found is not None and torch.is_grad_enabled() and not _is_silent.get():
+        _say(found)
+
+
+on_eager_checkpoint.append(_warn_eager_checkpoint)
+
+
+def _say(found: Finding) -> None:
+    if found.cause not in _said:
+        _said.add(found.cause)
+        log.warning("%s: %s.\n  fix: %s.\n  (%s)", found.cause, found.evidence, found.fix, _SILENCE)

@@ -12,19 +12,34 @@ from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.subgraphs import subgraphs
 from mst_fx.graph.values import VALUE, value
 from mst_fx.graph.writes import writes_in_place
+from mst_fx.torch_api.inductor import graph_module
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a GraphModule; parameters are shared, and the sub-GraphModules its graph names."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    new = graph_module(gm, graph, type(gm).__name__)
+    new.meta.update(gm.meta)
+    for old_node, node in zip(gm.graph.nodes, graph.nodes, strict=True):
+        node.meta = dict(old_node.meta)
+    return new
 
 
 def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a GraphModule and of the sub-GraphModules its graph names; parameters are shared."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    new = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
-    new.meta.update(gm.meta)
-    for old_node, node in zip(gm.graph.nodes, graph.nodes, strict=True):
-        node.meta = dict(old_node.meta)
+    new = copy_graph(gm)
     for name, child in subgraphs(gm):
         new.set_submodule(name, copy_tree(child))
     return new
+
+
+def drop_unused_subgraphs(gm: fx.GraphModule) -> None:
+    """Removes the sub-GraphModules that a graph does not refer to any more."""
+    used = {name for name, _ in subgraphs(gm)}
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule) and name not in used:
+            delattr(gm, name)
 
 
 PROVENANCE = (

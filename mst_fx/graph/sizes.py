@@ -50,7 +50,10 @@ def expression(size: Any) -> Any:
 
 def settled(sizes: Iterable[Any]) -> tuple[Any, ...]:
     """Sizes, with ints for symbols that Dynamo has found to be one number since it made them (an input's width)."""
-    return tuple(int(expr) if (expr := expression(size)).is_number else size for size in sizes)
+    return tuple(
+        int(expr) if isinstance(size, torch.SymInt) and (expr := expression(size)).is_number else size
+        for size in sizes
+    )
 
 
 def static_sizes(nodes: Iterable[fx.Node]) -> set[int]:

@@ -65,6 +65,11 @@ COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div"))
 REDUCTIONS = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
 WAVES = frozenset(("cos", "sin"))
+NUMBERS_EVERYWHERE = {  # new tensors that hold one number, or (empty) may hold it
+    "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "empty": 0.0, "empty_like": 0.0, "new_empty": 0.0,
+    "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0,
+}  # fmt: skip
+FULLS = frozenset(("full", "full_like", "new_full"))  # given the number
 CHECKPOINTS = frozenset(("tag_activation_checkpoint", "wrap_activation_checkpoint"))
 # Give no tensor, and only look at their operands.
 LOOKS = frozenset((
@@ -94,6 +99,9 @@ _PLACES = {"addmm": (1, 2), "baddbmm": (1, 2), "einsum": (1, 2)}
 
 # Other names of an argument: of torch's Python functions, and of NumPy.
 _ARGUMENT_ALIASES = {"self": ("input",), "input": ("self",), "dim": ("axis",), "keepdim": ("keepdims",)}
+
+# Keywords that torch takes beside those of a schema.
+_IN_NO_SCHEMA = frozenset(("axis", "keepdims", "input", "self", "requires_grad", "names", "out"))
 
 _NO_CALLS = ("placeholder", "get_attr", "output", "call_module")
 _OF_TORCH = ("torch", "_operator", "operator", "builtins", "math")
@@ -221,7 +229,7 @@ def signatures(node: fx.Node) -> list[tuple[str, ...]]:
 
 
 def _may_be_called(node: fx.Node, names: dict[str, str], every: frozenset[str]) -> bool:
-    given = set(node.kwargs) - {alias for aliases in _ARGUMENT_ALIASES.values() for alias in aliases}
+    given = node.kwargs.keys() - _IN_NO_SCHEMA
     if len(node.args) > len(names) or not given <= every:
         return False
     return all(map(_is_of_kind, node.args, names.values()))

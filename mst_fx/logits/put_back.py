@@ -124,4 +124,4 @@ def _deferred(
     if any(u and seen for u, seen in zip(unknown, is_seen, strict=True)):
         return deferral.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
     like = torch.empty(shape, dtype=deferral.dtype, device="meta")
-    return deferred_logits(Source(deferral.compute, inputs, deferral.rows, like, deferral.device))
+    return deferred_logits(Source(deferral.compute, inputs, deferral.rows, like, deferral.device, is_seen))

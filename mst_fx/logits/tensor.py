@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mst_fx.logits.snapshot import is_freed, snapshot, version
-from mst_fx.logits.uses import LAZY, Step, announces, plainly, taker
+from mst_fx.logits.apart import Apart, overlap
+from mst_fx.logits.snapshot import Snapshot, is_freed, snapshot, version
+from mst_fx.logits.uses import LAZY, Step, announces, plainly, rows_of, taker
 
 log = logging.getLogger("mst_fx")
 
@@ -119,30 +119,22 @@ _OPERATORS = (
     "rshift",
 )
 _WRITERS = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS)}
+# What gives out memory: nobody counts what is written there.
+_MEMORY: dict[Any, str] = {
+    getattr(torch.Tensor, name): name
+    for name in (
+        "untyped_storage",
+        "storage",
+        "_typed_storage",
+        "data_ptr",
+        "__dlpack__",
+        "numpy",
+        "__array__",
+    )
+} | {getattr(torch.Tensor, name).__get__: name for name in ("data", "__cuda_array_interface__")}
+_ARRAYS: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}  # can be made read-only
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
 _KEEP = "use them before, or set the mst option logits='keep'"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Apart:
-    """Rows that were computed alone and are known outside: what is written to them the logits do not show.
-
-    Attributes:
-        storage: of the rows.
-        version: an empty tensor with the rows' version counter.
-        known: the version they had.
-        owner: the logits, or the copy of them, whose rows they are.
-    """
-
-    storage: StorageWeakRef
-    version: Tensor
-    known: int
-    owner: weakref.ref[DeferredLogits]
-
-    def is_alive(self) -> bool:
-        return not self.storage.expired()  # type: ignore[no-untyped-call]
-
-    def is_changed(self) -> bool:
-        return version(self.version) != self.known
 
 
 class _Hooks(OrderedDict[int, Callable[[Tensor], Tensor | None]]):
@@ -178,6 +170,7 @@ class Source:
             depends on the same row of these inputs only; None where this is not proved.
         like: a meta tensor like the logits.
         device: of the logits.
+        is_reached: for each input whether somebody else has it, and may write to it without a trace; None: all.
     """
 
     def __init__(
@@ -187,6 +180,7 @@ class Source:
         rows: Sequence[bool] | None,
         like: Tensor,
         device: torch.device,
+        is_reached: Sequence[bool] | None = None,
     ) -> None:
         self.inputs, self.rows, self.like, self.device = tuple(inputs), rows, like, device
         self.members: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
@@ -194,7 +188,7 @@ class Source:
         self._compute = compute
         self._count = itertools.count()
         self._known = [
-            snapshot(x, is_weight=rows is None or not rows[at]) if isinstance(x, Tensor) else None
+            snapshot(x, is_reached is None or is_reached[at]) if isinstance(x, Tensor) else None
             for at, x in enumerate(inputs)
         ]
         self._grad = torch.is_grad_enabled()
@@ -203,7 +197,7 @@ class Source:
             torch.get_autocast_dtype(device.type),
             torch.is_autocast_enabled(device.type),
         )
-        self._apart: list[_Apart] = []
+        self.apart: list[Apart] = []
         self.announced = _Announced()  # called with the gradient of all that is computed
 
     def add(self, member: DeferredLogits) -> None:
@@ -252,12 +246,8 @@ class Source:
     def keep_apart(self, part: DeferredLogits) -> None:
         """Notes that rows that were computed alone are known outside."""
         assert part._value is not None
-        with plainly():
-            version = part._value.detach()
-            version.data = torch.empty(0, dtype=part.dtype, device=part._value.device)
-        storage = StorageWeakRef(part._value.untyped_storage())
-        self._apart = [apart for apart in self._apart if apart.is_alive()]
-        self._apart.append(_Apart(storage, version, part._version_of_value, weakref.ref(part._owner())))
+        if part._value.untyped_storage()._cdata not in [apart.storage for apart in self.apart]:
+            self.apart.append(Apart(part))
 
     def _check(self) -> None:
         for x, known in zip(self.inputs, self._known, strict=True):
@@ -274,21 +264,28 @@ class Source:
                     f"optimizer step does; {_KEEP}"
                 )
 
-    def check_parts(self, member: DeferredLogits) -> None:
-        """Raises a RuntimeError if rows of a member were computed alone and changed since."""
-        family: list[DeferredLogits] = [member]
-        while family[-1]._parent is not None:
-            family.append(family[-1]._parent)
-        changed = [apart.owner() for apart in self._apart if apart.is_alive() and apart.is_changed()]
+    def check_parts(self, member: DeferredLogits, owner: DeferredLogits | None = None) -> None:
+        """Raises a RuntimeError if rows that are among a member's were computed alone and changed since.
+
+        Args:
+            owner: whose rows they were; None: whatever the member was made from.
+        """
+        self.apart = [apart for apart in self.apart if not apart.is_done()]
+        family = member._family() if owner is None else [owner]
+        changed = any(apart.concerns(member, family) and apart.is_changed() for apart in self.apart)
         for m in list(self.members.values()):
-            if m._is_part and m._value is not None and version(m._value) != m._version_of_value:
-                changed.append(m._owner())
-        for owner in changed:
-            if any(owner is m for m in family):
-                raise RuntimeError(
-                    "rows of deferred logits were computed alone and changed in place since: the logits would "
-                    f"not show it; {_KEEP.replace('them', 'all logits')}"
-                )
+            if m._is_part and m is not member and m._value is not None and not changed:
+                changed = version(m._value) != m._version_of_value and any(m._owner() is f for f in family)
+                changed = changed and m._storage() != member._storage() and overlap(m._rows(), member._rows())
+        if not changed:  # nor the other way round
+            wholes = [f for f in family if f._owner() is f and f._born is not None and not f._is_part]
+            views = [apart for apart in self.apart if apart.is_used()]
+            changed = any(apart.is_of(f) and not f._is_as_it_was() for apart in views for f in wholes)
+        if changed:
+            raise RuntimeError(
+                "rows of deferred logits were computed alone and changed in place since: the logits would "
+                f"not show it; {_KEEP.replace('them', 'all logits')}"
+            )
 
     def settle(self, member: DeferredLogits) -> None:
         """Gives what shares a member's storage values that do too, before one of them is changed in place.
@@ -298,7 +295,7 @@ class Source:
         """
         self.check_parts(member)
         owner = member._owner()
-        if any(apart.owner() is owner and apart.is_alive() for apart in self._apart):
+        if any(apart.owner() is owner and apart.is_used() for apart in self.apart):
             raise RuntimeError(
                 "deferred logits are changed in place after some of their rows were computed alone, which would "
                 f"not show it; {_KEEP.replace('them', 'all logits')}"
@@ -316,6 +313,14 @@ class Source:
         """Tells autograd that the members are what has become of their values."""
         for member in list(self.members.values()):
             member._follow()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Born:
+    """Values that were computed, and what they were then; views of them share it."""
+
+    value: Tensor
+    snapshot: Snapshot
 
 
 class DeferredLogits(torch.Tensor):
@@ -337,10 +342,18 @@ class DeferredLogits(torch.Tensor):
     _like: Tensor
     _value: Tensor | None
     _version_of_value: int
+    _born: _Born | None
     _is_part: bool
     _is_bypassed: bool
     _node: Any
     _hooks: _Hooks
+
+    def _is_split(self) -> bool:
+        """Whether somebody has, under another storage, rows that are among these."""
+        owner = self._owner()
+        if self._is_part and owner._value is not None:
+            return True
+        return any(apart.is_used() and apart.concerns(self, [owner]) for apart in self._source.apart)
 
     def materialize(self) -> Tensor:
         """The logits as an ordinary tensor ``[B, S, V]``, part of the autograd graph."""
@@ -354,7 +367,23 @@ class DeferredLogits(torch.Tensor):
             with plainly():
                 self._value = self._evaluate()
                 self._version_of_value = version(self._value)
+            self._unite()
+        elif self._source.apart:
+            self._source.check_parts(self, self._owner())
         return self._value
+
+    def _unite(self) -> None:
+        """Sees to it that rows that were computed alone, and are not known outside, become views of these logits."""
+        if self._is_part or self._owner() is not self:
+            return
+        known = [apart.storage for apart in self._source.apart]
+        for member in list(self._source.members.values()):
+            if member._is_part and member._owner() is self and member._storage() not in known:
+                member._value, member._is_part = None, False
+
+    def _storage(self) -> int:
+        """The address of the value's storage; 0: there is none."""
+        return 0 if self._value is None else self._value.untyped_storage()._cdata
 
     def _evaluate(self) -> Tensor:
         parent = self._parent
@@ -368,9 +397,11 @@ class DeferredLogits(torch.Tensor):
         if grad:
             self._bypass()
         self._is_part = not self._copies and self._owner()._value is None and self._parent is not None
+        copies = any(step.copies for step in steps)
         if top._value is not None:
             value = top._value
-            if version(value) != top._version_of_value and any(step.copies for step in steps):
+            self._born = None if copies else top._born
+            if copies and not top._is_as_it_was():
                 raise RuntimeError(
                     "a copy of deferred logits is used for the first time after the logits were changed in "
                     f"place; {_KEEP}"
@@ -388,7 +419,31 @@ class DeferredLogits(torch.Tensor):
                 value = _Attached.apply(self, value.detach())  # type: ignore[no-untyped-call]
         elif self._hooks and value.requires_grad:
             value.register_hook(self._hooks)
+        if self._born is None:
+            is_reached = self._has_copies_to_make() or any(apart.is_of(self) for apart in self._source.apart)
+            self._born = _Born(value, snapshot(value, is_reached))
         return value
+
+    def _is_as_it_was(self) -> bool:
+        """Whether the values are those that were computed, here or where they are a view of."""
+        return self._born is None or self._born.snapshot.is_of(self._born.value)
+
+    def _has_copies_to_make(self) -> bool:
+        """Whether there are copies of these logits, or of rows of them, that would be made of their values."""
+        waiting = [m for m in self._source.members.values() if m._value is None and m._copies]
+        return any(m is not self and any(self is f for f in m._family()) for m in waiting)
+
+    def _family(self) -> list[DeferredLogits]:
+        """The logits and all that they were made from."""
+        family = [self]
+        while family[-1]._parent is not None:
+            family.append(family[-1]._parent)
+        return family
+
+    def _rows(self) -> list[range]:
+        """Which rows of the first logits these are, one range a leading dimension."""
+        steps = [m._step for m in reversed(self._family()) if m._step is not None]
+        return rows_of(steps, self._source.like.shape[:-1])
 
     def _stay_whole(self) -> None:
         """Sees to it that all gradients of rows taken from these logits go through them.
@@ -454,11 +509,15 @@ class DeferredLogits(torch.Tensor):
             self._node = self.grad_fn
         self._version_of_value = version(value)
 
-    def _derive(self, step: Step) -> DeferredLogits:
+    def _derive(self, step: Step) -> Tensor:
         step = dataclasses.replace(step, grad=step.grad and torch.is_grad_enabled())
+        if step.copies and self._path()[1]._value is not None:  # who knows what is written to it until then
+            value = self._get()
+            with plainly(), torch.set_grad_enabled(step.grad):
+                return step.apply(value)
         with plainly(), torch.set_grad_enabled(step.grad):
             child: DeferredLogits = _Derived.apply(self, step)  # type: ignore[no-untyped-call]
-            child._node = child.grad_fn
+            child._node = _without_hooks(child.grad_fn)
         return child
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -518,13 +577,22 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for member in members:
             member._source.settle(member)
     args, kwargs = tree_map_only(DeferredLogits, DeferredLogits._get, (args, kwargs))
+    split = func in _MEMORY and any(m._is_split() for m in members)
+    if split and func not in _ARRAYS:
+        raise RuntimeError(
+            f"{_MEMORY[func]} gives out the memory of deferred logits after some of their rows "
+            f"were computed alone, which would not show what is written there; {_KEEP.replace('them', 'all logits')}"
+        )
     result = func(*args, **kwargs)
+    if split:
+        result.setflags(write=False)
     parts = [m for m in members if m._is_part and m._value is not None]
     if parts:
-        storages = {leaf.untyped_storage()._cdata for leaf in tree_leaves(result) if _is_strided(leaf)}
+        leaves = tree_leaves(result)
+        storages = {leaf.untyped_storage()._cdata for leaf in leaves if _is_strided(leaf)}
+        is_memory = func in _MEMORY or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves)
         for member in parts:
-            assert member._value is not None
-            if member._value.untyped_storage()._cdata in storages:
+            if is_memory or member._storage() in storages:
                 member._source.keep_apart(member)
     if not writes:  # but the function's name may not tell
         written = [m for m in members if version(m._get()) != m._version_of_value]
@@ -567,9 +635,11 @@ def _lazy(source: Source, parent: DeferredLogits | None, step: Step | None, like
         DeferredLogits, like.shape, dtype=like.dtype, device=source.device
     )
     self._source, self._parent, self._step, self._like = source, parent, step, like
-    self._value, self._version_of_value, self._node = None, 0, None
+    self._value, self._version_of_value, self._born, self._node = None, 0, None, None
     self._is_part = self._is_bypassed = False
     self._hooks = _Hooks()
+    # What no Python sees (torch.utils.dlpack.to_dlpack) gets an error instead of an address that is none.
+    torch._C._set_throw_on_mutable_data_ptr(self)
     source.add(self)
     return self  # type: ignore[no-any-return]
 
@@ -646,8 +716,22 @@ def _tell(place: str) -> None:
         log.info("deferred logits are computed for %s", place)
 
 
+def _no_hook(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        "the gradient of deferred logits does not go through this node, and a hook on it would not be called; set the "
+        "mst option logits='keep'"
+    )
+
+
+def _without_hooks(node: Any) -> Any:
+    """The node of deferred logits in autograd's graph; their values have others."""
+    if node is not None:
+        node.register_hook = node.register_prehook = _no_hook
+    return node
+
+
 def deferred_logits(source: Source) -> DeferredLogits:
     """Logits that are not computed yet."""
     logits: DeferredLogits = _First.apply(source, *source.inputs)  # type: ignore[no-untyped-call]
-    logits._node = logits.grad_fn
+    logits._node = _without_hooks(logits.grad_fn)
     return logits

@@ -71,8 +71,8 @@ def plainly() -> Iterator[None]:
         yield
 
 
-def taker(steps: Sequence[Step], sizes: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
-    """Takes the rows of all steps at once, and keeps all dimensions; None for all rows."""
+def rows_of(steps: Sequence[Step], sizes: Sequence[int]) -> list[range]:
+    """The rows that steps take of leading dimensions of these sizes, one range each."""
     ranges, left = [range(size) for size in sizes], list(range(len(sizes)))
     for step in steps:
         if step.index is None:
@@ -84,6 +84,12 @@ def taker(steps: Sequence[Step], sizes: Sequence[int]) -> Callable[[Tensor], Ten
             else:
                 ranges[dim] = ranges[dim][part]
         left = [dim for dim, part in zip(left, step.index, strict=True) if not isinstance(part, int)]
+    return ranges
+
+
+def taker(steps: Sequence[Step], sizes: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
+    """Takes the rows of all steps at once, and keeps all dimensions; None for all rows."""
+    ranges = rows_of(steps, sizes)
     if ranges == [range(size) for size in sizes]:
         return None
     slices = tuple(slice(r.start, max(r.start, r.stop), r.step) for r in ranges)
@@ -91,7 +97,7 @@ def taker(steps: Sequence[Step], sizes: Sequence[int]) -> Callable[[Tensor], Ten
 
 
 def _rows(self: DeferredLogits, index: Index) -> DeferredLogits:
-    return self._derive(Step(lambda x: x[index], index))
+    return self._derive(Step(lambda x: x[index], index))  # type: ignore[return-value]  # no copy
 
 
 def _row_dim(self: DeferredLogits, dim: Any) -> int:
@@ -171,6 +177,7 @@ def _gathered(self: DeferredLogits, parts: list[Any]) -> Any:
     steps, top, is_foreign = self._path()
     if is_foreign or top._value is not None or self._source.is_whole:
         return NotImplemented
+    self._source.check_parts(self)
     lead = self.shape[:-1]
     try:
         picked = torch.arange(math.prod(lead), device=self.device).view(lead)[tuple(parts[:-1])]

@@ -114,6 +114,7 @@ class Site:
         mask: None, Boolean, or to be added.
         causal: the node is causal already.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0: not.
+        cap: a number that changes from step to step, by which the softcap is multiplied.
         scaling: a product of the scores with a number that changes from step to step, or is negative, which the
             query takes over.
     """
@@ -131,6 +132,7 @@ class Site:
     is_eager: bool = False
     dropout: float = 0.0
     scaling: fx.Node | None = None
+    cap: fx.Node | None = None
 
 
 def find_sites(level: Level) -> Iterator[Site | Any]:
@@ -214,16 +216,15 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
                 return None
             mask = added
         current = step(scores)
-    softcap = 0.0
-    is_capped = current is not None and bool(current.args) and _is_tanh(current.args[0])
-    factor = _factor(current) if is_capped else None
-    if current is not None and factor is not None:
+    softcap, cap = 0.0, None
+    if current is not None and current.args and _is_tanh(current.args[0]):
+        softcap, cap = _softcap(current)
+    if current is not None and softcap:
         tanh = step(current.args[0])
         capped = step(tanh.args[0]) if tanh is not None else None
-        divisor = _factor(capped)
-        if divisor is None or capped is None or abs(divisor * factor - 1.0) > 1e-6:
+        if capped is None:
             return None
-        softcap, current = factor, step(capped.args[0])
+        current = step(capped.args[0])
     scaling = current if current is not None and _is_scaling(current) else None
     scale = 1.0 if scaling is not None else _factor(current)
     # A causal kernel's NaN: torch 2.13 scales minus infinity, on a CPU.
@@ -255,7 +256,24 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         inner=tuple(inner),
         is_eager=True,
         scaling=scaling,
+        cap=cap,
     )
+
+
+def _softcap(product: fx.Node) -> tuple[float, fx.Node | None]:
+    """The softcap of ``tanh(scores / softcap) * softcap``, and the number that changes by which it is multiplied; 0, None: none."""
+    tanh = product.args[0]
+    inner = tanh.args[0] if isinstance(tanh, fx.Node) and tanh.args else None
+    if not isinstance(inner, fx.Node):
+        return 0.0, None
+    changing = [_is_scaling(node) for node in (product, inner)]
+    if any(changing):  # no value of it may be written down, nor two be compared
+        is_cap = all(changing) and product.args[1] is inner.args[1]
+        is_cap = is_cap and product.target in _SCALES and inner.target in _QUOTIENTS
+        return (1.0, product.args[1]) if is_cap else (0.0, None)  # type: ignore[return-value]
+    factor, divisor = _factor(product), _factor(inner)
+    is_softcap = factor is not None and divisor is not None and abs(divisor * factor - 1.0) <= 1e-6
+    return (factor or 0.0, None) if is_softcap else (0.0, None)
 
 
 def _is_scaling(node: fx.Node) -> bool:

@@ -104,6 +104,7 @@ class _Call:
         scale: of the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask, as in Gemma 2; 0: not.
         fill: what is added to a masked score; 0: it does not count at all.
+        cap: float64, one element: a number that changes from step to step, by which the softcap is multiplied.
     """
 
     query: Tensor
@@ -120,6 +121,7 @@ class _Call:
     scale: float
     softcap: float
     fill: float
+    cap: Tensor | None
 
     @functools.cached_property
     def _rows(self) -> list[list[int]]:
@@ -184,7 +186,8 @@ class _Call:
             )
         scores = torch.matmul(query, key.transpose(2, 3)) * self.scale
         if self.softcap:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+            cap = self.softcap if self.cap is None else self.softcap * self.cap
+            scores = torch.tanh(scores / cap) * cap
         hidden = ~mask if mask is not None and mask.dtype == torch.bool else None
         if hidden is not None:
             scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
@@ -221,7 +224,7 @@ def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 _SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] queries, Tensor? reaches, Tensor? starts,"
-    " int[] known, str mask, int which, int chunk, float scale, float softcap, float fill"
+    " int[] known, str mask, int which, int chunk, float scale, float softcap, float fill, Tensor? cap"
 )
 
 
@@ -288,23 +291,23 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, keys, queries, reaches, starts, *ctx.rest = inputs
+    query, key, value, keys, queries, reaches, starts, *ctx.rest, cap = inputs
     ctx.counts = (len(keys), len(queries), reaches is not None)
     known_later = [] if reaches is None else [reaches, starts]
-    ctx.save_for_backward(*output, query, key, value, *keys, *queries, *known_later)
+    ctx.save_for_backward(*output, cap, query, key, value, *keys, *queries, *known_later)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, tangent: Tensor, _: Any) -> tuple[Any, ...]:
-    out, sums, query, key, value, *vectors = ctx.saved_tensors
+    out, sums, cap, query, key, value, *vectors = ctx.saved_tensors
     keys, queries, has_reach = ctx.counts
     reaches, starts = vectors[-2:] if has_reach else (None, None)
     parts = (query, key, value, vectors[:keys], vectors[keys : keys + queries], reaches, starts)
-    grads = attention_backward(tangent, out, sums, *parts, *ctx.rest)
+    grads = attention_backward(tangent, out, sums, *parts, *ctx.rest, cap)
     known, *others = ctx.rest
     # torch takes a list of ints for one value, but an empty one for a list of tensors.
     nothing: list[Any] = [None if known else [], *[None] * len(others)]
-    return (*grads, [None] * keys, [None] * queries, None, None, *nothing)
+    return (*grads, [None] * keys, [None] * queries, None, None, *nothing, None)
 
 
 attention.register_autograd(_backward, setup_context=_setup)

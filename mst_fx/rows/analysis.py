@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.formula import Formula
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
+from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import static_sizes
 from mst_fx.graph.subgraphs import function_text, is_function, subgraphs
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
 from mst_fx.graph.writes import mutated_storages
-from mst_fx.rows.fold import Folder, fold_rank, quiet, read_operand, type_name
+from mst_fx.rows.fold import Folder, fold_rank, quiet, read_operand, split_rows, type_name
 from mst_fx.rows.function import prove
 from mst_fx.rows.labels import SUMMED, Matmul, Row, is_same_size
 from mst_fx.rows.tracer import RowTracer
@@ -89,7 +90,6 @@ class RowAnalysis:
     def __init__(self, gm: fx.GraphModule, rows: Any, known: dict[Any, State] | None = None) -> None:
         self.gm, self.graph, self.rows = gm, gm.graph, rows
         self._avoid = static_sizes(gm.graph.nodes)
-        self.folder = Folder(rows, self._avoid)
         self.states: dict[fx.Node, State] = {}
         self.contexts = contexts(gm.graph)
         self._mutated = mutated_storages(gm.graph)
@@ -99,6 +99,11 @@ class RowAnalysis:
         with torch.no_grad(), enable_python_dispatcher(), quiet():
             for node in gm.graph.nodes:
                 self.states[node] = self._analyse_alone(node)
+
+    @functools.cached_property
+    def folder(self) -> Folder:
+        """Made when a node must run: what is known of equal nodes needs none."""
+        return Folder(self.rows, self._avoid)
 
     def replaced(self, old: fx.Node, new: fx.Node) -> None:
         """Notes that a loop gives what a node gave, which those outside of its region read by now.
@@ -178,6 +183,8 @@ class RowAnalysis:
                     raise Refusal(f"{n.name} is made in inference_mode", Cause.NOT_PLAIN)
                 if storage_key(fake) in self._mutated:
                     raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
+        if target_name(node).startswith("multilabel_margin_loss"):
+            raise Refusal("gives other numbers once torch decomposes it (2.13), as any compiler does")
         if self.contexts[node].level:
             raise Refusal("lies inside of a torch.func transform", Cause.NOT_PLAIN)
 
@@ -199,7 +206,7 @@ class RowAnalysis:
             if not isinstance(self.folder.n.node.expr, sympy.Symbol):
                 # The node fixed the number of rows: its result is void, and so is the stand-in.
                 self._known[key] = State(reason="depends on the number of rows")
-                self.folder = Folder(self.rows, self._avoid)
+                del self.folder
         return dataclasses.replace(self._known[key], roles=roles)
 
     def _run(self, node: fx.Node, roles: dict[fx.Node, Role]) -> State:
@@ -260,7 +267,7 @@ class RowAnalysis:
 
     def _has_rows(self, node: fx.Node) -> bool:
         fake = tensor_value(node)
-        return fake is not None and is_plain(fake) and self.folder.folded_shape(fake) is not None
+        return fake is not None and is_plain(fake) and split_rows(fake.shape, self.rows) is not None
 
     def _read(self, operand: fx.Node, role: Role, tracer: RowTracer) -> Any:
         """A fake of an operand, folded and labelled if its rows are read."""

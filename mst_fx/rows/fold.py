@@ -45,6 +45,13 @@ def _are_guarded_equal(rows: torch.SymInt, product: Any) -> bool:
     return any(isinstance(guard, sympy.Eq) and set(guard.args) == pair for guard in guards)
 
 
+def split_rows(shape: Sequence[Any], rows: Any) -> tuple[int, tuple[int, ...]] | None:
+    """How many leading dimensions hold the rows, and the sizes behind them; None if none do, or those are dynamic."""
+    rank = fold_rank(shape, rows)
+    rest = settled(shape[rank:])
+    return None if not rank or any(isinstance(size, torch.SymInt) for size in rest) else (rank, rest)
+
+
 _SAMPLE_ROWS = (2, 3, 64, 1_000_003)
 
 
@@ -71,11 +78,8 @@ class Folder:
 
     def folded_shape(self, tensor: torch.Tensor, n: Any = None) -> tuple[Any, ...] | None:
         """``[B, S, H]`` → ``(1, n, H)``; None when the leading dimensions do not hold the rows."""
-        rank = fold_rank(tensor.shape, self.rows)
-        rest = settled(tensor.shape[rank:])
-        if not rank or any(isinstance(size, torch.SymInt) for size in rest):
-            return None
-        return (*[1] * (rank - 1), self.n if n is None else n, *rest)
+        found = split_rows(tensor.shape, self.rows)
+        return found and (*[1] * (found[0] - 1), self.n if n is None else n, *found[1])
 
     def folded(self, tensor: torch.Tensor) -> torch.Tensor | None:
         shape = self.folded_shape(tensor)
@@ -146,12 +150,15 @@ def _is_dtype_view(node: fx.Node) -> bool:
 def quiet() -> Iterator[None]:
     """Trying a node on folded rows may fail, which is an answer; torch logs it as an error."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.addFilter(_is_critical)  # a new level would clear the caches of all loggers
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_critical)
+
+
+def _is_critical(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.CRITICAL
 
 
 def read_operand(operands: Mapping[fx.Node, Any], node: fx.Node) -> Any:

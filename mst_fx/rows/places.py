@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import fx
 from mst_fx.errors import Cause
 from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression, hint, is_known
+from mst_fx.graph.subgraphs import is_function
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.rows.analysis import RowAnalysis
 
@@ -58,6 +59,13 @@ _PRODUCTS = {
     "bmm",
     "addmm",
     "baddbmm",
+}
+# The operand that a product adds, by position and by name.
+_ADDED = {
+    "linear": (2, ("bias",)),
+    "addmm": (0, ("input", "self")),
+    "baddbmm": (0, ("input", "self")),
+    "scaled_dot_product_attention": (3, ("attn_mask",)),
 }
 _CONVOLUTIONS = {
     torch.conv1d,
@@ -151,7 +159,8 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
         return Place(product, fate.kind, f"{product.name} ({target_name(product)}) {reason}", state.cause)
     if fate.blockers:
         blocker = fate.blockers[0]
-        if not fate.is_output and _is_split_up(analysis, product, blocker, width):
+        is_head = fate.narrows is None and fate.is_reduced
+        if not (fate.is_output or is_head) and _is_split_up(analysis, product, blocker, width):
             return None
         reason, cause = analysis.states[blocker].reason, analysis.states[blocker].cause
         if analysis.states[blocker].summed:
@@ -162,6 +171,9 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
         return Place(product, kind, f"the wide result leaves the graph, {ending}", Cause.BREAK)
     if fate.is_output:
         return Place(product, fate.kind, "the wide result is an output of the graph", Cause.IS_OUTPUT)
+    if fate.narrows is None and fate.is_reduced:
+        reason = "what a loop around it would read, or give, takes as much as it would save"
+        return Place(product, fate.kind, reason, Cause.NO_SAVING)
     return None
 
 
@@ -224,8 +236,12 @@ def convolution_rows(graph: fx.Graph) -> Iterator[Any]:
                 yield count
 
 
-def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
-    """Follows the wide result of a product to all that reads it."""
+def fate_of(analysis: RowAnalysis, product: fx.Node, experts: Collection[fx.Node] = ()) -> Fate:
+    """Follows the wide result of a product to all that reads it.
+
+    Args:
+        experts: products with weights that were picked, which a product with a weight is too.
+    """
     least = (_width_in(product) or 1) * hint(analysis.rows) // 4
     fate = Fate([])
     wide, narrow = {product}, set[fx.Node]()
@@ -237,7 +253,7 @@ def fate_of(analysis: RowAnalysis, product: fx.Node) -> Fate:
                 fate.is_output = True
             elif user in wide or user in narrow:
                 continue
-            elif _weight_product(analysis, user) is not None:
+            elif user in experts or _weight_product(analysis, user) is not None:
                 narrowing = _size(user) < max(_size(n) for n in user.all_input_nodes if n in wide)
                 fate.narrows = narrowing and fate.narrows is not False
             elif not tensors_of(user):
@@ -311,14 +327,26 @@ def _weight_product(analysis: RowAnalysis, node: fx.Node) -> tuple[fx.Node, fx.N
     is_convolution = node.target in _CONVOLUTIONS
     if not is_convolution and node.target not in _PRODUCTS and not analysis.states[node].matmuls:
         return None
-    operands = [n for n in node.all_input_nodes if tensor_value(n) is not None]
+    operands = _multiplied(node)
     weights = [n for n in operands if analysis.states[n].constant and tensor_value(n).ndim >= 2]  # type: ignore[union-attr]
     others = [n for n in operands if not analysis.states[n].constant]
     if not weights or not others:
         return None
+    if "scaled_dot_product_attention" in target_name(node) and others != operands[:1]:
+        return None  # queries meet keys or values of rows
     if is_convolution and not _is_by_row(node, weights[0]):
         return None
     return others[0], weights[0]
+
+
+def _multiplied(product: fx.Node) -> list[fx.Node]:
+    """The tensors that a product multiplies; a bias, a mask or a residual is added only."""
+    place, names = _ADDED.get(target_name(product), (-1, ()))
+    given = [x for index, x in enumerate(product.args) if index != place]
+    given += [x for name, x in product.kwargs.items() if name not in names]
+    nodes: dict[fx.Node, None] = {}
+    fx.map_arg(given, lambda node: nodes.setdefault(node))
+    return [node for node in nodes if tensor_value(node) is not None]
 
 
 def _is_by_row(convolution: fx.Node, weight: fx.Node) -> bool:
@@ -341,7 +369,7 @@ def _size(node: fx.Node) -> int:
 
 def _width_in(product: fx.Node) -> int | None:
     """Elements a row that go into a product: the dimension its weight contracts."""
-    for node in product.all_input_nodes:
+    for node in _multiplied(product):
         fake, out = tensor_value(node), tensor_value(product)
         if fake is None or out is None or fake.ndim < 2:
             continue
@@ -351,9 +379,17 @@ def _width_in(product: fx.Node) -> int | None:
 
 
 def _is_part(node: fx.Node) -> bool:
-    """Whether a value is a part of a larger one: a slice, or a member of a split."""
-    source = node.args[0] if node.args else None
-    return node.target is operator.getitem and isinstance(source, fx.Node) and _size(node) < _size(source)
+    """Whether a value is a part of a larger one: a slice, or a member of a split; not elements picked by tensors."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return False
+    picks = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    is_picked = any(isinstance(part, (fx.Node, list)) and not _is_number(part) for part in picks)
+    return not is_picked and _size(node) < _size(node.args[0])
+
+
+def _is_number(part: Any) -> bool:
+    """Whether a part of an index is a size or another number of the graph."""
+    return isinstance(part, fx.Node) and tensor_value(part) is None
 
 
 def _meets_rows(analysis: RowAnalysis, node: fx.Node, cone: set[fx.Node], parts: set[fx.Node]) -> bool:
@@ -366,6 +402,10 @@ def _meets_rows(analysis: RowAnalysis, node: fx.Node, cone: set[fx.Node], parts:
     inside = [n for n in rows if n in cone]
     if len(rows) < 2 or not inside:
         return False
+    if is_function(node):  # a loss of logits and labels gives no rows as attention does
+        rows = [n for n in rows if any(x.is_floating_point() for x in tensors_of(n))]
+        if len(rows) < 2 or 4 * _size(node) < min(map(_size, inside)):
+            return False
     is_product = node.target in _PRODUCTS or _is_attention(node) or _is_outer(node, rows)
     return is_product and (any(n in parts for n in inside) or len(inside) < len(rows))
 
@@ -473,34 +513,98 @@ def _said_of(blocker: fx.Node, reason: str) -> str:
     return text if reader is blocker else f"{text}, for {reader.name} ({target_name(reader)})"
 
 
-def expert_products(analysis: RowAnalysis) -> list[fx.Node]:
+def expert_products(analysis: RowAnalysis) -> list[list[fx.Node]]:
     """Products of rows with a stack of weight matrices (3-D) that routing picks, outside of any region.
 
     Each row meets a slice whole: rows were picked or repeated, or slices were, or offsets say which. A stack that
-    multiplies the parts of each row (block-diagonal weights) is none.
+    multiplies the parts of each row (block-diagonal weights) is none. Nor are those that start no bulge: what other
+    experts' products feed, what attention takes, what gives no more than the rows had before they were picked.
+
+    Returns:
+        For each stack the products with it: those that routing decides about first.
     """
-    found = []
+    found = [stack for stack in _stack_products(analysis) if _routed(analysis, stack)]
+    known = {product for stack in found for product, _ in stack}
+    starts = [stack for stack in found if _is_start(analysis, stack, known)]
+    return [list(dict.fromkeys([*_routed(analysis, stack), *dict(stack)])) for stack in starts]
+
+
+def products_of_experts(analysis: RowAnalysis) -> set[fx.Node]:
+    """All products with stacks of which some slices are experts' for sure; the others are by a loop over slices."""
+    found = [stack for stack in _stack_products(analysis) if _routed(analysis, stack)]
+    return {product for stack in found for product, _ in stack}
+
+
+def _is_start(analysis: RowAnalysis, stack: list[tuple[fx.Node, fx.Node]], experts: set[fx.Node]) -> bool:
+    """Whether the products with a stack give something wide, of which something else than attention is made.
+
+    Args:
+        experts: the products with all stacks.
+    """
+    sizes = [_size(product) for product, _ in stack]
+    for product in _routed(analysis, stack):
+        weights = dict(stack)[product]
+        way = _way_back(analysis, product, weights)
+        if _is_fed(analysis, way, experts) or fate_of(analysis, product, experts).mixes:
+            return False
+        if all(sizes) and _is_picked(way) and _are_rows(way[-1], weights) and sum(sizes) <= _size(way[-1]):
+            return False
+    return True
+
+
+def _is_fed(analysis: RowAnalysis, way: list[fx.Node], experts: set[fx.Node]) -> bool:
+    """Whether the rows of a product are what experts gave, not yet added up or to anything else."""
+    node = way[0] if way else None
+    for _ in range(_NEAR):
+        if node is None or node in experts:
+            break
+        values = _values(node)
+        source = max(values, key=_size, default=None)
+        is_narrower = source is not None and _size(source) > _size(node) and not _is_part(node)
+        is_sum = target_name(node).strip("_") in ("add", "iadd") and len(values) > 1
+        if is_narrower or is_sum or _weight_product(analysis, node) is not None:
+            return False
+        node = source
+    return node in experts
+
+
+def _are_rows(source: fx.Node, weights: fx.Node) -> bool:
+    """Whether a value is rows that a slice of a stack takes whole."""
+    fake, stack = tensor_value(source), tensor_value(weights)
+    return fake is not None and stack is not None and fake.shape[-1] in stack.shape[-2:]
+
+
+def _stack_products(analysis: RowAnalysis) -> Iterator[list[tuple[fx.Node, fx.Node]]]:
+    """The products with each stack of matrices, and what of the stack each multiplies."""
     for stack in analysis.graph.nodes:
         fake = tensor_value(stack)
         if not analysis.states[stack].constant or stack.op not in ("placeholder", "get_attr"):
             continue
         if fake is None or fake.ndim != 3 or not fake.is_floating_point():
             continue
+        found = []
         queue, seen = deque([stack]), {stack}
         while queue:
             source = queue.popleft()
             for user in source.users:
-                if user in seen or user.op == "output" or analysis.states[user].rowwise:
+                if user in seen or user.op == "output":
                     continue
                 seen.add(user)
-                if "grouped_mm" in target_name(user):  # torch's own, and transformers' operators around it
-                    found.append(user)
-                elif user.target in _PRODUCTS:
-                    if _is_routed(analysis, user, source):
-                        found.append(user)
+                if "grouped_mm" in target_name(user) or user.target in _PRODUCTS:
+                    found.append((user, source))
                 elif _values(user) == [source]:
                     queue.append(user)
-    return found
+        yield found
+
+
+def _routed(analysis: RowAnalysis, products: list[tuple[fx.Node, fx.Node]]) -> list[fx.Node]:
+    """Of products with a stack those that routing decides about, and that are in no region."""
+    return [
+        product
+        for product, weights in products
+        if not (analysis.states[product].rowwise and analysis.states[weights].constant)
+        and ("grouped_mm" in target_name(product) or _is_routed(analysis, product, weights))
+    ]  # grouped_mm: torch's own, and transformers' operators around it
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
@@ -512,18 +616,49 @@ def _is_routed(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> boo
     """Whether slices of a stack, or the rows they meet, were picked or repeated by nodes that multiply nothing."""
     if not analysis.states[weights].constant:
         return True
-    rows = [n for n in _values(product) if not analysis.states[n].constant]
-    node = max(rows, key=_size, default=None)
-    while node is not None and not analysis.states[node].rowwise and _weight_product(analysis, node) is None:
-        values = _values(node)
-        if not values:
-            return False
-        source = max(values, key=_size)
-        is_picked = len(values) == 1 and any(n not in values and tensors_of(n) for n in node.all_input_nodes)
-        if is_picked or _size(source) < _size(node):
-            return True
-        node = source
-    return False
+    way = _way_back(analysis, product, weights)
+    return _is_picked(way) and _is_whole(analysis, way[-1], weights)
+
+
+def _way_back(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> list[fx.Node]:
+    """The values that the rows of a product are made of, last first, to one that is row-wise or itself a product's."""
+    rows = [n for n in _values(product) if n is not weights and not analysis.states[n].constant]
+    way = [max(rows, key=_size)] if rows else []
+    while way:
+        node = way[-1]
+        is_end = analysis.states[node].rowwise or node.target in _CONVOLUTIONS
+        if is_end or _weight_product(analysis, node) is not None or not _values(node):
+            break
+        way.append(max(_values(node), key=_size))
+    return way
+
+
+def _is_picked(way: list[fx.Node]) -> bool:
+    """Whether values on the way from a product back to its rows were picked by others, or repeated."""
+    return any(_is_repeat(node, source) or _picks(node, source) for node, source in itertools.pairwise(way))
+
+
+def _is_repeat(node: fx.Node, source: fx.Node) -> bool:
+    before, after = _size(source), _size(node)
+    return before < after and (before == 0 or after % before == 0) and target_name(node) != "pad"
+
+
+def _picks(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value is taken from one other, by indices or a mask."""
+    return _values(node) == [source] and any(n is not source and tensors_of(n) for n in node.all_input_nodes)
+
+
+def _is_whole(analysis: RowAnalysis, source: fx.Node, weights: fx.Node) -> bool:
+    """Whether a slice of a stack is as high or as wide as a row; slices that each take a part of it are not."""
+    fake, stack = tensor_value(source), tensor_value(weights)
+    state = analysis.states[source]
+    if fake is None or stack is None:
+        return True
+    if source.target in _CONVOLUTIONS:
+        return fake.shape[1] in stack.shape[-2:]
+    if not (state.rowwise and state.rows):
+        return True  # nobody knows how wide its rows are
+    return _size(source) // max(1, hint(analysis.rows)) in map(hint, stack.shape[-2:])
 
 
 def is_matmul_name(node: fx.Node) -> bool:

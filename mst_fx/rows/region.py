@@ -19,6 +19,7 @@ from torch import fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.names import common_path, module_path
+from mst_fx.graph.sizes import hint
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.rows.analysis import Operand, RowAnalysis
 from mst_fx.rows.fold import bytes_a_row
@@ -46,7 +47,7 @@ class Region:
         in_bytes, out_bytes, wide_bytes: bytes a row of the row inputs (but for given data, such as soft
             targets), of the row outputs, and of the widest matmul result inside.
         width, wide: elements a row that go into the seed (d_model) and come out of it (I, or V).
-        out_width: elements a row of the row outputs.
+        out_width, widest_out: elements a row of the row outputs, and of the widest of them.
         is_multiplied: all that the wide result comes to goes through another product inside, as in an MLP.
     """
 
@@ -61,6 +62,7 @@ class Region:
     width: int
     wide: int
     out_width: int
+    widest_out: int
     is_multiplied: bool
 
     @property
@@ -71,8 +73,15 @@ class Region:
     @property
     def name(self) -> str:
         """The module the region computes, e.g. ``model.layers.0.mlp``."""
-        matmuls = [module_path(node) for node in self.nodes if is_matmul_name(node)]
-        return common_path(matmuls) or module_path(self.seed) or self.seed.name
+        products = [node for node in self.nodes if is_matmul_name(node)]
+        paths = list(dict.fromkeys(module_path(node) for node in products if module_path(node)))
+        common = common_path(paths)
+        apart = {path.rpartition(".")[0] for path in paths} != {common}  # the modules are not one's children
+        out = [tensor_value(node) for node in products]
+        is_wide = all(x is not None and hint(x.shape[-1]) > self.width for x in out)
+        if len(paths) > 1 and is_wide and (apart or not common):  # heads of several models
+            return ", ".join(paths)
+        return common or module_path(self.seed) or self.seed.name
 
     @property
     def is_bulge(self) -> bool:
@@ -82,8 +91,13 @@ class Region:
 
     @property
     def ends_narrow(self) -> bool:
-        """Whether all that leaves is sums and narrow rows, as from a head with its loss."""
-        return 4 * self.out_bytes <= self.in_bytes
+        """Whether all that leaves is sums and narrow rows, as from a head with its loss.
+
+        Rows that are given, by a trunk without gradients, count for no bytes, and several results of a few elements
+        each may take more than the rows; what goes on as rows is as wide as they are.
+        """
+        are_few = 4 * self.widest_out <= self.width and 4 * self.out_bytes <= self.wide_bytes
+        return 4 * self.out_bytes <= self.in_bytes or are_few
 
 
 def seeds(analysis: RowAnalysis) -> list[fx.Node]:
@@ -241,6 +255,7 @@ class RegionFinder:
         widths = [
             m.out_bytes for node in nodes if node not in outs for m in self.analysis.states[node].matmuls
         ]
+        out_widths = [bytes_a_row(node, rows) // tensors_of(node)[0].element_size() for node in row_outputs]
         return Region(
             seed=seed,
             nodes=tuple(nodes),
@@ -254,9 +269,8 @@ class RegionFinder:
             wide_bytes=max(widths, default=0),
             width=widest.in_bytes // itemsize,
             wide=widest.out_bytes // itemsize,
-            out_width=sum(
-                bytes_a_row(node, rows) // tensors_of(node)[0].element_size() for node in row_outputs
-            ),
+            out_width=sum(out_widths),
+            widest_out=max(out_widths, default=0),
             is_multiplied=self._is_multiplied(seed, chosen),
         )
 
@@ -283,7 +297,10 @@ class RegionFinder:
         if 2 * region.out_width > region.wide:
             return ""
         goes_on = region.out_width <= region.width or fate_of(self.analysis, region.seed).narrows is not None
-        return "mlp" if goes_on else ""
+        if goes_on:
+            return "mlp"
+        # Several results a row, a top-k: wider than the rows, and still little beside the logits.
+        return "vocab" if 4 * region.out_bytes <= region.wide_bytes else ""
 
     def is_convex(self, region: Region) -> bool:
         """Whether the region still is convex: rewrites of others may have joined nodes outside."""

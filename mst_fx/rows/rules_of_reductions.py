@@ -15,7 +15,8 @@ aten = torch.ops.aten
 def _reduction(call: Call) -> Label:
     """Reductions over given dimensions; all of them when none is given."""
     source = call.args[0]
-    which = call.arg(2 if call.func is aten.linalg_vector_norm.default else 1, "dim")
+    is_norm = call.func in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
+    which = call.arg(2 if is_norm else 1, "dim")
     if which is None or which == []:
         which = range(source.ndim)
     dims = {wrap(d, source.ndim) for d in ([which] if isinstance(which, int) else which)}
@@ -29,6 +30,12 @@ def _sum(call: Call) -> Label:
     if call.only_row_dim(source) in dims:
         return SUMMED
     return _reduction(call)
+
+
+def _mean_of_all(call: Call) -> Label:
+    raise call.refusal(
+        "averages over the rows, inside of a function that is not known as a sum of row losses"
+    )
 
 
 def _layer_norm(call: Call) -> list[Label]:
@@ -54,6 +61,7 @@ REDUCTION_RULES: dict[Any, Rule] = {
     aten.sort.stable: along_one(2, -1),
     aten.topk.default: along_one(2, -1),
     **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), _sum),
+    aten.mean.default: _mean_of_all,
     **dict.fromkeys(
         (
             aten.mean.dim,
@@ -72,6 +80,7 @@ REDUCTION_RULES: dict[Any, Rule] = {
             aten.std.correction,
             aten.var_mean.correction,
             aten.linalg_vector_norm.default,
+            aten.norm.ScalarOpt_dim,
         ),
         _reduction,
     ),

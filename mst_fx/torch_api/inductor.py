@@ -31,14 +31,23 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU):
 - ``torch._subclasses.fake_tensor.unset_fake_temporarily``: constants of a graph are computed for real.
 - ``GraphModule.compile_subgraph_reason``: why Dynamo ended a graph, a ``GraphCompileReason`` (2.11 and 2.13). It has no
   kind but its text, whose first line is the ``gb_type`` of Dynamo's registry of graph breaks.
+- ``CheckpointHigherOrderVariable`` (``_dynamo/variables/higher_order_ops.py``): a graph break inside of a checkpointed
+  layer makes Dynamo run the whole layer eagerly, and in a loop over layers skip the function, so that no backend
+  is called that could say so; neither counters nor callbacks tell a checkpoint. Its ``_call_function`` (2.13) is
+  watched, or ``call_function``, whichever it has; ``tx.output.compiler_fn`` and ``innermost_backend`` say whose
+  compilation it is. Where a torch has none of these, nothing is said.
 - ``torch.utils._python_dispatch._disable_current_modes``: deferred logits that are used first under a mode
   (selective checkpointing's, which counts operators) are not its business.
 - ``torch._C._autograd._saved_tensors_hooks_set_tracing``: what AOTAutograd itself does while it traces.
   ``torch.autograd.graph.disable_saved_tensors_hooks`` raises where there are hooks, and hooks of our own may not be
   pushed where somebody else has disabled them.
+- ``torch._C._storage_Use_Count``: whether somebody else still has the storage of some rows of logits
+  (:mod:`mst_fx.logits.apart`). A weak reference to the storage would say it too, and take what was written there with it.
 - ``torch.autograd.Variable._execution_engine.queue_callback``: what DDP and FSDP call; the only thing of ours that
   lives as long as one backward pass, also one that raises.
 - ``torch._C._autograd._top_saved_tensors_default_hooks``: whether a checkpoint counts what is saved.
+- ``torch.fx._lazy_graph_module``: Dynamo's own GraphModules, whose code is made when they first run. Others make it
+  whenever they get a graph, which was half the time of the passes: nobody runs a copy that they work on.
 """
 
 from __future__ import annotations
@@ -46,6 +55,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,12 +66,14 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._dynamo import eval_frame
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 from torch._dynamo.code_context import code_context
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, Unsupported
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import counters
+from torch._dynamo.variables import higher_order_ops
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -71,9 +83,12 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger("mst_fx")
 
 Compiled = Callable[..., Any]
 
@@ -117,6 +132,56 @@ class Ending:
         return f"which Dynamo broke at {self.place} ({self.reason})" if self.kind else ""
 
 
+# Called where Dynamo gives up a checkpointed layer that a backend of ours was to compile, with why and where.
+on_eager_checkpoint: list[Callable[[Ending], None]] = []
+
+
+def _is_ours(backend: Any) -> bool:
+    """Whether a backend, in whatever Dynamo wraps it, is one of mst-fx."""
+    found = eval_frame.innermost_backend(backend)
+    found = getattr(found, "compiler_fn", found)  # of a backend that was given a mode or options
+    is_redirected = torch._TorchCompileInductorWrapper.__call__ is not _inductor_call
+    if isinstance(found, torch._TorchCompileInductorWrapper):
+        return is_redirected
+    return str(getattr(found, "__module__", "")).startswith("mst_fx.")
+
+
+def _tell_eager_checkpoint(tx: Any, error: Unsupported) -> None:
+    """Tells the listeners; must not raise, since Dynamo is tracing."""
+    try:
+        is_fatal = tx.one_graph or getattr(
+            tx, "error_on_graph_break", False
+        )  # the user sees the error itself
+        if is_fatal or not _is_ours(tx.output.compiler_fn):
+            return
+        stack = error.real_stack
+        place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+        ending = Ending("break", [*str(error).splitlines(), ""][0], place)
+        for listener in list(on_eager_checkpoint):
+            listener(ending)
+    except Exception:
+        log.debug("a checkpointed layer runs eagerly, and could not be told of", exc_info=True)
+
+
+def _watch_checkpoints() -> None:
+    """Makes Dynamo tell of checkpointed layers that it gives up (once a process)."""
+    variable: Any = getattr(higher_order_ops, "CheckpointHigherOrderVariable", None)
+    names = [name for name in ("_call_function", "call_function") if name in vars(variable or object)]
+    if not names:
+        return
+    before = getattr(variable, names[0])
+
+    @functools.wraps(before)
+    def call(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return before(self, tx, *args, **kwargs)
+        except Unsupported as error:
+            _tell_eager_checkpoint(tx, error)
+            raise
+
+    setattr(variable, names[0], call)
+
+
 def ending_of(gm: fx.GraphModule) -> Ending:
     found: Any = getattr(gm, "compile_subgraph_reason", None)
     if found is None or not found.graph_break:
@@ -125,6 +190,19 @@ def ending_of(gm: fx.GraphModule) -> Ending:
     kind = next((kind for start, kind in _BREAKS.items() if reason.startswith(start)), "break")
     stack = found.user_stack
     return Ending(kind, reason, f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "")
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A GraphModule whose code is made when it is first asked for, as Dynamo's is."""
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph, class_name=name)
+
+
+def make_code(gm: fx.GraphModule) -> None:
+    """Makes the code of a graph, and of those in it, for who looks at it: ``fx.Tracer``, a module's new owner."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            module.code  # noqa: B018
 
 
 def compile_graph(
@@ -208,6 +286,9 @@ def _compile_apart(*args: Any, **kwargs: Any) -> Any:
 Redirection = Callable[[fx.GraphModule, Sequence[Any], Mapping[str, Any]], Compiled]
 
 _inductor_call = torch._TorchCompileInductorWrapper.__call__
+
+
+_watch_checkpoints()
 
 
 def redirect_inductor(instead: Redirection | None) -> None:
@@ -300,6 +381,12 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
         RuntimeError: outside of a backward pass.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def uses_of_storage(x: torch.Tensor) -> int:
+    """How many tensors, and other objects, share a tensor's storage, itself included."""
+    storage = x.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1
 
 
 def is_checkpointed() -> bool:

@@ -26,6 +26,8 @@ def symbolic_rows(avoid: Collection[int] = (), least: int | None = None) -> tupl
         least: the least that it shall be.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    # Each node runs once in a mode: torch's cache of results would take longer to fill than it saves.
+    mode.cache_enabled = False
     candidates = _STAND_INS if least is None else filter(sympy.isprime, itertools.count(least))
     stand_in = next(size for size in candidates if size not in avoid)
     with torch.device("meta"):
