@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.bodies.insert import needs_gradient, replace_region, scalar_with_gradient
@@ -21,6 +20,7 @@ from mst_fx.graph.changing import Bounds, changes
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.names import common_path, module_path, target_name
 from mst_fx.graph.sizes import expression, hint, is_known
+from mst_fx.graph.spelling import ATTENTION_KERNELS, PRODUCTS, is_of_library, is_of_mst, operation
 from mst_fx.graph.subgraphs import is_function
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of
 from mst_fx.options import Options
@@ -31,7 +31,6 @@ from mst_fx.rows.counts import products_of_unknown_rows, row_counts
 from mst_fx.rows.places import (
     Place,
     convolution_rows,
-    is_matmul_name,
     place_of,
     products_of_experts,
     unproved_products,
@@ -326,7 +325,7 @@ def refuse_transformed(context: PassContext) -> None:
     for node in (node for node in graph.nodes if node not in outside):
         out, name = tensor_value(node), module_path(node) or node.name
         source = tensor_value(node.all_input_nodes[0]) if node.all_input_nodes else None
-        if not is_matmul_name(node) or out is None or source is None or not out.ndim or name in names:
+        if operation(node) not in PRODUCTS or out is None or source is None or not out.ndim or name in names:
             continue
         if source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
             names.add(name)
@@ -345,7 +344,7 @@ def _narrows_again(product: fx.Node) -> bool:
             fake = tensor_value(user)
             if user in seen or user.op == "output":
                 continue
-            if is_matmul_name(user) or "attention" in target_name(user):
+            if operation(user) in PRODUCTS | ATTENTION_KERNELS:
                 return True
             seen.add(user)
             # Of something narrow, such as a row's loss, whatever comes after is another's affair.
@@ -357,7 +356,7 @@ def _narrows_again(product: fx.Node) -> bool:
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes operators of other libraries that widen rows, such as linears with quantised weights."""
     for node, state in analysis.states.items():
-        if not isinstance(node.target, OpOverload) or node.target.namespace in ("aten", "prims", "mst_fx"):
+        if not is_of_library(node) or is_of_mst(node):
             continue
         fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
         out = tensor_value(node)
@@ -410,7 +409,7 @@ def refuse_sharded(context: PassContext, kind: str) -> None:
 
 def _unplain_product(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The rows and the matrix of a product that widens rows by a matrix that is no plain tensor."""
-    if not is_matmul_name(node):
+    if operation(node) not in PRODUCTS:
         return None
     matrices = [n for n in node.all_input_nodes if (x := tensor_value(n)) is not None and x.ndim >= 2]
     out = tensor_value(node)
@@ -432,9 +431,9 @@ def _next_products(node: fx.Node) -> list[fx.Node] | None:
             if user in seen:
                 continue
             seen.add(user)
-            is_product = is_matmul_name(user)
+            is_product = operation(user) in PRODUCTS
             scores = is_product and all(len(x.shape) > 2 for n in user.all_input_nodes for x in tensors_of(n))
-            if scores or any(part in target_name(user) for part in ("attention", "flex")):
+            if scores or operation(user) in ATTENTION_KERNELS:
                 return None
             if is_product:
                 found.append(user)

@@ -55,8 +55,19 @@ MATRIX_PRODUCTS = MATMULS | {"linear", "addmm", "baddbmm", "einsum", "bilinear"}
 GROUPED_PRODUCTS = frozenset(
     ("grouped_mm", "_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "transformers::grouped_mm_fallback")
 )  # fmt: skip
+# Multiply by a matrix, in whatever form.
+PRODUCTS = (
+    MATRIX_PRODUCTS | GROUPED_PRODUCTS
+    | {"addbmm", "chain_matmul", "_int_mm", "_scaled_mm", "_weight_int8pack_mm", "_weight_int4pack_mm"}
+)  # fmt: skip
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "convolution"))
 ATTENTION = frozenset(("scaled_dot_product_attention",))
+ATTENTION_KERNELS = ATTENTION | {
+    "flex_attention", "mst_fx::attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+}  # fmt: skip
+PADS = frozenset(("pad", "constant_pad_nd"))
 SOFTMAXES = frozenset(("softmax",))
 DROPOUTS = frozenset(("dropout",))
 EMBEDDINGS = frozenset(("embedding",))
@@ -96,6 +107,14 @@ IN_PLACE_TOO = frozenset(_IN_PLACE_TOO.split())
 
 # Of the products whose operands stand in other places than 0 and 1: the rows, the matrix.
 _PLACES = {"addmm": (1, 2), "baddbmm": (1, 2), "einsum": (1, 2)}
+
+# The operand that a product adds, by position and by name.
+_ADDED = {
+    "linear": (2, ("bias",)),
+    "addmm": (0, ("input", "self")),
+    "baddbmm": (0, ("input", "self")),
+    "scaled_dot_product_attention": (3, ("attn_mask",)),
+}
 
 # Other names of an argument: of torch's Python functions, and of NumPy.
 _ARGUMENT_ALIASES = {"self": ("input",), "input": ("self",), "dim": ("axis",), "keepdim": ("keepdims",)}
@@ -200,6 +219,16 @@ def product_operands(node: fx.Node) -> tuple[Any, Any] | None:
         return None
     places = _PLACES.get(name, (0, 1))
     return (node.args[places[0]], node.args[places[1]]) if len(node.args) > max(places) else None
+
+
+def multiplied(product: fx.Node) -> list[fx.Node]:
+    """The tensors that a product multiplies; a bias, a mask or a residual is added only."""
+    place, names = _ADDED.get(operation(product), (-1, ()))
+    given = [x for index, x in enumerate(product.args) if index != place]
+    given += [x for name, x in product.kwargs.items() if name not in names]
+    nodes: dict[fx.Node, None] = {}
+    fx.map_arg(given, lambda node: nodes.setdefault(node))
+    return [node for node in nodes if tensor_value(node) is not None]
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.formula import Formula
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
-from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import static_sizes
+from mst_fx.graph.spelling import operation
 from mst_fx.graph.subgraphs import function_text, is_function, subgraphs
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
 from mst_fx.graph.writes import mutated_storages
@@ -183,7 +183,7 @@ class RowAnalysis:
                     raise Refusal(f"{n.name} is made in inference_mode", Cause.NOT_PLAIN)
                 if storage_key(fake) in self._mutated:
                     raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
-        if target_name(node).startswith("multilabel_margin_loss"):
+        if operation(node) in ("multilabel_margin_loss", "multilabel_margin_loss_forward"):
             raise Refusal("gives other numbers once torch decomposes it (2.13), as any compiler does")
         if self.contexts[node].level:
             raise Refusal("lies inside of a torch.func transform", Cause.NOT_PLAIN)

@@ -20,82 +20,34 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Cause
 from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression, hint, is_known
+from mst_fx.graph.spelling import (
+    ATTENTION,
+    CONVOLUTIONS,
+    EMBEDDINGS,
+    GROUPED_PRODUCTS,
+    MATRIX_PRODUCTS,
+    PADS,
+    PERMUTES,
+    RESHAPES,
+    SPLITS,
+    is_of_library,
+    multiplied,
+    operation,
+)
 from mst_fx.graph.subgraphs import is_function
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.rows.analysis import RowAnalysis
 
-aten = torch.ops.aten
-
 _NEAR = 64  # nodes that are looked at where a narrow value could come back to a wide one
 
-# Products of two operands, by what they are called in graphs of Dynamo and of export.
-_PRODUCTS = {
-    F.linear,
-    torch.matmul,
-    operator.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.einsum,
-    F.bilinear,
-    F.scaled_dot_product_attention,
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.scaled_dot_product_attention.default,
-    "matmul",
-    "__matmul__",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-}
-# The operand that a product adds, by position and by name.
-_ADDED = {
-    "linear": (2, ("bias",)),
-    "addmm": (0, ("input", "self")),
-    "baddbmm": (0, ("input", "self")),
-    "scaled_dot_product_attention": (3, ("attn_mask",)),
-}
-_CONVOLUTIONS = {
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.convolution.default,
-}
-_MOVES = {
-    "transpose",
-    "permute",
-    "view",
-    "reshape",
-    "contiguous",
-    "unflatten",
-    "flatten",
-    "movedim",
-    "swapaxes",
-    "chunk",
-    "split",
-    "unbind",
-    "getitem",
-    "t",
-    "mT",
-}
+# Of two operands, all of which may hold rows.
+_PRODUCTS = MATRIX_PRODUCTS | ATTENTION
+_MOVES = PERMUTES | RESHAPES | SPLITS | {"contiguous", "getitem"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +106,7 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
     if not fate.kind:
         return None
     if not state.rowwise:
-        is_behind = product.target in _CONVOLUTIONS
+        is_behind = operation(product) in CONVOLUTIONS
         reason = "multiplies channels that stand before the rows" if is_behind else state.reason
         return Place(product, fate.kind, f"{product.name} ({target_name(product)}) {reason}", state.cause)
     if fate.blockers:
@@ -184,16 +136,15 @@ def _is_vocabulary(analysis: RowAnalysis, product: fx.Node, width: int) -> bool:
     """
     out = tensor_value(product)
     tables = [
-        tensor_value(n) for node in analysis.graph.nodes if _is_embedding(node) for n in node.all_input_nodes
+        tensor_value(n)
+        for node in analysis.graph.nodes
+        if operation(node) in EMBEDDINGS
+        for n in node.all_input_nodes
     ]
     sizes = {hint(x.shape[0]) for x in tables if x is not None and x.ndim == 2 and x.is_floating_point()}
     if out is None:
         return False
     return hint(out.shape[-1]) in sizes if sizes else hint(out.shape[-1]) > 5 * width
-
-
-def _is_embedding(node: fx.Node) -> bool:
-    return node.target in (F.embedding, torch.embedding, aten.embedding.default)
 
 
 def unproved_products(analysis: RowAnalysis) -> Iterator[fx.Node]:
@@ -208,7 +159,7 @@ def unproved_products(analysis: RowAnalysis) -> Iterator[fx.Node]:
         source, out = tensor_value(operands[0]), tensor_value(node)
         if source is None or out is None or not all(is_known(s) for s in (*source.shape, *out.shape)):
             continue
-        if not analysis.states[operands[0]].rows and node.target not in _CONVOLUTIONS:
+        if not analysis.states[operands[0]].rows and operation(node) not in CONVOLUTIONS:
             continue  # rows of another number, or of a width that Dynamo keeps dynamic
         if out.numel() > source.numel() and _count(analysis, out):
             yield node
@@ -227,7 +178,7 @@ def convolution_rows(graph: fx.Graph) -> Iterator[Any]:
     for node in graph.nodes:
         fake = tensor_value(node)
         weights = [n for n in node.all_input_nodes if isinstance(tensor_value(n), torch.nn.Parameter)]
-        is_linear = node.target in _CONVOLUTIONS and fake is not None and bool(weights)
+        is_linear = operation(node) in CONVOLUTIONS and fake is not None and bool(weights)
         if is_linear and fake is not None and fake.ndim > 2 and _is_by_row(node, weights[0]):
             count: Any = fake.shape[0]
             for size in fake.shape[2:]:
@@ -289,7 +240,7 @@ def _mixes(analysis: RowAnalysis, product: fx.Node, cone: set[fx.Node]) -> bool:
                 parts.add(node)
             if _meets_rows(analysis, node, cone, parts):
                 return True
-            if node.target in _CONVOLUTIONS and any(operand in parts for operand in node.all_input_nodes):
+            if operation(node) in CONVOLUTIONS and any(operand in parts for operand in node.all_input_nodes):
                 return True  # a part of it goes through a convolution over the rows, as in state spaces
     return False
 
@@ -324,29 +275,19 @@ def _weight_product(analysis: RowAnalysis, node: fx.Node) -> tuple[fx.Node, fx.N
     """The rows and the weight of a product with a constant matrix, or of a convolution with a kernel of 1."""
     if node.op not in ("call_function", "call_method"):
         return None
-    is_convolution = node.target in _CONVOLUTIONS
-    if not is_convolution and node.target not in _PRODUCTS and not analysis.states[node].matmuls:
+    is_convolution = operation(node) in CONVOLUTIONS
+    if not is_convolution and operation(node) not in _PRODUCTS and not analysis.states[node].matmuls:
         return None
-    operands = _multiplied(node)
+    operands = multiplied(node)
     weights = [n for n in operands if analysis.states[n].constant and tensor_value(n).ndim >= 2]  # type: ignore[union-attr]
     others = [n for n in operands if not analysis.states[n].constant]
     if not weights or not others:
         return None
-    if "scaled_dot_product_attention" in target_name(node) and others != operands[:1]:
+    if operation(node) in ATTENTION and others != operands[:1]:
         return None  # queries meet keys or values of rows
     if is_convolution and not _is_by_row(node, weights[0]):
         return None
     return others[0], weights[0]
-
-
-def _multiplied(product: fx.Node) -> list[fx.Node]:
-    """The tensors that a product multiplies; a bias, a mask or a residual is added only."""
-    place, names = _ADDED.get(target_name(product), (-1, ()))
-    given = [x for index, x in enumerate(product.args) if index != place]
-    given += [x for name, x in product.kwargs.items() if name not in names]
-    nodes: dict[fx.Node, None] = {}
-    fx.map_arg(given, lambda node: nodes.setdefault(node))
-    return [node for node in nodes if tensor_value(node) is not None]
 
 
 def _is_by_row(convolution: fx.Node, weight: fx.Node) -> bool:
@@ -369,11 +310,11 @@ def _size(node: fx.Node) -> int:
 
 def _width_in(product: fx.Node) -> int | None:
     """Elements a row that go into a product: the dimension its weight contracts."""
-    for node in _multiplied(product):
+    for node in multiplied(product):
         fake, out = tensor_value(node), tensor_value(product)
         if fake is None or out is None or fake.ndim < 2:
             continue
-        dim = 1 if product.target in _CONVOLUTIONS else -1
+        dim = 1 if operation(product) in CONVOLUTIONS else -1
         return hint(fake.shape[dim]) if is_known(fake.shape[dim]) else None
     return None
 
@@ -406,7 +347,7 @@ def _meets_rows(analysis: RowAnalysis, node: fx.Node, cone: set[fx.Node], parts:
         rows = [n for n in rows if any(x.is_floating_point() for x in tensors_of(n))]
         if len(rows) < 2 or 4 * _size(node) < min(map(_size, inside)):
             return False
-    is_product = node.target in _PRODUCTS or _is_attention(node) or _is_outer(node, rows)
+    is_product = operation(node) in _PRODUCTS or _is_attention(node) or _is_outer(node, rows)
     return is_product and (any(n in parts for n in inside) or len(inside) < len(rows))
 
 
@@ -427,10 +368,7 @@ def _is_outer(node: fx.Node, operands: list[fx.Node]) -> bool:
 
 def _is_attention(node: fx.Node) -> bool:
     """Higher-order operators (flex attention, scans) and operators of libraries on several values of rows."""
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return True
-    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or is_of_library(node)
 
 
 def _is_low_rank(analysis: RowAnalysis, product: fx.Node) -> bool:
@@ -504,7 +442,7 @@ def _computing(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_move(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and target_name(node) in _MOVES
+    return operation(node) in _MOVES
 
 
 def _said_of(blocker: fx.Node, reason: str) -> str:
@@ -561,7 +499,7 @@ def _is_fed(analysis: RowAnalysis, way: list[fx.Node], experts: set[fx.Node]) ->
         values = _values(node)
         source = max(values, key=_size, default=None)
         is_narrower = source is not None and _size(source) > _size(node) and not _is_part(node)
-        is_sum = target_name(node).strip("_") in ("add", "iadd") and len(values) > 1
+        is_sum = operation(node) == "add" and len(values) > 1
         if is_narrower or is_sum or _weight_product(analysis, node) is not None:
             return False
         node = source
@@ -590,7 +528,7 @@ def _stack_products(analysis: RowAnalysis) -> Iterator[list[tuple[fx.Node, fx.No
                 if user in seen or user.op == "output":
                     continue
                 seen.add(user)
-                if "grouped_mm" in target_name(user) or user.target in _PRODUCTS:
+                if operation(user) in GROUPED_PRODUCTS | _PRODUCTS:
                     found.append((user, source))
                 elif _values(user) == [source]:
                     queue.append(user)
@@ -603,8 +541,8 @@ def _routed(analysis: RowAnalysis, products: list[tuple[fx.Node, fx.Node]]) -> l
         product
         for product, weights in products
         if not (analysis.states[product].rowwise and analysis.states[weights].constant)
-        and ("grouped_mm" in target_name(product) or _is_routed(analysis, product, weights))
-    ]  # grouped_mm: torch's own, and transformers' operators around it
+        and (operation(product) in GROUPED_PRODUCTS or _is_routed(analysis, product, weights))
+    ]
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
@@ -626,7 +564,7 @@ def _way_back(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> list
     way = [max(rows, key=_size)] if rows else []
     while way:
         node = way[-1]
-        is_end = analysis.states[node].rowwise or node.target in _CONVOLUTIONS
+        is_end = analysis.states[node].rowwise or operation(node) in CONVOLUTIONS
         if is_end or _weight_product(analysis, node) is not None or not _values(node):
             break
         way.append(max(_values(node), key=_size))
@@ -640,7 +578,7 @@ def _is_picked(way: list[fx.Node]) -> bool:
 
 def _is_repeat(node: fx.Node, source: fx.Node) -> bool:
     before, after = _size(source), _size(node)
-    return before < after and (before == 0 or after % before == 0) and target_name(node) != "pad"
+    return before < after and (before == 0 or after % before == 0) and operation(node) not in PADS
 
 
 def _picks(node: fx.Node, source: fx.Node) -> bool:
@@ -654,13 +592,8 @@ def _is_whole(analysis: RowAnalysis, source: fx.Node, weights: fx.Node) -> bool:
     state = analysis.states[source]
     if fake is None or stack is None:
         return True
-    if source.target in _CONVOLUTIONS:
+    if operation(source) in CONVOLUTIONS:
         return fake.shape[1] in stack.shape[-2:]
     if not (state.rowwise and state.rows):
         return True  # nobody knows how wide its rows are
     return _size(source) // max(1, hint(analysis.rows)) in map(hint, stack.shape[-2:])
-
-
-def is_matmul_name(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return any(part in name for part in ("linear", "matmul", "mm", "einsum"))
