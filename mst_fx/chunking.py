@@ -28,14 +28,10 @@ from mst_fx.passes.canonical import CLONE_OF
 from mst_fx.report import Fit, Refused, Report, Rewrite
 from mst_fx.rows.analysis import RowAnalysis, State
 from mst_fx.rows.counts import products_of_unknown_rows, row_counts
-from mst_fx.rows.places import (
-    Place,
-    convolution_rows,
-    place_of,
-    products_of_experts,
-    unproved_products,
-)
+from mst_fx.rows.experts import products_of_experts
+from mst_fx.rows.refusals import Place, place_of, unproved_products
 from mst_fx.rows.region import Region, RegionFinder, seeds
+from mst_fx.rows.weights import convolution_rows
 
 log = logging.getLogger("mst_fx")
 

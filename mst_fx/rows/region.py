@@ -23,8 +23,8 @@ from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import PRODUCTS, operation
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.rows.analysis import Operand, RowAnalysis
+from mst_fx.rows.fates import fate_of
 from mst_fx.rows.fold import bytes_a_row
-from mst_fx.rows.places import fate_of
 
 log = logging.getLogger("mst_fx")
 
