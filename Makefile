@@ -30,6 +30,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy mst_fx tools tests
+	$(BIN)/lint-imports --no-cache
 
 bench-gpu: $(STAMP)
 	$(BIN)/python tools/bench.py --out benchmarks/gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mst_fx.ops  # noqa: F401  (registers the operators, which graphs name)
 from mst_fx.backend import mst
 from mst_fx.diagnose.doctor import watch
 from mst_fx.diagnose.explain import explain

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-import mst_fx.ops.loop  # noqa: F401  (registers the ops)
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.chunking import PassContext, Shared
 from mst_fx.diagnose.facts import observe
@@ -25,21 +24,18 @@ from mst_fx.graph.subgraphs import function_graphs, is_function, is_graph, subgr
 from mst_fx.graph.values import VALUE, tensors_of, value
 from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
 from mst_fx.logits.take_out import defer_all
-from mst_fx.ops.buffer import keep_waves
-from mst_fx.ops.embedding import keep_embeddings_whole
 from mst_fx.options import Options, make_options
 from mst_fx.passes import attention, mlp, vocab
+from mst_fx.passes.buffers import keep_waves
 from mst_fx.passes.canonical import join_casts, make_positional
+from mst_fx.passes.embeddings import keep_embeddings_whole
 from mst_fx.passes.mask_breaks import Crossing
 from mst_fx.passes.scalars import numbers_to_tensors, tensors_to_numbers
 from mst_fx.report import Refused, Report
-from mst_fx.torch_api.inductor import (
-    ending_of,
-    kept_until_reset,
-    make_code,
-    mode_patches,
-    without_saved_tensors_hooks,
-)
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.dynamo import ending_of, kept_until_reset
+from mst_fx.torch_api.graphs import make_code
+from mst_fx.torch_api.inductor import mode_patches
 
 log = logging.getLogger("mst_fx")
 

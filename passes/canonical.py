@@ -26,6 +26,9 @@ from mst_fx.graph.sizes import hint, is_known, sum_dtype
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.labels import is_same_size
+from mst_fx.torch_api.modes import EXIT_AUTOCAST, SET_GRAD_ENABLED
+from mst_fx.torch_api.ops import OpOverload, schema_of
+from mst_fx.torch_api.symbols import expression
 
 aten = torch.ops.aten
 
@@ -77,7 +80,7 @@ def join_casts(graph: fx.Graph) -> None:
         operands = node.all_input_nodes
         if node.op == "call_method" and node.target in _CASTS and len(operands) == 1:
             between = list(_between(operands[0], node))
-            ends = any(other.target is torch.amp.autocast_mode._exit_autocast for other in between)
+            ends = any(other.target is EXIT_AUTOCAST for other in between)
             if ends and not any(map(_is_barrier, between)):
                 operands[0].append(node)
 
@@ -123,11 +126,13 @@ def _signatures(node: fx.Node) -> list[tuple[str, ...]]:
         if any(p.kind is p.VAR_POSITIONAL for p in parameters):
             return []
         return [tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)]
-    if isinstance(target, torch._ops.OpOverload):
-        schemas = [target._schema]
+    if isinstance(target, OpOverload):
+        schemas = [schema_of(target)]
     elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
         packet = getattr(aten, target.__name__, None)
-        schemas = [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
+        schemas = (
+            [schema_of(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
+        )
     else:
         return []
     found = []
@@ -144,7 +149,7 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_barrier(node: fx.Node) -> bool:
-    return node.target is torch._C._set_grad_enabled or writes_in_place(node)
+    return node.target is SET_GRAD_ENABLED or writes_in_place(node)
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:
@@ -378,7 +383,7 @@ def _order_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _plain_name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.target.overloadpacket.__name__
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
@@ -505,7 +510,7 @@ def _numel(graph: fx.Graph, losses: fx.Node) -> fx.Node | int:
     for node in graph.find_nodes(op="placeholder"):
         fake = tensor_value(node)
         found = fake.numel() if fake is not None else 0
-        if isinstance(found, torch.SymInt) and found.node.expr == wanted.node.expr:
+        if isinstance(found, torch.SymInt) and expression(found) == expression(wanted):
             return add_call(graph, "numel", node)
     return add_call(graph, "numel", losses)
 

@@ -14,7 +14,7 @@ knows a model, an activation or a norm.
 
 Not supported, and refused: operators without a row-wise rule inside (mixture-of-experts with grouped
 or batched expert matmuls, linears of other libraries with quantised weights, tensors written in place).
-Dropout inside is seeded (:mod:`mst_fx.ops.dropout`).
+Dropout inside is seeded (:mod:`mst_fx.passes.dropouts`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mst_fx.chunking import (
     refuse_unknown_rows,
     rows_of,
 )
-from mst_fx.ops.dropout import SeededDropouts
+from mst_fx.passes.dropouts import SeededDropouts
 from mst_fx.passes.functional import make_functional
 from mst_fx.rows.experts import expert_products
 from mst_fx.rows.refusals import unproved_products

@@ -21,7 +21,6 @@ of the result would be another one. A loop that needs such a number takes its va
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -30,11 +29,11 @@ from torch import fx
 
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.fill import fake_mode_of
+from mst_fx.graph.numbers import MARK, number_as_tensor
 from mst_fx.graph.sizes import SIXTEEN_BITS
 from mst_fx.graph.spelling import ARITHMETIC, COMPARISONS, is_of_mst, operation
-from mst_fx.graph.values import VALUE, is_plain, tensor_value, tensors_of, value
-
-_MARK = "mst_number"  # a meta key of the tensors that are made here
+from mst_fx.graph.values import is_plain, tensor_value, tensors_of, value
+from mst_fx.torch_api.symbols import expression, hint_of
 
 
 def numbers_to_tensors(graph: fx.Graph) -> None:
@@ -76,31 +75,17 @@ def _write_out_slope(node: fx.Node) -> None:
 def tensors_to_numbers(graph: fx.Graph) -> None:
     """Puts numbers back wherever neither a loop nor what is outside of the graph reads them."""
     for node in list(graph.nodes):
-        if _MARK not in node.meta:
+        if MARK not in node.meta:
             continue
         number = node.args[0].args[1] if node.target == "to" else node.args[1]
         for user in list(node.users):
-            if user.op != "output" and _MARK not in user.meta and not is_of_mst(user):
+            if user.op != "output" and MARK not in user.meta and not is_of_mst(user):
                 user.replace_input_with(node, number)
 
 
 def _is_changing(found: Any) -> bool:
-    is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and found.node.hint is not None
-    return is_symbolic and not found.node.expr.is_number
-
-
-def number_as_tensor(graph: fx.Graph, number: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """A number as a tensor of one element, at the graph's insertion point; a fake mode must be active."""
-    one = graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": torch.device("cpu")})
-    made = graph.call_function(operator.mul, (one, number))
-    for node in (one, made):
-        node.meta[VALUE] = torch.empty((), dtype=torch.float64, device="cpu")
-    if dtype != torch.float64:
-        made.meta[_MARK] = True
-        made = graph.call_method("to", (made, dtype))
-        made.meta[VALUE] = torch.empty((), dtype=dtype, device="cpu")
-    made.meta[_MARK] = True
-    return made
+    is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and hint_of(found) is not None
+    return is_symbolic and not expression(found).is_number
 
 
 def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | None:

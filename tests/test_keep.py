@@ -9,7 +9,7 @@ from torch._inductor.choices import InductorChoices
 
 import mst_fx
 from mst_fx.graph.fill import fill_values
-from mst_fx.ops.buffer import keep_waves
+from mst_fx.passes.buffers import keep_waves
 from mst_fx.torch_api.inductor import _Choices, _is_loop
 from tests.models import ACCEPTED, inputs_of
 
@@ -22,7 +22,7 @@ def _kept(function: object, *inputs: Tensor) -> int:
     gm.graph.lint()
     gm.recompile()
     assert torch.equal(gm(*inputs), before)
-    return sum(node.target is torch.ops.mst_fx.kept.default for node in gm.graph.nodes)
+    return sum(node.target is torch.ops.mst_fx.buffer.default for node in gm.graph.nodes)
 
 
 def _rotated(x: Tensor, angles: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def test_what_is_written_to_is_not_kept() -> None:
 def test_a_llama_keeps_its_rotary_embedding() -> None:
     model = ACCEPTED["llama"].build(num_attention_heads=8, num_key_value_heads=8)
     report = mst_fx.explain(model, {"chunk_rows": 16})(**inputs_of(ACCEPTED["llama"], 1, 48, torch.float32))
-    assert report.after[0].count("mst_fx.kept") == 2
+    assert report.after[0].count("mst_fx.buffer") == 2
 
 
 class _Node:
@@ -91,4 +91,4 @@ def test_nothing_is_fused_across_a_loop(
 def test_what_is_a_loop() -> None:
     ops = torch.ops.mst_fx
     assert all(map(_is_loop, (ops.loop.default, ops.loop_backward.default, ops.attention.default)))
-    assert not any(map(_is_loop, (ops.kept.default, torch.ops.aten.mm.default, None)))
+    assert not any(map(_is_loop, (ops.buffer.default, torch.ops.aten.mm.default, None)))

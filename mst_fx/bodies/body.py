@@ -25,15 +25,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.bodies.decompositions import add_up_labels, body_decompositions
 from mst_fx.bodies.gradient import GradientPlan, as_leaves, gradients, split_into_terms
 from mst_fx.graph.formula import named_in
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
-from mst_fx.torch_api.inductor import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.fakes import make_fx
+from mst_fx.torch_api.inductor import Compiled, compile_body
+from mst_fx.torch_api.modes import enable_python_dispatcher, outside_of_kernels
 from mst_fx.torch_api.symbolic_rows import RowGuards, symbolic_rows
 from mst_fx.version import __version__
 
@@ -336,7 +337,7 @@ def body(key: str) -> Body:
 def kept_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable[..., Any]:
     """A compiled graph that keeps the bodies of its loops alive.
 
-    ``torch._dynamo.reset()`` forgets the function, and there may be backward passes of it to come: the autograd
+    ``torch.compiler.reset()`` forgets the function, and there may be backward passes of it to come: the autograd
     graphs of its results keep the bodies too.
     """
     if not bodies:

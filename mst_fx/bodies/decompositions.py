@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import mst_fx.ops.buffer  # noqa: F401  (registers the op)
 from mst_fx.graph.formula import without_op
 from mst_fx.graph.sizes import sum_dtype
-from mst_fx.torch_api.inductor import decompositions
+from mst_fx.torch_api.inductor import decompositions, decompositions_of
 
 aten = torch.ops.aten
 
 # Aten keeps these whole; decomposed, the sums over rows inside can be accumulated in float32.
-_ALWAYS = torch._decomp.get_decompositions([aten.native_layer_norm_backward, aten._fused_rms_norm_backward])
+_ALWAYS = decompositions_of([aten.native_layer_norm_backward, aten._fused_rms_norm_backward])
 
 
 def body_decompositions(inner: str) -> dict[Any, Any]:
@@ -42,7 +41,7 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     most = torch.amax(wide, dim, keepdim=True)
     total = torch.log(torch.sum(torch.exp(wide - most), dim, keepdim=True))
     if x.is_cuda:  # a buffer of the sums is a border between the kernel that reduces and the one that writes
-        most, total = torch.ops.mst_fx.kept(most), torch.ops.mst_fx.kept(total)
+        most, total = torch.ops.mst_fx.buffer(most), torch.ops.mst_fx.buffer(total)
     found = wide - most - total
     return found if half_to_float else found.to(x.dtype)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
 from mst_fx.diagnose.doctor import watch
 from mst_fx.diagnose.explain import explain
@@ -26,6 +25,7 @@ from mst_fx.diagnose.page import make_page
 from mst_fx.errors import OptionError, Refusal
 from mst_fx.options import make_options
 from mst_fx.report import Report, Rewrite, human_bytes
+from mst_fx.torch_api.dynamo import BackendCompilerFailed
 from mst_fx.version import __version__
 
 # A line of output: its style (a rich one; "" for none) and its text.
@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Subject, Report]:
     subject = build_subject(arguments.model, shape)
     try:
         if getattr(arguments, "as_is", False):
-            torch._dynamo.reset()
+            torch.compiler.reset()
             with watch() as report:
                 subject.fn(*subject.args, **subject.kwargs)
             return subject, report

@@ -10,13 +10,12 @@ import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 
-from torch._dynamo.eval_frame import OptimizedModule
-
 from mst_fx.diagnose.facts import watching
 from mst_fx.errors import Cause
 from mst_fx.logits import tensor as logits
 from mst_fx.report import Facts, Finding, Refused, Report, human_bytes
-from mst_fx.torch_api.inductor import Ending, on_eager_checkpoint
+from mst_fx.torch_api.checkpoints import on_eager_checkpoint
+from mst_fx.torch_api.dynamo import Ending, compiled_module
 
 Check = Callable[[Report], Finding | None]
 
@@ -63,9 +62,8 @@ def watch() -> Iterator[Report]:
 
 def _wrapped() -> list[str]:
     """The classes of the modules that ``torch.compile`` has wrapped."""
-    # By type(), not isinstance(): that would wake up lazy modules.
-    found = [x for x in gc.get_objects() if type(x) is OptimizedModule]
-    return sorted({type(x._orig_mod).__name__ for x in found})
+    found = [module for x in gc.get_objects() if (module := compiled_module(x)) is not None]
+    return sorted({type(module).__name__ for module in found})
 
 
 def said_of(ending: Ending) -> str:

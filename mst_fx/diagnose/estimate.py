@@ -16,14 +16,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.subgraphs import called_graph
 from mst_fx.graph.values import is_plain, storage_key, tensors_of
 from mst_fx.report import Memory
+from mst_fx.torch_api.ops import OpOverload
+from mst_fx.torch_api.symbols import hint_of
 
 # Operators by their exact names: functions, methods and ATen's operators without their overload or trailing "_".
 # Their backward passes need neither their operands nor their results …
@@ -162,7 +162,7 @@ def _storages(node: fx.Node) -> dict[int, int]:
         key = storage_key(tensor) if is_plain(tensor) else None
         key = id(tensor) if key is None else key
         count = tensor.numel()
-        is_known = not isinstance(count, torch.SymInt) or count.node.hint is not None
+        is_known = hint_of(count) is not None
         found[key] = hint(count) * tensor.element_size() if is_known else 0
     return found
 

@@ -42,10 +42,10 @@ def explain(
         return crossing.open_masks(crossing.put_masks(compiled, False))
 
     def run(*args: Any, **kwargs: Any) -> Report:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with watch() as report, silent():
             torch.compile(fn, backend=compiler)(*args, **kwargs)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return report
 
     return run

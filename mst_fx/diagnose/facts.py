@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Iterator
-from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._guards import CompileContext
 
 from mst_fx.diagnose.estimate import estimate_memory
 from mst_fx.errors import Cause
@@ -20,10 +17,9 @@ from mst_fx.graph.names import module_path, target_name
 from mst_fx.graph.subgraphs import called_graph, subgraphs
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.report import Facts, Line, Report
-from mst_fx.torch_api.inductor import ending_of
+from mst_fx.torch_api.dynamo import compilation, ending_of, enters_compiled_code, is_transformed
 
 _LOSSES = ("cross_entropy", "nll_loss")
-_ENTRY = os.path.join("torch", "_dynamo", "eval_frame.py")  # by which code that Dynamo compiles is entered
 _LONGEST = 200  # characters of a node's text
 _KINDS = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
@@ -39,8 +35,7 @@ class Watcher:
         self._attempts: dict[Any, tuple[int, list[Report]]] = {}
 
     def add(self, report: Report) -> None:
-        context = CompileContext.try_get()
-        key, attempt = (context.compile_id, context.attempt) if context else (len(self._attempts), 0)
+        key, attempt = compilation() or (len(self._attempts), 0)
         known, reports = self._attempts.get(key, (attempt, []))
         self._attempts[key] = (attempt, [*reports, report] if known == attempt else [report])
 
@@ -93,7 +88,7 @@ def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
     takes_rows = any(x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in tensors)
     caller = _caller() if takes_rows or ending.kind else _Caller()
     return Facts(
-        compile_id=str(CompileContext.current_compile_id() or ""),
+        compile_id=str((compilation() or ("",))[0] or ""),
         ended=ending.reason,
         ended_at=ending.place,
         ended_by=ending.kind,
@@ -140,13 +135,13 @@ def _caller() -> _Caller:
     while frame is not None:
         code = frame.f_code
         owner: Any = frame.f_locals.get("self") if code.co_argcount else None
-        if code.co_filename.endswith(_ENTRY):
+        if enters_compiled_code(code):
             inside, outside = inside + outside, []
         elif issubclass(type(owner), torch.nn.Module):
             is_call = code.co_name in ("_wrapped_call_impl", "_call_impl")  # of the module that is compiled
             (inside if is_call and not outside else outside).append(owner)
             if not is_call:  # a decorator may run as Python does around what Dynamo wrote
-                place = "" if _is_transformed(code) else f"{code.co_filename}:{code.co_firstlineno}"
+                place = "" if is_transformed(code) else f"{code.co_filename}:{code.co_firstlineno}"
                 places[id(owner)] = place and places.get(id(owner), place)
         frame = frame.f_back
     trainers = [package for owner in inside + outside if (package := _forward_package(owner)) == "trl"]
@@ -168,12 +163,6 @@ def _is_apart(owner: torch.nn.Module, head: torch.nn.Module) -> bool:
     """Whether a module of the user's, inside of one that runs eagerly, has the head: Dynamo compiles it by itself."""
     parts = [m for m in owner.modules() if m is not owner and not type(m).__module__.startswith("torch.")]
     return any(part is head for other in parts for part in other.modules())
-
-
-def _is_transformed(code: CodeType) -> bool:
-    """Whether Dynamo wrote the code, which calls compiled graphs, or goes on in functions that do."""
-    marks = ("__compiled_fn", "__resume_at", "torch_dynamo_resume")
-    return any(name.startswith(marks) for name in (code.co_name, *code.co_names))
 
 
 def _forward_package(module: torch.nn.Module) -> str:

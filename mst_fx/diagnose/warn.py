@@ -18,7 +18,8 @@ from torch import fx
 from mst_fx.diagnose.doctor import COSTLY, eager_checkpoint, said_of
 from mst_fx.diagnose.facts import facts_of
 from mst_fx.report import Finding, Report
-from mst_fx.torch_api.inductor import Ending, on_eager_checkpoint
+from mst_fx.torch_api.checkpoints import on_eager_checkpoint
+from mst_fx.torch_api.dynamo import Ending
 
 log = logging.getLogger("mst_fx")
 

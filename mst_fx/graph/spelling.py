@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph.values import tensor_value
+from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket, same_overload, schema_of
 
 aten = torch.ops.aten
 
@@ -135,9 +136,8 @@ def operation(node: fx.Node) -> str:
 @functools.cache
 def operation_of(target: Any) -> str:
     """The same of what a ``call_function`` or ``call_method`` node calls: a function, or the name of a method."""
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-        namespace, _, name = packet._qualified_op_name.partition("::")
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        namespace, name = str(target).split(".")[:2]
         if namespace not in _OWN_NAMESPACES:
             return f"{namespace}::{name}"
     elif isinstance(target, str):
@@ -207,8 +207,8 @@ def out_of_place(target: Any) -> Any:
         return None
     if isinstance(target, str):
         return base if hasattr(torch.Tensor, base) else None
-    if isinstance(target, torch._ops.OpOverload):
-        return getattr(getattr(aten, base, None), target._overloadname, None)
+    if isinstance(target, OpOverload):
+        return same_overload(getattr(aten, base, None), target)
     return getattr(torch, base, None) or getattr(torch.nn.functional, base, None)
 
 
@@ -251,7 +251,7 @@ def signatures(node: fx.Node) -> list[tuple[str, ...]]:
     target: Any = node.target
     if node.op == "call_method":
         target = getattr(torch.Tensor, str(target), None)
-    is_known = isinstance(target, torch._ops.OpOverload) or _is_of_torch(target)
+    is_known = isinstance(target, OpOverload) or _is_of_torch(target)
     if target is None or not is_known:
         return []
     return [tuple(names) for names, every in _parameters_of(target) if _may_be_called(node, names, every)]
@@ -291,10 +291,10 @@ def _parameters_of(target: Any) -> tuple[tuple[dict[str, str], frozenset[str]], 
 
 
 def _schemas(target: Any) -> list[Any]:
-    if isinstance(target, torch._ops.OpOverload):
-        return [target._schema]
+    if isinstance(target, OpOverload):
+        return [schema_of(target)]
     packet = getattr(aten, getattr(target, "__name__", ""), None)
-    return [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
+    return [schema_of(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
 
 
 def dropout_probability(node: fx.Node) -> float | None:

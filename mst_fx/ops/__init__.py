@@ -1,5 +1,9 @@
 """RUN TIME: the custom operators that a training step runs.
 
-A step never reaches the proof: nothing here imports ``rows``, edits a graph or knows an FX type. Importing this
-package registers all of them.
+A step never reaches the proof: nothing here imports ``rows``, edits a graph or knows an FX type; what puts an operator into a graph
+is a pass. Importing this package registers all of them, and ``mst_fx/__init__`` does.
 """
+
+from mst_fx.ops import attention, buffer, chunks, dropout, embedding, loop, port, scaled
+
+__all__ = ["attention", "buffer", "chunks", "dropout", "embedding", "loop", "port", "scaled"]

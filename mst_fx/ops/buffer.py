@@ -1,65 +1,17 @@
-"""Values that Inductor must keep as buffers.
-
-Inductor computes a pointwise value again in every kernel that reads it. The sines and cosines of rotary
-embeddings are ``[1, S, D]`` and are read for each head of each layer: Llama3-8B computes them 2 x 32 x 8 times
-as often as there are, in float32, with reduction of large arguments. On an H200 at 32K tokens that is 10 ms
-of a checkpointed step of eight layers. An opaque op behind them makes them a buffer.
-"""
+"""A value that Inductor must keep as a buffer: it would compute it again in every kernel that reads it."""
 
 from __future__ import annotations
 
-import functools
-import operator
-
 import torch
-from torch import Tensor, fx
-
-from mst_fx.graph.edit import add_call
-from mst_fx.graph.modes import outside_transforms
-from mst_fx.graph.sizes import hint
-from mst_fx.graph.values import tensor_value
-from mst_fx.graph.writes import writes_in_place
-
-# A value that is read for so many times its elements is worth a buffer.
-_LEAST_READS = 8
-_WAVES = (torch.cos, torch.sin, "cos", "sin")
+from torch import Tensor
 
 
-@torch.library.custom_op("mst_fx::kept", mutates_args=())
-def kept(x: Tensor) -> Tensor:
+@torch.library.custom_op("mst_fx::buffer", mutates_args=())
+def buffer(x: Tensor) -> Tensor:
     """``x``, as a buffer of its own."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@kept.register_fake
+@buffer.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
-
-
-def keep_waves(graph: fx.Graph) -> None:
-    """Keeps the sines and cosines of a graph that are small beside what reads them, and have no gradient."""
-    for node in outside_transforms(graph):
-        fake = tensor_value(node)
-        if node.target not in _WAVES or fake is None or fake.requires_grad:
-            continue
-        if _reads(node, hint(fake.numel())) < _LEAST_READS or any(map(writes_in_place, node.users)):
-            continue
-        with graph.inserting_after(node):
-            new = add_call(graph, torch.ops.mst_fx.kept.default, node)
-        node.replace_all_uses_with(new, delete_user_cb=functools.partial(operator.is_not, new))
-
-
-def _reads(node: fx.Node, size: int) -> float:
-    """How many times its elements are read at once by what it is broadcast to."""
-    most, waiting, seen = 0.0, [node], {node}
-    while waiting:
-        for user in waiting.pop().users:
-            if user in seen or user.op == "output":
-                continue
-            seen.add(user)
-            fake = tensor_value(user)
-            elements = hint(fake.numel()) if fake is not None else size * _LEAST_READS  # a checkpointed layer
-            if elements <= size:
-                waiting.append(user)
-            most = max(most, elements / max(size, 1))
-    return most

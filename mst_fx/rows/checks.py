@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mst_fx.rows.labels import Call, Label, Row, Rule, is_same_size, tensors, wrap
+from mst_fx.torch_api.ops import same_overload
 
 aten = torch.ops.aten
 
@@ -20,7 +21,7 @@ def is_pointwise(func: Any) -> bool:
         return True
     name = func.overloadpacket.__name__
     packet = getattr(aten, name[:-1], None) if func.namespace == "aten" and name.endswith("_") else None
-    other = getattr(packet, func._overloadname, None)
+    other = same_overload(packet, func)
     return other is not None and torch.Tag.pointwise in other.tags
 
 

@@ -20,6 +20,7 @@ from mst_fx.graph.spelling import (
 )
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.rows.analysis import RowAnalysis
+from mst_fx.torch_api.ops import HigherOrderOperator
 
 # Of two operands, all of which may hold rows.
 ROW_PRODUCTS = MATRIX_PRODUCTS | ATTENTION
@@ -103,4 +104,4 @@ def _is_number(part: Any) -> bool:
 
 def is_attention(node: fx.Node) -> bool:
     """Higher-order operators (flex attention, scans) and operators of libraries on several values of rows."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator) or is_of_library(node)
+    return isinstance(node.target, HigherOrderOperator) or is_of_library(node)
