@@ -226,32 +226,45 @@ def call_apart(
         module = os.path.abspath(sys.modules["__main__"].__file__ or "")
     request = {"module": module, "function": function.__qualname__, "args": args, "kwargs": kwargs}
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, str(Path(__file__).resolve()), json.dumps(request), str(result)]
+        result, log = Path(folder) / "result.json", Path(folder) / "log.txt"
         path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
-        log = Path(folder) / "log.txt"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command,
-                env={**os.environ, "PYTHONPATH": path, **(env or {})},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that compilers it has started can be stopped with it
-            )
-            try:
-                status = process.wait(timeout)
-            except subprocess.TimeoutExpired as error:
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-                message = f"{function.__qualname__} took more than {timeout:.0f} s"
-                raise RuntimeError(f"{tail}\n{message}") from error
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        try:
+            status = start(request, result, log, {**os.environ, "PYTHONPATH": path, **(env or {})}, timeout)
+        except subprocess.TimeoutExpired as error:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+            message = f"{function.__qualname__} took more than {timeout:.0f} s"
+            raise RuntimeError(f"{tail}\n{message}") from error
         if status or not result.exists():
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
             raise RuntimeError(f"{function.__qualname__} failed with status {status}:\n{tail}")
         return json.loads(result.read_text())
+
+
+def _start(
+    request: dict[str, Any], result: Path, log: Path, environment: dict[str, str], timeout: float
+) -> int:
+    """A new process calls :func:`answer`; its exit status.
+
+    Raises:
+        subprocess.TimeoutExpired: and the process, with all that it started, was ended.
+    """
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), json.dumps(request), str(result)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that compilers it has started can be stopped with it
+        )
+        try:
+            return process.wait(timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+start = _start  # the tests have processes whose imports are done
 
 
 def describe_blocks(sizes: Sequence[int], least: int = 1 << 20) -> str:
@@ -274,19 +287,22 @@ def _load(name: str) -> Any:
     return module
 
 
-def _child() -> None:
+def answer(request: dict[str, Any], result: Path) -> None:
     """The other end of :func:`call_apart`."""
+    os.environ.pop("LD_PRELOAD", None)  # compilers that are started from here need no meter
+    function = _load(request["module"])
+    for part in request["function"].split("."):
+        function = getattr(function, part)
+    found = function(*request["args"], **request["kwargs"])
+    result.write_text(json.dumps(found))
+
+
+def _child() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("request")
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
-    os.environ.pop("LD_PRELOAD", None)  # compilers that are started from here need no meter
-    request = json.loads(arguments.request)
-    function = _load(request["module"])
-    for part in request["function"].split("."):
-        function = getattr(function, part)
-    result = function(*request["args"], **request["kwargs"])
-    arguments.result.write_text(json.dumps(result))
+    answer(json.loads(arguments.request), arguments.result)
 
 
 if __name__ == "__main__":
