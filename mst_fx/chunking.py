@@ -20,6 +20,7 @@ from mst_fx.graph.changing import Bounds, changes
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.names import common_path, module_path, target_name
 from mst_fx.graph.sizes import expression, hint, is_known
+from mst_fx.graph.spelling import ATTENTION_KERNELS, PRODUCTS, is_of_library, is_of_mst, operation
 from mst_fx.graph.subgraphs import is_function
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of
 from mst_fx.options import Options
@@ -27,16 +28,10 @@ from mst_fx.passes.canonical import CLONE_OF
 from mst_fx.report import Fit, Refused, Report, Rewrite
 from mst_fx.rows.analysis import RowAnalysis, State
 from mst_fx.rows.counts import products_of_unknown_rows, row_counts
-from mst_fx.rows.places import (
-    Place,
-    convolution_rows,
-    is_matmul_name,
-    place_of,
-    products_of_experts,
-    unproved_products,
-)
+from mst_fx.rows.experts import products_of_experts
+from mst_fx.rows.refusals import Place, place_of, unproved_products
 from mst_fx.rows.region import Region, RegionFinder, seeds
-from mst_fx.torch_api.ops import OpOverload
+from mst_fx.rows.weights import convolution_rows
 
 log = logging.getLogger("mst_fx")
 
@@ -186,10 +181,9 @@ def chunk_regions(
     """
     fitting = _fitting(context, analysis, plans)
     replaced = set()
-    renamed: dict[fx.Node, fx.Node] = {}
     deferred = deferred or [False] * len(regions)
     for region, plan, defers, fits in zip(regions, plans, deferred, fitting, strict=True):
-        region = _with_inputs_renamed(analysis, region, renamed)
+        region = _current(analysis, region)
         if fits:
             context.report.fits.append(Fit(kind, region.name, plan.rows, plan.chunk_rows))
             continue
@@ -199,7 +193,7 @@ def chunk_regions(
                 body, needs, gradient_of = _prepared(context, analysis, region)
             if body is None:
                 continue
-            renamed |= _chunk(context, analysis, region, kind, plan, defers, body, needs, gradient_of)
+            _chunk(context, analysis, region, kind, plan, defers, body, needs, gradient_of)
         except Refusal as refusal:
             context.refuse(kind, region.name, str(refusal), refusal.cause)
             continue
@@ -235,7 +229,7 @@ def _chunk(
     body: Body,
     needs: list[bool],
     gradient_of: int | None,
-) -> dict[fx.Node, fx.Node]:
+) -> None:
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
@@ -248,7 +242,7 @@ def _chunk(
     new = replace_region(analysis, region, body, plan, gradient_of, needs)
     after = tuple(n.format_node() or n.name for n in context.gm.graph.nodes if n not in known)
     for old, node in new.items():
-        analysis.states[node] = dataclasses.replace(analysis.states[old], rowwise=False, reason="is a loop's")
+        analysis.replaced(old, node)
     inside = body.inside_bytes_a_row
     gradient = "none" if not any(needs) else "recompute" if gradient_of is None else "forward"
     context.report.rewrites.append(
@@ -270,18 +264,11 @@ def _chunk(
     )
     if body.key not in context.report.bodies:
         context.report.bodies[body.key] = body_text(body)
-    return new
 
 
-def _with_inputs_renamed(analysis: RowAnalysis, region: Region, renamed: dict[fx.Node, fx.Node]) -> Region:
+def _current(analysis: RowAnalysis, region: Region) -> Region:
     """The region with inputs that an earlier rewrite replaced exchanged for their replacements."""
-    if not renamed:
-        return region
-    for node in region.nodes:
-        state = analysis.states[node]
-        roles = {renamed.get(operand, operand): role for operand, role in state.roles.items()}
-        analysis.states[node] = dataclasses.replace(state, roles=roles)
-    inputs = tuple(dataclasses.replace(i, node=renamed.get(i.node, i.node)) for i in region.inputs)
+    inputs = tuple(dataclasses.replace(i, node=analysis.current(i.node)) for i in region.inputs)
     return dataclasses.replace(region, inputs=inputs)
 
 
@@ -334,7 +321,7 @@ def refuse_transformed(context: PassContext) -> None:
     for node in (node for node in graph.nodes if node not in outside):
         out, name = tensor_value(node), module_path(node) or node.name
         source = tensor_value(node.all_input_nodes[0]) if node.all_input_nodes else None
-        if not is_matmul_name(node) or out is None or source is None or not out.ndim or name in names:
+        if operation(node) not in PRODUCTS or out is None or source is None or not out.ndim or name in names:
             continue
         if source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
             names.add(name)
@@ -353,7 +340,7 @@ def _narrows_again(product: fx.Node) -> bool:
             fake = tensor_value(user)
             if user in seen or user.op == "output":
                 continue
-            if is_matmul_name(user) or "attention" in target_name(user):
+            if operation(user) in PRODUCTS | ATTENTION_KERNELS:
                 return True
             seen.add(user)
             # Of something narrow, such as a row's loss, whatever comes after is another's affair.
@@ -365,7 +352,7 @@ def _narrows_again(product: fx.Node) -> bool:
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes operators of other libraries that widen rows, such as linears with quantised weights."""
     for node, state in analysis.states.items():
-        if not isinstance(node.target, OpOverload) or node.target.namespace in ("aten", "prims", "mst_fx"):
+        if not is_of_library(node) or is_of_mst(node):
             continue
         fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
         out = tensor_value(node)
@@ -418,7 +405,7 @@ def refuse_sharded(context: PassContext, kind: str) -> None:
 
 def _unplain_product(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The rows and the matrix of a product that widens rows by a matrix that is no plain tensor."""
-    if not is_matmul_name(node):
+    if operation(node) not in PRODUCTS:
         return None
     matrices = [n for n in node.all_input_nodes if (x := tensor_value(n)) is not None and x.ndim >= 2]
     out = tensor_value(node)
@@ -440,9 +427,9 @@ def _next_products(node: fx.Node) -> list[fx.Node] | None:
             if user in seen:
                 continue
             seen.add(user)
-            is_product = is_matmul_name(user)
+            is_product = operation(user) in PRODUCTS
             scores = is_product and all(len(x.shape) > 2 for n in user.all_input_nodes for x in tensors_of(n))
-            if scores or any(part in target_name(user) for part in ("attention", "flex")):
+            if scores or operation(user) in ATTENTION_KERNELS:
                 return None
             if is_product:
                 found.append(user)

@@ -34,93 +34,43 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph.edit import add_call
+from mst_fx.graph.edit import add_call, copy_provenance
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.modes import Context, contexts, in_context
+from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.spelling import (
+    CASTS,
+    CHECKPOINTS,
+    EXPANDS,
+    FULLS,
+    NUMBERS_EVERYWHERE,
+    RESHAPES,
+    SPLITS,
+    TRANSPOSES,
+    argument,
+    is_in_place_operator,
+    operation,
+    out_of_place,
+)
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.passes.picks import are_places
 from mst_fx.torch_api.modes import enable_python_dispatcher
-from mst_fx.torch_api.ops import HigherOrderOperator, OpOverload, same_overload
+from mst_fx.torch_api.ops import HigherOrderOperator
 
 log = logging.getLogger("mst_fx")
 
-# Forms ``op_`` that do what ``op`` does and write the result, in the type of the tensor, into it.
-_TWIN_NAMES = (
-    "abs absolute add addbmm addcdiv addcmul addmm addmv addr atan2 baddbmm bitwise_and "
-    "bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp clamp_max "
-    "clamp_min clip copysign cos cosh cumprod cumsum deg2rad div divide elu eq erf erfc exp exp2 expm1 "
-    "fix floor floor_divide fmod frac ge greater greater_equal gt hardtanh hypot index_add index_copy "
-    "index_fill index_put le leaky_relu lerp less less_equal log log10 log1p log2 logical_and logical_not "
-    "logical_or logical_xor logit lt masked_fill masked_scatter mul multiply nan_to_num ne neg negative "
-    "not_equal pow put reciprocal relu relu6 remainder renorm round rsqrt scatter scatter_add "
-    "scatter_reduce selu sigmoid sign sin sinc sinh sqrt square sub subtract tan tanh threshold tril triu "
-    "true_divide trunc xlogy "
-)
-_TWINS = frozenset(_TWIN_NAMES.split())
-_OPERATORS: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
-    operator.ipow: operator.pow,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-}
 _ACTIVATIONS = (
     *(F.relu, F.silu, F.elu, F.leaky_relu, F.hardtanh, F.relu6, F.mish, F.selu, F.celu, F.threshold),
     *(F.hardsigmoid, F.hardswish),
 )
 
 # Views whose elements come in the order of those of their source.
-_RESHAPES = frozenset(
-    (
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "view_as",
-        "reshape_as",
-        "contiguous",
-        "alias",
-        "ravel",
-        "to",
-        "type",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "long",
-        "int",
-        "bool",
-        "_to_copy",
-        "_unsafe_view",
-    )
-)
-_SWAPS = frozenset(("transpose", "swapaxes", "swapdims", "t"))
-_DETACHES = frozenset(("detach",))
+_IN_ORDER = RESHAPES | CASTS | {"squeeze", "unsqueeze", "contiguous", "alias"}
 # Views that are made anew after a write, but through which nothing is written.
-_OTHERS = frozenset(
-    (
-        "expand",
-        "expand_as",
-        "chunk",
-        "split",
-        "tensor_split",
-        "unbind",
-        "split_with_sizes",
-        "movedim",
-        "moveaxis",
-        "mT",
-        "diagonal",
-    )
-)
+_READ_ONLY = EXPANDS | SPLITS | {"movedim", "mT", "diagonal"}
+_VIEWS = _IN_ORDER | TRANSPOSES | _READ_ONLY | {"detach", "permute", "narrow", "select", "slice"}
 _FULL = slice(None, None, None)
 
 
@@ -159,14 +109,6 @@ def _storage(fake: torch.Tensor) -> int:
     key = storage_key(fake)
     assert key is not None  # asked of plain tensors only
     return key
-
-
-def _name(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    if isinstance(node.target, OpOverload):
-        return node.target.overloadpacket.__name__
-    return str(getattr(node.target, "__name__", ""))
 
 
 class _Rewrite:
@@ -236,7 +178,7 @@ class _Rewrite:
         if maker.op not in ("call_function", "call_method") or first is not self.views[0]:
             raise Refusal(f"{first.name} is written to, and not made here", Cause.WRITTEN)
         is_graph = isinstance(maker.target, HigherOrderOperator)
-        if is_graph and "checkpoint" not in _name(maker):
+        if is_graph and operation(maker) not in CHECKPOINTS:
             raise Refusal(f"{first.name} comes from a sub-graph", Cause.WRITTEN)
         return first
 
@@ -248,9 +190,8 @@ class _Rewrite:
         others = view.all_input_nodes[1:]
         if not isinstance(parent, fx.Node) or not self._is_view(parent):
             raise Refusal(f"{view.name} is no view of {self.views[0].name}", Cause.WRITTEN)
-        known = _RESHAPES | _SWAPS | _DETACHES | _OTHERS | {"permute", "narrow", "select", "slice"}
         known_index = view.target is operator.getitem
-        if not known_index and not writes_in_place(view) and _name(view) not in known:
+        if not known_index and not writes_in_place(view) and operation(view) not in _VIEWS:
             raise Refusal(f"{view.name} is a view of a kind not known here", Cause.WRITTEN)
         if not writes_in_place(view) and any(self._has(other) for other in others):
             raise Refusal(f"{view.name} is a view of two tensors", Cause.WRITTEN)
@@ -264,7 +205,9 @@ class _Rewrite:
         if isinstance(reader.target, HigherOrderOperator) or reader.op == "call_module":
             raise Refusal(f"{reader.name} calls a sub-graph", Cause.OPAQUE)
         if writes_in_place(reader) and _twin(reader) is None:
-            raise Refusal(f"{reader.name} ({_name(reader)}) writes in a way not known here", Cause.WRITTEN)
+            raise Refusal(
+                f"{reader.name} ({target_name(reader)}) writes in a way not known here", Cause.WRITTEN
+            )
 
     def _check_gradients(self) -> None:
         writers = [user for view in self.views for user in view.users if writes_in_place(user)]
@@ -279,7 +222,7 @@ class _Rewrite:
         for writer in writers:
             view = writer.args[0]
             while view in self.parents:
-                if _name(view) in _DETACHES:  # type: ignore[arg-type]
+                if operation(view) == "detach":  # type: ignore[arg-type]
                     raise Refusal(f"{writer.name} writes behind autograd's back", Cause.WRITTEN)
                 view = self.parents[view]  # type: ignore[index]
 
@@ -353,9 +296,7 @@ class _Adder:
             if self._mode is not None:
                 stack.enter_context(self._mode)
             found = add_call(self._graph, target, *args, **kwargs)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in self._node.meta:
-                found.meta[key] = self._node.meta[key]
+        copy_provenance(self._node, found)
         self._new.append(found)
         return found
 
@@ -394,30 +335,16 @@ _Twin = Callable[..., fx.Node]
 
 def _twin(node: fx.Node) -> _Twin | None:
     """The out-of-place form of a write; None if none is known."""
-    name = _name(node)
     if node.kwargs.get("out") is not None:
         return None
-    in_place = (
-        getattr(operator, name.strip("_"), None) if name.startswith("__") else node.target
-    )  # x.__iadd__(y)
-    if in_place is operator.setitem:
+    if is_in_place_operator(node.target) and operation(node) == "setitem":
         return _set_item
-    if in_place in _OPERATORS:
-        return _same_call(_OPERATORS[in_place])
     if node.target in _ACTIVATIONS:
         return functools.partial(_activation, node.target)
-    specials: dict[str, _Twin] = {"copy_": _copy, "fill_": _fill, "zero_": _zero}
-    special = specials.get(name)
-    if special is not None or name.removesuffix("_") not in _TWINS or not name.endswith("_"):
-        return special
-    base = name.removesuffix("_")
-    if isinstance(node.target, str):
-        return _same_call(base) if hasattr(torch.Tensor, base) else None
-    if isinstance(node.target, OpOverload):
-        packet = getattr(torch.ops.aten, base, None) if node.target.namespace == "aten" else None
-        found = same_overload(packet, node.target)
-    else:
-        found = getattr(torch, base, None) or getattr(F, base, None)
+    specials: dict[str, _Twin] = {"copy": _copy, "fill": _fill, "zero": _zero}
+    if operation(node) in specials:
+        return specials[operation(node)]
+    found = out_of_place(node.target)
     return _same_call(found) if found is not None else None
 
 
@@ -601,14 +528,9 @@ def _put_slice(
 
 def _filled_with(node: fx.Node) -> float | None:
     """The number that a new tensor holds everywhere, or may hold; None if nobody knows."""
-    name = _name(node)
-    if name.startswith(("new_", "_")) or node.op == "call_function":
-        name = name.removeprefix("new_")
-    name = name.removesuffix("_like")
-    if name in ("zeros", "ones", "empty"):
-        return float(name == "ones")
-    number = node.kwargs.get("fill_value", node.args[-1] if len(node.args) > 1 else None)
-    return number if name == "full" and isinstance(number, (int, float)) else None
+    name = operation(node)
+    number = argument(node, "fill_value") if name in FULLS else NUMBERS_EVERYWHERE.get(name)
+    return number if isinstance(number, (int, float)) else None
 
 
 def _step(add: _Adder, source: fx.Node, dim: int, part: Any) -> fx.Node:
@@ -627,7 +549,7 @@ def _inverse(add: _Adder, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.No
     Raises:
         Refusal: for views that are read only here.
     """
-    name, args, fake = _name(view), view.args[1:], _fake(parent)
+    name, args, fake = operation(view), view.args[1:], _fake(parent)
     if writes_in_place(view):
         return new
     if view.target is operator.getitem:
@@ -635,11 +557,11 @@ def _inverse(add: _Adder, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.No
         if any(isinstance(part, (bool, list)) for part in parts):
             raise Refusal("an index of a kind not known here", Cause.WRITTEN)
         return _scattered(add, parent, _expanded(parts, fake.ndim), new)
-    if name in _RESHAPES and hint(_fake(view).numel()) == hint(fake.numel()):
+    if name in _IN_ORDER and hint(_fake(view).numel()) == hint(fake.numel()):
         return add("reshape_as", new, parent)
     if view.kwargs:
         raise Refusal(f"{view.name} is a view through which nothing is written here", Cause.WRITTEN)
-    if name in _SWAPS:
+    if name in TRANSPOSES:
         return add(name, new, *args)
     if name == "permute":
         order: Any = args[0] if isinstance(args[0], (tuple, list)) else args

@@ -36,7 +36,8 @@ from mst_fx.chunking import (
 )
 from mst_fx.passes.dropouts import SeededDropouts
 from mst_fx.passes.functional import make_functional
-from mst_fx.rows.places import expert_products, unproved_products
+from mst_fx.rows.experts import expert_products
+from mst_fx.rows.refusals import unproved_products
 from mst_fx.rows.region import seeds
 
 

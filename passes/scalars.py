@@ -21,43 +21,19 @@ of the result would be another one. A loop that needs such a number takes its va
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.numbers import MARK, number_as_tensor
 from mst_fx.graph.sizes import SIXTEEN_BITS
+from mst_fx.graph.spelling import ARITHMETIC, COMPARISONS, is_of_mst, operation
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of, value
-from mst_fx.torch_api.ops import OpOverload
 from mst_fx.torch_api.symbols import expression, hint_of
-
-aten = torch.ops.aten
-
-
-def _spellings(*names: str) -> set[Any]:
-    """An operation's functions and methods; those that write to their first operand, too."""
-    found: set[Any] = set()
-    for name in names:
-        found |= {name, f"{name}_"}
-        for where, prefix in ((operator, ""), (operator, "i"), (torch, ""), (Tensor, ""), (Tensor, "__")):
-            function = getattr(where, f"{prefix}{name}" + ("__" if prefix == "__" else ""), None)
-            found |= {function} if callable(function) else set()
-    return found
-
-
-_ARITHMETIC = _spellings(
-    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "truediv", "rsub"
-) | {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
-_POWERS = _spellings("pow")
-_CHOICES = _spellings("where", "masked_fill")
-_COMPARISONS = _spellings(
-    "gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal"
-)
 
 
 def numbers_to_tensors(graph: fx.Graph) -> None:
@@ -103,17 +79,13 @@ def tensors_to_numbers(graph: fx.Graph) -> None:
             continue
         number = node.args[0].args[1] if node.target == "to" else node.args[1]
         for user in list(node.users):
-            if user.op != "output" and MARK not in user.meta and not _is_ours(user):
+            if user.op != "output" and MARK not in user.meta and not is_of_mst(user):
                 user.replace_input_with(node, number)
 
 
 def _is_changing(found: Any) -> bool:
     is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and hint_of(found) is not None
     return is_symbolic and not expression(found).is_number
-
-
-def _is_ours(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target.namespace == "mst_fx"
 
 
 def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | None:
@@ -124,20 +96,20 @@ def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | Non
     if any(found in numbers for key, found in node.kwargs.items() if key != "other"):
         return None
     rows = [fake for operand in node.all_input_nodes for fake in tensors_of(operand) if fake.ndim]
-    if node.target in _COMPARISONS:
+    if operation(node) in COMPARISONS:
         return torch.float64 if any(fake.is_floating_point() for fake in rows) else None
     if not out.is_floating_point():
         return None
     decides = any(
         fake.dtype == out.dtype for fake in rows
     )  # the type of the result, whatever has no dimensions
-    if node.target in _POWERS:
+    if operation(node) == "pow":
         # As a tensor, an exponent is rounded to 16 bits.
         is_float = all(isinstance(value(number), torch.SymFloat) for number in numbers)
         return torch.float64 if decides and is_float and out.dtype not in SIXTEEN_BITS else None
-    if node.target in _CHOICES:
+    if operation(node) in ("where", "masked_fill"):
         return torch.float64 if decides else None
-    if node.target not in _ARITHMETIC:
+    if operation(node) not in ARITHMETIC:
         return None
     if decides:
         return torch.float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import types
 from typing import Any
 
 import pytest
@@ -26,6 +27,12 @@ def _node(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     return graph.create_node(op, target, tuple(operands), kwargs)
 
 
+def _tensor() -> fx.Node:
+    node = _node(torch.relu, ...)
+    node.meta["val"] = torch.ones(2)
+    return node
+
+
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
@@ -43,7 +50,12 @@ def _node(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         ("getitem", [operator.getitem, "__getitem__"]),
         ("transpose", ["transpose", "swapaxes", torch.swapdims, aten.transpose.int]),
         ("to", ["to", aten._to_copy.default]),
-        ("", [softmax]),
+        ("", [softmax, int, operator.concat, types.SimpleNamespace, "".title]),
+        ("pow", [torch.pow, "__pow__", "__ipow__", operator.ipow]),
+        ("rpow", ["__rpow__"]),
+        ("rmatmul", ["__rmatmul__"]),  # its factors stand the other way round
+        ("batch_norm", [F.batch_norm, torch.batch_norm, aten.batch_norm.default]),
+        ("mst_fx::loop", [torch.ops.mst_fx.loop.default, torch.ops.mst_fx.loop]),
     ],
 )  # fmt: skip
 def test_one_name(name: str, targets: list[Any]) -> None:
@@ -92,3 +104,48 @@ def test_factors_of_products() -> None:
     assert spelling.product_operands(_node(torch.addmm, bias, rows, bias)) == (rows, bias)
     assert spelling.product_operands(_node("matmul", rows, bias)) == (rows, bias)
     assert spelling.product_operands(_node("mul", rows, bias)) is None
+
+
+@pytest.mark.parametrize(
+    ("node", "dim"),
+    [
+        (_node("std", ..., True), None),  # unbiased
+        (_node("std", ..., 1), 1),
+        (_node("std", ..., axis=1), 1),
+        (_node("sum", ..., -1, True), -1),
+        (_node("sum", ..., dtype=torch.float32), None),
+        (_node(torch.max, ..., _tensor()), None),
+        (_node(torch.max, ..., 1), 1),
+        (_node(torch.split, ..., 2, 1), 1),
+        (_node(operator.getitem, ..., 1), None),
+    ],
+)
+def test_arguments_of_overloads(node: fx.Node, dim: int | None) -> None:
+    assert spelling.argument(node, "dim") == dim
+
+
+@pytest.mark.parametrize(
+    ("target", "twin"),
+    [
+        (operator.iadd, operator.add),
+        (operator.iand, operator.and_),
+        ("__imul__", operator.mul),
+        ("__ior__", operator.or_),
+        ("mul_", "mul"),
+        ("absolute_", "absolute"),
+        (torch.relu_, torch.relu),
+        (aten.add_.Tensor, aten.add.Tensor),
+        (operator.add, None),
+        (operator.index, None),
+        ("__add__", None),
+        ("mul", None),
+        ("uniform_", None),  # draws
+        ("copy_", None),
+        (torch.mul, None),
+        (operator.setitem, None),
+        ("__idiv__", None),
+        (operator.ilshift, operator.lshift),
+    ],
+)
+def test_out_of_place(target: Any, twin: Any) -> None:
+    assert spelling.out_of_place(target) == twin

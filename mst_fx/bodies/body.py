@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from mst_fx.bodies.decompositions import add_up_labels, body_decompositions
-from mst_fx.bodies.gradient import VIEWS, GradientPlan, as_leaves, gradients, split_into_terms
+from mst_fx.bodies.gradient import GradientPlan, as_leaves, gradients, split_into_terms
 from mst_fx.graph.formula import named_in
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
@@ -146,7 +146,7 @@ class Body:
         outputs = set(self.forward.graph.output_node().all_input_nodes)
         total = 0
         for node in self.forward.graph.nodes:
-            if node.op != "call_function" or node in outputs or node.target in _ALIASES:
+            if node.op != "call_function" or node in outputs or _is_alias(node.target):
                 continue
             for tensor in tensors_of(node):
                 sizes = [size for size in tensor.shape if isinstance(size, int)]
@@ -302,22 +302,12 @@ class Body:
         return self._compile(gm, GradientPlan(kept, terms), *inputs)
 
 
-_ALIASES = {
-    *VIEWS,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.detach.default,
-    aten.alias.default,
-    torch.ops.mst_fx.with_gradient.default,
-    operator.getitem,
-}
+def _is_alias(target: Any) -> bool:
+    """Whether an operator makes no memory of its own."""
+    return target in _ALIASES or getattr(target, "is_view", False)
+
+
+_ALIASES = (aten._unsafe_view.default, torch.ops.mst_fx.with_gradient.default, operator.getitem)
 
 
 # Graphs name their bodies by key. What runs a graph keeps them alive: the compiled function and the autograd graphs

@@ -14,7 +14,7 @@ from mst_fx.bodies.body import Body
 from mst_fx.bodies.trace import without_gradients
 from mst_fx.chunk_rows import Plan
 from mst_fx.errors import Cause, Refusal
-from mst_fx.graph.edit import add_call
+from mst_fx.graph.edit import add_call, copy_provenance
 from mst_fx.graph.sizes import expression
 from mst_fx.graph.values import VALUE, tensor_value
 from mst_fx.graph.writes import writes_in_place
@@ -75,9 +75,7 @@ def replace_region(
         Refusal: before anything is changed, if the loop has no place in the graph's order.
     """
     graph = analysis.graph
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    last = region.nodes[-1]
-    late = _users_before(analysis, region, order, order[last])
+    late = _users_before(analysis, region)
     outs = (*region.row_outputs, *region.sums)
     row_inputs = [i.node for i in region.inputs if i.role == "row"]
     lead = [_with_leading_sizes(row_inputs, node, analysis.rows) for node in outs]
@@ -87,35 +85,45 @@ def replace_region(
         if like < 0 and node in region.row_outputs
     }
 
-    anchor, stopped = last, without_gradients(analysis, region)
+    anchor, stopped = region.nodes[-1], without_gradients(analysis, region)
     with graph.inserting_after(anchor):
         cursor = graph.call_function(int, (0,))  # marks the place; erased below
     with graph.inserting_before(cursor):
         loop = _add_loop(analysis, region, body, plan, gradient_of, needs, lead)
+        is_single = gradient_of is None and len(outs) == 1
         new = {}
         for index, node in enumerate(outs):
-            is_single = gradient_of is None and len(outs) == 1
-            current = loop if is_single else add_call(graph, operator.getitem, loop, index)
-            if node in shapes:
-                current = _unflattened(graph, current, shapes[node])
-            if node in stopped and (fake := tensor_value(current)) is not None and fake.requires_grad:
-                current = add_call(graph, "detach", current)
-            current.meta = {**node.meta, **current.meta}
-            new[node] = current
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in region.seed.meta:
-            loop.meta[key] = region.seed.meta[key]
-    for node in sorted(late, key=order.__getitem__):
+            found = loop if is_single else add_call(graph, operator.getitem, loop, index)
+            new[node] = _as_before(node, found, shapes.get(node, []), node in stopped)
+    copy_provenance(region.seed, loop)
+    for node in late:
         cursor.prepend(node)
     _set_modes(analysis, region, anchor, cursor)
     graph.erase_node(cursor)
+    _exchange(region, new)
+    return new
+
+
+def _as_before(node: fx.Node, current: fx.Node, sizes: list[Any], is_stopped: bool) -> fx.Node:
+    """What a loop gives for an output of its region, with that output's leading sizes and without its gradient."""
+    graph = node.graph
+    if len(sizes) > 1:
+        known = [s if isinstance(s, int) else add_call(graph, "size", s[0], s[1]) for s in sizes]
+        current = add_call(graph, torch.unflatten, current, 0, known)
+    if is_stopped and (fake := tensor_value(current)) is not None and fake.requires_grad:
+        current = add_call(graph, "detach", current)
+    current.meta = {**node.meta, **current.meta}
+    return current
+
+
+def _exchange(region: Region, new: dict[fx.Node, fx.Node]) -> None:
+    """Lets the readers outside of a region read what replaces its outputs, and erases what nobody reads then."""
     inside = set(region.nodes)
     for old, node in new.items():
         old.replace_all_uses_with(node, delete_user_cb=lambda user: user not in inside)
     for node in reversed(region.nodes):
         if not node.users:
-            graph.erase_node(node)
-    return new
+            node.graph.erase_node(node)
 
 
 def _add_loop(
@@ -151,16 +159,17 @@ def _add_loop(
     return add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
 
 
-def _users_before(
-    analysis: RowAnalysis, region: Region, order: dict[fx.Node, int], last: int
-) -> set[fx.Node]:
-    """Nodes that use the region's results and stand before its last node: they must move."""
+def _users_before(analysis: RowAnalysis, region: Region) -> list[fx.Node]:
+    """Nodes that use the region's results and stand before its last node, in order: they must move."""
     inside = set(region.nodes)
-    late: set[fx.Node] = set()
-    for node in list(analysis.graph.nodes):
-        depends = any(operand in inside or operand in late for operand in node.all_input_nodes)
-        if depends and order[node] < last and node not in inside:
-            late.add(node)
+    late: dict[fx.Node, None] = {}
+    for node in analysis.graph.nodes:
+        if node is region.nodes[-1]:
+            break
+        if node not in inside and any(
+            operand in inside or operand in late for operand in node.all_input_nodes
+        ):
+            late[node] = None
     autocast = analysis.contexts[region.nodes[-1]].autocast
     for node in late:
         context = analysis.contexts.get(node)
@@ -170,7 +179,7 @@ def _users_before(
             raise Refusal(
                 f"{node.name} stands between the region's nodes and cannot be moved", Cause.AUTOCAST
             )
-    return late
+    return list(late)
 
 
 def _set_modes(analysis: RowAnalysis, region: Region, anchor: fx.Node, cursor: fx.Node) -> None:
@@ -178,19 +187,18 @@ def _set_modes(analysis: RowAnalysis, region: Region, anchor: fx.Node, cursor: f
 
     The place behind a region's last node may lie under ``no_grad``, where a loop would have no gradient.
     """
-    graph, contexts = analysis.graph, analysis.contexts
-    place = contexts[anchor]
-    of_loop = dataclasses.replace(place, grad=any(contexts[node].grad for node in region.nodes))
+    graph, place = analysis.graph, analysis.contexts[anchor]
+    of_loop = dataclasses.replace(place, grad=any(analysis.contexts[node].grad for node in region.nodes))
     current, node = place.grad, anchor.next
     while node is not cursor:
-        wanted = contexts.setdefault(node, of_loop).grad
+        wanted = analysis.added(node, of_loop).grad
         if wanted != current:
             with graph.inserting_before(node):
-                contexts[_grad_mode(graph, wanted)] = dataclasses.replace(place, grad=wanted)
+                analysis.added(_grad_mode(graph, wanted), dataclasses.replace(place, grad=wanted))
         current, node = wanted, node.next
     if current != place.grad:
         with graph.inserting_before(cursor):
-            contexts[_grad_mode(graph, place.grad)] = place
+            analysis.added(_grad_mode(graph, place.grad), place)
 
 
 def _grad_mode(graph: fx.Graph, enabled: bool) -> fx.Node:
@@ -233,10 +241,3 @@ def _input_with_size(region: Region, rank: int, dim: int, size: torch.SymInt) ->
             if isinstance(other, torch.SymInt) and expression(other) == expression(size):
                 return operand.node, dim
     raise Refusal(f"no input of the region has the dynamic size {size}")
-
-
-def _unflattened(graph: fx.Graph, node: fx.Node, sizes: list[Any]) -> fx.Node:
-    if len(sizes) == 1:
-        return node
-    known = [s if isinstance(s, int) else add_call(graph, "size", s[0], s[1]) for s in sizes]
-    return add_call(graph, torch.unflatten, node, 0, known)

@@ -20,10 +20,9 @@ import torch
 from torch import fx
 
 from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.spelling import PICKS, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.torch_api.symbols import bounds, guards_are_kept, promised_ranges
-
-_GATHERS = (torch.gather, torch.take_along_dim, "gather", "take_along_dim")
 
 
 def changes(size: Any) -> bool:
@@ -38,7 +37,7 @@ def unite_gathered_rows(graph: fx.Graph) -> None:
     of two inputs do. A batch with fewer labels than rows compiles anew.
     """
     for node in graph.nodes:
-        if node.target not in _GATHERS or len(node.args) < 3:
+        if operation(node) not in PICKS or len(node.args) < 3:
             continue
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         shapes = [fake.shape for arg in operands if (fake := tensor_value(arg)) is not None]

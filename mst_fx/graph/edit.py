@@ -42,6 +42,25 @@ def drop_unused_subgraphs(gm: fx.GraphModule) -> None:
             delattr(gm, name)
 
 
+PROVENANCE = (
+    "nn_module_stack",
+    "stack_trace",
+    "source_fn_stack",
+)  # meta keys: the line of the model behind a node
+
+
+def copy_provenance(old: fx.Node, new: fx.Node) -> None:
+    """Lets ``new`` say that it comes from the line of the model that ``old`` comes from."""
+    new.meta |= {key: old.meta[key] for key in PROVENANCE if key in old.meta}
+
+
+def replace_with(old: fx.Node, new: fx.Node) -> None:
+    """Puts ``new`` in the place of ``old``, which is erased: its readers and its provenance."""
+    copy_provenance(old, new)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
 def add_call(graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
     """Adds a ``call_function`` (or, for a string, ``call_method``) node with its fake value.
 

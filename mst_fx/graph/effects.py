@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph.names import target_name
+from mst_fx.graph.spelling import LOOKS, STATISTICS_KEEPERS, is_of_library, is_of_mst, operation
 from mst_fx.graph.subgraphs import called_graphs
 from mst_fx.graph.values import tensors_of, value
 from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket
@@ -22,16 +23,8 @@ _LEAVES = ("_decrement_nesting", "_exit_dual_level")
 # Modes that end with the graph they are in.
 _MODES = ("_set_grad_enabled", "_autocast", "_inference_mode", "lazy_load_decompositions")
 
-# Give no tensor, and only look at their operands.
-_LOOKS = (
-    "size", "numel", "nelement", "dim", "ndimension", "stride", "storage_offset", "element_size", "get_device",
-    "is_contiguous", "is_floating_point", "is_complex",
-)  # fmt: skip
 _LOOKING_MODULES = ("_operator", "builtins", "math")
 _SYMBOLIC = (torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_ite)
-
-_KEEP_STATISTICS = ("batch_norm", "instance_norm")  # write to running_mean and running_var
-_PURE_NAMESPACES = ("aten", "prims", "mst_fx")  # but for what torch itself knows as impure
 
 
 def level_change(node: fx.Node) -> int:
@@ -58,15 +51,13 @@ def has_effects(node: fx.Node) -> bool:
     """
     if node.op in ("placeholder", "get_attr", "output") or node.is_impure():
         return node.op != "get_attr"
-    name = target_name(node)
-    if any(part in name for part in _KEEP_STATISTICS):
+    if operation(node) in STATISTICS_KEEPERS:
         return True
-    is_operator = isinstance(node.target, (OpOverload, OpOverloadPacket))
-    if is_operator and str(node.target).partition(".")[0] not in _PURE_NAMESPACES:
-        return True  # of another library: its schema does not say what else it does
+    if is_of_library(node) and not is_of_mst(node):
+        return True  # its schema does not say what else it does
     if any(map(_changes_outside, called_graphs(node))):
         return True
-    return node.op != "call_module" and not tensors_of(node) and not _only_looks(node, name)
+    return node.op != "call_module" and not tensors_of(node) and not _only_looks(node)
 
 
 def _changes_outside(gm: fx.GraphModule) -> bool:
@@ -74,9 +65,9 @@ def _changes_outside(gm: fx.GraphModule) -> bool:
     return any(has_effects(n) for n in calls if not level_change(n) and not target_name(n).endswith(_MODES))
 
 
-def _only_looks(node: fx.Node, name: str) -> bool:
+def _only_looks(node: fx.Node) -> bool:
+    looks = operation(node) in LOOKS
     if node.op == "call_method" or isinstance(node.target, OpOverload):
-        return name.partition(".")[0].removeprefix("sym_") in _LOOKS
-    module = getattr(node.target, "__module__", None)
-    is_known = name in _LOOKS and value(node) is not None
-    return (module in _LOOKING_MODULES and name != "print") or node.target in _SYMBOLIC or is_known
+        return looks
+    is_of_python = getattr(node.target, "__module__", None) in _LOOKING_MODULES and node.target is not print
+    return is_of_python or node.target in _SYMBOLIC or (looks and value(node) is not None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import tensors_of, value
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -51,7 +52,7 @@ def called_graph(gm: torch.nn.Module, node: fx.Node) -> fx.GraphModule | None:
 
 def is_function(node: fx.Node) -> bool:
     """Whether a node applies a ``torch.autograd.Function``: a higher-order operator of its two graphs."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply"
+    return operation(node) == "autograd_function_apply"
 
 
 def function_graphs(gm: fx.GraphModule) -> set[str]:

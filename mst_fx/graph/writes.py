@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 import sys
 import types
 from typing import Any
 
 from torch import fx
 
+from mst_fx.graph.spelling import is_in_place_operator
 from mst_fx.graph.values import is_plain, storage_keys, tensors_of
 from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket, schema_of
 from mst_fx.torch_api.tensors import tree_leaves
-
-_INPLACE_NAMES = (
-    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"),
-    "setitem",
-)
-_INPLACE_OPERATORS = {getattr(operator, name) for name in _INPLACE_NAMES}
-_INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_NAMES}
 
 
 def writes_in_place(node: fx.Node) -> bool:
@@ -29,7 +22,7 @@ def writes_in_place(node: fx.Node) -> bool:
         return schema_of(node.target).is_mutable
     if isinstance(node.target, OpOverloadPacket):
         return bool(_written_by_schema(node))
-    if node.target in _INPLACE_OPERATORS | _INPLACE_METHODS or node.kwargs.get("out") is not None:
+    if is_in_place_operator(node.target) or node.kwargs.get("out") is not None:
         return True
     place = _inplace_place(node.target)
     if node.kwargs.get("inplace") or any(node.args[place : place + 1]):

@@ -22,9 +22,9 @@ from torch import fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.formula import Formula
-from mst_fx.graph.modes import autocast_contexts, contexts
-from mst_fx.graph.names import target_name
+from mst_fx.graph.modes import Context, autocast_contexts, contexts
 from mst_fx.graph.sizes import static_sizes
+from mst_fx.graph.spelling import operation
 from mst_fx.graph.subgraphs import function_text, is_function, subgraphs
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
 from mst_fx.graph.writes import mutated_storages
@@ -97,6 +97,7 @@ class RowAnalysis:
         self._mutated = mutated_storages(gm.graph)
         self._subgraphs = {name for name, _ in subgraphs(gm)}
         self._known = {} if known is None else known
+        self._replaced: dict[fx.Node, fx.Node] = {}
         with torch.no_grad(), enable_python_dispatcher(), quiet_fakes():
             for node in gm.graph.nodes:
                 self.states[node] = self._analyse_alone(node)
@@ -105,6 +106,31 @@ class RowAnalysis:
     def folder(self) -> Folder:
         """Made when a node must run: what is known of equal nodes needs none."""
         return Folder(self.rows, self._avoid)
+
+    def replaced(self, old: fx.Node, new: fx.Node) -> None:
+        """Notes that a loop gives what a node gave, which those outside of its region read by now.
+
+        Regions may read it as they read the old node, and none may hold it.
+        """
+        self.states[new] = dataclasses.replace(self.states[old], rowwise=False, reason="is a loop's")
+        self._replaced[old] = new
+        for user in new.users:
+            if user in self.states and old in self.states[user].roles:
+                state = self.states[user]
+                roles = {self.current(operand): role for operand, role in state.roles.items()}
+                self.states[user] = dataclasses.replace(state, roles=roles)
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """What stands for a node now."""
+        return self._replaced.get(node, node)
+
+    def refused(self, node: fx.Node, reason: str, cause: Cause) -> None:
+        """Notes that no region may hold a node."""
+        self.states[node] = dataclasses.replace(self.states[node], rowwise=False, reason=reason, cause=cause)
+
+    def added(self, node: fx.Node, context: Context) -> Context:
+        """The modes of a node, which are ``context`` if it was added since the analysis."""
+        return self.contexts.setdefault(node, context)
 
     def _analyse_alone(self, node: fx.Node) -> State:
         """:meth:`_analyse`; an exception of ours costs this node, which is then opaque, and not the graph."""
@@ -159,7 +185,7 @@ class RowAnalysis:
                     raise Refusal(f"{n.name} is made in inference_mode", Cause.NOT_PLAIN)
                 if storage_key(fake) in self._mutated:
                     raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
-        if target_name(node).startswith("multilabel_margin_loss"):
+        if operation(node) in ("multilabel_margin_loss", "multilabel_margin_loss_forward"):
             raise Refusal("gives other numbers once torch decomposes it (2.13), as any compiler does")
         if self.contexts[node].level:
             raise Refusal("lies inside of a torch.func transform", Cause.NOT_PLAIN)

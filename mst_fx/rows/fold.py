@@ -13,30 +13,10 @@ from mst_fx.errors import Refusal
 from mst_fx.graph.fill import call
 from mst_fx.graph.formula import Formula
 from mst_fx.graph.sizes import expression, hint, row_bytes, settled
-from mst_fx.graph.spelling import is_identity_dropout
+from mst_fx.graph.spelling import EXPANDS, SIZED_VIEWS, is_identity_dropout, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
 from mst_fx.torch_api.symbolic_rows import RowGuards, symbolic_rows
 from mst_fx.torch_api.symbols import guards_of
-
-aten = torch.ops.aten
-
-
-_RESHAPES = {
-    "view",
-    "reshape",
-    "view_as",
-    "reshape_as",
-    "unflatten",
-    torch.reshape,
-    torch.unflatten,
-    torch.Tensor.view,
-    torch.Tensor.reshape,
-    torch.Tensor.unflatten,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-}
-_EXPANDS = {"expand", "expand_as", torch.Tensor.expand, aten.expand.default}
 
 
 def fold_rank(shape: Sequence[Any], rows: Any) -> int:
@@ -141,11 +121,12 @@ class Folder:
             operands = [each for each in node.args if isinstance(each, fx.Node) and tensors_of(each)]
             return formula.apply(self.n if n is None else n, [arg(operand) for operand in operands])
         out = tensor_value(node)
-        if out is not None and node.target in _RESHAPES | _EXPANDS and not _is_dtype_view(node):
+        is_expand = operation(node) in EXPANDS
+        if out is not None and (is_expand or operation(node) in SIZED_VIEWS) and not _is_dtype_view(node):
             shape = self.folded_shape(out)
             if shape is not None:
                 source = arg(node.args[0])  # type: ignore[arg-type]
-                return source.expand(shape) if node.target in _EXPANDS else torch.reshape(source, shape)
+                return source.expand(shape) if is_expand else torch.reshape(source, shape)
         if is_identity_dropout(node):
             return arg(node.args[0])  # type: ignore[arg-type]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), arg)

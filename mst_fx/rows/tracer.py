@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from mst_fx.errors import Refusal
+from mst_fx.rows.checks import is_pointwise, pointwise
 from mst_fx.rows.labels import SUMMED, Call, Label, Matmul, Row, is_same_size, storage, tensors
-from mst_fx.rows.rules import CONSTANT_FILLS, OF_SUMS, RULES, is_pointwise, nll_loss_parts, pointwise
+from mst_fx.rows.rules import CONSTANT_FILLS, OF_SUMS, RULES
+from mst_fx.rows.rules_of_picks import nll_loss_parts
 from mst_fx.torch_api.modes import TorchDispatchMode
 from mst_fx.torch_api.ops import schema_of
 
