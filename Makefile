@@ -10,7 +10,11 @@ STAMP := $(VENV)/.installed
 endif
 SOURCES := mst_fx passes tools tests examples
 
-.PHONY: venv demo test lint bench-cpu bench-gpu clean
+# make test ARGS=tests/test_vocab.py runs a part; ARGS=--cpu-times=FILE says what each test costs. A file's tests
+# stay in one process, which imports and compiles for all of them.
+PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+.PHONY: venv demo test test-fast lint bench-cpu bench-gpu clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -21,23 +25,28 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) $(ARGS)
+
+# The inner loop: toys alone, without Inductor and processes of their own.
+test-fast: $(STAMP)
+	$(PYTEST) -m "not slow and not real_model and not browser and not gpu" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy mst_fx tools tests
+	$(BIN)/lint-imports --no-cache
 
 bench-gpu: $(STAMP)
-	$(BIN)/python tools/bench.py --out benchmarks/gpu
+	$(BIN)/python -m tools.bench --out benchmarks/gpu
 
 bench-cpu: $(STAMP)
-	$(BIN)/python tools/bench_memory.py --out benchmarks/memory
-	$(BIN)/python tools/bench_compile.py --out benchmarks/compile
-	$(BIN)/python tools/bench_accumulation.py --out benchmarks/accumulation
+	$(BIN)/python -m tools.bench.memory --out benchmarks/memory
+	$(BIN)/python -m tools.bench.compile --out benchmarks/compile
+	$(BIN)/python -m tools.bench.accumulation --out benchmarks/accumulation
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info

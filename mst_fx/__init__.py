@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import mst_fx.ops  # noqa: F401  (registers the operators, which graphs name)
 from mst_fx.backend import mst
-from mst_fx.diagnose.doctor import watch
 from mst_fx.diagnose.explain import explain
+from mst_fx.diagnose.findings import Diagnosis, Finding
+from mst_fx.diagnose.warn import warn
+from mst_fx.diagnose.watch import watch
 from mst_fx.enable import enable
 from mst_fx.errors import OptionError, Refusal
+from mst_fx.listeners import on_graph
 from mst_fx.options import Options
 from mst_fx.pipeline import rewrite
-from mst_fx.report import Finding, Refused, Report, Rewrite
+from mst_fx.report import Refused, Report, Rewrite
 from mst_fx.version import __version__
 
 __all__ = [
+    "Diagnosis",
     "Finding",
     "OptionError",
     "Options",
@@ -28,3 +32,6 @@ __all__ = [
     "rewrite",
     "watch",
 ]
+
+# Whoever compiles with mst, by the entry point too, imports this: what costs the whole saving is said to everybody.
+on_graph.add(warn)

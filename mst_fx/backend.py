@@ -14,7 +14,8 @@ from mst_fx.logits.put_back import deferring
 from mst_fx.options import Options, make_options
 from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import JOINT_STAGES, run_passes
-from mst_fx.torch_api.inductor import compile_graph, mode_patches, settle_floats
+from mst_fx.torch_api.dynamo import settle_floats
+from mst_fx.torch_api.inductor import compile_graph, mode_patches
 
 
 def mst(

@@ -19,8 +19,8 @@ from mst_fx.options import Options
 from mst_fx.report import Refused, Report, Rewrite
 from mst_fx.rows.analysis import RowAnalysis, State
 from mst_fx.rows.counts import row_counts
-from mst_fx.rows.places import convolution_rows
 from mst_fx.rows.region import Region, RegionFinder, seeds
+from mst_fx.rows.weights import convolution_rows
 
 if TYPE_CHECKING:
     from mst_fx.logits.put_back import Deferral

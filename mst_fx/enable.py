@@ -25,7 +25,7 @@ class enable:
     ``with`` statement, the end of the block. The innermost of several decides.
 
     Only compilations count: what was compiled before stays as it is, and so does what was compiled
-    meanwhile (``torch._dynamo.reset()`` forgets both).
+    meanwhile (``torch.compiler.reset()`` forgets both).
 
     Args:
         options: see :class:`~mst_fx.options.Options`.

@@ -12,10 +12,9 @@ from torch import fx
 
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.context import Shared
-from mst_fx.diagnose.facts import observe
-from mst_fx.diagnose.warn import warn
 from mst_fx.errors import Cause
 from mst_fx.graph.edit import copy_tree
+from mst_fx.listeners import on_graph
 from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
 from mst_fx.options import PASS_NAMES, Options, make_options
 from mst_fx.passes import (
@@ -44,13 +43,10 @@ from mst_fx.passes.mask_breaks import Crossing
 from mst_fx.report import Refused, Report
 from mst_fx.runner import Runner, defect
 from mst_fx.stage import Helper, Scope, Stage, When, check_order
-from mst_fx.torch_api.inductor import (
-    ending_of,
-    kept_until_reset,
-    make_code,
-    mode_patches,
-    without_saved_tensors_hooks,
-)
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.dynamo import ending_of, kept_until_reset
+from mst_fx.torch_api.graphs import make_code
+from mst_fx.torch_api.inductor import mode_patches
 
 log = logging.getLogger("mst_fx")
 
@@ -244,13 +240,7 @@ def run_passes(
         report.after.append("")
     report.seconds = time.perf_counter() - start
     _log(report)
-    try:
-        observe(captured, new, report)
-        warn(captured, report)
-    except Exception as error:
-        if options.strict:
-            raise
-        defect("the doctor's facts", error)
+    on_graph.tell(captured, new, report)
     return Result(new, report, shared.deferrals, shared.outputs, tuple(shared.bodies.values()))
 
 

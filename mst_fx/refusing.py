@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable
 
 from torch import fx
-from torch._ops import OpOverload
 
 from mst_fx.chunk_rows import Plan, plan_mlp, plan_vocab
 from mst_fx.context import PassContext
@@ -14,18 +13,14 @@ from mst_fx.errors import Cause
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.names import common_path, module_path, target_name
 from mst_fx.graph.sizes import hint, is_known
+from mst_fx.graph.spelling import ATTENTION_KERNELS, PRODUCTS, is_of_library, is_of_mst, operation
 from mst_fx.graph.subgraphs import is_function
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of
 from mst_fx.report import Refused
 from mst_fx.rows.analysis import RowAnalysis
 from mst_fx.rows.counts import products_of_unknown_rows
-from mst_fx.rows.places import (
-    Place,
-    is_matmul_name,
-    place_of,
-    products_of_experts,
-    unproved_products,
-)
+from mst_fx.rows.experts import products_of_experts
+from mst_fx.rows.refusals import Place, place_of, unproved_products
 from mst_fx.rows.region import RegionFinder
 
 
@@ -36,7 +31,7 @@ def refuse_experts(context: PassContext, found: Iterable[tuple[list[fx.Node], bo
         found: what :func:`expert_products` found in all analyses, and whether the first product is row-wise. Stacks
             of which a loop took a product are none: there each slice has rows of its own.
     """
-    nodes = set(context.gm.graph.nodes)
+    nodes = set(context.graph.nodes)
     names = {r.name for r in context.report.refusals if r.cause is Cause.EXPERTS}
     seen: set[fx.Node] = set()
     for products, is_rowwise in found:
@@ -57,7 +52,7 @@ def refuse_experts(context: PassContext, found: Iterable[tuple[list[fx.Node], bo
 def refuse_unknown_rows(context: PassContext) -> None:
     """Notes matmuls that widen rows of which nobody knows how many there will be."""
     names = set()
-    for node in products_of_unknown_rows(context.gm.graph):
+    for node in products_of_unknown_rows(context.graph):
         source, out = tensor_value(node.all_input_nodes[0]), tensor_value(node)
         name = module_path(node) or node.name
         if source is None or out is None or out.shape[-1] <= source.shape[-1] or name in names:
@@ -69,12 +64,12 @@ def refuse_unknown_rows(context: PassContext) -> None:
 
 def refuse_transformed(context: PassContext) -> None:
     """Notes matmuls that widen rows inside of ``torch.vmap``, ``torch.func.grad`` and the like."""
-    graph, names = context.gm.graph, set()
+    graph, names = context.graph, set()
     outside = set(outside_transforms(graph))
     for node in (node for node in graph.nodes if node not in outside):
         out, name = tensor_value(node), module_path(node) or node.name
         source = tensor_value(node.all_input_nodes[0]) if node.all_input_nodes else None
-        if not is_matmul_name(node) or out is None or source is None or not out.ndim or name in names:
+        if operation(node) not in PRODUCTS or out is None or source is None or not out.ndim or name in names:
             continue
         if source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
             names.add(name)
@@ -93,7 +88,7 @@ def _narrows_again(product: fx.Node) -> bool:
             fake = tensor_value(user)
             if user in seen or user.op == "output":
                 continue
-            if is_matmul_name(user) or "attention" in target_name(user):
+            if operation(user) in PRODUCTS | ATTENTION_KERNELS:
                 return True
             seen.add(user)
             # Of something narrow, such as a row's loss, whatever comes after is another's affair.
@@ -105,7 +100,7 @@ def _narrows_again(product: fx.Node) -> bool:
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes operators of other libraries that widen rows, such as linears with quantised weights."""
     for node, state in analysis.states.items():
-        if not isinstance(node.target, OpOverload) or node.target.namespace in ("aten", "prims", "mst_fx"):
+        if not is_of_library(node) or is_of_mst(node):
             continue
         fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
         out = tensor_value(node)
@@ -133,7 +128,7 @@ def refuse_sharded(context: PassContext, kind: str) -> None:
     Their rows are no plain tensors either, so that no analysis sees them.
     """
     names = set()
-    for node in context.gm.graph.nodes:
+    for node in context.graph.nodes:
         found = _unplain_product(node)
         if found is None:
             continue
@@ -158,7 +153,7 @@ def refuse_sharded(context: PassContext, kind: str) -> None:
 
 def _unplain_product(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The rows and the matrix of a product that widens rows by a matrix that is no plain tensor."""
-    if not is_matmul_name(node):
+    if operation(node) not in PRODUCTS:
         return None
     matrices = [n for n in node.all_input_nodes if (x := tensor_value(n)) is not None and x.ndim >= 2]
     out = tensor_value(node)
@@ -180,9 +175,9 @@ def _next_products(node: fx.Node) -> list[fx.Node] | None:
             if user in seen:
                 continue
             seen.add(user)
-            is_product = is_matmul_name(user)
+            is_product = operation(user) in PRODUCTS
             scores = is_product and all(len(x.shape) > 2 for n in user.all_input_nodes for x in tensors_of(n))
-            if scores or any(part in target_name(user) for part in ("attention", "flex")):
+            if scores or operation(user) in ATTENTION_KERNELS:
                 return None
             if is_product:
                 found.append(user)

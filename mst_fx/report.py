@@ -75,104 +75,6 @@ class Fit:
     chunk_rows: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What one captured graph is, for the doctor.
-
-    Attributes:
-        compile_id: Dynamo's, e.g. "0/0"; graphs that DDPOptimizer has split share one.
-        ended: why Dynamo ended the graph where it did; "" at the end of its function.
-        ended_at: file and line of that.
-        ended_by: the kind of that, as of :class:`mst_fx.torch_api.inductor.Ending`.
-        has_head: a vocabulary projection is in it, chunked or not.
-        has_loss: what reduces logits is in it, a cross-entropy or anything else.
-        takes_rows: it is given values that need a gradient and are no parameters: hidden rows.
-        routes: it picks experts for rows (a top-k, or indices that become one-hot).
-        dtensors: how many of its inputs are DTensors.
-        caller_head: the vocabulary head of the model whose eager code calls what is compiled, e.g.
-            "LlamaForCausalLM.lm_head"; "" if there is none.
-        caller_width: how wide that head's logits are.
-        skipped_at: file and line of the function that calls that head, if Dynamo was to compile it and skipped it.
-        trainer: the library that has put a forward function of its own into the model, e.g. "trl".
-    """
-
-    compile_id: str
-    ended: str
-    ended_at: str
-    ended_by: str
-    has_head: bool
-    has_loss: bool
-    takes_rows: bool
-    routes: bool
-    dtensors: int
-    caller_head: str = ""
-    caller_width: int = 0
-    skipped_at: str = ""
-    trainer: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """An estimate of the bytes alive over a step, above inputs, parameters and their gradients.
-
-    Attributes:
-        forward, backward: after each node, in the order in which they run.
-        kept: what is still alive between the two.
-    """
-
-    forward: tuple[int, ...] = ()
-    backward: tuple[int, ...] = ()
-    kept: int = 0
-
-    @property
-    def peak(self) -> int:
-        return max((*self.forward, *self.backward), default=0)
-
-    def then(self, other: Memory) -> Memory:
-        """Of a step that runs another graph after this one, and its backward pass before."""
-        forward, backward = (tuple(n + self.kept for n in x) for x in (other.forward, other.backward))
-        return Memory(self.forward + forward, backward + self.backward, self.kept + other.kept)
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A node of a graph, to be shown.
-
-    Attributes:
-        key: unique in its graph, and the same before and after the passes.
-        name, text, shape: as in ``name = text  shape``.
-        module: path of its module.
-        depth: 1 inside of a checkpointed layer, else 0.
-        operands: names of the nodes it reads.
-    """
-
-    key: str
-    name: str
-    text: str
-    shape: str
-    module: str
-    depth: int
-    operands: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Why less was saved than could be, and what to do about it.
-
-    Attributes:
-        cause: a name, e.g. "loss-behind-a-break".
-        evidence: what was seen, in a sentence.
-        fix: what to do, in a sentence.
-    """
-
-    cause: str
-    evidence: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.cause}: {self.evidence}\n  fix: {self.fix}"
-
-
 @dataclasses.dataclass
 class Report:
     """The sum over all graphs of a program.
@@ -184,18 +86,7 @@ class Report:
         graphs: how many graphs were captured.
         seconds: what the passes took.
         stage_seconds: what each stage took, where it had something to do.
-
-    Only :func:`~mst_fx.explain` and :func:`~mst_fx.watch` fill these:
-
-    Attributes:
-        facts: of each graph.
-        memory_before, memory_after: an estimate.
-        lines_before, lines_after: the nodes of each graph.
-        logits_used: where deferred logits were computed: "file:line in function".
-        uncalled: classes of modules that ``torch.compile`` wrapped, where no graph was captured at all.
-        eager_checkpoints: where a graph breaks inside of a checkpointed layer, which then runs eagerly: "file:line
-            (reason)".
-        findings: why less was saved than could be.
+        before, after: the code of each graph; "" for both where nothing was rewritten.
     """
 
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
@@ -207,15 +98,6 @@ class Report:
     stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     before: list[str] = dataclasses.field(default_factory=list)
     after: list[str] = dataclasses.field(default_factory=list)
-    facts: list[Facts] = dataclasses.field(default_factory=list)
-    memory_before: Memory = Memory()
-    memory_after: Memory = Memory()
-    lines_before: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
-    lines_after: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
-    logits_used: list[str] = dataclasses.field(default_factory=list)
-    uncalled: list[str] = dataclasses.field(default_factory=list)
-    eager_checkpoints: list[str] = dataclasses.field(default_factory=list)
-    findings: list[Finding] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:
         self.rewrites += other.rewrites
@@ -228,11 +110,6 @@ class Report:
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
         self.before += other.before
         self.after += other.after
-        self.facts += other.facts
-        self.lines_before += other.lines_before
-        self.lines_after += other.lines_after
-        self.memory_before = self.memory_before.then(other.memory_before)
-        self.memory_after = self.memory_after.then(other.memory_after)
 
     def kinds(self) -> set[str]:
         """The kinds of places that were found, rewritten or not."""
@@ -250,16 +127,16 @@ class Report:
         return "\n".join(text for text in texts if text)
 
     def to_json(self) -> str:
-        parts: dict[str, Any] = {
+        return json.dumps({**self.parts(), "bodies": self.bodies}, indent=2)
+
+    def parts(self) -> dict[str, Any]:
+        """What :meth:`to_json` says before the bodies' texts."""
+        return {
             "graphs": self.graphs,
             "seconds": round(self.seconds, 3),
             "rewrites": [dataclasses.asdict(rewrite) for rewrite in self.rewrites],
             "refusals": [dataclasses.asdict(refused) for refused in self.refusals],
-            "estimated_peak_bytes": {"before": self.memory_before.peak, "after": self.memory_after.peak},
-            "findings": [dataclasses.asdict(finding) for finding in self.findings],
-            "bodies": self.bodies,
         }
-        return json.dumps(parts, indent=2)
 
     def summary(self) -> str:
         """One line: how much of which kind."""
@@ -289,12 +166,6 @@ class Report:
         ]
         lines += [f"refused {r.kind} {r.name}: {r.reason}" for r in self.refusals]
         lines.append(f"{self.graphs} graph(s): {self.summary()}")
-        before, after = self.memory_before.peak, self.memory_after.peak
-        if before > after:
-            lines.append(
-                f"estimate for a step's peak above parameters and their gradients: {human_bytes(before)} before, "
-                f"{human_bytes(after)} after"
-            )
         return "\n".join(lines)
 
 

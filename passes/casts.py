@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from mst_fx.context import PassContext
 from mst_fx.graph.writes import writes_in_place
+from mst_fx.torch_api.modes import EXIT_AUTOCAST, SET_GRAD_ENABLED
 
 _CASTS = ("float", "double", "half", "bfloat16", "to", "type")
 
@@ -25,7 +25,7 @@ def run(context: PassContext) -> bool:
         operands = node.all_input_nodes
         if node.op == "call_method" and node.target in _CASTS and len(operands) == 1:
             between = list(_between(operands[0], node))
-            ends = any(other.target is torch.amp.autocast_mode._exit_autocast for other in between)
+            ends = any(other.target is EXIT_AUTOCAST for other in between)
             if ends and not any(map(_is_barrier, between)):
                 operands[0].append(node)
                 has_moved = True
@@ -38,4 +38,4 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 
 
 def _is_barrier(node: fx.Node) -> bool:
-    return node.target is torch._C._set_grad_enabled or writes_in_place(node)
+    return node.target is SET_GRAD_ENABLED or writes_in_place(node)

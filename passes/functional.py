@@ -25,7 +25,6 @@ import logging
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from mst_fx.context import PassContext
@@ -42,6 +41,7 @@ from mst_fx.graph.spelling import (
 from mst_fx.graph.twins import IN_ORDER, Adder, inverse, storage, twin
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of
 from mst_fx.graph.writes import writes_in_place
+from mst_fx.torch_api.ops import HigherOrderOperator
 
 log = logging.getLogger("mst_fx")
 
@@ -149,7 +149,7 @@ class _Rewrite:
             maker = first
         if maker.op not in ("call_function", "call_method") or first is not self.views[0]:
             raise Refusal(f"{first.name} is written to, and not made here", Cause.WRITTEN)
-        is_graph = isinstance(maker.target, torch._ops.HigherOrderOperator)
+        is_graph = isinstance(maker.target, HigherOrderOperator)
         if is_graph and operation(maker) not in CHECKPOINTS:
             raise Refusal(f"{first.name} comes from a sub-graph", Cause.WRITTEN)
         return first
@@ -174,7 +174,7 @@ class _Rewrite:
     def _check_reader(self, reader: fx.Node) -> None:
         if any(not is_plain(fake) for fake in tensors_of(reader)):
             raise Refusal(f"{reader.name} is no plain tensor", Cause.NOT_PLAIN)
-        if isinstance(reader.target, torch._ops.HigherOrderOperator) or reader.op == "call_module":
+        if isinstance(reader.target, HigherOrderOperator) or reader.op == "call_module":
             raise Refusal(f"{reader.name} calls a sub-graph", Cause.OPAQUE)
         if writes_in_place(reader) and twin(reader) is None:
             raise Refusal(

@@ -8,7 +8,7 @@ from torch import fx
 from mst_fx.context import PassContext
 from mst_fx.errors import Refusal
 from mst_fx.graph.subgraphs import is_graph
-from mst_fx.torch_api.inductor import make_code
+from mst_fx.torch_api.graphs import make_code
 
 
 class _Inliner(fx.Tracer):

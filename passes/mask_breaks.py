@@ -33,18 +33,20 @@ from mst_fx.chunk_rows import plan_attention
 from mst_fx.errors import Refusal
 from mst_fx.graph.edit import add_call, copy_tree, eliminate_dead_code
 from mst_fx.graph.fill import call, fake_mode_of
+from mst_fx.graph.levels import Level, placeholders_of
 from mst_fx.graph.names import module_path
 from mst_fx.graph.sizes import expression, hint
 from mst_fx.graph.values import VALUE, storage_key, tensor_value, value
 from mst_fx.graph.writes import mutated_storages, writes_in_place
-from mst_fx.masks.formula import GIVEN, Given, Mask, Vectors, describe, form_name, reach
-from mst_fx.masks.sites import Level, placeholders_of
+from mst_fx.masks import formula
+from mst_fx.masks.boolean import where_of
+from mst_fx.masks.formula import And, Compare, Constant, Holds, Mask, Not, Or
 from mst_fx.masks.tensor import DeferredMask, MaskForm, MaskOutput, put_masks
-from mst_fx.ops import attention as _ops  # noqa: F401  (registers them)
+from mst_fx.masks.understand import GIVEN, Given, Read, as_rows, form_name, read_mask
 from mst_fx.options import Options
-from mst_fx.passes import attention
 from mst_fx.report import Rewrite
-from mst_fx.torch_api.inductor import real_tensors, returns_to_user
+from mst_fx.torch_api.dynamo import goes_on, keep_ending
+from mst_fx.torch_api.fakes import mode_of, real_tensors
 
 log = logging.getLogger("mst_fx")
 
@@ -113,9 +115,7 @@ def _cross(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     if not has_inputs and not found:
         return Crossing(gm, example_inputs)
     new = copy_tree(gm)
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is not None:
-        new.compile_subgraph_reason = reason  # the doctor asks for it
+    keep_ending(gm, new)  # the doctor asks for it
     inputs, opened = _open_inputs(new, example_inputs)
     outputs = new.graph.output_node().args[0]
     masks, rewrites = _take_out(new, options)
@@ -164,7 +164,7 @@ def _replace_by_values(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     """The graph gets the mask as an ordinary tensor; returns its fake."""
     mask = value(node)
     first = mask.made if mask._form is None else getattr(mask, mask._form.vectors[0])
-    with first.fake_mode:
+    with mode_of(first):
         fake = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     node.meta[VALUE] = fake
     return fake
@@ -205,29 +205,30 @@ def _replace_by_vectors(node: fx.Node, form: MaskForm, sizes: Sequence[Any], bef
         form.fill not in (0.0, float("-inf")),
         tuple(wide[name].name for name in form.vectors if name in wide),
         form.chunk,
-        form.known,
+        form.table,
         tuple(vectors[name].name for name in ("rows", "starts") if name in vectors),
     )
 
 
 def _built(graph: fx.Graph, mask: Mask, vectors: dict[str, fx.Node], device: torch.device) -> fx.Node:
     """Nodes that compute a formula."""
-    kind = mask[0]
-    if kind == "constant":
-        return add_call(graph, torch.full, (1, 1, 1, 1), mask[1], dtype=torch.bool, device=device)
-    if kind == "true":
-        return vectors[mask[1]]
-    if kind == "compare":
-        _, op, left, right, offset = mask
-        other: Any = offset
-        if right:
-            other = add_call(graph, operator.add, vectors[right], offset) if offset else vectors[right]
-        return add_call(graph, getattr(operator, op), vectors[left] if left else 0, other)
-    parts = [_built(graph, part, vectors, device) for part in mask[1:]]
-    if kind == "not":
-        return add_call(graph, torch.logical_not, parts[0])
-    target = operator.and_ if kind == "and" else operator.or_
-    return functools.reduce(lambda a, b: add_call(graph, target, a, b), parts)
+    match mask:
+        case Constant(found):
+            return add_call(graph, torch.full, (1, 1, 1, 1), found, dtype=torch.bool, device=device)
+        case Holds(vector):
+            return vectors[vector]
+        case Not(part):
+            return add_call(graph, torch.logical_not, _built(graph, part, vectors, device))
+        case Compare(op, left, right, offset):
+            other: Any = offset
+            if right:
+                other = add_call(graph, operator.add, vectors[right], offset) if offset else vectors[right]
+            return add_call(graph, formula.COMPARE[op], vectors[left] if left else 0, other)
+        case And(parts) | Or(parts):
+            target = operator.and_ if isinstance(mask, And) else operator.or_
+            nodes = [_built(graph, part, vectors, device) for part in parts]
+            return functools.reduce(lambda a, b: add_call(graph, target, a, b), nodes)
+    raise AssertionError(mask)
 
 
 def _behind_inputs(gm: fx.GraphModule) -> fx.Node:
@@ -269,19 +270,22 @@ def _is_written(gm: fx.GraphModule, mask: fx.Node) -> bool:
     for node in gm.graph.nodes:
         if any(operand in readers for operand in node.all_input_nodes):
             readers.add(node)
-    writers = [
-        node for node in readers if node.op in ("call_function", "call_method") and writes_in_place(node)
-    ]
+    calls = [node for node in readers if node.op in ("call_function", "call_method")]
+    writers = {node for node in calls if writes_in_place(node)}
     if not any(operand in readers for node in writers for operand in node.all_input_nodes):
         return False
+    order = [node for node in gm.graph.nodes if node in readers and node is not mask and node.op != "output"]
+    return _write_to(mask, order, writers)
+
+
+def _write_to(mask: fx.Node, readers: Sequence[fx.Node], writers: set[fx.Node]) -> bool:
+    """Whether a writer is given the storage of the mask, in a run of what reads it, in order."""
     deferred = value(mask)
     assert deferred._form is not None
-    with getattr(deferred, deferred._form.vectors[0]).fake_mode:
+    with mode_of(getattr(deferred, deferred._form.vectors[0])):
         env: dict[fx.Node, Any] = {mask: torch.empty(mask.meta[VALUE].shape, dtype=deferred.dtype)}
     storage = storage_key(env[mask])
-    for node in gm.graph.nodes:
-        if node not in readers or node is mask or node.op == "output":
-            continue
+    for node in readers:
         operands = [env.get(operand, value(operand)) for operand in node.all_input_nodes]
         tensors = [x for x in operands if isinstance(x, Tensor) and not isinstance(x, DeferredMask)]
         if node in writers and any(storage_key(x) in (storage, None) for x in tensors):
@@ -306,7 +310,7 @@ def _candidates(gm: fx.GraphModule, options: Options) -> list[fx.Node]:
         return []
     nodes = list(dict.fromkeys(node for node in results if isinstance(node, fx.Node)))
     found = [node for node in nodes if _may_be_mask(node, options)]
-    if not found or not _goes_on(gm):
+    if not found or not goes_on(gm):
         return []
     storages = [storage_key(fake) for n in nodes if (fake := _plain(n)) is not None]
     # Two outputs of one storage stay so.
@@ -327,12 +331,6 @@ def _may_be_mask(node: fx.Node, options: Options) -> bool:
         return False
     least = plan_attention(fake.device.type, options.attention_chunk_rows)
     return min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
-
-
-def _goes_on(gm: fx.GraphModule) -> bool:
-    """Whether Dynamo, or code that it compiles in part, gets the outputs, rather than the user."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return reason is not None and (reason.graph_break or not returns_to_user())
 
 
 def _take_out(gm: fx.GraphModule, options: Options) -> tuple[tuple[MaskOutput, ...], tuple[Rewrite, ...]]:
@@ -361,18 +359,14 @@ def _take(
     assert fake is not None
     queries, keys = fake.shape[-2:]
     chunk = plan_attention(fake.device.type, options.attention_chunk_rows)
-    formula, added, key_nodes, query_nodes, constant = attention.formula_of(
-        node, Level(gm), queries, keys, mutated
-    )
-    if not key_nodes and not query_nodes:
+    read = read_mask(node, Level(gm), queries, keys, mutated)
+    if not read.keys and not read.queries:
         raise Refusal(f"{node.name}: the mask has no vectors")
     sizes = [size if isinstance(size, int) else _size_output(gm, size) for size in fake.shape]
-    known = None
-    if constant is not None and isinstance(queries, int) and isinstance(keys, int):
-        known = reach(formula, constant, queries, keys, chunk, added != 0.0).rows
-    rows = tuple(known.flatten().tolist()) if known is not None else ()
-    form = MaskForm(formula, fake.dtype, _fill(node, added), chunk, rows, known is None)
-    new = _vector_outputs(gm, form, key_nodes, query_nodes, (queries, keys), added != 0.0)
+    table = read.table(queries, keys, chunk)
+    known = tuple(table.flatten().tolist()) if table is not None else ()
+    form = MaskForm(read.formula, fake.dtype, _fill(node, read.fill), chunk, known, table is None)
+    new = _vector_outputs(gm, form, read, (queries, keys))
     output = gm.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     positions = tuple(index for index, result in enumerate(results) if result is node)
@@ -386,7 +380,7 @@ def _take(
         size.append(found if isinstance(found, int) else (len(results),))
         results += [] if isinstance(found, int) else [found]
     output.args = (tuple(results),)
-    return MaskOutput(positions, form, places, tuple(size)), _rewrite(node, form, known, constant, queries)
+    return MaskOutput(positions, form, places, tuple(size)), _rewrite(node, read, table, queries)
 
 
 def _size_output(gm: fx.GraphModule, size: torch.SymInt) -> fx.Node:
@@ -398,7 +392,7 @@ def _size_output(gm: fx.GraphModule, size: torch.SymInt) -> fx.Node:
 
 def _fill(node: fx.Node, added: float) -> float:
     """What the mask has where its formula is false, in its own type."""
-    fake, made = tensor_value(node), tensor_value(attention.where_of(node, None))
+    fake, made = tensor_value(node), tensor_value(where_of(node, None))
     assert fake is not None and made is not None
     if fake.dtype == torch.bool:
         return 0.0
@@ -407,14 +401,7 @@ def _fill(node: fx.Node, added: float) -> float:
         return float(torch.tensor(number, dtype=made.dtype).to(fake.dtype))
 
 
-def _vector_outputs(
-    gm: fx.GraphModule,
-    form: MaskForm,
-    key_nodes: Sequence[fx.Node],
-    query_nodes: Sequence[fx.Node],
-    sizes: tuple[Any, Any],
-    is_finite: bool,
-) -> list[fx.Node]:
+def _vector_outputs(gm: fx.GraphModule, form: MaskForm, read: Read, sizes: tuple[Any, Any]) -> list[fx.Node]:
     """Copies of the vectors (inputs may be among them), and the reach of the mask if it is not known yet."""
     graph = gm.graph
 
@@ -422,21 +409,19 @@ def _vector_outputs(
         return add_call(graph, target, *args, **kwargs)
 
     with graph.inserting_before(graph.output_node()):
-        keys = [attention.as_rows(node, True, add) for node in key_nodes]
-        queries = [attention.as_rows(node, False, add) for node in query_nodes]
+        keys = [as_rows(node, True, add) for node in read.keys]
+        queries = [as_rows(node, False, add) for node in read.queries]
         found = [add(torch.clone, x, memory_format=torch.contiguous_format) for x in (*keys, *queries)]
         if form.has_reach:
             both = [size if isinstance(size, int) else _size_output(gm, size) for size in sizes]
-            masks = [repr(form.formula)]
+            masks = [formula.text(form.formula)]
             op = torch.ops.mst_fx.mask_reach.default
-            node = add(op, keys, queries, masks, *both, form.chunk, [is_finite])
+            node = add(op, keys, queries, masks, *both, form.chunk, [read.is_finite])
             found += [add(operator.getitem, node, index) for index in range(2)]
     return found
 
 
-def _rewrite(
-    node: fx.Node, form: MaskForm, known: Tensor | None, constant: Vectors | None, queries: Any
-) -> Rewrite:
+def _rewrite(node: fx.Node, read: Read, table: Tensor | None, queries: Any) -> Rewrite:
     fake = tensor_value(node)
     assert fake is not None
     rows, nbytes = hint(queries), hint(fake.numel()) * fake.element_size()
@@ -452,7 +437,7 @@ def _rewrite(
         gradient="none",
         deferred=True,
         body="",
-        why=f"other graphs read the mask {describe(form.formula)}",
+        why=f"other graphs read the mask {formula.describe(read.formula)}",
         before=(node.format_node() or node.name,),
-        form=form_name(form.formula, known, constant if is_static else None, rows),
+        form=form_name(read.formula, table, read.vectors if is_static else None, rows),
     )

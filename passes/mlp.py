@@ -34,7 +34,8 @@ from mst_fx.refusing import (
     refuse_transformed,
     refuse_unknown_rows,
 )
-from mst_fx.rows.places import expert_products, unproved_products
+from mst_fx.rows.experts import expert_products
+from mst_fx.rows.refusals import unproved_products
 from mst_fx.rows.region import seeds
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from mst_fx.context import PassContext
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.graph.values import tensor_value
+from mst_fx.torch_api.ops import OpOverload, schema_of
 
 aten = torch.ops.aten
 
@@ -66,11 +67,13 @@ def _signatures(node: fx.Node) -> list[tuple[str, ...]]:
         if any(p.kind is p.VAR_POSITIONAL for p in parameters):
             return []
         return [tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)]
-    if isinstance(target, torch._ops.OpOverload):
-        schemas = [target._schema]
+    if isinstance(target, OpOverload):
+        schemas = [schema_of(target)]
     elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
         packet = getattr(aten, target.__name__, None)
-        schemas = [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
+        schemas = (
+            [schema_of(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
+        )
     else:
         return []
     found = []

@@ -37,6 +37,7 @@ from mst_fx.graph.sizes import SIXTEEN_BITS
 from mst_fx.graph.spelling import ARITHMETIC, COMPARISONS, is_of_mst, operation
 from mst_fx.graph.subgraphs import graphs_of, subgraphs
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of, value
+from mst_fx.torch_api.symbols import expression, hint_of
 
 
 def is_changing(context: PassContext) -> bool:
@@ -123,8 +124,8 @@ def _write_out_slope(node: fx.Node) -> bool:
 
 
 def _is_changing(found: Any) -> bool:
-    is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and found.node.hint is not None
-    return is_symbolic and not found.node.expr.is_number
+    is_symbolic = isinstance(found, (torch.SymFloat, torch.SymInt)) and hint_of(found) is not None
+    return is_symbolic and not expression(found).is_number
 
 
 def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | None:

@@ -31,6 +31,7 @@ from mst_fx.graph.modes import contexts, in_context, outside_transforms
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.links import inverse_order, is_link, keeps_rows, linked, order_of, permuted
+from mst_fx.torch_api.symbols import expression
 
 aten = torch.ops.aten
 
@@ -322,7 +323,7 @@ def _numel(graph: fx.Graph, losses: fx.Node) -> fx.Node | int:
     for node in graph.find_nodes(op="placeholder"):
         fake = tensor_value(node)
         found = fake.numel() if fake is not None else 0
-        if isinstance(found, torch.SymInt) and found.node.expr == wanted.node.expr:
+        if isinstance(found, torch.SymInt) and expression(found) == expression(wanted):
             return add_call(graph, "numel", node)
     return add_call(graph, "numel", losses)
 

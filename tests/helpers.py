@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ import mst_fx
 EAGER_BODIES = {"inner": "aot_eager"}  # for tests that are not about Inductor
 # torch 2.11's Dynamo runs a layer eagerly that FSDP2 shards and a checkpoint calls.
 DYNAMO_COMPILES_CHECKPOINTED_LAYERS = torch.__version__ >= torch.torch_version.TorchVersion("2.12")
+# In torch 2.11 a captured torch.autograd.Function gives all values inside of it beside its results; those that are no
+# rows make it one that we refuse.
+FUNCTIONS_GIVE_THEIR_RESULTS = torch.__version__ >= torch.torch_version.TorchVersion("2.12")
 SMALL_CHUNKS = {**EAGER_BODIES, "chunk_rows": 16, "vocab_chunk_rows": 20}
 
 
@@ -64,8 +68,17 @@ def worst_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(errors)
 
 
+class Sharing:
+    """Whether the test that runs shares compiled code (marked ``shares_compiled``), and the file of the last that did."""
+
+    now = False
+    file: Path | None = None
+
+
 def compile_mst(fn: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    torch._dynamo.reset()
+    """``fn`` under mst, compiled anew when it is called, but for what a test marked ``shares_compiled`` finds."""
+    if not Sharing.now:
+        torch._dynamo.reset()
     chosen: Any = options or SMALL_CHUNKS
     return torch.compile(fn, backend="mst", options=chosen, **kwargs)
 
@@ -77,7 +90,7 @@ def check_parity(
     gradient_bar: float,
     options: dict[str, Any] | None = None,
     **compile_options: Any,
-) -> mst_fx.Report:
+) -> mst_fx.Diagnosis:
     """Loss and all gradients under mst agree with eager's; returns what was rewritten in that step."""
     loss, grads = step(model, model, batch)
     with mst_fx.watch() as report:
@@ -87,7 +100,7 @@ def check_parity(
     return report
 
 
-def report_of(fn: Any, options: dict[str, Any] | None = None, /, *args: Any, **kwargs: Any) -> mst_fx.Report:
+def report_of(fn: Any, options: Any = None, /, *args: Any, **kwargs: Any) -> mst_fx.Diagnosis:
     return mst_fx.explain(fn, options or SMALL_CHUNKS)(*args, **kwargs)
 
 

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+from mst_fx.diagnose.model_of import random_model
+
 VOCAB = 384
 _BASE = {
     "hidden_size": 64,
@@ -53,9 +55,8 @@ class Entry:
     vocab: int = 1
 
     def build(self, **more: Any) -> nn.Module:
-        torch.manual_seed(0)
         config = getattr(transformers, self.config)(**{**self.overrides, **more})
-        model: nn.Module = getattr(transformers, self.model)(config).train()
+        model: nn.Module = random_model(getattr(transformers, self.model), config)
         if self.model == "GPT2LMHeadModel":
             model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # else a warning breaks the graph
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, fx, nn
 import mst_fx
 from mst_fx.graph.subgraphs import subgraphs
 from mst_fx.graph.values import tensors_of
-from mst_fx.masks import formula as masks
-from mst_fx.masks.formula import (
+from mst_fx.masks import formula
+from mst_fx.masks.formula import And, Compare, Constant, Holds, Mask, Not, Or
+from mst_fx.masks.reach import (
     BLIND,
     CAUSAL,
     FULL,
@@ -25,16 +27,16 @@ from mst_fx.masks.formula import (
     HEADER,
     SPANS,
     WHOLE,
-    Mask,
+    Reach,
     Vectors,
     allowed,
-    reach,
+    reach_of,
 )
 from mst_fx.ops.attention import attention, mask_reach
 from tests.direct import check, rewritten
 from tests.helpers import check_parity, compile_mst, report_of
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
-from tools.meter import call_metered, is_available
+from tools.meters.cpu import call_metered, is_available
 
 CHUNK = 8
 OPTIONS: dict[str, Any] = {
@@ -74,23 +76,23 @@ def _vectors(sizes: tuple[int, int, int], seed: int) -> Vectors:
 
 
 _atom = st.one_of(
-    st.tuples(
-        st.just("compare"),
+    st.builds(
+        Compare,
         st.sampled_from(["le", "lt", "ge", "gt", "eq", "ne"]),
         st.sampled_from(["k0", "k0", "k1", "k2"]),
         st.sampled_from(["q0", "q0", "q1", "q2", ""]),
         st.integers(-9, 9),
     ),
-    st.tuples(st.just("true"), st.sampled_from(["k3", "k4", "q3"])),
-    st.just(("compare", "le", "k0", "q0", 0)),
+    st.builds(Holds, st.sampled_from(["k3", "k4", "q3"])),
+    st.just(Compare("le", "k0", "q0", 0)),
 )
 _masks = st.one_of(
     _atom,
-    st.tuples(st.just("and"), _atom, _atom),
-    st.tuples(st.just("and"), _atom, _atom, _atom),
-    st.tuples(st.just("or"), _atom, _atom),
-    st.tuples(st.just("and"), _atom, st.tuples(st.just("or"), _atom, _atom)),
-    _atom.map(masks.negated),
+    st.builds(And, st.tuples(_atom, _atom)),
+    st.builds(And, st.tuples(_atom, _atom, _atom)),
+    st.builds(Or, st.tuples(_atom, _atom)),
+    st.builds(And, st.tuples(_atom, st.builds(Or, st.tuples(_atom, _atom)))),
+    _atom.map(formula.negated),
 )
 _many = settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -107,17 +109,17 @@ def test_reach_holds_all_that_is_allowed(
 ) -> None:
     batch, queries, keys = sizes
     vectors = _vectors(sizes, seed)
-    assert masks.parse(repr(mask)) == mask
+    assert formula.parse(formula.text(mask)) == mask
     whole = allowed(mask, vectors, 0, queries, 0, keys, torch.device("cpu")).expand(batch, queries, keys)
-    found = reach(mask, vectors, queries, keys, CHUNK, is_finite)
-    form = int(found.rows[0, 0])
+    found = reach_of(mask, vectors, queries, keys, CHUNK, is_finite)
+    form = int(found.table[0, 0])
     if form == FULL:
         assert whole.all()
     elif form == CAUSAL:
         assert torch.equal(whole, torch.ones_like(whole).tril())
     elif form == SPANS:
         assert torch.equal(whole, _spans_written_out(found, batch, queries))
-    for index, (first, last, kind) in enumerate(found.rows[HEADER:].tolist()):
+    for index, (first, last, kind) in enumerate(found.table[HEADER:].tolist()):
         rows = whole[:, index * CHUNK : (index + 1) * CHUNK]
         outside = torch.ones(keys, dtype=torch.bool)
         outside[first:last] = False
@@ -128,9 +130,26 @@ def test_reach_holds_all_that_is_allowed(
             assert kind == BLIND and (first, last) == (0, keys)
 
 
-def _spans_written_out(found: masks.Reach, batch: int, size: int) -> Tensor:
+@pytest.mark.parametrize(
+    "mask, text",
+    [
+        (Constant(True), "('constant', True)"),
+        (Compare("gt", "k0", "q0", -4), "('compare', 'gt', 'k0', 'q0', -4)"),
+        (
+            Or((Compare("lt", "k0", "", 7), Holds("k1"))),
+            "('or', ('compare', 'lt', 'k0', '', 7), ('true', 'k1'))",
+        ),
+        (And((Not(Holds("q1")), Holds("k1"))), "('and', ('not', ('true', 'q1')), ('true', 'k1'))"),
+    ],
+)
+def test_text_of_a_formula(mask: Mask, text: str) -> None:
+    """What operators carry, and graphs print: a change of it would make all compiled graphs anew."""
+    assert formula.text(mask) == text and formula.parse(text) == mask
+
+
+def _spans_written_out(found: Reach, batch: int, size: int) -> Tensor:
     """The mask ``[B, Q, Q]`` that a kernel for spans runs with the header and the starts."""
-    (_, left, right), (spans, longest, even) = found.rows[:HEADER].tolist()
+    (_, left, right), (spans, longest, even) = found.table[:HEADER].tolist()
     starts = found.starts[: spans + 1].long()
     count = found.starts.numel() - 1
     assert starts[0] == 0 and starts[-1] == count and int(starts.diff().max()) == longest
@@ -150,15 +169,15 @@ def _spans_written_out(found: masks.Reach, batch: int, size: int) -> Tensor:
     return torch.stack(blocks).expand(batch, size, size)
 
 
-CAUSAL_MASK = ("compare", "le", "k0", "q0", 0)
+CAUSAL_MASK = Compare("le", "k0", "q0", 0)
 
 
 @pytest.mark.parametrize(
     ("part", "left", "right", "longest"),
     [
-        (("compare", "gt", "k0", "q0", -4), 3, 0, 24),
-        (("compare", "eq", "k1", "q1", 0), -1, 0, None),
-        (("and", ("compare", "eq", "k1", "q1", 0), ("compare", "gt", "k0", "q0", -3)), 2, 0, None),
+        (Compare("gt", "k0", "q0", -4), 3, 0, 24),
+        (Compare("eq", "k1", "q1", 0), -1, 0, None),
+        (And((Compare("eq", "k1", "q1", 0), Compare("gt", "k0", "q0", -3))), 2, 0, None),
     ],
     ids=["window", "documents", "both"],
 )
@@ -166,19 +185,19 @@ def test_spans_are_seen(part: Mask, left: int, right: int, longest: int | None) 
     vectors = _vectors((2, 24, 24), 0)
     documents = vectors.keys[1]
     vectors = Vectors(vectors.keys, [vectors.queries[0], documents])
-    found = reach(masks.joined("and", [CAUSAL_MASK, part]), vectors, 24, 24, CHUNK, False)
-    assert found.rows[0].tolist() == [SPANS, left, right]
+    found = reach_of(formula.both([CAUSAL_MASK, part]), vectors, 24, 24, CHUNK, False)
+    assert found.table[0].tolist() == [SPANS, left, right]
     if longest is None:
         runs = [row.unique_consecutive(return_counts=True)[1] for row in documents]
-        assert found.rows[1].tolist() == [sum(map(len, runs)), max(int(r.max()) for r in runs), 0]
+        assert found.table[1].tolist() == [sum(map(len, runs)), max(int(r.max()) for r in runs), 0]
     _spans_written_out(found, 2, 24)
 
 
 def test_documents_of_both_directions_and_even_ones_are_spans() -> None:
     documents = (torch.arange(24) // 8)[None]
     vectors = Vectors([torch.arange(24)[None], documents], [torch.arange(24)[None], documents])
-    found = reach(("compare", "eq", "k1", "q1", 0), vectors, 24, 24, CHUNK, False)
-    assert found.rows[:HEADER].tolist() == [[SPANS, -1, -1], [3, 8, 1]]
+    found = reach_of(Compare("eq", "k1", "q1", 0), vectors, 24, 24, CHUNK, False)
+    assert found.table[:HEADER].tolist() == [[SPANS, -1, -1], [3, 8, 1]]
     assert found.starts[:4].tolist() == [0, 8, 16, 24]
 
 
@@ -186,22 +205,24 @@ def test_padding_and_holes_are_no_spans() -> None:
     size = 24
     for padding in (torch.arange(size) < 20, torch.arange(size) > 3, torch.arange(size) != 9):
         vectors = Vectors([torch.arange(size)[None], padding[None]], [torch.arange(size)[None]])
-        mask = ("and", CAUSAL_MASK, ("true", "k1"))
-        assert int(reach(mask, vectors, size, size, CHUNK, False).rows[0, 0]) == GENERAL
+        mask = And((CAUSAL_MASK, Holds("k1")))
+        assert int(reach_of(mask, vectors, size, size, CHUNK, False).table[0, 0]) == GENERAL
 
 
 def test_plain_forms_are_seen() -> None:
     vectors = _vectors((2, 24, 24), 0)
-    causal = ("compare", "le", "k0", "q0", 0)
-    assert int(reach(causal, vectors, 24, 24, CHUNK, False).rows[0, 0]) == CAUSAL
-    assert int(reach(masks.TRUE, vectors, 24, 24, CHUNK, False).rows[0, 0]) == FULL
+    causal = Compare("le", "k0", "q0", 0)
+    assert int(reach_of(causal, vectors, 24, 24, CHUNK, False).table[0, 0]) == CAUSAL
+    assert int(reach_of(formula.TRUE, vectors, 24, 24, CHUNK, False).table[0, 0]) == FULL
     for almost in (1, -1, -24):
-        assert int(reach((*causal[:4], almost), vectors, 24, 24, CHUNK, False).rows[0, 0]) not in (
+        assert int(
+            reach_of(dataclasses.replace(causal, offset=almost), vectors, 24, 24, CHUNK, False).table[0, 0]
+        ) not in (
             CAUSAL,
             FULL,
         )
-    window = reach(("and", causal, ("compare", "gt", "k0", "q0", -4)), vectors, 24, 24, CHUNK, False)
-    assert window.rows[HEADER:, :2].tolist() == [[0, 8], [5, 16], [13, 24]], "only the keys in reach"
+    window = reach_of(And((causal, Compare("gt", "k0", "q0", -4))), vectors, 24, 24, CHUNK, False)
+    assert window.table[HEADER:, :2].tolist() == [[0, 8], [5, 16], [13, 24]], "only the keys in reach"
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -209,12 +230,12 @@ def test_plain_forms_are_seen() -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        ("compare", "le", "k0", "q0", 0),
-        ("and", ("compare", "le", "k0", "q0", 0), ("compare", "gt", "k0", "q0", -5)),
-        ("and", ("compare", "le", "k0", "q0", 0), ("compare", "eq", "k1", "q1", 0)),
-        ("and", ("compare", "le", "k0", "q0", 0), ("true", "k3")),
-        ("or", ("compare", "le", "k0", "q0", 0), ("compare", "lt", "k0", "", 7)),
-        ("true", "k4"),
+        Compare("le", "k0", "q0", 0),
+        And((Compare("le", "k0", "q0", 0), Compare("gt", "k0", "q0", -5))),
+        And((Compare("le", "k0", "q0", 0), Compare("eq", "k1", "q1", 0))),
+        And((Compare("le", "k0", "q0", 0), Holds("k3"))),
+        Or((Compare("le", "k0", "q0", 0), Compare("lt", "k0", "", 7))),
+        Holds("k4"),
     ],
     ids=["causal", "window", "documents", "padding", "prefix", "right"],
 )
@@ -227,8 +248,10 @@ def test_op(mask: Mask, groups: int, softcap: float) -> None:
         torch.randn(batch, 4 // groups, size, width, dtype=torch.float64, requires_grad=True)
         for _ in range(2)
     )
-    reaches = mask_reach(list(vectors.keys), list(vectors.queries), [repr(mask)], size, size, CHUNK, [False])
-    rest: Any = ([], repr(mask), 0, CHUNK, 0.3, softcap, 0.0, None)
+    reaches = mask_reach(
+        list(vectors.keys), list(vectors.queries), [formula.text(mask)], size, size, CHUNK, [False]
+    )
+    rest: Any = ([], formula.text(mask), 0, CHUNK, 0.3, softcap, 0.0, None)
     out, _ = attention(query, key, value, list(vectors.keys), list(vectors.queries), *reaches, *rest)
 
     visible = allowed(mask, vectors, 0, size, 0, size, torch.device("cpu")).expand(batch, -1, -1)[:, None]
@@ -374,12 +397,14 @@ def test_a_view_of_the_output_still_works() -> None:
     assert _forms(check(Viewed(), (x,), options=OPTIONS)) == ["full"]
 
 
-@pytest.mark.parametrize("how", ["alpha", "types"])
+@pytest.mark.parametrize("how", ["alpha", "types", "in place"])
 def test_attention_written_out_otherwise_is_left_alone(how: str) -> None:
     class Other(WrittenOut):
         def forward(self, x: Tensor) -> Any:
             query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
-            scores = query @ key.transpose(2, 3)
+            scores = query @ (key.clone().transpose_(2, 3) if how == "in place" else key.transpose(2, 3))
+            if how == "in place":
+                return scores.softmax(-1) @ value
             if how == "alpha":
                 place = torch.arange(x.shape[1])
                 mask = torch.where(place[None, :] <= place[:, None], 0.0, float("-inf"))
@@ -551,6 +576,38 @@ def test_masks_written_in_place_are_refused() -> None:
     assert not check(Attention(mask), (x,), options=OPTIONS).rewrites
 
 
+def _shifted_through_a_view(k: Tensor, q: Tensor) -> Tensor:
+    place = torch.arange(SEQ)
+    place.view(-1).sub_(9)
+    return (k <= q) | (place[None, :] * 1 < 0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda k, q: torch.sub(k, q, alpha=2) <= 0,
+        lambda k, q: (k - q).bool() < 1,
+        lambda k, q: (q - k).to(torch.uint8) < 5,
+        _shifted_through_a_view,
+    ],
+)
+def test_numbers_that_are_others_are_not_read(mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Differences with a factor or after a cast that changes them, and constants that are written to through a view."""
+    x = torch.randn(1, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    check(Attention(mask), (x,), options=OPTIONS)
+
+
+def test_a_scale_that_rounds_is_none() -> None:
+    class Rounded(WrittenOut):
+        def forward(self, x: Tensor) -> Any:
+            query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+            scores = torch.div(query @ key.transpose(2, 3), 0.5, rounding_mode="floor")
+            return scores.softmax(-1) @ value
+
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    assert not check(Rounded(), (x,), options=OPTIONS).rewrites
+
+
 def test_short_sequences_are_left_alone() -> None:
     x = torch.randn(1, CHUNK, 16, dtype=torch.float64)
     report = report_of(Attention(lambda k, q: k <= q), OPTIONS, x)
@@ -694,8 +751,8 @@ def test_strict_raises_the_reason() -> None:
 
 def _measure(way: str, variant: str) -> int:
     """Bytes that a step of one layer at S = 16,384 takes at its peak above what was there before."""
-    from tools.bench_support import Shape, make_llama
-    from tools.meter import malloc_meter
+    from tools.bench.models import Shape, make_llama
+    from tools.meters.cpu import malloc_meter
 
     seq = 16384
     shape = Shape(hidden=32, intermediate=64, heads=2, kv_heads=1, vocabulary=64, layers=1)

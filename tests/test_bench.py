@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tools.bench_support import markdown_table, text_tokens
-from tools.contenders import CONTENDERS, find_contender
+from tools.bench.contenders import CONTENDERS, find_contender
+from tools.bench.models import text_tokens
+from tools.bench.tables import markdown_table
 from tools.draw import draw, whole_steps
-from tools.gpu_profile import blocks_at_peak
+from tools.meters.gpu import blocks_at_peak
 
 MIB = 2**20
 

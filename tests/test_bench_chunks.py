@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench import Case
-from tools.bench_chunks import Point, draw, planned_rows, read, sweep, table
+from tools.bench.chunks import Point, draw, planned_rows, read, sweep, table
+from tools.bench.runner import Case
 
 
 @pytest.mark.parametrize("level", ["mlp", "head"])

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 import mst_fx
 from mst_fx.chunk_rows import plan_vocab
 from tests.helpers import compile_mst, kinds, relative_error, step, worst_error
-from tools.meter import measure_cpu
+from tools.meters.cpu import measure_cpu
 
 WIDTH, INNER, VOCAB = 16, 64, 96
 CHUNKS = {"inner": "aot_eager", "chunk_rows": 24, "vocab_chunk_rows": 32, "attention_chunk_rows": 16}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from mst_fx.diagnose import cli
+from tests import apart
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -190,11 +190,7 @@ def test_missing_rich_is_said(
 
 def test_graph_diff_is_the_same_command(own_module: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "diff", f"{own_module}:build")
-    script = subprocess.run(
-        [sys.executable, str(TOOLS / "graph_diff.py"), f"{own_module}:build"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    script = apart.run_script(TOOLS / "graph_diff.py", f"{own_module}:build", cwd=".")
+    script.check_returncode()
     strip = [line for line in script.stdout.splitlines() if "torch.ops.aten" not in line]
     assert strip == [line for line in out.splitlines() if "torch.ops.aten" not in line]

@@ -1,6 +1,6 @@
 """Caches: a second process compiles nothing anew, and neither layers nor chunks cost bodies.
 
-The times themselves are measured by ``tools/bench_compile.py``.
+The times themselves are measured by ``tools.bench.compile``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench_compile import compile_run
+from tools.bench.compile import compile_run
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests import apart
 from tests.helpers import SMALL_CHUNKS, gradients, relative_error, worst_error
 from tests.models import ACCEPTED, inputs_of
 
@@ -94,7 +94,7 @@ def _rank(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank found in each case."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(_rank, (str(folder),), nprocs=2)
+    apart.ranks(_rank, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._guards import CompileContext, CompileId, compile_context
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,22 +23,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mst_fx
 from mst_fx.diagnose import cli
-from mst_fx.diagnose.facts import Watcher
+from mst_fx.diagnose import watch as watching
+from mst_fx.diagnose.findings import Diagnosis, Finding, Memory
 from mst_fx.diagnose.page import make_page
-from mst_fx.report import Finding, Report
+from mst_fx.diagnose.watch import LastAttempts
 from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, report_of, token_batch
-from tests.models import VOCAB
-from tools.bench_support import Shape, make_llama, text_tokens
-from tools.meter import measure_cpu
+from tests.models import ACCEPTED, VOCAB
+from tools.bench.models import Shape, make_llama, text_tokens
+from tools.meters.cpu import measure_cpu
 
 LENGTH = 130
 
 
-def _causes(report: Report) -> list[str]:
+def _causes(report: Diagnosis) -> list[str]:
     return [finding.cause for finding in report.findings]
 
 
-def _finding(report: Report, cause: str) -> Finding:
+def _finding(report: Diagnosis, cause: str) -> Finding:
     (found,) = [finding for finding in report.findings if finding.cause == cause]
     return found
 
@@ -49,16 +50,7 @@ def _batch() -> dict[str, Any]:
 
 
 def _llama() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCAB,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).train()
+    return ACCEPTED["llama"].build(intermediate_size=256, num_key_value_heads=4)
 
 
 def _gpt2() -> Any:
@@ -296,13 +288,13 @@ def test_graphs_of_one_frame_are_all_counted(process_group: None, monkeypatch: p
 
 
 def test_graphs_of_an_attempt_that_dynamo_gave_up_are_not() -> None:
-    watcher = Watcher()
+    found: LastAttempts[tuple[int, int]] = LastAttempts()
     for frame, attempts in ((0, 2), (1, 1)):
         context = CompileContext(CompileId(frame_id=frame, frame_compile_id=0))
         with compile_context(context):
             for context.attempt in range(attempts):
-                watcher.add(Report(graphs=1))
-    assert watcher.total().graphs == 2
+                found.add((frame, context.attempt))
+    assert list(found) == [(0, 1), (1, 0)]
 
 
 @pytest.mark.slow
@@ -369,11 +361,21 @@ def test_sizes_that_depend_on_data_do_not_stop_it() -> None:
     assert "graph 0" in make_page("sizes", report)
 
 
-def test_no_watcher_no_facts() -> None:
+def test_no_watcher_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is gathered in a training run that nobody watches."""
-    x = torch.randn(2, LENGTH, 16)
-    _, report = mst_fx.rewrite(torch.fx.symbolic_trace(GatedMLP(16, 64)), [x], SMALL_CHUNKS)
-    assert report.rewrites and not report.facts and report.memory_before.peak == 0
+    gathered: list[object] = []
+
+    def estimate(gm: fx.GraphModule, chunk_bytes: object) -> Memory:
+        gathered.append(gm)
+        return Memory()
+
+    monkeypatch.setattr(watching, "estimate_memory", estimate)
+    graph, inputs = torch.fx.symbolic_trace(GatedMLP(16, 64)), [torch.randn(2, LENGTH, 16)]
+    with mst_fx.watch() as watched:
+        _, report = mst_fx.rewrite(graph, inputs, SMALL_CHUNKS)
+    assert len(gathered) == 2 and len(watched.facts) == 1 and watched.rewrites == report.rewrites
+    mst_fx.rewrite(graph, inputs, SMALL_CHUNKS)
+    assert len(gathered) == 2 and len(watched.facts) == 1
 
 
 # The command

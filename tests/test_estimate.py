@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mst_fx.diagnose.estimate import _name
+from mst_fx.graph.spelling import operation
 from tests.helpers import EAGER_BODIES, PlainMLP, report_of
-from tools.meter import measure_cpu
+from tools.meters.cpu import measure_cpu
 
 ROWS, WIDTH, INNER = 512, 32, 1024
 _KEPT = 0.1  # of one wide tensor: what is kept between forward and backward is known to that
@@ -119,7 +119,7 @@ def test_names_are_exact() -> None:
         "addmm": graph.call_function(torch.ops.aten.addmm.default, (x, x, x)),
         "mul": graph.call_method("mul_", (x, 2)),
         "expand": graph.call_method("expand", (x, 2)),
-        "loop_with_grad": graph.call_function(torch.ops.mst_fx.loop_with_grad.default, ()),
-        "__enter__": graph.call_method("__enter__", (x,)),
+        "mst_fx::loop_with_grad": graph.call_function(torch.ops.mst_fx.loop_with_grad.default, ()),
+        "enter": graph.call_method("__enter__", (x,)),
     }
-    assert {name: _name(node) for name, node in nodes.items()} == {name: name for name in nodes}
+    assert {name: operation(node) for name, node in nodes.items()} == {name: name for name in nodes}

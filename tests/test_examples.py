@@ -6,11 +6,12 @@ import functools
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import apart
 
 _FOLDER = Path(__file__).resolve().parent.parent / "examples"
 _NAMES = sorted(path.stem for path in _FOLDER.glob("[!_]*.py"))
@@ -37,10 +38,7 @@ def test_runs(name: str, tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, str(_FOLDER / f"{name}.py")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, check=False
-    )
+    done = apart.run_script(_FOLDER / f"{name}.py", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if "mst_fx: rewrote" in line]
     assert any("mlp" in line for line in said), done.stderr[-2000:]
@@ -59,15 +57,15 @@ def test_runs(name: str, tmp_path: Path) -> None:
 def _eager_losses() -> list[float]:
     """What plain_loop.py prints without its line about mst."""
     code = (_FOLDER / "plain_loop.py").read_text().replace("model.compile", "dict")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{_FOLDER.parent}{os.pathsep}{_FOLDER}", "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    done = apart.call(_run_code, code)
+    done.check_returncode()
     assert "mst" not in done.stderr
     return [float(line.split()[1]) for line in done.stdout.splitlines()]
+
+
+def _run_code(code: str) -> None:
+    sys.path.insert(0, str(_FOLDER))
+    exec(code, {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("name", _NAMES)

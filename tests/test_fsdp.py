@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import mst_fx
 from mst_fx.logits.tensor import DeferredLogits
+from tests import apart
 from tests.helpers import (
     DYNAMO_COMPILES_CHECKPOINTED_LAYERS,
     SMALL_CHUNKS,
@@ -230,7 +230,7 @@ def _rank(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank found in each case."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(_rank, (str(folder),), nprocs=2)
+    apart.ranks(_rank, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from mst_fx.masks.formula import CAUSAL, FULL, GENERAL, SPANS, Vectors, allowed
+from mst_fx.masks import formula
+from mst_fx.masks.formula import And, Compare, Holds
+from mst_fx.masks.reach import CAUSAL, FULL, GENERAL, SPANS, Vectors, allowed
 from mst_fx.ops.attention import attention, mask_reach
-from mst_fx.ops.loop import scaled
+from mst_fx.ops.scaled import scaled
 from mst_fx.torch_api import attention as kernels
 from tests.helpers import compile_mst, kinds, relative_error, report_of, step, worst_error
 from tests.models import ACCEPTED, attention_batch, inputs_of
@@ -191,15 +193,15 @@ def test_attention(name: str, variant: str) -> None:
     assert worst_error(found, grads) <= 1e-4
 
 
-CAUSAL_MASK = ("compare", "le", "k0", "q0", 0)
-MASKS = {
+CAUSAL_MASK = Compare("le", "k0", "q0", 0)
+MASKS: dict[str, formula.Mask] = {
     "causal": CAUSAL_MASK,
-    "full": ("constant", True),
-    "window": ("and", CAUSAL_MASK, ("compare", "gt", "k0", "q0", -100)),
-    "documents": ("and", CAUSAL_MASK, ("compare", "eq", "k1", "q1", 0)),
-    "even": ("and", CAUSAL_MASK, ("compare", "eq", "k2", "q2", 0)),
-    "both ways": ("compare", "eq", "k1", "q1", 0),
-    "padding": ("and", CAUSAL_MASK, ("true", "k3")),
+    "full": formula.TRUE,
+    "window": And((CAUSAL_MASK, Compare("gt", "k0", "q0", -100))),
+    "documents": And((CAUSAL_MASK, Compare("eq", "k1", "q1", 0))),
+    "even": And((CAUSAL_MASK, Compare("eq", "k2", "q2", 0))),
+    "both ways": Compare("eq", "k1", "q1", 0),
+    "padding": And((CAUSAL_MASK, Holds("k3"))),
 }
 
 
@@ -231,9 +233,9 @@ def test_attention_kernels(name: str, kernel: str, heads: int, monkeypatch: pyte
 
     backends = [SDPBackend.CUDNN_ATTENTION] if kernel == "cudnn" else [SDPBackend.FLASH_ATTENTION]
     with sdpa_kernel([*backends, SDPBackend.EFFICIENT_ATTENTION]):
-        reaches = mask_reach(vectors, vectors, [repr(mask)], size, size, 128, [False])
+        reaches = mask_reach(vectors, vectors, [formula.text(mask)], size, size, 128, [False])
         out, _ = attention(
-            *operands, vectors, vectors, *reaches, [], repr(mask), 0, 128, 0.125, 0.0, 0.0, None
+            *operands, vectors, vectors, *reaches, [], formula.text(mask), 0, 128, 0.125, 0.0, 0.0, None
         )
         found = [out, *torch.autograd.grad(out, operands, tangent)]
     expected = {"causal": CAUSAL, "full": FULL, "padding": GENERAL}.get(name, SPANS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 from mst_fx.logits.tensor import DeferredLogits
+from tests import apart
 from tests.helpers import SMALL_CHUNKS, ToyLM, compile_mst, kinds, relative_error, report_of, token_batch
-from tools.bench_support import text_tokens
-from tools.meter import call_metered, is_available, malloc_meter
+from tools.bench.models import text_tokens
+from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 512
@@ -235,21 +234,18 @@ def test_two_forwards_of_perturbed_weights() -> None:
 # Inductor of torch 2.11 writes C++ for a step of one token that checks an index before it is computed, with
 # backend="inductor" too (github.com/pytorch/pytorch/issues/178244): there the examples run without such checks.
 _WRITES_BAD_CHECKS = torch.__version__ < "2.12"
-_UNCHECKED = """
-import runpy, sys
-import torch._inductor.config
-torch._inductor.config.assert_indirect_indexing = False
-sys.argv = sys.argv[1:]
-sys.path.insert(0, "examples")
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+
+def _example(path: str, *arguments: str) -> None:
+    if _WRITES_BAD_CHECKS:
+        torch._inductor.config.assert_indirect_indexing = False
+    apart.script(path, *arguments)
 
 
 def _run_example(name: str, *arguments: str) -> str:
     path = ROOT / "examples" / name
     assert len(path.read_text().splitlines()) <= 40
-    command = [sys.executable, "-c", _UNCHECKED] if _WRITES_BAD_CHECKS else [sys.executable]
-    done = subprocess.run([*command, str(path), *arguments], capture_output=True, text=True, cwd=ROOT)
+    done = apart.call(_example, str(path), *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -34,6 +34,7 @@ from tests.helpers import (
     token_batch,
 )
 
+pytestmark = pytest.mark.shares_compiled
 _BAR = 1e-9
 VOCAB, BATCH, LENGTH = 96, 2, 33
 

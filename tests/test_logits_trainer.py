@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.models import VOCAB
-from tools.meter import call_metered, is_available, malloc_meter
+from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 pytest.importorskip("accelerate")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -79,6 +79,7 @@ def _loss_of_logits(outputs: Any, labels: Any, num_items_in_batch: Any = None) -
     return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+@pytest.mark.shares_compiled(automatic_dynamic=True)
 @pytest.mark.parametrize(
     "more",
     [
@@ -100,7 +101,6 @@ def test_trainer(tmp_path: Path, more: dict[str, Any]) -> None:
     """Losses, gradient norms, metrics and predictions are eager's."""
     found = {}
     for way in ("eager", "mst"):
-        torch._dynamo.reset()
         model = _llama(VOCAB)
         if way == "mst":
             model.compile(backend="mst", options=OPTIONS)

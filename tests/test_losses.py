@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[Loss, str, Cause]] = {
     ),
     "cosine_embedding": (
         lambda x, r: F.cosine_embedding_loss(x, TARGETS, SIGNS[:, 0], reduction=r),
-        "cosine_embedding_loss (cosine_embedding_loss) aten.empty_like.default makes memory",
+        "(cosine_embedding_loss) aten.empty_like.default makes memory",
         Cause.UNPROVED,
     ),
     "hinge_embedding": (
@@ -101,6 +101,10 @@ def _head(loss: Loss, reduction: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_a_loss_in_chunks(name: str) -> None:
+    if name == "binary_cross_entropy, weights" and torch.__version__ < torch.torch_version.TorchVersion(
+        "2.12"
+    ):
+        pytest.skip("torch 2.11's broadcasts the weights by sizes that must be numbers: refused")
     for reduction in (
         ("mean", "sum") if name == "multi_margin" else ("none",) if "none" in name else ("mean",)
     ):

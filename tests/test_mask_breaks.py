@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 from mst_fx.errors import Cause
+from mst_fx.masks.formula import Compare
 from mst_fx.masks.tensor import DeferredMask, MaskForm, made_mask
 from mst_fx.passes import mask_breaks
+from tests import apart
 from tests.helpers import check_parity, compile_mst, gradients, kinds, relative_error, step, worst_error
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
 
@@ -366,7 +367,7 @@ def test_what_the_user_gets_is_made() -> None:
 def test_casts_keep_values(dtype: torch.dtype, fill: str) -> None:
     """FSDP2's mixed precision casts what a layer is given."""
     number = torch.finfo(torch.float32).min if fill == "min" else float(fill)
-    form = MaskForm(("compare", "le", "k0", "q0", 0), torch.float32, number, 8)
+    form = MaskForm(Compare("le", "k0", "q0", 0), torch.float32, number, 8)
     vectors = {"k0": torch.arange(6)[None], "q0": torch.arange(6)[None]}
     mask = DeferredMask(vectors, form, (1, 1, 6, 6))
     truth = made_mask(form, vectors, (1, 1, 6, 6)).to(dtype)
@@ -413,7 +414,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_fully_shard(tmp_path: Any) -> None:
     """FSDP2 on layers and root breaks the graph at each layer; both ranks have the same batch."""
-    spawn(_rank, (str(tmp_path),), nprocs=2)
+    apart.ranks(_rank, str(tmp_path))
     model, inputs = Whole(), attention_batch("llama", 2, "right")
     truth = model(**inputs)
     truth.backward()

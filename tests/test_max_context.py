@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from tools import max_context
-from tools.contenders import CONTENDERS
-from tools.max_context import Found, Line, bound, fit, measure, predict, search, short_runs, tables
+from tools.bench.contenders import CONTENDERS
+from tools.max_context import train
+from tools.max_context.forecast import Line, bound, fit, predict, usable_bytes
+from tools.max_context.search import Found, default_lengths, search, short_runs, trained
+from tools.max_context.tables import tables
 
 GIB = 2**30
 
@@ -53,8 +55,8 @@ def test_the_phase_that_is_full_first_limits() -> None:
     assert (low.phase, low.length) == ("backward", 100)
     assert high.phase == "forward" and high.length == pytest.approx((9000 - 900) / 8)
     assert not high.warnings
-    usable = max_context.usable_bytes(points[0], None)
-    assert usable == 19_000 and max_context.usable_bytes(points[0], 9000) == 9000
+    usable = usable_bytes(points[0], None)
+    assert usable == 19_000 and usable_bytes(points[0], 9000) == 9000
 
 
 def test_layers_are_extrapolated() -> None:
@@ -131,7 +133,7 @@ def test_short_runs_shrink_until_two_train() -> None:
     def lengths(most: int, error_at: int | None = None) -> tuple[list[int], list[int]]:
         gpu = _Gpu(most, error_at)
         found = short_runs((64, 96), gpu, 2)
-        return gpu.asked, [run["seq"] for run in found if max_context.trained(run)]
+        return gpu.asked, [run["seq"] for run in found if trained(run)]
 
     assert lengths(100) == ([64, 96], [64, 96])
     assert lengths(85) == ([64, 96, 80], [64, 80])
@@ -142,7 +144,7 @@ def test_short_runs_shrink_until_two_train() -> None:
 
 
 def test_default_lengths_follow_what_is_kept() -> None:
-    lengths = {name: max_context.default_lengths(contender)[1] for name, contender in CONTENDERS.items()}
+    lengths = {name: default_lengths(contender)[1] for name, contender in CONTENDERS.items()}
     assert lengths["mst+ckpt"] == lengths["liger-tiled+ckpt"] == 98304
     assert lengths["eager+ckpt"] == lengths["attention+ckpt"] == lengths["mst"] == 24576
     assert lengths["eager"] == lengths["attention"] == lengths["liger"] == 6144
@@ -193,10 +195,10 @@ def test_tables() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "in-backward"])
 def test_a_step_trains_and_runs_out_of_memory(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(max_context, "_keep_log", list)  # its handler would stay
+    monkeypatch.setattr(train, "_keep_log", list)  # its handler would stay
 
     def run(contender: str, kernel: str = "fused", cap: float | None = None) -> dict[str, Any]:
-        return measure(
+        return train.measure(
             model="tiny",
             contender=contender,
             layers=1,

@@ -1,6 +1,6 @@
 """Memory, by the exact malloc meter, with real Inductor in float32, in processes of their own.
 
-Blocks have the widths of ``tools/bench_memory.py`` and a quarter of its rows, with chunks as planned. For
+Blocks have the widths of ``tools.bench.memory`` and a quarter of its rows, with chunks as planned. For
 whole steps the sizes are an eighth in every dimension, chunks included: all bytes are a 64th.
 """
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tools.bench_memory import BlockPeaks, StepPeak, block_peaks, step_peak
-from tools.bench_support import MIB, Shape
-from tools.meter import is_available
+from tools.bench.memory import BlockPeaks, StepPeak, block_peaks, step_peak
+from tools.bench.models import Shape
+from tools.bench.tables import MIB
+from tools.meters.cpu import is_available
 
 pytestmark = [
     pytest.mark.slow,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tools.meter import call_apart, call_metered, describe_blocks, is_available, malloc_meter, measure_cpu
+from tools.meters.apart import ROOT, Worker, call_apart
+from tools.meters.cpu import call_metered, describe_blocks, is_available, malloc_meter, measure_cpu
 
 MIB = 2**20
 
@@ -94,8 +99,74 @@ def _preload() -> str | None:
 
 
 def test_call_apart_reports_a_failure() -> None:
-    with pytest.raises(RuntimeError, match="no such luck"):
+    with pytest.raises(RuntimeError, match="no such luck") as raised:
         call_apart(_fail, timeout=120)
+    assert str(raised.value).splitlines()[-1].startswith("ValueError"), "the cause comes last"
+
+
+class Counter:
+    """What a worker makes once."""
+
+    def __init__(self, start: int, *, way: str) -> None:
+        self.value = start
+        print(f"counts {way}", flush=True)
+
+    def add(self, number: int) -> tuple[int, int]:
+        self.value += number
+        return self.value, os.getpid()
+
+    def die(self) -> None:
+        print("so long", flush=True)
+        os._exit(3)
+
+    def sleep(self) -> None:
+        time.sleep(60)
+
+
+def test_a_worker_keeps_what_it_made(tmp_path: Path) -> None:
+    """And its log; both requests may be asked before the first answer is read."""
+    with Worker(Counter, 5, way="up", log=tmp_path / "log.txt") as worker:
+        worker.ask("add", 2)
+        worker.ask("add", 3)
+        (first, process), (second, same) = worker.answer(120), worker.answer(120)
+        assert (first, second) == (7, 10) and process == same != os.getpid()
+        worker.ask("die")
+        with pytest.raises(RuntimeError, match="so long\nCounter ended with status 3"):
+            worker.answer(120)
+    assert (tmp_path / "log.txt").read_text() == "counts up\nso long\n"
+
+
+def test_a_worker_that_is_late_is_stopped() -> None:
+    worker = Worker(Counter, 0, way="down")
+    worker.ask("add", 1)
+    _, process = worker.answer(120)
+    worker.ask("sleep")
+    with pytest.raises(RuntimeError, match="Counter took more than 0 s"):
+        worker.answer(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    worker.stop()
+
+
+PROGRAM = """
+from tools.meters.apart import ROOT, Worker, call_apart
+
+def double(x):
+    return 2 * x
+
+if __name__ == "__main__":
+    print(call_apart(double, 21, timeout=120))
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "module"])
+def test_a_function_of_the_program_that_runs(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "own_program.py"
+    path.write_text(PROGRAM)
+    command = [sys.executable, *([str(path)] if how == "file" else ["-m", "own_program"])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "42\n"
 
 
 @needs_malloc_meter

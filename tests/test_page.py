@@ -13,8 +13,9 @@ import torch
 from matplotlib.image import imread
 
 from mst_fx.diagnose import cli
+from mst_fx.diagnose.findings import Diagnosis, Line, Memory
 from mst_fx.diagnose.page import make_page
-from mst_fx.report import Line, Memory, Refused, Report, human_bytes
+from mst_fx.report import Refused, human_bytes
 from tests.helpers import ToyLM, report_of, token_batch
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -57,16 +58,16 @@ class _Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> Diagnosis:
     return report_of(ToyLM(layers=2), None, **token_batch(2, 120))
 
 
 @pytest.fixture(scope="module")
-def text(report: Report) -> str:
+def text(report: Diagnosis) -> str:
     return make_page("a toy <script>alert(1)</script>", report)
 
 
-def test_everything_is_in_it(report: Report, text: str) -> None:
+def test_everything_is_in_it(report: Diagnosis, text: str) -> None:
     page = _Page(text)
     said = " ".join(page.text)
     assert report.rewrites and all(rewrite.name in said for rewrite in report.rewrites)
@@ -92,13 +93,13 @@ def test_nothing_else_is_needed(text: str) -> None:
 
 def test_what_models_say_is_escaped(text: str) -> None:
     assert "<script>alert" not in text and "a toy &lt;script&gt;" in text
-    evil = Report(refusals=[Refused("<q1>", "<q2>", "a <q3> & more")])
+    evil = Diagnosis(refusals=[Refused("<q1>", "<q2>", "a <q3> & more")])
     evil.lines_before = evil.lines_after = [(Line("<q4>", "<q5>", "f(<q6>)", "<q7>", "<q8>", 0),)]
     page = make_page("", evil)
     assert "<q" not in page and all(f"&lt;q{i}&gt;" in page for i in (1, 2, 3, 5, 6, 7, 8))
 
 
-def test_chart_has_the_peaks(report: Report, text: str) -> None:
+def test_chart_has_the_peaks(report: Diagnosis, text: str) -> None:
     ((_, chart),) = [x for x in _Page(text).found if x[0] == "svg"]
     before, after = report.memory_before.peak, report.memory_after.peak
     assert (
@@ -119,7 +120,7 @@ def test_no_gradient_no_backward() -> None:
     with torch.no_grad():
         page = make_page("no gradient", report_of(model, None, **inputs))
     assert "backward</text>" not in page and "forward</text>" in page
-    assert "nothing to estimate" in make_page("empty", Report())
+    assert "nothing to estimate" in make_page("empty", Diagnosis())
 
 
 def test_memory_of_graphs_in_turn() -> None:
@@ -138,7 +139,7 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(f"<code>{name}</code>: " in text for name in names), "a region in each checkpointed layer"
     assert len(page.having("region", "mlp", "came")) == 2
     first = re.findall(
-        r'<div class="region attention came"><div class="head">.*?</div><div[^>]*><b>(\w+)<', text
+        r'<div class="region attention came"><div class="head">.*?</div>\s*<div[^>]*><b>(\w+)<', text
     )
     assert [name.startswith("attention_default") for name in first] == [True, True], "the op, not its getitem"
     assert cli.main([*arguments, "--html", str(tmp_path / "no" / "out.html")]) == 2

@@ -25,7 +25,7 @@ from tests.helpers import (
     step,
 )
 from tests.text import build_llama, token_blocks
-from tools.meter import call_metered, is_available, malloc_meter
+from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 _ALL = "all-linear"
 

@@ -1,4 +1,4 @@
-"""tools/sweep.py: one tiny architecture, a sweep that goes on, and the page made of what it found."""
+"""tools.sweep: one tiny architecture, a sweep that goes on, and the page made of what it found."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ import pytest
 import torch
 
 from tests.test_docs import PAGES
-from tools import sweep
-from tools.sweep_configs import LENGTH, architectures
+from tools.sweep import __main__ as command
+from tools.sweep import attempt as trial
+from tools.sweep import jobs, page
+from tools.sweep.attempt import Outcome
+from tools.sweep.configs import LENGTH, architectures
 
 _WHOLE = {"attention": 2, "mlp": 2, "vocab": 1}
 _GROUPED = ("mlp", "model.layers.0.mlp.experts", "bmm_1 (bmm) multiplies rows", "experts")
 _MIXER = ("mlp", "model.layers.1.mixer.in_proj", "conv1d_3 (conv1d) works along the rows | 0.5", "unproved")
 _OUTCOMES = [
-    sweep.Outcome("llama", "causal", "right", "LlamaForCausalLM", rewrites=_WHOLE, graphs=1, deferred=True),
-    sweep.Outcome("mixture", "causal", "right", rewrites={"vocab": 1}, refusals=[_GROUPED, _GROUPED, _MIXER]),
-    sweep.Outcome("squares", "causal", "right", rewrites={"mlp": 1}, squares=["softmax", "matmul"]),
-    sweep.Outcome("bare", "causal", "right"),
-    sweep.Outcome("broken", "causal", "crash", why="RuntimeError: escaped"),
-    sweep.Outcome("odd", "causal", "not built", why="KeyError: 'x'"),
+    Outcome("llama", "causal", "right", "LlamaForCausalLM", rewrites=_WHOLE, graphs=1, deferred=True),
+    Outcome("mixture", "causal", "right", rewrites={"vocab": 1}, refusals=[_GROUPED, _GROUPED, _MIXER]),
+    Outcome("squares", "causal", "right", rewrites={"mlp": 1}, squares=["softmax", "matmul"]),
+    Outcome("bare", "causal", "right"),
+    Outcome("broken", "causal", "crash", why="RuntimeError: escaped"),
+    Outcome("odd", "causal", "not built", why="KeyError: 'x'"),
 ]
 
 
 def test_the_page_has_each_architecture_once_under_its_end() -> None:
-    text = sweep.page(_OUTCOMES, "models.jsonl")
+    text = page.page(_OUTCOMES, "models.jsonl")
     sections = dict(part.split("\n", 1) for part in text.split("## ")[1:])
     titles = [title.rsplit(" ", 1)[0] for title in sections]
-    assert titles == [title for title, _ in sweep._SECTIONS]
+    assert titles == [title for title, _ in page._SECTIONS]
     rows = [[line for line in body.splitlines() if line.startswith("| `")] for body in sections.values()]
     assert [[row.split("`")[1] for row in each] for each in rows] == [
         ["llama"], ["mixture", "squares"], ["bare"], ["broken"], ["odd"],
@@ -42,14 +45,14 @@ def test_the_page_has_each_architecture_once_under_its_end() -> None:
     )
     assert "2 values of S×S elements" in rows[1][1]
     assert "RuntimeError: escaped" in rows[3][0]
-    assert torch.__version__ in text and "python tools/sweep.py models.jsonl" in text
+    assert torch.__version__ in text and "python -m tools.sweep models.jsonl" in text
 
 
 def test_what_needs_looking_into_is_counted() -> None:
     refused = dataclasses.replace(_OUTCOMES[2], refusals=[("attention", "a", "why", "scores")])
     assert _OUTCOMES[2].silent and not refused.silent and not refused.is_whole
     doubtful = dataclasses.replace(_OUTCOMES[1], doubtful=["mlp model.layers.1.mixer.in_proj"])
-    text = sweep.summary([*_OUTCOMES, doubtful])
+    text = page.summary([*_OUTCOMES, doubtful])
     assert "   1 rewritten wholly" in text and "   1 with S×S values and no refusal" in text
     assert "   1 with refusals of what is no MLP and no head" in text
 
@@ -61,30 +64,31 @@ def test_a_sweep_goes_on_where_it_was(
     path = tmp_path / "out.jsonl"
     path.write_text(json.dumps(dataclasses.asdict(_OUTCOMES[0])) + "\n")
 
-    def attempt(name: str, family: str) -> sweep.Outcome:
+    def attempt(name: str, family: str) -> Outcome:
         if name == "dead":
             raise SystemExit(3)
         if name == "late":
             time.sleep(60)
-        return sweep.Outcome(name, family, "right")
+        return Outcome(name, family, "right")
 
-    monkeypatch.setattr(sweep, "attempt", attempt)
-    monkeypatch.setattr(sweep.logging, "disable", lambda level: None)  # type: ignore[attr-defined]
+    for module in (command, jobs):
+        monkeypatch.setattr(module, "attempt", attempt)
+    monkeypatch.setattr(command.logging, "disable", lambda level: None)  # type: ignore[attr-defined]
     common = [str(path), "--jobs", "3", "--timeout", "5"]
-    sweep.main([*common, "--only", "llama,fine,dead,late"])
-    found = {name: outcome.status for (_, name), outcome in sweep.load(path).items()}
+    command.main([*common, "--only", "llama,fine,dead,late"])
+    found = {name: outcome.status for (_, name), outcome in command.load(path).items()}
     assert found == {"llama": "right", "fine": "right", "dead": "died", "late": "timeout"}
-    sweep.main([*common, "--only", "llama,fine,dead,new", "--redo", "died", "--limit-minutes", "0"])
-    assert ("causal", "new") not in sweep.load(path)
-    sweep.main([*common, "--only", "llama,fine,dead,new", "--redo", "died"])
+    command.main([*common, "--only", "llama,fine,dead,new", "--redo", "died", "--limit-minutes", "0"])
+    assert ("causal", "new") not in command.load(path)
+    command.main([*common, "--only", "llama,fine,dead,new", "--redo", "died"])
     redone = [json.loads(line)["name"] for line in path.read_text().splitlines()][4:]
     assert sorted(redone) == ["dead", "new"]
-    sweep.main([str(path), "--table", str(tmp_path / "models.md")])
+    command.main([str(path), "--table", str(tmp_path / "models.md")])
     assert "| `fine` |" in (tmp_path / "models.md").read_text()
 
 
 def test_a_tiny_model_is_compared_with_eager() -> None:
-    outcome = sweep.attempt("llama", "causal")
+    outcome = trial.attempt("llama", "causal")
     assert outcome.status == "right" and outcome.is_whole and outcome.error < 1e-6
     assert outcome.rewrites == _WHOLE and outcome.deferred and outcome.graphs == 1
     assert not outcome.doubtful and json.loads(json.dumps(dataclasses.asdict(outcome)))
@@ -93,21 +97,21 @@ def test_a_tiny_model_is_compared_with_eager() -> None:
 
 def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one parameter, by a millionth part of what a wrong chunk would be off."""
-    right = sweep._step
+    right = trial._step
 
-    def wrong(model: torch.nn.Module, run: object, inputs: dict[str, object]) -> sweep.Step:
+    def wrong(model: torch.nn.Module, run: object, inputs: dict[str, object]) -> trial.Step:
         loss, grads = right(model, run, inputs)  # type: ignore[arg-type]
         if run is not model:
             grads["model.norm.weight"] *= 1 + 1e-4
         return loss, grads
 
-    monkeypatch.setattr(sweep, "_step", wrong)
-    monkeypatch.setattr(sweep, "_compiled_step", lambda model, inputs, **how: (
+    monkeypatch.setattr(trial, "_step", wrong)
+    monkeypatch.setattr(trial, "_compiled_step", lambda model, inputs, **how: (
         wrong(model, model.forward, inputs) if how["backend"] == "mst" else right(model, model, inputs)
     ))  # fmt: skip
-    assert sweep.attempt("llama", "causal").status == "wrong"
+    assert trial.attempt("llama", "causal").status == "wrong"
 
 
 def test_the_committed_page_is_a_page_of_this_tool() -> None:
     (models,) = [page for page in PAGES if page.stem == "models"]
-    assert models.read_text().startswith(sweep._LEAD)
+    assert models.read_text().startswith(page._LEAD)

@@ -22,7 +22,7 @@ def test_short_sequences(length: int) -> None:
     """Smaller than a chunk, exactly one, one row more, one row."""
     inputs = token_batch(1, length)
     inputs["labels"][:] = inputs["ids"]
-    check_parity(ToyLM(), inputs, 1e-10, 1e-9)
+    check_parity(ToyLM(layers=1), inputs, 1e-10, 1e-9)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 5, 63, 64])
@@ -49,7 +49,7 @@ def test_frozen_weights_get_no_gradient() -> None:
 
 def test_only_the_inputs_need_a_gradient() -> None:
     """All weights frozen: no weight gradient is computed, and rows still get theirs."""
-    model = ToyLM()
+    model = ToyLM(layers=1)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.embed.weight.requires_grad_(True)
@@ -57,12 +57,12 @@ def test_only_the_inputs_need_a_gradient() -> None:
 
 
 def test_tied_head() -> None:
-    model = ToyLM()
+    model = ToyLM(layers=1)
     model.head.weight = model.embed.weight
     check_parity(model, token_batch(2, 33), 1e-10, 1e-9)
 
 
 def test_zero_size_batch() -> None:
-    model = ToyLM()
+    model = ToyLM(layers=1)
     ids = torch.zeros(0, 8, dtype=torch.long)
     check_parity(model, {"ids": ids, "labels": ids}, 1e-10, 1e-9)

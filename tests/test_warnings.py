@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 from mst_fx.diagnose import warn
+from tests import apart
 from tests.helpers import EAGER_BODIES, GatedMLP, compile_mst
 
 V, H, LENGTH = 96, 16, 1024
@@ -70,9 +69,7 @@ def test_with_the_logging_of_python_as_it_is(tmp_path: Path) -> None:
         "import torch\nfrom tests.test_warnings import Model, _ids, compile_mst\n"
         "run = compile_mst(Model(), {'inner': 'eager'})\nrun(_ids())\nprint('done')\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, env={"PYTHONPATH": "."}
-    )
+    done = apart.run_script(program, env={"PYTHONPATH": "."})
     assert done.stdout == "done\n" and done.stderr.startswith("loss-not-compiled: "), done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The wheel holds mst_fx and mst_fx.passes, and nothing else."""
+"""The wheel holds mst_fx with all its sub-packages and data, and nothing else."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_packages(wheel: zipfile.ZipFile) -> None:
     files = [Path(name) for name in wheel.namelist() if not name.endswith("/")]
     installed = {path.as_posix() for path in files if not path.parts[0].endswith(".dist-info")}
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mst_fx").glob("*.py")}
+    tree = [path for path in (ROOT / "mst_fx").rglob("*.*") if "__pycache__" not in path.parts]
+    expected = {path.relative_to(ROOT).as_posix() for path in tree}
     expected |= {f"mst_fx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     assert installed == expected
+    assert {"mst_fx/py.typed", "mst_fx/diagnose/page.html", "mst_fx/diagnose/cli.py"} <= installed
 
 
 def test_entry_points(wheel: zipfile.ZipFile) -> None:

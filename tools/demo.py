@@ -1,6 +1,6 @@
 """Trains a small Llama on long text, eager and under mst: the same losses, a fraction of the memory.
 
-``make demo``. The tokenizer is trained on the spot, from the source of Python's standard library, which is
+``make demo``, or ``python -m tools.demo``. The tokenizer is trained on the spot, from the source of Python's standard library, which is
 also the text. On a GPU, if there is one, sequences are longer.
 """
 
@@ -16,30 +16,31 @@ import os
 import platform
 import random
 import statistics
-import sys
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Threads that spin while they wait make everything twice as slow where another program runs too.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import matplotlib
 import torch
+import transformers
+from matplotlib import pyplot
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mst_fx.diagnose.model_of import random_model
 from mst_fx.report import human_bytes
+from tools.meters.cpu import Measurement, measure_cpu
+from tools.meters.gpu import measure_cuda
 
-# Run as a script, so tools/ is where imports are looked for first: the repository root is what is meant.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.meter import Measurement, measure_cpu
+matplotlib.use("agg")
 
 VOCABULARY = 16_384
 END_OF_FILE = "<|endoftext|>"
@@ -99,15 +100,14 @@ def main() -> None:
         if torch.cuda.get_device_properties(0).total_memory < 32 * 2**30:
             setup = dataclasses.replace(setup, seq=setup.seq // 2)
     setup = dataclasses.replace(
-        setup, seq=arguments.seq or setup.seq, steps=max(arguments.steps or setup.steps, COLD_STEPS + 1)
+        setup, seq=arguments.seq or setup.seq, steps=max(arguments.steps or setup.steps, COLD_STEPS + 2)
     )
     console = Console()
     begin = time.perf_counter()
     columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
         batches = make_batches(setup, progress)
-        torch.manual_seed(0)
-        model = cast(torch.nn.Module, LlamaForCausalLM(make_config(setup))).to(setup.device)
+        model = random_model(LlamaForCausalLM, make_config(setup)).to(setup.device)
         runs = [
             train("eager", model, batches, setup, progress),
             train("mst", model, batches, setup, progress),
@@ -207,28 +207,6 @@ def train(
     return run
 
 
-@contextlib.contextmanager
-def measure_cuda() -> Iterator[Measurement]:
-    """As :func:`tools.meter.measure_cpu`, from the CUDA allocator's own record."""
-    found = Measurement()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python")
-    try:
-        yield found
-        torch.cuda.synchronize()
-        found.peak_bytes = torch.cuda.max_memory_allocated() - before
-        trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
-    signs = {"alloc": 1, "free_completed": -1}
-    alive = 0
-    for event in trace:
-        alive += signs.get(event["action"], 0) * event["size"]
-        found.timeline.append(((event["time_us"] - trace[0]["time_us"]) / 1e6, alive))
-
-
 def loss_difference(runs: list[Run]) -> float:
     """The largest difference of two runs' losses at one step, relative to the first's."""
     return max(abs(a - b) / abs(a) for a, b in zip(runs[0].losses, runs[1].losses, strict=True))
@@ -276,12 +254,6 @@ def device_name(setup: Setup) -> str:
 
 def save(folder: Path, setup: Setup, model: torch.nn.Module, runs: list[Run], seconds: float) -> None:
     """Writes ``demo.json`` and ``demo.png``."""
-    import matplotlib
-    import transformers
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {
         "setup": dataclasses.asdict(setup)
@@ -305,7 +277,12 @@ def save(folder: Path, setup: Setup, model: torch.nn.Module, runs: list[Run], se
         },
     }
     (folder / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    draw(folder / "demo.png", setup, runs)
+    assert all(math.isfinite(loss) for run in runs for loss in run.losses)
 
+
+def draw(path: Path, setup: Setup, runs: list[Run]) -> None:
+    """The losses of both runs, and their memory over one step."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     styles = {"eager": {"color": "#c0392b", "lw": 2.5}, "mst": {"color": "#2471a3", "lw": 1.5, "ls": "--"}}
     for run in runs:
@@ -334,8 +311,8 @@ def save(folder: Path, setup: Setup, model: torch.nn.Module, runs: list[Run], se
     figure.suptitle(
         f"Llama, {setup.layers} layers, vocabulary {VOCABULARY:,}, sequence {setup.seq:,}, {device_name(setup)}"
     )
-    figure.savefig(folder / "demo.png", dpi=130)
-    assert all(math.isfinite(loss) for run in runs for loss in run.losses)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Pictures of what ``tools/bench.py`` measured: memory and time of a step against the length of the sequence.
+"""Pictures of what ``tools.bench`` measured: memory and time of a step against the length of the sequence.
 
-    python tools/draw.py benchmarks/h200.json --out docs/h200.png
+    python -m tools.draw benchmarks/h200.json --out docs/h200.png
 
-``bench.py`` draws what it measured at several lengths by itself; this is for files that hold several runs.
+``tools.bench`` draws what it measured at several lengths by itself; this is for files that hold several runs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tools.bench_support import GIB
+GIB = 2**30
 
 # Peers in muted colours, mst in one that stands out; checkpointing is a broken line.
 _STYLES = {
@@ -57,7 +54,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Two panels, peak GiB and seconds a step against tokens, a line a contender.
 
     Args:
-        results: as in the JSON that ``bench.py`` writes; contenders without a style, and failures, are left out.
+        results: as in the JSON that it writes; contenders without a style, and failures, are left out.
         path: of the PNG.
     """
     lengths = sorted({r["seq"] for r in results})

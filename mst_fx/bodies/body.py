@@ -25,15 +25,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mst_fx.bodies.decompositions import add_up_labels, body_decompositions
-from mst_fx.bodies.gradient import VIEWS, GradientPlan, as_leaves, gradients, split_into_terms
+from mst_fx.bodies.gradient import GradientPlan, as_leaves, gradients, split_into_terms
 from mst_fx.graph.formula import named_in
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
-from mst_fx.torch_api.inductor import Compiled, compile_body, outside_of_kernels, without_saved_tensors_hooks
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.fakes import make_fx
+from mst_fx.torch_api.inductor import Compiled, compile_body
+from mst_fx.torch_api.modes import enable_python_dispatcher, outside_of_kernels
 from mst_fx.torch_api.symbolic_rows import RowGuards, symbolic_rows
 from mst_fx.version import __version__
 
@@ -145,7 +146,7 @@ class Body:
         outputs = set(self.forward.graph.output_node().all_input_nodes)
         total = 0
         for node in self.forward.graph.nodes:
-            if node.op != "call_function" or node in outputs or node.target in _ALIASES:
+            if node.op != "call_function" or node in outputs or _is_alias(node.target):
                 continue
             for tensor in tensors_of(node):
                 sizes = [size for size in tensor.shape if isinstance(size, int)]
@@ -301,22 +302,12 @@ class Body:
         return self._compile(gm, GradientPlan(kept, terms), *inputs)
 
 
-_ALIASES = {
-    *VIEWS,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.detach.default,
-    aten.alias.default,
-    torch.ops.mst_fx.with_gradient.default,
-    operator.getitem,
-}
+def _is_alias(target: Any) -> bool:
+    """Whether an operator makes no memory of its own."""
+    return target in _ALIASES or getattr(target, "is_view", False)
+
+
+_ALIASES = (aten._unsafe_view.default, torch.ops.mst_fx.with_gradient.default, operator.getitem)
 
 
 # Graphs name their bodies by key. What runs a graph keeps them alive: the compiled function and the autograd graphs
@@ -346,7 +337,7 @@ def body(key: str) -> Body:
 def kept_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable[..., Any]:
     """A compiled graph that keeps the bodies of its loops alive.
 
-    ``torch._dynamo.reset()`` forgets the function, and there may be backward passes of it to come: the autograd
+    ``torch.compiler.reset()`` forgets the function, and there may be backward passes of it to come: the autograd
     graphs of its results keep the bodies too.
     """
     if not bodies:

@@ -19,12 +19,12 @@ from torch import Tensor, fx
 
 from mst_fx.graph.formula import without_op
 from mst_fx.graph.sizes import sum_dtype
-from mst_fx.torch_api.inductor import decompositions
+from mst_fx.torch_api.inductor import decompositions, decompositions_of
 
 aten = torch.ops.aten
 
 # Aten keeps these whole; decomposed, the sums over rows inside can be accumulated in float32.
-_ALWAYS = torch._decomp.get_decompositions([aten.native_layer_norm_backward, aten._fused_rms_norm_backward])
+_ALWAYS = decompositions_of([aten.native_layer_norm_backward, aten._fused_rms_norm_backward])
 
 
 def body_decompositions(inner: str) -> dict[Any, Any]:

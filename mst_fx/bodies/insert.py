@@ -21,6 +21,7 @@ from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.analysis import RowAnalysis
 from mst_fx.rows.fold import fold_rank
 from mst_fx.rows.region import Region
+from mst_fx.torch_api.modes import SET_GRAD_ENABLED
 
 
 def needs_gradient(region: Region) -> list[bool]:
@@ -201,7 +202,7 @@ def _set_modes(analysis: RowAnalysis, region: Region, anchor: fx.Node, cursor: f
 
 
 def _grad_mode(graph: fx.Graph, enabled: bool) -> fx.Node:
-    node = graph.call_function(torch._C._set_grad_enabled, (enabled,))  # as Dynamo writes it
+    node = graph.call_function(SET_GRAD_ENABLED, (enabled,))  # as Dynamo writes it
     node.meta[VALUE] = None
     return node
 
@@ -237,6 +238,6 @@ def _input_with_size(region: Region, rank: int, dim: int, size: torch.SymInt) ->
         fake = tensor_value(operand.node)
         if operand.role == "row" and fake is not None and fake.ndim >= rank:
             other = fake.shape[dim]
-            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+            if isinstance(other, torch.SymInt) and expression(other) == expression(size):
                 return operand.node, dim
     raise Refusal(f"no input of the region has the dynamic size {size}")

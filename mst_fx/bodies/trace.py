@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map_only
 
 from mst_fx.bodies.body import Body, BodyConfig, OutputMeta, TensorMeta, registered
 from mst_fx.errors import Cause, Refusal
@@ -22,6 +19,10 @@ from mst_fx.rows.fold import Folder, check_guards, fold_rank, read_operand
 from mst_fx.rows.labels import SUMMED, Row
 from mst_fx.rows.region import Region
 from mst_fx.rows.tracer import RowTracer
+from mst_fx.torch_api.fakes import make_fx
+from mst_fx.torch_api.modes import enable_python_dispatcher
+from mst_fx.torch_api.ops import OpOverload, schema_of
+from mst_fx.torch_api.tensors import tree_map_only
 
 
 def trace_body(analysis: RowAnalysis, region: Region, config: BodyConfig, known: dict[str, Body]) -> Body:
@@ -141,7 +142,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
 def _under(tracer: RowTracer, function: Any) -> Any:

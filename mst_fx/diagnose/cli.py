@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
-from mst_fx.diagnose.doctor import watch
 from mst_fx.diagnose.explain import explain
+from mst_fx.diagnose.findings import Diagnosis
 from mst_fx.diagnose.model_of import Shape, Subject, SubjectError, build_subject
 from mst_fx.diagnose.page import make_page
+from mst_fx.diagnose.watch import watch
 from mst_fx.errors import OptionError, Refusal
 from mst_fx.options import make_options
 from mst_fx.report import Report, Rewrite, human_bytes
+from mst_fx.torch_api.dynamo import BackendCompilerFailed
 from mst_fx.version import __version__
 
 # A line of output: its style (a rich one; "" for none) and its text.
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> tuple[Subject, Report]:
+def _run(arguments: argparse.Namespace) -> tuple[Subject, Diagnosis]:
     """Builds what was named and explains it."""
     options = make_options(_pairs(arguments.option, "--option"))
     shape = Shape(
@@ -96,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Subject, Report]:
     subject = build_subject(arguments.model, shape)
     try:
         if getattr(arguments, "as_is", False):
-            torch._dynamo.reset()
+            torch.compiler.reset()
             with watch() as report:
                 subject.fn(*subject.args, **subject.kwargs)
             return subject, report
@@ -199,7 +200,7 @@ def _head_lines(subject: Subject) -> Iterator[Line]:
     yield "", ""
 
 
-def _table_lines(report: Report) -> Iterator[Line]:
+def _table_lines(report: Diagnosis) -> Iterator[Line]:
     for line in str(report).splitlines():
         style = "bold" if line.startswith("kind ") else "yellow" if line.startswith("refused ") else ""
         yield style, line
@@ -247,7 +248,7 @@ def _diff_lines(report: Report) -> Iterator[Line]:
     yield "bold", f"{report.graphs} graph(s): {report.summary()}"
 
 
-def _doctor_lines(report: Report) -> Iterator[Line]:
+def _doctor_lines(report: Diagnosis) -> Iterator[Line]:
     yield "bold", f"{report.graphs} graph(s): {report.summary()}"
     if not report.findings:
         yield "green", "nothing in the way was found"

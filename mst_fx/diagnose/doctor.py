@@ -5,67 +5,22 @@ Each check looks at a report (with the facts of its graphs) and returns what it 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from torch._dynamo.eval_frame import OptimizedModule
-
-from mst_fx.diagnose.facts import watching
+from mst_fx.diagnose.findings import Diagnosis, Facts, Finding
 from mst_fx.errors import Cause
-from mst_fx.logits import tensor as logits
-from mst_fx.report import Facts, Finding, Refused, Report, human_bytes
-from mst_fx.torch_api.inductor import Ending, on_eager_checkpoint
+from mst_fx.report import Refused, human_bytes
+from mst_fx.torch_api.dynamo import Ending
 
-Check = Callable[[Report], Finding | None]
+Check = Callable[[Diagnosis], Finding | None]
 
 _IN_PLACE = 'model.compile(backend="mst") compiles in place: whoever calls the model calls the compiled one'
 
 
-def advise(report: Report) -> list[Finding]:
+def advise(report: Diagnosis) -> list[Finding]:
     """What the checks find, the widest cause first."""
     return [finding for check in CHECKS if (finding := check(report)) is not None]
-
-
-@contextlib.contextmanager
-def watch() -> Iterator[Report]:
-    """Watches a program that compiles with mst by itself, and says what happened.
-
-    ::
-
-        with mst_fx.watch() as report:
-            trainer.train()  # any code that runs the first step
-        print(report, *report.findings, sep="\\n")
-
-    Yields:
-        a report that is filled when the context ends, with its findings. Graphs that were compiled before
-        are not in it.
-    """
-    report = Report()
-    used: list[str] = []
-    eager: list[Ending] = []
-    logits.on_use.append(used.append)
-    on_eager_checkpoint.append(eager.append)
-    try:
-        with watching() as watcher:
-            yield report
-    finally:
-        logits.on_use.remove(used.append)
-        on_eager_checkpoint.remove(eager.append)
-    report.add(watcher.total())
-    report.logits_used += dict.fromkeys(used)
-    report.eager_checkpoints += dict.fromkeys(said_of(ending) for ending in eager)
-    if not report.graphs:
-        report.uncalled += _wrapped()
-    report.findings += advise(report)
-
-
-def _wrapped() -> list[str]:
-    """The classes of the modules that ``torch.compile`` has wrapped."""
-    # By type(), not isinstance(): that would wake up lazy modules.
-    found = [x for x in gc.get_objects() if type(x) is OptimizedModule]
-    return sorted({type(x._orig_mod).__name__ for x in found})
 
 
 def said_of(ending: Ending) -> str:
@@ -73,7 +28,7 @@ def said_of(ending: Ending) -> str:
     return f"{ending.place or 'a place unknown'} ({ending.reason})"
 
 
-def eager_checkpoint(report: Report) -> Finding | None:
+def eager_checkpoint(report: Diagnosis) -> Finding | None:
     """Checkpointed layers that Dynamo gave up, and runs eagerly: they may be all of the model."""
     if not report.eager_checkpoints:
         return None
@@ -87,7 +42,7 @@ def eager_checkpoint(report: Report) -> Finding | None:
     )
 
 
-def _nothing_compiled(report: Report) -> Finding | None:
+def _nothing_compiled(report: Diagnosis) -> Finding | None:
     if report.graphs or report.eager_checkpoints:
         return None
     wrapped = ", ".join(report.uncalled)
@@ -99,7 +54,7 @@ def _nothing_compiled(report: Report) -> Finding | None:
     return Finding("nothing-compiled", evidence, _IN_PLACE)
 
 
-def _split_by_ddp(report: Report) -> Finding | None:
+def _split_by_ddp(report: Diagnosis) -> Finding | None:
     split = [facts for facts in report.facts if _is_ddp(facts)]
     if not split:
         return None
@@ -111,7 +66,7 @@ def _split_by_ddp(report: Report) -> Finding | None:
     )
 
 
-def _loss_behind_a_break(report: Report) -> Finding | None:
+def _loss_behind_a_break(report: Diagnosis) -> Finding | None:
     heads = [f for f in report.facts if f.has_head and not f.has_loss and f.ended and not _is_ddp(f)]
     losses = [f for f in report.facts if f.has_loss and not f.has_head and f.takes_rows]
     return _behind_a_break(heads[-1]) if heads and losses else None
@@ -126,7 +81,7 @@ def _behind_a_break(head: Facts) -> Finding:
     )
 
 
-def _graph_break(report: Report) -> Finding | None:
+def _graph_break(report: Diagnosis) -> Finding | None:
     """Breaks that cost something, and that nothing else explains."""
     places = {f.ended_at: f.ended for f in report.facts if f.ended_by in ("break", "data")}
     places = {at: why for at, why in places.items() if f"{at} ({why})" not in report.eager_checkpoints}
@@ -144,13 +99,13 @@ def _graph_break(report: Report) -> Finding | None:
     )
 
 
-def _whole_heads(report: Report) -> list[Facts]:
+def _whole_heads(report: Diagnosis) -> list[Facts]:
     """The graphs that have the head with its loss, or that of a model compiled as a whole."""
     is_broken = any(f.ended for f in report.facts)
     return [f for f in report.facts if f.has_loss or (f.has_head and (is_broken or not f.takes_rows))]
 
 
-def _head_not_compiled(report: Report) -> Finding | None:
+def _head_not_compiled(report: Diagnosis) -> Finding | None:
     """Layers compiled one by one; the head too perhaps, and then its graph starts with hidden rows."""
     if "mlp" not in report.kinds() or _whole_heads(report) or not any(f.takes_rows for f in report.facts):
         return None
@@ -180,7 +135,7 @@ def _function_skipped(facts: Facts) -> Finding:
     )
 
 
-def _head_by_trainer(report: Report) -> Finding | None:
+def _head_by_trainer(report: Diagnosis) -> Finding | None:
     trainers = [f.trainer for f in report.facts if f.trainer]
     if not trainers or _whole_heads(report):
         return None
@@ -192,7 +147,7 @@ def _head_by_trainer(report: Report) -> Finding | None:
     )
 
 
-def _loss_not_compiled(report: Report) -> Finding | None:
+def _loss_not_compiled(report: Diagnosis) -> Finding | None:
     heads = [r.name for r in _heads_of_outputs(report)]
     is_other = _split_by_ddp(report) or _head_not_compiled(report)
     if not heads or any(f.has_loss for f in report.facts) or is_other:
@@ -205,7 +160,7 @@ def _loss_not_compiled(report: Report) -> Finding | None:
     )
 
 
-def _mask_outside(report: Report) -> Finding | None:
+def _mask_outside(report: Diagnosis) -> Finding | None:
     found = [r for r in report.refusals if r.cause is Cause.MASK_INPUT]
     if not found:
         return None
@@ -227,7 +182,7 @@ def _mask_outside(report: Report) -> Finding | None:
     )
 
 
-def _logits_kept(report: Report) -> Finding | None:
+def _logits_kept(report: Diagnosis) -> Finding | None:
     heads = _heads_of_outputs(report)
     if not heads or not any(f.has_head and f.has_loss for f in report.facts) or _split_by_ddp(report):
         return None
@@ -238,7 +193,7 @@ def _logits_kept(report: Report) -> Finding | None:
     )
 
 
-def _logits_used(report: Report) -> Finding | None:
+def _logits_used(report: Diagnosis) -> Finding | None:
     if not report.logits_used:
         return None
     return Finding(
@@ -249,7 +204,7 @@ def _logits_used(report: Report) -> Finding | None:
     )
 
 
-def _eager_experts(report: Report) -> Finding | None:
+def _eager_experts(report: Diagnosis) -> Finding | None:
     places = [f.ended_at for f in report.facts if f.ended_by == "data" and f.routes]
     if not places:
         return None
@@ -262,7 +217,7 @@ def _eager_experts(report: Report) -> Finding | None:
     )
 
 
-def _grouped_experts(report: Report) -> Finding | None:
+def _grouped_experts(report: Diagnosis) -> Finding | None:
     names = [r.name for r in report.refusals if r.cause is Cause.EXPERTS]
     if not names:
         return None
@@ -273,7 +228,7 @@ def _grouped_experts(report: Report) -> Finding | None:
     )
 
 
-def _one_chunk(report: Report) -> Finding | None:
+def _one_chunk(report: Diagnosis) -> Finding | None:
     if not report.fits or any(r.kind in ("mlp", "vocab") for r in report.rewrites):
         return None
     fit = report.fits[0]
@@ -285,7 +240,7 @@ def _one_chunk(report: Report) -> Finding | None:
     )
 
 
-def _sharded(report: Report) -> Finding | None:
+def _sharded(report: Diagnosis) -> Finding | None:
     count = sum(facts.dtensors for facts in report.facts)
     if not count:
         return None
@@ -297,7 +252,7 @@ def _sharded(report: Report) -> Finding | None:
     )
 
 
-def _heads_of_outputs(report: Report) -> list[Refused]:
+def _heads_of_outputs(report: Diagnosis) -> list[Refused]:
     """The heads that were refused because their logits are an output."""
     return [r for r in report.refusals if r.kind == "vocab" and r.cause is Cause.IS_OUTPUT]
 
@@ -328,25 +283,25 @@ CHECKS: tuple[Check, ...] = (
 
 # What is said to everybody (:mod:`mst_fx.diagnose.warn`), of the report of one graph, if it costs at least so many bytes.
 
-CostlyCheck = Callable[[Report, int], Finding | None]
+CostlyCheck = Callable[[Diagnosis, int], Finding | None]
 
 
-def _costs_of(report: Report, kind: str, causes: tuple[Cause, ...]) -> int:
+def _costs_of(report: Diagnosis, kind: str, causes: tuple[Cause, ...]) -> int:
     return sum(r.kept_bytes for r in report.refusals if r.kind in kind and r.cause in causes)
 
 
-def _costly_split(report: Report, least: int) -> Finding | None:
+def _costly_split(report: Diagnosis, least: int) -> Finding | None:
     torn = _costs_of(report, "mlp vocab", (Cause.BREAK, Cause.IS_OUTPUT)) >= least
     return _split_by_ddp(report) if torn else None
 
 
-def _costly_break(report: Report, least: int) -> Finding | None:
+def _costly_break(report: Diagnosis, least: int) -> Finding | None:
     (facts,) = report.facts
     is_costly = facts.ended and not _is_ddp(facts) and _costs_of(report, "vocab", (Cause.BREAK,)) >= least
     return _behind_a_break(facts) if is_costly else None
 
 
-def _costly_loss(report: Report, least: int) -> Finding | None:
+def _costly_loss(report: Diagnosis, least: int) -> Finding | None:
     found = _loss_not_compiled(report)
     cost = _costs_of(report, "vocab", (Cause.IS_OUTPUT,))
     if found is None or cost < least or report.facts[0].trainer:
@@ -355,13 +310,13 @@ def _costly_loss(report: Report, least: int) -> Finding | None:
     return dataclasses.replace(found, evidence=evidence)
 
 
-def _costly_head(report: Report, least: int) -> Finding | None:
+def _costly_head(report: Diagnosis, least: int) -> Finding | None:
     (facts,) = report.facts
     rows = max((r.rows for r in report.rewrites if r.kind == "mlp"), default=0)
     return _head_not_compiled(report) if 4 * rows * facts.caller_width >= least else None
 
 
-def _costly_refusal(report: Report, least: int) -> Finding | None:
+def _costly_refusal(report: Diagnosis, least: int) -> Finding | None:
     heads = [
         r for r in report.refusals if r.kind == "vocab" and r.cause not in (Cause.IS_OUTPUT, Cause.BREAK)
     ]
@@ -374,7 +329,7 @@ def _costly_refusal(report: Report, least: int) -> Finding | None:
     )
 
 
-def _costly_mask(report: Report, least: int) -> Finding | None:
+def _costly_mask(report: Diagnosis, least: int) -> Finding | None:
     return _mask_outside(report)  # of more queries than a chunk has, else there is no refusal
 
 

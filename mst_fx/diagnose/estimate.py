@@ -16,36 +16,43 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
-from torch._ops import OpOverload
 
+from mst_fx.diagnose.findings import Memory
 from mst_fx.graph.sizes import hint
+from mst_fx.graph.spelling import (
+    ATTENTION,
+    COPIES,
+    EMBEDDINGS,
+    EXPANDS,
+    FLOAT_CASTS,
+    PADS,
+    PERMUTES,
+    RESHAPES,
+    SOFTMAXES,
+    SPLITS,
+    operation,
+)
 from mst_fx.graph.subgraphs import called_graph
 from mst_fx.graph.values import is_plain, storage_key, tensors_of
-from mst_fx.report import Memory
+from mst_fx.torch_api.symbols import hint_of
 
-# Operators by their exact names: functions, methods and ATen's operators without their overload or trailing "_".
 # Their backward passes need neither their operands nor their results …
-_KEEP_NOTHING = frozenset((
-    "add", "iadd", "sub", "isub", "rsub", "subtract", "neg", "negative", "sum", "mean", "cumsum", "view",
-    "view_as", "_unsafe_view", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
-    "expand", "expand_as", "broadcast_to", "t", "transpose", "swapaxes", "swapdims", "permute", "movedim",
-    "moveaxis", "mT", "adjoint", "flip", "roll", "rot90", "getitem", "getattr", "select", "slice",
-    "narrow", "unbind", "split", "split_with_sizes", "chunk", "tensor_split", "diagonal", "cat", "concat",
-    "concatenate", "stack", "hstack", "vstack", "repeat", "tile", "pad", "constant_pad_nd", "tril",
-    "triu", "to", "type", "type_as", "_to_copy", "convert_element_type", "float", "half", "bfloat16",
-    "double", "contiguous", "clone", "detach", "alias", "lift_fresh", "embedding",
-))  # fmt: skip
+_KEEP_NOTHING = (
+    FLOAT_CASTS | COPIES | RESHAPES | PERMUTES | EXPANDS | SPLITS | PADS | EMBEDDINGS
+    | {"add", "sub", "rsub", "neg", "sum", "mean", "cumsum", "squeeze", "unsqueeze", "flip", "roll", "rot90", "getitem"}
+    | {"getattr", "select", "slice", "narrow", "diagonal", "cat", "stack", "hstack", "vstack", "repeat", "tile"}
+    | {"tril", "triu", "mst_fx::embedding"}
+)  # fmt: skip
 # … or their operands alone where one of them is a number …
-_KEEP_NOTHING_OF_NUMBERS = frozenset(("mul", "imul", "multiply", "div", "truediv", "itruediv", "divide"))
+_KEEP_NOTHING_OF_NUMBERS = frozenset(("mul", "div"))
 # … or their results only.
-_KEEP_RESULT = frozenset((
-    "softmax", "_softmax", "log_softmax", "_log_softmax", "tanh", "sigmoid", "exp", "exp2", "expm1",
-    "sqrt", "rsqrt", "relu", "threshold", "reciprocal",
-))  # fmt: skip
-_ATTENTION = frozenset(("attention", "scaled_dot_product_attention"))  # results and operands
-_LOSSES = frozenset(("cross_entropy", "cross_entropy_loss", "log_softmax", "_log_softmax"))
+_KEEP_RESULT = SOFTMAXES | {
+    "log_softmax", "tanh", "sigmoid", "exp", "exp2", "expm1", "sqrt", "rsqrt", "relu", "threshold", "reciprocal",
+}  # fmt: skip
+_ATTENTION = ATTENTION | {"mst_fx::attention"}  # results and operands
+_LOSSES = frozenset(("cross_entropy", "log_softmax"))
+_LOOP_WITH_GRADIENT = "mst_fx::loop_with_grad"
 
 
 def estimate_memory(gm: fx.GraphModule, chunk_bytes: Mapping[str, int]) -> Memory:
@@ -78,7 +85,7 @@ class _Walk:
                 for key, size in _storages(node).items()
                 if key not in self.given | self.sizes.keys()
             }
-            if _name(node) == "loop_with_grad":
+            if operation(node) == _LOOP_WITH_GRADIENT:
                 new = {key: size for key, size in new.items() if key not in _weight_gradients(node)}
             self.sizes |= new
             self.made[node] = list(new)
@@ -121,7 +128,7 @@ class _Walk:
         """Storages that the backward pass needs, each with the first node that does."""
         saved: dict[int, fx.Node] = {}
         for node in self.calls:
-            name = _name(node)
+            name = operation(node)
             if not any(t.requires_grad for t in tensors_of(node)):
                 continue
             if name in _ATTENTION:
@@ -145,12 +152,12 @@ class _Walk:
         """What a node needs beside its operands and results while it runs."""
         chunks = [self.chunk_bytes[x] for x in node.args if isinstance(x, str) and x in self.chunk_bytes]
         if chunks:
-            return 0 if backward and _name(node) == "loop_with_grad" else chunks[0]
+            return 0 if backward and operation(node) == _LOOP_WITH_GRADIENT else chunks[0]
         inner = called_graph(self.gm, node)
         if inner is not None:
             step = estimate_memory(inner, self.chunk_bytes)
             return step.peak if backward else max(step.forward, default=0) - step.kept
-        if _name(node) in _LOSSES:
+        if operation(node) in _LOSSES:
             return sum(sum(_storages(operand).values()) for operand in node.all_input_nodes[:1])
         return 0
 
@@ -162,7 +169,7 @@ def _storages(node: fx.Node) -> dict[int, int]:
         key = storage_key(tensor) if is_plain(tensor) else None
         key = id(tensor) if key is None else key
         count = tensor.numel()
-        is_known = not isinstance(count, torch.SymInt) or count.node.hint is not None
+        is_known = hint_of(count) is not None
         found[key] = hint(count) * tensor.element_size() if is_known else 0
     return found
 
@@ -179,12 +186,3 @@ def _has_number(node: fx.Node) -> bool:
     return any(
         not tensors_of(x) if isinstance(x, fx.Node) else isinstance(x, (int, float)) for x in node.args[:2]
     )
-
-
-def _name(node: fx.Node) -> str:
-    """The name of an operator, without its overload and the "_" of one that writes in place."""
-    target = node.target
-    if isinstance(target, OpOverload):
-        target = target.overloadpacket
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return name if name.endswith("__") else name.rstrip("_")

@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.diagnose.doctor import watch
+from mst_fx.diagnose.findings import Diagnosis
 from mst_fx.diagnose.warn import silent
+from mst_fx.diagnose.watch import watch
 from mst_fx.options import Options, make_options
 from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import run_passes
-from mst_fx.report import Report
 from mst_fx.torch_api.inductor import compile_graph
 
 
 def explain(
     fn: Callable[..., Any], options: Mapping[str, Any] | Options | None = None
-) -> Callable[..., Report]:
+) -> Callable[..., Diagnosis]:
     """Says what ``torch.compile(fn, backend="mst", options=options)`` rewrites.
 
     Args:
         fn: a function or module; it is run once, un-compiled, on the arguments of the returned function.
 
     Returns:
-        A function of the arguments of ``fn`` that returns a :class:`~mst_fx.report.Report` over all
-        graphs that Dynamo captures, with its findings (:mod:`mst_fx.diagnose.doctor`).
+        A function of the arguments of ``fn`` that returns a report over all graphs that Dynamo captures, with its
+        findings (:class:`~mst_fx.diagnose.findings.Diagnosis`).
 
     Raises:
         OptionError: for bad options.
@@ -41,11 +41,11 @@ def explain(
         compiled = compile_graph(crossing.gm, crossing.inputs, "aot_eager", {})
         return crossing.open_masks(crossing.put_masks(compiled, False))
 
-    def run(*args: Any, **kwargs: Any) -> Report:
-        torch._dynamo.reset()
+    def run(*args: Any, **kwargs: Any) -> Diagnosis:
+        torch.compiler.reset()
         with watch() as report, silent():
             torch.compile(fn, backend=compiler)(*args, **kwargs)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return report
 
     return run

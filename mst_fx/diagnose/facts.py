@@ -1,83 +1,22 @@
-"""What the doctor has to know of each captured graph; kept only while somebody watches."""
+"""What the doctor has to know of each captured graph."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import sys
-from collections.abc import Iterator
-from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._guards import CompileContext
 
-from mst_fx.diagnose.estimate import estimate_memory
+from mst_fx.diagnose.findings import Facts
 from mst_fx.errors import Cause
-from mst_fx.graph.names import module_path, target_name
-from mst_fx.graph.subgraphs import called_graph, subgraphs
-from mst_fx.graph.values import tensor_value, tensors_of
-from mst_fx.report import Facts, Line, Report
-from mst_fx.torch_api.inductor import ending_of
+from mst_fx.graph.names import target_name
+from mst_fx.graph.subgraphs import subgraphs
+from mst_fx.graph.values import tensor_value
+from mst_fx.report import Report
+from mst_fx.torch_api.dynamo import compilation, ending_of, enters_compiled_code, is_transformed
 
 _LOSSES = ("cross_entropy", "nll_loss")
-_ENTRY = os.path.join("torch", "_dynamo", "eval_frame.py")  # by which code that Dynamo compiles is entered
-_LONGEST = 200  # characters of a node's text
-_KINDS = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
-
-
-class Watcher:
-    """The reports of the graphs that are captured while it watches.
-
-    Dynamo may compile a frame again from the start: of each frame, the last attempt counts. An attempt
-    may have several graphs (DDPOptimizer splits).
-    """
-
-    def __init__(self) -> None:
-        self._attempts: dict[Any, tuple[int, list[Report]]] = {}
-
-    def add(self, report: Report) -> None:
-        context = CompileContext.try_get()
-        key, attempt = (context.compile_id, context.attempt) if context else (len(self._attempts), 0)
-        known, reports = self._attempts.get(key, (attempt, []))
-        self._attempts[key] = (attempt, [*reports, report] if known == attempt else [report])
-
-    def total(self) -> Report:
-        total = Report()
-        for _, reports in self._attempts.values():
-            for report in reports:
-                total.add(report)
-        return total
-
-
-_watchers: list[Watcher] = []
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[Watcher]:
-    """A watcher of all graphs that go through the passes inside of the context."""
-    watcher = Watcher()
-    _watchers.append(watcher)
-    try:
-        yield watcher
-    finally:
-        _watchers.remove(watcher)
-
-
-def observe(gm: fx.GraphModule, new: fx.GraphModule, report: Report) -> None:
-    """Adds what is known of one graph, before and after the passes, to all who watch."""
-    if not _watchers:
-        return
-    report.facts.append(facts_of(gm, report))
-    chunk_bytes = {rewrite.body: rewrite.chunk_bytes for rewrite in report.rewrites if rewrite.body}
-    report.memory_before = estimate_memory(gm, {})
-    report.memory_after = estimate_memory(new, chunk_bytes)
-    report.lines_before.append(tuple(_lines(gm)))
-    report.lines_after.append(tuple(_lines(new)))
-    for watcher in _watchers:
-        watcher.add(report)
 
 
 def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
@@ -93,7 +32,7 @@ def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
     takes_rows = any(x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in tensors)
     caller = _caller() if takes_rows or ending.kind else _Caller()
     return Facts(
-        compile_id=str(CompileContext.current_compile_id() or ""),
+        compile_id=str((compilation() or ("",))[0] or ""),
         ended=ending.reason,
         ended_at=ending.place,
         ended_by=ending.kind,
@@ -140,13 +79,13 @@ def _caller() -> _Caller:
     while frame is not None:
         code = frame.f_code
         owner: Any = frame.f_locals.get("self") if code.co_argcount else None
-        if code.co_filename.endswith(_ENTRY):
+        if enters_compiled_code(code):
             inside, outside = inside + outside, []
         elif issubclass(type(owner), torch.nn.Module):
             is_call = code.co_name in ("_wrapped_call_impl", "_call_impl")  # of the module that is compiled
             (inside if is_call and not outside else outside).append(owner)
             if not is_call:  # a decorator may run as Python does around what Dynamo wrote
-                place = "" if _is_transformed(code) else f"{code.co_filename}:{code.co_firstlineno}"
+                place = "" if is_transformed(code) else f"{code.co_filename}:{code.co_firstlineno}"
                 places[id(owner)] = place and places.get(id(owner), place)
         frame = frame.f_back
     trainers = [package for owner in inside + outside if (package := _forward_package(owner)) == "trl"]
@@ -170,12 +109,6 @@ def _is_apart(owner: torch.nn.Module, head: torch.nn.Module) -> bool:
     return any(part is head for other in parts for part in other.modules())
 
 
-def _is_transformed(code: CodeType) -> bool:
-    """Whether Dynamo wrote the code, which calls compiled graphs, or goes on in functions that do."""
-    marks = ("__compiled_fn", "__resume_at", "torch_dynamo_resume")
-    return any(name.startswith(marks) for name in (code.co_name, *code.co_names))
-
-
 def _forward_package(module: torch.nn.Module) -> str:
     """The package of a forward function that somebody has put into a module."""
     forward = module.__dict__.get("forward")
@@ -190,46 +123,6 @@ def _head_of(module: torch.nn.Module) -> tuple[str, torch.nn.Linear | None]:
         if isinstance(child, torch.nn.Linear) and tuple(child.weight.shape) in tables:
             return name, child
     return "", None
-
-
-def _lines(gm: fx.GraphModule, prefix: str = "", depth: int = 0) -> Iterator[Line]:
-    """The nodes of a graph but its inputs; those of a checkpointed layer after the call of it."""
-    for node in gm.graph.nodes:
-        if node.op in ("placeholder", "get_attr") or (node.op == "output" and depth):
-            continue
-        name = "return" if node.op == "output" else node.name
-        text = _short(str(node.args[0])) if node.op == "output" else _call_text(node)
-        shapes = ", ".join(_shape(tensor) for tensor in tensors_of(node)) if node.op != "output" else ""
-        operands = tuple(operand.name for operand in node.all_input_nodes)
-        yield Line(prefix + name, name, text, shapes, module_path(node), depth, operands)
-        inner = called_graph(gm, node)
-        if inner is not None:
-            yield from _lines(inner, f"{prefix}{node.args[0].target}.", depth + 1)
-
-
-def _call_text(node: fx.Node) -> str:
-    arguments = [str(x) for x in node.args] + [f"{key}={x}" for key, x in node.kwargs.items()]
-    return _short(f"{target_name(node)}({', '.join(arguments)})")
-
-
-def _short(text: str) -> str:
-    """With readable names of parameters and inputs, and not too long."""
-    text = re.sub(r"\bl_(?:self|args|kwargs)_(\w+?)_(?=\W|$)", lambda m: _dotted(m[1]), text)
-    text = re.sub(r"\bl_(\w+?)_(?=\W|$)", r"\1", text)
-    text = re.sub(r"\[(?:-?\d+, ){8,}-?\d+\]", "[…]", text)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…)"
-
-
-def _dotted(name: str) -> str:
-    """``modules_model_modules_layers_modules_0_parameters_weight`` → ``model.layers.0.weight``."""
-    return re.sub(r"(?:^|_)(?:modules|parameters|buffers)_", ".", name).strip(".")
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    kind = re.sub(
-        r"(float|bfloat|int|uint|complex)(\d+)", lambda m: _KINDS[m[1]] + m[2], str(tensor.dtype)[6:]
-    )
-    return f"{kind}[{', '.join(map(str, tensor.shape))}]"
 
 
 def _has_loss(gm: fx.GraphModule) -> bool:

@@ -143,13 +143,8 @@ def _from_transformers(name: str, shape: Shape) -> Subject:
     if config_class is None:
         raise SubjectError(f"{name!r} of transformers is neither the class of one model nor that of a config")
     config, shrunk = _make_config(config_class, shape)
-    torch.manual_seed(0)
     try:
-        model = model_class(config).to(shape.dtype).train()
-        if shape.checkpointing:
-            # Its name in transformers 5.23 and on; the other one is deprecated there.
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)()
+        model = random_model(model_class, config, checkpointing=shape.checkpointing).to(shape.dtype)
     except Exception as error:
         raise SubjectError(f"cannot build {model_class.__name__}: {_one_line(error)}") from error
     kwargs = _make_inputs(model, shape)
@@ -158,6 +153,35 @@ def _from_transformers(name: str, shape: Shape) -> Subject:
     dtype = str(shape.dtype).removeprefix("torch.")
     title = f"{model_class.__name__}: {count:,} random {dtype} weights; {inputs}"
     return Subject(model, (), kwargs, title + (", checkpointing" if shape.checkpointing else ""), shrunk)
+
+
+def random_model(
+    model_class: Callable[[Any], Any],
+    config: Any,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+) -> Any:
+    """A model of transformers with random weights (seed 0), in training mode.
+
+    Args:
+        dtype: in which it is made.
+        checkpointing: of each layer, where the model can.
+    """
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(before)
+    if checkpointing:
+        # Its name in transformers 5.23 and on; the other one is deprecated there.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model.train()
 
 
 def _model_of(transformers: Any, config_class: Any) -> Any:

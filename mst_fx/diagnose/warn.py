@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import logging
 from collections.abc import Iterator
 
@@ -17,8 +16,10 @@ from torch import fx
 
 from mst_fx.diagnose.doctor import COSTLY, eager_checkpoint, said_of
 from mst_fx.diagnose.facts import facts_of
-from mst_fx.report import Finding, Report
-from mst_fx.torch_api.inductor import Ending, on_eager_checkpoint
+from mst_fx.diagnose.findings import Diagnosis, Finding, diagnosis_of
+from mst_fx.report import Report
+from mst_fx.torch_api.checkpoints import on_eager_checkpoint
+from mst_fx.torch_api.dynamo import Ending
 
 log = logging.getLogger("mst_fx")
 
@@ -46,16 +47,12 @@ def silent() -> Iterator[None]:
         _is_silent.reset(token)
 
 
-def warn(gm: fx.GraphModule, report: Report) -> None:
-    """Says what one captured graph costs a step of training.
-
-    Args:
-        gm: as Dynamo captured it.
-        report: of this graph alone.
-    """
+def warn(captured: fx.GraphModule, new: fx.GraphModule, report: Report) -> None:
+    """Says what one captured graph costs a step of training; listens to :data:`mst_fx.listeners.on_graph`."""
     if not torch.is_grad_enabled() or _is_silent.get() or not report.kinds():
         return
-    one = dataclasses.replace(report, facts=[facts_of(gm, report)])
+    one = diagnosis_of(report)
+    one.facts.append(facts_of(captured, report))
     for check in COSTLY:
         found = check(one, LEAST_BYTES)
         if found is not None:
@@ -64,7 +61,7 @@ def warn(gm: fx.GraphModule, report: Report) -> None:
 
 def _warn_eager_checkpoint(ending: Ending) -> None:
     """Says that a checkpointed layer runs eagerly: whoever checkpoints has no memory to spare."""
-    found = eager_checkpoint(Report(eager_checkpoints=[said_of(ending)]))
+    found = eager_checkpoint(Diagnosis(eager_checkpoints=[said_of(ending)]))
     if found is not None and torch.is_grad_enabled() and not _is_silent.get():
         _say(found)
 

@@ -19,7 +19,7 @@ import sympy
 import torch
 
 from mst_fx.graph.sizes import expression, hint
-from mst_fx.torch_api.inductor import guards_are_kept, promised_ranges
+from mst_fx.torch_api.symbols import bounds, guards_are_kept, promised_ranges
 
 
 def changes(size: Any) -> bool:
@@ -55,10 +55,9 @@ def _stays_small(size: torch.SymInt, most: int) -> bool:
     No guard can stand where nobody would check it (a graph of ``torch.export``), where it breaks what the user
     promised of a size (``mark_dynamic`` with a range), or leaves one size of those that he wants to change.
     """
-    env, expr = size.node.shape_env, expression(size)
-    known = env.bound_sympy(expr)
+    known, symbols = bounds(size), expression(size).free_symbols
     if known.upper <= most:
         return True
-    if known.lower >= most or not guards_are_kept(env) or expr.free_symbols & promised_ranges(env):
+    if known.lower >= most or not guards_are_kept(size) or symbols & promised_ranges(size):
         return False
     return bool(size <= most)

@@ -12,7 +12,7 @@ from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.subgraphs import subgraphs
 from mst_fx.graph.values import VALUE, value
 from mst_fx.graph.writes import writes_in_place
-from mst_fx.torch_api.inductor import graph_module
+from mst_fx.torch_api.graphs import graph_module
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._ops import OpOverload, OpOverloadPacket
 
 from mst_fx.graph.names import target_name
 from mst_fx.graph.spelling import LOOKS, STATISTICS_KEEPERS, is_of_library, is_of_mst, operation
 from mst_fx.graph.subgraphs import called_graphs
 from mst_fx.graph.values import tensors_of, value
+from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket
 
 # By name: from release to release they move between torch._C._functorch and torch._functorch.predispatch.
 _ENTERS = ("_increment_nesting", "_enter_dual_level")

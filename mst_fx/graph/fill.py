@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves
 
 from mst_fx.graph.subgraphs import attribute
 from mst_fx.graph.values import VALUE
+from mst_fx.torch_api.fakes import FakeTensor, fake_mode
+from mst_fx.torch_api.fakes import fake_mode_of as fake_mode_of
+from mst_fx.torch_api.tensors import tree_leaves
 
 
 def call(op: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -29,13 +29,6 @@ def call(op: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
         return function(*args, **kwargs)
 
 
-def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
-    for found in values:
-        if isinstance(found, FakeTensor):
-            return found.fake_mode
-    return None
-
-
 def fill_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Gives every node of a graph that Dynamo did not make its fake value.
 
@@ -43,7 +36,7 @@ def fill_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         gm: any GraphModule; sub-GraphModules are filled when they are called.
         example_inputs: what ``gm`` is called with; tensors may be real or fake.
     """
-    mode = fake_mode_of(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = fake_mode_of(example_inputs) or fake_mode(is_symbolic=True)
 
     def fake(found: Any) -> Any:
         if isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor):

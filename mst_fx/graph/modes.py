@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph.effects import inference_change, level_change
+from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 
 
 @contextlib.contextmanager
@@ -45,11 +46,11 @@ def contexts(graph: fx.Graph) -> dict[fx.Node, Context]:
     outer: list[Context] = []  # of regions of inference_mode
     contexts = {}
     for node in graph.nodes:
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is ENTER_AUTOCAST:
             current = dataclasses.replace(current, autocast=(*current.autocast, tuple(node.args)))
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is EXIT_AUTOCAST:
             current = dataclasses.replace(current, autocast=current.autocast[:-1])
-        elif node.target is torch._C._set_grad_enabled:
+        elif node.target is SET_GRAD_ENABLED:
             current = dataclasses.replace(current, grad=bool(node.args[0]))
         elif change := level_change(node):
             current = dataclasses.replace(current, level=max(0, current.level + change))

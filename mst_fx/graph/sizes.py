@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from mst_fx.errors import Refusal
 from mst_fx.graph.values import tensors_of
-
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+from mst_fx.torch_api.symbols import expression as expression
+from mst_fx.torch_api.symbols import hint_of
+from mst_fx.torch_api.tensors import SIXTEEN_BITS as SIXTEEN_BITS
 
 
 def row_bytes(tensor: torch.Tensor, rows: int) -> int:
@@ -30,22 +30,17 @@ def hint(size: Any) -> int:
         return int(size)
     if not is_known(size):
         raise Refusal(f"the size {size} depends on data")
-    return int(size.node.hint)
+    return int(hint_of(size))
 
 
 def is_known(size: Any) -> bool:
     """Whether a size has a value at capture."""
-    return not isinstance(size, torch.SymInt) or size.node.hint is not None
+    return hint_of(size) is not None
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which values of a type are summed: float32 for 16-bit ones."""
     return torch.float32 if dtype in SIXTEEN_BITS else dtype
-
-
-def expression(size: Any) -> Any:
-    """A size as a sympy expression: arithmetic on symbolic integers would be traced, or guarded."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def settled(sizes: Iterable[Any]) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph.values import tensor_value
+from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket, same_overload, schema_of
 
 aten = torch.ops.aten
 
@@ -55,8 +56,19 @@ MATRIX_PRODUCTS = MATMULS | {"linear", "addmm", "baddbmm", "einsum", "bilinear"}
 GROUPED_PRODUCTS = frozenset(
     ("grouped_mm", "_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "transformers::grouped_mm_fallback")
 )  # fmt: skip
+# Multiply by a matrix, in whatever form.
+PRODUCTS = (
+    MATRIX_PRODUCTS | GROUPED_PRODUCTS
+    | {"addbmm", "chain_matmul", "_int_mm", "_scaled_mm", "_weight_int8pack_mm", "_weight_int4pack_mm"}
+)  # fmt: skip
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "convolution"))
 ATTENTION = frozenset(("scaled_dot_product_attention",))
+ATTENTION_KERNELS = ATTENTION | {
+    "flex_attention", "mst_fx::attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+}  # fmt: skip
+PADS = frozenset(("pad", "constant_pad_nd"))
 SOFTMAXES = frozenset(("softmax",))
 DROPOUTS = frozenset(("dropout",))
 EMBEDDINGS = frozenset(("embedding",))
@@ -65,6 +77,11 @@ COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div"))
 REDUCTIONS = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
 WAVES = frozenset(("cos", "sin"))
+NUMBERS_EVERYWHERE = {  # new tensors that hold one number, or (empty) may hold it
+    "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "empty": 0.0, "empty_like": 0.0, "new_empty": 0.0,
+    "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0,
+}  # fmt: skip
+FULLS = frozenset(("full", "full_like", "new_full"))  # given the number
 CHECKPOINTS = frozenset(("tag_activation_checkpoint", "wrap_activation_checkpoint"))
 # Give no tensor, and only look at their operands.
 LOOKS = frozenset((
@@ -92,8 +109,19 @@ IN_PLACE_TOO = frozenset(_IN_PLACE_TOO.split())
 # Of the products whose operands stand in other places than 0 and 1: the rows, the matrix.
 _PLACES = {"addmm": (1, 2), "baddbmm": (1, 2), "einsum": (1, 2)}
 
+# The operand that a product adds, by position and by name.
+_ADDED = {
+    "linear": (2, ("bias",)),
+    "addmm": (0, ("input", "self")),
+    "baddbmm": (0, ("input", "self")),
+    "scaled_dot_product_attention": (3, ("attn_mask",)),
+}
+
 # Other names of an argument: of torch's Python functions, and of NumPy.
 _ARGUMENT_ALIASES = {"self": ("input",), "input": ("self",), "dim": ("axis",), "keepdim": ("keepdims",)}
+
+# Keywords that torch takes beside those of a schema.
+_IN_NO_SCHEMA = frozenset(("axis", "keepdims", "input", "self", "requires_grad", "names", "out"))
 
 _NO_CALLS = ("placeholder", "get_attr", "output", "call_module")
 _OF_TORCH = ("torch", "_operator", "operator", "builtins", "math")
@@ -108,9 +136,8 @@ def operation(node: fx.Node) -> str:
 @functools.cache
 def operation_of(target: Any) -> str:
     """The same of what a ``call_function`` or ``call_method`` node calls: a function, or the name of a method."""
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-        namespace, _, name = packet._qualified_op_name.partition("::")
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        namespace, name = str(target).split(".")[:2]
         if namespace not in _OWN_NAMESPACES:
             return f"{namespace}::{name}"
     elif isinstance(target, str):
@@ -180,8 +207,8 @@ def out_of_place(target: Any) -> Any:
         return None
     if isinstance(target, str):
         return base if hasattr(torch.Tensor, base) else None
-    if isinstance(target, torch._ops.OpOverload):
-        return getattr(getattr(aten, base, None), target._overloadname, None)
+    if isinstance(target, OpOverload):
+        return same_overload(getattr(aten, base, None), target)
     return getattr(torch, base, None) or getattr(torch.nn.functional, base, None)
 
 
@@ -192,6 +219,16 @@ def product_operands(node: fx.Node) -> tuple[Any, Any] | None:
         return None
     places = _PLACES.get(name, (0, 1))
     return (node.args[places[0]], node.args[places[1]]) if len(node.args) > max(places) else None
+
+
+def multiplied(product: fx.Node) -> list[fx.Node]:
+    """The tensors that a product multiplies; a bias, a mask or a residual is added only."""
+    place, names = _ADDED.get(operation(product), (-1, ()))
+    given = [x for index, x in enumerate(product.args) if index != place]
+    given += [x for name, x in product.kwargs.items() if name not in names]
+    nodes: dict[fx.Node, None] = {}
+    fx.map_arg(given, lambda node: nodes.setdefault(node))
+    return [node for node in nodes if tensor_value(node) is not None]
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
@@ -214,14 +251,14 @@ def signatures(node: fx.Node) -> list[tuple[str, ...]]:
     target: Any = node.target
     if node.op == "call_method":
         target = getattr(torch.Tensor, str(target), None)
-    is_known = isinstance(target, torch._ops.OpOverload) or _is_of_torch(target)
+    is_known = isinstance(target, OpOverload) or _is_of_torch(target)
     if target is None or not is_known:
         return []
     return [tuple(names) for names, every in _parameters_of(target) if _may_be_called(node, names, every)]
 
 
 def _may_be_called(node: fx.Node, names: dict[str, str], every: frozenset[str]) -> bool:
-    given = set(node.kwargs) - {alias for aliases in _ARGUMENT_ALIASES.values() for alias in aliases}
+    given = node.kwargs.keys() - _IN_NO_SCHEMA
     if len(node.args) > len(names) or not given <= every:
         return False
     return all(map(_is_of_kind, node.args, names.values()))
@@ -254,10 +291,10 @@ def _parameters_of(target: Any) -> tuple[tuple[dict[str, str], frozenset[str]], 
 
 
 def _schemas(target: Any) -> list[Any]:
-    if isinstance(target, torch._ops.OpOverload):
-        return [target._schema]
+    if isinstance(target, OpOverload):
+        return [schema_of(target)]
     packet = getattr(aten, getattr(target, "__name__", ""), None)
-    return [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
+    return [schema_of(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
 
 
 def dropout_probability(node: fx.Node) -> float | None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import tensors_of, value
+from mst_fx.torch_api.tensors import tree_leaves
 
 
 def subgraphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import add_call, copy_provenance
@@ -25,14 +24,18 @@ from mst_fx.graph.modes import Context, in_context
 from mst_fx.graph.sizes import expression, hint
 from mst_fx.graph.spelling import (
     CASTS,
+    FULLS,
+    NUMBERS_EVERYWHERE,
     RESHAPES,
     TRANSPOSES,
+    argument,
     is_in_place_operator,
     operation,
     out_of_place,
 )
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
 from mst_fx.graph.writes import writes_in_place
+from mst_fx.torch_api.modes import enable_python_dispatcher
 
 _ACTIVATIONS = (
     *(F.relu, F.silu, F.elu, F.leaky_relu, F.hardtanh, F.relu6, F.mish, F.selu, F.celu, F.threshold),
@@ -288,11 +291,9 @@ def _put_slice(
 
 def _filled_with(node: fx.Node) -> float | None:
     """The number that a new tensor holds everywhere, or may hold; None if nobody knows."""
-    name = operation(node).removeprefix("new_").removesuffix("_like")
-    if name in ("zeros", "ones", "empty"):
-        return float(name == "ones")
-    number = node.kwargs.get("fill_value", node.args[-1] if len(node.args) > 1 else None)
-    return number if name == "full" and isinstance(number, (int, float)) else None
+    name = operation(node)
+    number = argument(node, "fill_value") if name in FULLS else NUMBERS_EVERYWHERE.get(name)
+    return number if isinstance(number, (int, float)) else None
 
 
 def _step(add: Adder, source: fx.Node, dim: int, part: Any) -> fx.Node:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
+
+from mst_fx.torch_api.fakes import FakeTensor
+from mst_fx.torch_api.tensors import storage_id, tree_leaves
 
 VALUE = "example_value"  # the meta key under which Dynamo keeps a node's fake value
 
@@ -43,7 +44,7 @@ def storage_key(tensor: torch.Tensor) -> int | None:
     """What tells a tensor's storage from others; None if it has none to show: values inside of ``torch.vmap``
     and ``torch.func.grad``, sparse tensors, some subclasses."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return storage_id(tensor)
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from mst_fx.graph.effects import has_effects
 from mst_fx.graph.fill import call, fake_mode_of
@@ -29,6 +28,7 @@ from mst_fx.graph.subgraphs import called_graphs
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.torch_api.guards import without_guards
+from mst_fx.torch_api.tensors import tree_leaves
 
 
 class SpecError(AssertionError):

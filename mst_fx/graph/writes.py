@@ -8,19 +8,19 @@ import sys
 import types
 from typing import Any
 
-import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from mst_fx.graph.spelling import is_in_place_operator
 from mst_fx.graph.values import is_plain, storage_keys, tensors_of
+from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket, schema_of
+from mst_fx.torch_api.tensors import tree_leaves
 
 
 def writes_in_place(node: fx.Node) -> bool:
     """Whether a node may write to one of its arguments."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
+    if isinstance(node.target, OpOverload):
+        return schema_of(node.target).is_mutable
+    if isinstance(node.target, OpOverloadPacket):
         return bool(_written_by_schema(node))
     if is_in_place_operator(node.target) or node.kwargs.get("out") is not None:
         return True
@@ -57,7 +57,7 @@ def mutated_storages(graph: fx.Graph) -> set[int]:
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The operands that a node in place may write to."""
-    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
         return _written_by_schema(node)
     if node.kwargs.get("out") is not None:
         return node.all_input_nodes
@@ -68,11 +68,11 @@ def _written(node: fx.Node) -> list[fx.Node]:
 def _written_by_schema(node: fx.Node) -> list[fx.Node]:
     """The operands of an operator, or of a packet of overloads, that a schema says it writes to."""
     target: Any = node.target
-    is_packet = isinstance(target, torch._ops.OpOverloadPacket)
+    is_packet = isinstance(target, OpOverloadPacket)
     overloads = [getattr(target, name) for name in target.overloads()] if is_packet else [target]
     found: list[fx.Node] = []
     for overload in overloads:
-        for index, argument in enumerate(overload._schema.arguments):
+        for index, argument in enumerate(schema_of(overload).arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 is_positional = index < len(node.args) and not argument.kwarg_only
                 given = node.args[index] if is_positional else node.kwargs.get(argument.name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mst_fx.logits.snapshot import snapshot, version
 from mst_fx.logits.uses import plainly
-from mst_fx.torch_api.inductor import uses_of_storage
+from mst_fx.torch_api.tensors import storage_id, uses_of_storage
 
 if TYPE_CHECKING:
     from mst_fx.logits.tensor import DeferredLogits
@@ -34,7 +34,7 @@ class Apart:
             self._value: Tensor | None = part._value.detach()
             self._was = snapshot(part._value, is_reached=True)
         self._before = part._version_of_value
-        self.storage = part._value.untyped_storage()._cdata
+        self.storage = storage_id(part._value)
         self.owner = weakref.ref(part._owner())
         self.rows = part._rows()
         self._is_changed = False

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from mst_fx.graph.subgraphs import attribute
 from mst_fx.logits.tensor import Source, deferred_logits
-from mst_fx.ops.port import joined_to_port
+from mst_fx.ops.port import enter_at_port
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def defer_outputs(
         if origin.port < 0:
             return rows
         if origin.port not in joined:
-            joined[origin.port] = joined_to_port(results[origin.port], rows)
+            joined[origin.port] = enter_at_port(results[origin.port], rows)
         return joined[origin.port]
 
     for deferral, arguments in zip(deferrals, kept, strict=True):

@@ -12,6 +12,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from mst_fx.torch_api.tensors import version_of
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _SMALL = 1 << 12  # elements of a tensor that is kept as it is
 
@@ -20,7 +22,7 @@ Bits = tuple[Tensor, ...]
 
 def version(x: Tensor) -> int:
     """How often a tensor was written; inference tensors do not know (see :func:`mst_fx.logits.put_back._deferred`)."""
-    return -1 if x.is_inference() else x._version
+    return -1 if x.is_inference() else version_of(x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_fx.errors import Refusal
 from mst_fx.graph.modes import Context, contexts, outside_transforms
@@ -23,6 +22,9 @@ from mst_fx.graph.values import VALUE, tensor_value, value
 from mst_fx.logits.put_back import Deferral, Origin
 from mst_fx.ops.port import new_port
 from mst_fx.rows.analysis import RowAnalysis
+from mst_fx.torch_api.fakes import fake_mode
+from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
+from mst_fx.torch_api.symbols import hint_of
 
 _Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their gradient, and its port
 
@@ -188,11 +190,11 @@ class _Modes:
     def enter(self, context: Context) -> None:
         if context.autocast != self._context.autocast:
             for node in reversed(self._entered):
-                self._graph.call_function(torch.amp.autocast_mode._exit_autocast, (node,))
-            enter = torch.amp.autocast_mode._enter_autocast
+                self._graph.call_function(EXIT_AUTOCAST, (node,))
+            enter = ENTER_AUTOCAST
             self._entered = [self._graph.call_function(enter, args) for args in context.autocast]
         if context.grad != self._context.grad:
-            self._graph.call_function(torch._C._set_grad_enabled, (context.grad,))
+            self._graph.call_function(SET_GRAD_ENABLED, (context.grad,))
         self._context = context
 
 
@@ -244,7 +246,7 @@ def _takes_any_rows(compute: fx.GraphModule, holds: Sequence[bool], rank: int) -
     primes = [size for size in (11, 13, 17, 19, 23, 29, 31, 37, 41, 43) if size not in known]
     vocabulary = hint(value(compute.graph.output_node().args[0]).shape[-1])  # type: ignore[arg-type]
     for lead in ([*[1] * (rank - 1), primes[0]], primes[:rank]):
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = fake_mode(is_symbolic=False)
 
         def stand_in(node: fx.Node, is_row: bool, lead: list[int] = lead) -> Any:
             found = value(node)
@@ -252,7 +254,7 @@ def _takes_any_rows(compute: fx.GraphModule, holds: Sequence[bool], rank: int) -
                 sizes = [hint(size) for size in found.shape]
                 sizes = [*lead, *sizes[rank:]] if is_row else sizes
                 return torch.empty(sizes, dtype=found.dtype, device=found.device)
-            return found.node.hint if isinstance(found, (torch.SymInt, torch.SymFloat)) else found
+            return hint_of(found) if isinstance(found, (torch.SymInt, torch.SymFloat)) else found
 
         try:
             with mode, torch.no_grad():
@@ -293,6 +295,6 @@ def _size(results: list[Any], position: int, size: Any) -> Any:
 def _dim_of(node: Any, size: torch.SymInt) -> int | None:
     fake = tensor_value(node) if isinstance(node, fx.Node) else None
     for dim, other in enumerate(fake.shape if fake is not None else ()):
-        if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+        if isinstance(other, torch.SymInt) and expression(other) == expression(size):
             return dim
     return None

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mst_fx.listeners import on_logits
 from mst_fx.logits.apart import Apart, overlap
 from mst_fx.logits.snapshot import Snapshot, is_freed, snapshot, version
 from mst_fx.logits.uses import LAZY, Step, announces, plainly, rows_of, taker
+from mst_fx.torch_api.modes import without_torch_function
+from mst_fx.torch_api.ops import schema_of
+from mst_fx.torch_api.tensors import refuse_address, storage_id, tree_leaves, tree_map_only, wrapper
 
 log = logging.getLogger("mst_fx")
 
-# Called with "file:line in function" of whoever makes deferred logits compute themselves.
-on_use: list[Callable[[str], None]] = []
 _told: set[str] = set()
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
@@ -246,7 +247,7 @@ class Source:
     def keep_apart(self, part: DeferredLogits) -> None:
         """Notes that rows that were computed alone are known outside."""
         assert part._value is not None
-        if part._value.untyped_storage()._cdata not in [apart.storage for apart in self.apart]:
+        if storage_id(part._value) not in [apart.storage for apart in self.apart]:
             self.apart.append(Apart(part))
 
     def _check(self) -> None:
@@ -383,7 +384,7 @@ class DeferredLogits(torch.Tensor):
 
     def _storage(self) -> int:
         """The address of the value's storage; 0: there is none."""
-        return 0 if self._value is None else self._value.untyped_storage()._cdata
+        return 0 if self._value is None else storage_id(self._value)
 
     def _evaluate(self) -> Tensor:
         parent = self._parent
@@ -521,7 +522,7 @@ class DeferredLogits(torch.Tensor):
         return child
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             state = "" if self._value is None else ", computed"
             return (
                 f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{state})"
@@ -540,7 +541,7 @@ class DeferredLogits(torch.Tensor):
         if func in _METADATA:
             if isinstance(first, DeferredLogits) and first._value is not None:
                 return func(first._value, *args[1:], **kwargs)
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         if isinstance(first, DeferredLogits) and first._value is None and func in LAZY:
             found = LAZY[func](first, func, *args[1:], **kwargs)
@@ -552,7 +553,7 @@ class DeferredLogits(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func._schema.is_mutable and func is not torch.ops.aten.detach_.default:
+        if schema_of(func).is_mutable and func is not torch.ops.aten.detach_.default:
             raise RuntimeError(
                 f"{func} would change deferred logits in place; call it on logits.materialize()"
             )
@@ -589,7 +590,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     parts = [m for m in members if m._is_part and m._value is not None]
     if parts:
         leaves = tree_leaves(result)
-        storages = {leaf.untyped_storage()._cdata for leaf in leaves if _is_strided(leaf)}
+        storages = {storage_id(leaf) for leaf in leaves if _is_strided(leaf)}
         is_memory = func in _MEMORY or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves)
         for member in parts:
             if is_memory or member._storage() in storages:
@@ -631,17 +632,15 @@ def _is_strided(leaf: Any) -> bool:
 
 
 def _lazy(source: Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
-    self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        DeferredLogits, like.shape, dtype=like.dtype, device=source.device
-    )
+    self = wrapper(DeferredLogits, like.shape, like.dtype, source.device)
     self._source, self._parent, self._step, self._like = source, parent, step, like
     self._value, self._version_of_value, self._born, self._node = None, 0, None, None
     self._is_part = self._is_bypassed = False
     self._hooks = _Hooks()
     # What no Python sees (torch.utils.dlpack.to_dlpack) gets an error instead of an address that is none.
-    torch._C._set_throw_on_mutable_data_ptr(self)
+    refuse_address(self)
     source.add(self)
-    return self  # type: ignore[no-any-return]
+    return self
 
 
 class _First(torch.autograd.Function):
@@ -709,8 +708,7 @@ def _caller() -> str:
 
 
 def _tell(place: str) -> None:
-    for listener in on_use:
-        listener(place)
+    on_logits.tell(place)
     if place not in _told:
         _told.add(place)
         log.info("deferred logits are computed for %s", place)

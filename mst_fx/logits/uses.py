@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from mst_fx.torch_api.inductor import is_checkpointed, outside_of_modes, without_saved_tensors_hooks
+from mst_fx.torch_api.autograd import is_checkpointed, without_saved_tensors_hooks
+from mst_fx.torch_api.modes import outside_of_modes, without_torch_function
+from mst_fx.torch_api.tensors import parse_to
 
 if TYPE_CHECKING:
     from mst_fx.logits.tensor import DeferredLogits
@@ -63,7 +65,7 @@ def plainly() -> Iterator[None]:
     """Values belong to the graph of the forward pass, wherever they are used first."""
     with (
         outside_of_modes(),
-        torch._C.DisableTorchFunctionSubclass(),
+        without_torch_function(),
         torch.inference_mode(False),
         # A checkpoint counts what its function saves; other hooks see what these values save, as any operator's.
         without_saved_tensors_hooks() if is_checkpointed() else contextlib.nullcontext(),
@@ -265,7 +267,7 @@ def _cast(self: DeferredLogits, dtype: torch.dtype) -> Any:
 def _to(self: DeferredLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("copy") or any(isinstance(arg, bool) for arg in args):
         return NotImplemented
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, _, memory_format = parse_to(*args, **kwargs)
     if memory_format is not None or (device is not None and device != self._source.device):
         return NotImplemented
     return _cast(self, dtype or self._like.dtype)
@@ -273,7 +275,7 @@ def _to(self: DeferredLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _type(self: DeferredLogits, func: Any, dtype: Any = None, non_blocking: bool = False) -> Any:
     if dtype is None:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return func(self)
     return _cast(self, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
 
@@ -324,7 +326,7 @@ def _register_hook(self: DeferredLogits, func: Any, hook: Callable[[Tensor], Ten
         return _register_announced(self, hook)
     self._stay_whole()
     if not self._hooks:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             self.register_hook(self._hooks)
     handle = RemovableHandle(self._hooks)
     self._hooks[handle.id] = hook
@@ -336,7 +338,7 @@ def _register_announced(self: DeferredLogits, hook: Callable[[Tensor], Any]) -> 
     if self._path()[1]._value is not None:
         return NotImplemented  # too late for that: the hook is for the values
     announced = self._source.announced
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         self.register_hook(announced)  # autograd may come by without a value
     handle = RemovableHandle(announced)
     announced[handle.id] = hook
@@ -344,7 +346,7 @@ def _register_announced(self: DeferredLogits, hook: Callable[[Tensor], Any]) -> 
 
 
 def _no_leaf_hook(self: DeferredLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         return func(self, *args, **kwargs)  # an error: deferred logits are no leaves that need gradients
 
 

@@ -20,10 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mst_fx.masks.formula import Mask, Vectors, allowed, names
+from mst_fx.masks import formula
+from mst_fx.masks.formula import Mask
+from mst_fx.masks.reach import Vectors, allowed
+from mst_fx.torch_api.fakes import FunctionalTensor
+from mst_fx.torch_api.modes import NO_TORCH_FUNCTION
+from mst_fx.torch_api.ops import schema_of
+from mst_fx.torch_api.tensors import tree_leaves, tree_map_only, version_of, wrapper
 
 log = logging.getLogger("mst_fx")
 
@@ -42,21 +46,21 @@ class MaskForm:
         dtype: ``torch.bool`` (True: may see), or that of the scores to which the mask is added.
         fill: what is added where the formula is false, -inf included; 0 for a Boolean mask.
         chunk: queries a chunk, of what is known of the reach.
-        known: the rows of the mask's reach (:class:`mst_fx.masks.formula.Reach`), flat, where they are constants.
-        has_reach: otherwise two more vectors are: the rows of its reach and the starts of its spans.
+        table: that of the mask's reach (:class:`mst_fx.masks.reach.Reach`), flat, where it is constant.
+        has_reach: otherwise two more vectors are: the table of its reach and the starts of its spans.
     """
 
     formula: Mask
     dtype: torch.dtype
     fill: float
     chunk: int
-    known: tuple[int, ...] = ()
+    table: tuple[int, ...] = ()
     has_reach: bool = False
 
     @property
     def vectors(self) -> list[str]:
         """The names of the vectors: those of the formula, in order, and those of the reach."""
-        found = sorted(set(names(self.formula)), key=lambda name: (name[0], int(name[1:])))
+        found = sorted(set(formula.vectors_in(self.formula)), key=lambda name: (name[0], int(name[1:])))
         return found + (["rows", "starts"] if self.has_reach else [])
 
 
@@ -72,7 +76,7 @@ class _Cell:
         """Whether somebody has changed the values: views of them count the changes for their base."""
         if not self.is_written and self.value is not None:
             members = [member for ref in self.members if (member := ref()) is not None]
-            self.is_written = any(x._version > 0 for x in (self.value, *members))
+            self.is_written = any(version_of(x) > 0 for x in (self.value, *members))
         return self.is_written
 
 
@@ -92,10 +96,7 @@ class DeferredMask(torch.Tensor):
     ) -> DeferredMask:
         first = next(x for name, x in vectors.items() if name != "rows")
         dtype = first.dtype if form is None else form.dtype
-        self: DeferredMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, size, dtype=dtype, device=first.device
-        )
-        return self
+        return wrapper(cls, size, dtype, first.device)
 
     def __init__(self, vectors: Mapping[str, Tensor], form: MaskForm | None, size: Sequence[Any]) -> None:
         self._form = form
@@ -142,7 +143,7 @@ class DeferredMask(torch.Tensor):
     ) -> DeferredMask:
         return DeferredMask(inner, form, size)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = NO_TORCH_FUNCTION
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -272,10 +273,10 @@ _LAZY: dict[Any, Callable[..., DeferredMask | None]] = {
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[DeferredMask]:
     """The masks that an operator changes."""
-    if not func._schema.is_mutable:
+    if not schema_of(func).is_mutable:
         return []
     found = []
-    for index, argument in enumerate(func._schema.arguments):
+    for index, argument in enumerate(schema_of(func).arguments):
         given = kwargs.get(argument.name, args[index] if index < len(args) else None)
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += [

@@ -1,9 +1,9 @@
 """Attention with a mask that is never made.
 
-``mst_fx::mask_reach(keys, queries, masks, …) -> reaches, starts``
-    once a step: for each mask the keys in reach of each chunk of queries (:func:`mst_fx.masks.formula.reach`), as a
+``mst_fx::mask_reach(keys, queries, masks, …) -> tables, starts``
+    once a step: for each mask the keys in reach of each chunk of queries (:func:`mst_fx.masks.reach.reach_of`), as a
     CPU tensor. All masks of a graph travel in one copy: one synchronisation a step.
-``mst_fx::attention(query, key, value, keys, queries, reaches, starts, known, …) -> output, sums``
+``mst_fx::attention(query, key, value, keys, queries, tables, starts, known, …) -> output, sums``
     takes one of torch's kernels where the mask turns out to be causal, all true, or a window within spans
     of tokens (:mod:`mst_fx.torch_api.attention`). Otherwise it is a loop over chunks of queries: builds the mask of a
     chunk from the vectors and runs ``scaled_dot_product_attention`` on the keys in reach. Its derivative is
@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mst_fx.graph.sizes import sum_dtype
-from mst_fx.masks.formula import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors, allowed, parse, reach
+from mst_fx.masks import formula, reach
+from mst_fx.masks.reach import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors
+from mst_fx.ops.chunks import Reaching, Rows, Window, WindowSum, by_reach
 from mst_fx.torch_api.attention import Dense, Spans, empty_output, is_fused
-from mst_fx.torch_api.inductor import outside_of_kernels
+from mst_fx.torch_api.modes import outside_of_kernels, without_autocast
 
 # Spans of one call: the kernels' grids are no larger.
 _MOST_SPANS = 65535
@@ -50,13 +52,14 @@ def mask_reach(
     chunk: int,
     finite: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """The rows of each mask's reach, int64 ``[masks, HEADER + chunks, 3]`` on the CPU, and its starts, int32
+    """The table of each mask's reach, int64 ``[masks, HEADER + chunks, 3]`` on the CPU, and its starts, int32
     ``[masks, B·Q + 1]`` on the vectors' device."""
     vectors = Vectors(keys, queries)
-    found = [reach(parse(m), vectors, q, k, chunk, f) for m, f in zip(masks, finite, strict=True)]
+    parsed = map(formula.parse, masks)
+    found = [reach.reach_of(m, vectors, q, k, chunk, f) for m, f in zip(parsed, finite, strict=True)]
     size = _batch(keys, queries) * q + 1
     starts = [F.pad(one.starts, (0, size - one.starts.numel())) for one in found]
-    return torch.stack([one.rows for one in found]).cpu(), torch.stack(starts)
+    return torch.stack([one.table for one in found]).cpu(), torch.stack(starts)
 
 
 def _batch(keys: list[Tensor], queries: list[Tensor]) -> Any:
@@ -80,26 +83,15 @@ def _(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Some queries and the keys they are shown; ``kind`` as in :class:`mst_fx.masks.formula.Reach`."""
-
-    start: int
-    end: int
-    first: int
-    last: int
-    kind: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Call:
     """The operands of one call.
 
     Attributes:
         keys, queries: the vectors the mask names, ``[B or 1, K]`` and ``[B or 1, Q]``.
-        reaches, starts: what ``mask_reach`` gave; None where ``known`` says it.
-        known: the rows of the mask's reach, known since the graph was compiled.
+        tables, starts: what ``mask_reach`` gave; None where ``known`` says it.
+        known: the table of the mask's reach, flat, known since the graph was compiled.
         mask: the formula, as text (:func:`mst_fx.masks.formula.parse`).
-        which: the mask's place in ``reaches``.
+        which: the mask's place in ``tables``.
         chunk: queries a chunk.
         scale: of the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask, as in Gemma 2; 0: not.
@@ -112,7 +104,7 @@ class _Call:
     value: Tensor
     keys: list[Tensor]
     queries: list[Tensor]
-    reaches: Tensor | None
+    tables: Tensor | None
     starts: Tensor | None
     known: list[int]
     mask: str
@@ -124,21 +116,21 @@ class _Call:
     cap: Tensor | None
 
     @functools.cached_property
-    def _rows(self) -> list[list[int]]:
-        if self.reaches is not None:
-            rows: list[list[int]] = self.reaches[self.which].tolist()
-            return rows
+    def _table(self) -> list[list[int]]:
+        if self.tables is not None:
+            table: list[list[int]] = self.tables[self.which].tolist()
+            return table
         return [self.known[i : i + 3] for i in range(0, len(self.known), 3)]
 
     @property
     def _is_native(self) -> bool:
         """Whether torch's own attention has the form of the mask."""
-        return self._rows[0][0] in (CAUSAL, FULL) and not self.softcap
+        return self._table[0][0] in (CAUSAL, FULL) and not self.softcap
 
     @functools.cached_property
     def kernel(self) -> Dense | Spans | None:
         """What runs all queries at once and makes ``sums``; None: chunks do."""
-        (form, left, right), (spans, longest, even) = self._rows[:HEADER]
+        (form, left, right), (spans, longest, even) = self._table[:HEADER]
         if self._is_native and is_fused(self.query, self.value):
             return Dense(form == CAUSAL, self.scale)
         if form != SPANS or self.softcap or not Spans.takes(self.query, self.value):
@@ -159,28 +151,27 @@ class _Call:
             return None
         return Spans(starts, longest, left, right, self.scale)
 
-    def chunks(self) -> Iterator[_Place]:
+    def chunks(self) -> Iterator[Reaching]:
+        """Chunks of queries, with a window of the keys that they reach."""
         size = self.query.shape[2]
         if self._is_native:
-            yield _Place(0, size, 0, self.key.shape[2], WHOLE)
-            return
-        for start, (first, last, kind) in zip(range(0, size, self.chunk), self._rows[HEADER:], strict=True):
-            yield _Place(start, min(start + self.chunk, size), first, last, kind)
+            return iter([Reaching(0, size, window=Window(0, self.key.shape[2], WHOLE))])
+        return by_reach(size, self.chunk, self._table[HEADER:])
 
-    def operands(self, place: _Place) -> tuple[Tensor, Tensor, Tensor]:
-        keys = slice(place.first, place.last)
-        return self.query[:, :, place.start : place.end], self.key[:, :, keys], self.value[:, :, keys]
+    def operands(self, chunk: Reaching) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys = slice(chunk.start, chunk.end), slice(chunk.window.first, chunk.window.last)
+        return self.query[:, :, queries], self.key[:, :, keys], self.value[:, :, keys]
 
-    def attend(self, place: _Place, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, chunk: Reaching, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The output of one chunk, ``[B, H, end - start, D]``."""
-        mask = self._chunk_mask(place)
+        mask = self._chunk_mask(chunk)
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         # Fused kernels give wrong gradients for a query of which all scores are masked by a finite number:
         # the logarithm of its sum drowns in that number.
-        if not self.softcap and place.kind != BLIND:
-            is_causal = self._is_native and self._rows[0][0] == CAUSAL
+        if not self.softcap and chunk.window.kind != BLIND:
+            is_causal = self._is_native and self._table[0][0] == CAUSAL
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=is_causal, scale=self.scale
             )
@@ -198,14 +189,16 @@ class _Call:
             weights = weights.masked_fill(hidden, 0.0)
         return torch.matmul(weights, value)
 
-    def _chunk_mask(self, place: _Place) -> Tensor | None:
+    def _chunk_mask(self, chunk: Reaching) -> Tensor | None:
         """``[b, 1, end - start, last - first]``: Boolean (True: may see), or what is added to the scores."""
-        if place.kind == WHOLE:
+        window = chunk.window
+        if window.kind == WHOLE:
             return None
         vectors, device = Vectors(self.keys, self.queries), self.query.device
-        start, end, first, last = place.start, place.end, place.first, place.last
-        found = allowed(parse(self.mask), vectors, start, end, first, last, device)
-        found = found.expand(-1, end - start, last - first)[:, None]
+        found = reach.allowed(
+            formula.parse(self.mask), vectors, chunk.start, chunk.end, window.first, window.last, device
+        )
+        found = found.expand(-1, chunk.size, window.last - window.first)[:, None]
         if self.fill == 0.0:
             return found
         return torch.zeros((), dtype=self.query.dtype, device=device).where(found, self.fill)
@@ -223,7 +216,7 @@ def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _SCHEMA = (
-    "Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] queries, Tensor? reaches, Tensor? starts,"
+    "Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] queries, Tensor? tables, Tensor? starts,"
     " int[] known, str mask, int which, int chunk, float scale, float softcap, float fill, Tensor? cap"
 )
 
@@ -232,17 +225,17 @@ _SCHEMA = (
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*args)
     operands = (call.query, call.key, call.value)
-    with torch._C._DisableAutocast():
+    with without_autocast():
         if call.kernel is not None:
             out, sums = call.kernel.forward(*operands)
             return _as_promised(out), sums.contiguous()
         out, sums = _outputs(call.query, call.value)
-        for place in call.chunks():
-            rows = out[:, :, place.start : place.end]
-            if place.first >= place.last:
-                rows.zero_()
+        result = Rows(out, dim=2)
+        for chunk in call.chunks():
+            if chunk.window.is_empty:
+                result.put_nothing(chunk)
             else:
-                rows.copy_(call.attend(place, *call.operands(place)))
+                result.put(chunk, call.attend(chunk, *call.operands(chunk)))
     return out, sums
 
 
@@ -261,26 +254,28 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(*args)
     query, key, value = call.query, call.key, call.value
-    with outside_of_kernels(), torch._C._DisableAutocast():
+    with outside_of_kernels(), without_autocast():
         if call.kernel is not None:
             with torch.no_grad():
                 found = call.kernel.backward(tangent, query, key, value, out, sums)
             return _as_promised(found[0]), _as_promised(found[1]), _as_promised(found[2])
-        grad_query = empty_output(query)
+        grad_query = Rows(empty_output(query), dim=2)
         # Every chunk adds to the keys it reaches: in float32, so that many chunks lose nothing.
-        grad_key, grad_value = (empty_output(x, dtype=sum_dtype(x.dtype)).zero_() for x in (key, value))
-        for place in call.chunks():
-            rows = slice(place.start, place.end)
-            if place.first >= place.last:
-                grad_query[:, :, rows] = 0
+        grad_key, grad_value = (
+            WindowSum(empty_output(x, dtype=sum_dtype(x.dtype)), x.dtype, dim=2) for x in (key, value)
+        )
+        for chunk in call.chunks():
+            if chunk.window.is_empty:
+                grad_query.put_nothing(chunk)
                 continue
-            leaves = [x.detach().requires_grad_() for x in call.operands(place)]
-            grads = torch.autograd.grad(call.attend(place, *leaves), leaves, tangent[:, :, rows])
-            grad_query[:, :, rows] = grads[0]
-            for total, grad in zip((grad_key, grad_value), grads[1:], strict=True):
-                total[:, :, place.first : place.last] += grad
-            del leaves, grads, grad
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+            leaves = [x.detach().requires_grad_() for x in call.operands(chunk)]
+            rows = tangent[:, :, chunk.start : chunk.end]
+            grads = torch.autograd.grad(call.attend(chunk, *leaves), leaves, rows)
+            grad_query.put(chunk, grads[0])
+            grad_key.add(chunk, grads[1])
+            grad_value.add(chunk, grads[2])
+            del leaves, grads
+        return grad_query.result(), grad_key.result(), grad_value.result()
 
 
 @attention_backward.register_fake
@@ -291,18 +286,18 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, keys, queries, reaches, starts, *ctx.rest, cap = inputs
-    ctx.counts = (len(keys), len(queries), reaches is not None)
-    known_later = [] if reaches is None else [reaches, starts]
+    query, key, value, keys, queries, tables, starts, *ctx.rest, cap = inputs
+    ctx.counts = (len(keys), len(queries), tables is not None)
+    known_later = [] if tables is None else [tables, starts]
     ctx.save_for_backward(*output, cap, query, key, value, *keys, *queries, *known_later)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, tangent: Tensor, _: Any) -> tuple[Any, ...]:
     out, sums, cap, query, key, value, *vectors = ctx.saved_tensors
-    keys, queries, has_reach = ctx.counts
-    reaches, starts = vectors[-2:] if has_reach else (None, None)
-    parts = (query, key, value, vectors[:keys], vectors[keys : keys + queries], reaches, starts)
+    keys, queries, has_tables = ctx.counts
+    tables, starts = vectors[-2:] if has_tables else (None, None)
+    parts = (query, key, value, vectors[:keys], vectors[keys : keys + queries], tables, starts)
     grads = attention_backward(tangent, out, sums, *parts, *ctx.rest, cap)
     known, *others = ctx.rest
     # torch takes a list of ints for one value, but an empty one for a list of tensors.

@@ -2,9 +2,9 @@
 
 AOTAutograd gives every output of a graph a tangent, zeros where nobody used it: S×H zeros for the hidden
 rows that deferred logits are computed from, at the peak of a step. So the graph returns these rows
-detached, and with them a *port*, a float64 scalar on the CPU. :func:`joined_to_port` puts the rows back
+detached, and with them a *port*, a float64 scalar on the CPU. :func:`enter_at_port` puts the rows back
 into the autograd graph behind the port. Their gradient is put down here under a number, the number travels
-as the port's tangent, and the loop's backward pass (``mst_fx::joined``) picks the gradient up. 0 says that
+as the port's tangent, and the loop's backward pass (``mst_fx::add_port_gradient``) picks the gradient up. 0 says that
 there is none.
 
 Numbers must not add up: there is one junction a port, and autograd runs it once a backward pass, with the
@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mst_fx.torch_api.inductor import at_end_of_backward
+from mst_fx.ops.chunks import plain_mode
+from mst_fx.ops.scaled import product
+from mst_fx.torch_api.autograd import at_end_of_backward
 
 
 class _Parcel:
@@ -46,12 +48,12 @@ def new_port() -> Tensor:
     return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
-def joined_to_port(port: Tensor, rows: Tensor) -> Tensor:
+def enter_at_port(port: Tensor, rows: Tensor) -> Tensor:
     """``rows``, whose gradient goes through ``port``; to be called once a port."""
     return _Junction.apply(port, rows)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def pick_up(tangent: Tensor) -> Tensor | None:
+def _pick_up(tangent: Tensor) -> Tensor | None:
     """The gradient whose number a port's tangent is."""
     number = int(tangent.item())
     if not number:
@@ -80,3 +82,23 @@ class _Junction(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _put(grad), None
+
+
+@torch.library.custom_op(
+    "mst_fx::add_port_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor? tangent, Tensor port) -> Tensor",
+)
+def add_port_gradient(gradient: Tensor, tangent: Tensor | None, port: Tensor) -> Tensor:
+    """``gradient * tangent``, plus the gradient that came in by a port, if one did."""
+    found = _pick_up(port)
+    if tangent is None:
+        return torch.zeros_like(gradient) if found is None else found.to(gradient.dtype, copy=True)
+    with plain_mode():
+        scaled_gradient = product(gradient, tangent)
+    return scaled_gradient if found is None else scaled_gradient.add_(found)
+
+
+@add_port_gradient.register_fake
+def _(gradient: Tensor, tangent: Tensor | None, port: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)

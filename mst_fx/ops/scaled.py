@@ -1,4 +1,7 @@
-"""A gradient times a scalar of another type, in one pass over its memory."""
+"""A gradient times a scalar of another type, in one pass over its memory.
+
+``mst_fx::scaled(gradient, tangent) -> gradient`` is what the derivative of ``mst_fx::loop_with_grad`` is made of.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from mst_fx.bodies.body import Body, BodyConfig, OutputMeta, TensorMeta
+from mst_fx.bodies.body import Body
+from mst_fx.bodies.product import product_body
 from mst_fx.graph.sizes import SIXTEEN_BITS
-from mst_fx.torch_api.inductor import kept_until_reset
-from mst_fx.torch_api.symbolic_rows import symbolic_rows
+from mst_fx.ops.chunks import plain_mode
+from mst_fx.torch_api.dynamo import kept_until_reset
 
 # Fewer elements are not worth a kernel of their own.
 _LEAST = 2**20
@@ -39,17 +42,23 @@ def product(gradient: Tensor, tangent: Tensor) -> Tensor:
 def _body(*key: Any) -> Body:
     known = kept_until_reset()
     if key not in known:
-        known[key] = _make_body(*key)
+        known[key] = product_body(*key)
     return known[key]  # type: ignore[no-any-return]
 
 
-def _make_body(dtype: torch.dtype, tangent_dtype: torch.dtype, device: torch.device) -> Body:
-    def multiplied(n: Any, x: Tensor, tangent: Tensor) -> list[Tensor]:
-        return [(x * tangent).to(x.dtype)]
+@torch.library.custom_op(
+    "mst_fx::scaled", mutates_args=(), schema="(Tensor gradient, Tensor tangent) -> Tensor"
+)
+def scaled(gradient: Tensor, tangent: Tensor) -> Tensor:
+    """``gradient * tangent``, as an op of its own; the tangent is a scalar, float32 where that is wider.
 
-    rows, shared = TensorMeta((), (), dtype, device), TensorMeta((1,), (1,), tangent_dtype, device)
-    mode, n = symbolic_rows()
-    with mode:
-        forward = make_fx(multiplied)(n, rows.empty(n), shared.empty())
-    output = OutputMeta(False, (), dtype, device)
-    return Body(forward, [rows], [shared], [output], BodyConfig("inductor", "auto"), set())
+    Inductor would make one kernel of all such products and hold every gradient twice at once. One call
+    a gradient holds one twice: the saved one is freed before the next call.
+    """
+    with plain_mode():
+        return product(gradient, tangent)
+
+
+@scaled.register_fake
+def _(gradient: Tensor, tangent: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)

@@ -1,5 +1,6 @@
 """The proof that a part of a graph works on each row (token) alone.
 
-``rules`` says which ATen operators are row-wise and where their rows lie, ``analysis`` runs each node under them, ``places`` and
-``region`` find the bulges and their narrowest boundary. Compile time only: nothing here runs in a step, changes a graph or knows loops.
+``rules`` says which ATen operators are row-wise and where their rows lie, ``analysis`` runs each node under them, ``region``
+finds the bulges and their narrowest boundary, ``refusals`` says why others are left alone. Compile time only: nothing here
+runs in a step, changes a graph or knows loops.
 """

@@ -19,21 +19,23 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.formula import Formula
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
-from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import static_sizes
+from mst_fx.graph.spelling import operation
 from mst_fx.graph.subgraphs import function_text, is_function, subgraphs
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
 from mst_fx.graph.writes import mutated_storages
-from mst_fx.rows.fold import Folder, fold_rank, quiet, read_operand, split_rows, type_name
+from mst_fx.rows.fold import Folder, fold_rank, read_operand, split_rows, type_name
 from mst_fx.rows.function import prove
 from mst_fx.rows.labels import SUMMED, Matmul, Row, is_same_size
 from mst_fx.rows.tracer import RowTracer
+from mst_fx.torch_api.fakes import quiet_fakes
+from mst_fx.torch_api.modes import enable_python_dispatcher
+from mst_fx.torch_api.symbols import expression
+from mst_fx.torch_api.tensors import tree_leaves, tree_map_only
 
 log = logging.getLogger("mst_fx")
 
@@ -96,7 +98,7 @@ class RowAnalysis:
         self._subgraphs = {name for name, _ in subgraphs(gm)}
         self._known = {} if known is None else known
         self._replaced: dict[fx.Node, fx.Node] = {}
-        with torch.no_grad(), enable_python_dispatcher(), quiet():
+        with torch.no_grad(), enable_python_dispatcher(), quiet_fakes():
             for node in gm.graph.nodes:
                 self.states[node] = self._analyse_alone(node)
 
@@ -183,7 +185,7 @@ class RowAnalysis:
                     raise Refusal(f"{n.name} is made in inference_mode", Cause.NOT_PLAIN)
                 if storage_key(fake) in self._mutated:
                     raise Refusal(f"{n.name} is written to in place", Cause.WRITTEN)
-        if target_name(node).startswith("multilabel_margin_loss"):
+        if operation(node) in ("multilabel_margin_loss", "multilabel_margin_loss_forward"):
             raise Refusal("gives other numbers once torch decomposes it (2.13), as any compiler does")
         if self.contexts[node].level:
             raise Refusal("lies inside of a torch.func transform", Cause.NOT_PLAIN)
@@ -203,7 +205,7 @@ class RowAnalysis:
                 self._known[key] = self._run(node, roles)
             except Refusal as refusal:
                 self._known[key] = State(reason=str(refusal), cause=refusal.cause)
-            if not isinstance(self.folder.n.node.expr, sympy.Symbol):
+            if not isinstance(expression(self.folder.n), sympy.Symbol):
                 # The node fixed the number of rows: its result is void, and so is the stand-in.
                 self._known[key] = State(reason="depends on the number of rows")
                 del self.folder

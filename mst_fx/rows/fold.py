@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -18,6 +16,7 @@ from mst_fx.graph.sizes import expression, hint, row_bytes, settled
 from mst_fx.graph.spelling import EXPANDS, SIZED_VIEWS, is_identity_dropout, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of, value
 from mst_fx.torch_api.symbolic_rows import RowGuards, symbolic_rows
+from mst_fx.torch_api.symbols import guards_of
 
 
 def fold_rank(shape: Sequence[Any], rows: Any) -> int:
@@ -41,8 +40,7 @@ def _are_guarded_equal(rows: torch.SymInt, product: Any) -> bool:
     if wanted.is_number or product.free_symbols & wanted.free_symbols:
         return False
     pair = {product, wanted}
-    guards = (guard.expr for guard in rows.node.shape_env.guards)
-    return any(isinstance(guard, sympy.Eq) and set(guard.args) == pair for guard in guards)
+    return any(isinstance(guard, sympy.Eq) and set(guard.args) == pair for guard in guards_of(rows))
 
 
 def split_rows(shape: Sequence[Any], rows: Any) -> tuple[int, tuple[int, ...]] | None:
@@ -57,7 +55,7 @@ _SAMPLE_ROWS = (2, 3, 64, 1_000_003)
 
 def check_guards(folder: Folder) -> None:
     """Refuses what was traced under an assumption about its number of rows."""
-    if not isinstance(folder.n.node.expr, sympy.Symbol):
+    if not isinstance(expression(folder.n), sympy.Symbol):
         raise Refusal("depends on the number of rows")
     guards = RowGuards(folder.n)
     for failed in (guard for rows in _SAMPLE_ROWS for guard in guards.failed(rows)):
@@ -116,7 +114,7 @@ class Folder:
             found = value(operand)
             if isinstance(found, (torch.SymFloat, torch.SymBool)):
                 # Adds a guard to Dynamo's shape environment: another value compiles anew.
-                return found.node.guard_float("", 0) if isinstance(found, torch.SymFloat) else bool(found)
+                return float(found) if isinstance(found, torch.SymFloat) else bool(found)
             return read(operand)
 
         if formula is not None:
@@ -144,21 +142,6 @@ def type_name(tensor: torch.Tensor) -> str:
 
 def _is_dtype_view(node: fx.Node) -> bool:
     return len(node.args) > 1 and isinstance(node.args[1], torch.dtype)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Trying a node on folded rows may fail, which is an answer; torch logs it as an error."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    logger.addFilter(_is_critical)  # a new level would clear the caches of all loggers
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_critical)
-
-
-def _is_critical(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.CRITICAL
 
 
 def read_operand(operands: Mapping[fx.Node, Any], node: fx.Node) -> Any:

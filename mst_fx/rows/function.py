@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.effects import has_effects
@@ -28,6 +26,10 @@ from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.fold import Folder, check_guards, fold_rank
 from mst_fx.rows.labels import SUMMED, Label, Row, is_same_size
 from mst_fx.rows.tracer import GradientTracer, RowTracer
+from mst_fx.torch_api.fakes import make_fx
+from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
+from mst_fx.torch_api.ops import schema_of
+from mst_fx.torch_api.tensors import tree_leaves
 
 # In an older form of the operator both graphs begin with an unused context, and only the first args, those marked in
 # the mask, have gradients.
@@ -37,9 +39,9 @@ _KEYWORDS = {"non_differentiable_idx", "saved_for_backward_idx", "dirty_idx", _M
 
 # No graph of a Function is differentiated; of autocast, fold.contexts tells (``torch.amp.custom_bwd``).
 _MODES = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
+    SET_GRAD_ENABLED,
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
 )
 
 
@@ -270,7 +272,7 @@ class _Proof:
 
 def _check_trace(traced: fx.GraphModule, name: str) -> None:
     for node in traced.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         if node.op == "get_attr":
             raise Refusal(f"the {name} of a torch.autograd.Function makes a tensor from Python numbers")
         if schema is not None and schema.is_mutable:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from mst_fx.errors import Refusal
+from mst_fx.torch_api.symbols import expression
+from mst_fx.torch_api.tensors import storage_id, tree_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Matmul:
 def is_same_size(size: int | torch.SymInt, rows: int | torch.SymInt) -> bool:
     """Whether two sizes are the same expression, without adding a guard."""
     if isinstance(size, torch.SymInt) and isinstance(rows, torch.SymInt):
-        return bool(size.node.expr == rows.node.expr)
+        return bool(expression(size) == expression(rows))
     if isinstance(size, torch.SymInt) or isinstance(rows, torch.SymInt):
         return False
     return size == rows
@@ -97,7 +98,7 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def storage(tensor: Any) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return storage_id(tensor)
 
 
 def wrap(dim: int, ndim: int) -> int:

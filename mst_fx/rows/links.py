@@ -11,6 +11,7 @@ from mst_fx.graph.edit import add_call, copy_provenance
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.labels import is_same_size
+from mst_fx.torch_api.ops import OpOverload
 
 _PERMUTES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t"))
 
@@ -31,7 +32,7 @@ def order_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def plain_name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.target.overloadpacket.__name__
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 

@@ -20,10 +20,11 @@ from torch import fx
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.names import common_path, module_path
 from mst_fx.graph.sizes import hint
+from mst_fx.graph.spelling import PRODUCTS, operation
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.rows.analysis import Operand, RowAnalysis
+from mst_fx.rows.fates import fate_of
 from mst_fx.rows.fold import bytes_a_row
-from mst_fx.rows.places import fate_of, is_matmul_name
 
 log = logging.getLogger("mst_fx")
 
@@ -73,7 +74,7 @@ class Region:
     @property
     def name(self) -> str:
         """The module the region computes, e.g. ``model.layers.0.mlp``."""
-        products = [node for node in self.nodes if is_matmul_name(node)]
+        products = [node for node in self.nodes if operation(node) in PRODUCTS]
         paths = list(dict.fromkeys(module_path(node) for node in products if module_path(node)))
         common = common_path(paths)
         apart = {path.rpartition(".")[0] for path in paths} != {common}  # the modules are not one's children

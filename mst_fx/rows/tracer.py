@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mst_fx.errors import Refusal
+from mst_fx.rows.checks import is_pointwise, pointwise
 from mst_fx.rows.labels import SUMMED, Call, Label, Matmul, Row, is_same_size, storage, tensors
-from mst_fx.rows.rules import CONSTANT_FILLS, OF_SUMS, RULES, is_pointwise, nll_loss_parts, pointwise
+from mst_fx.rows.rules import CONSTANT_FILLS, OF_SUMS, RULES
+from mst_fx.rows.rules_of_picks import nll_loss_parts
+from mst_fx.torch_api.modes import TorchDispatchMode
+from mst_fx.torch_api.ops import schema_of
 
 aten = torch.ops.aten
 
@@ -75,7 +78,7 @@ class RowTracer(TorchDispatchMode):
             if func in OF_SUMS:
                 return [SUMMED]
             raise Refusal(f"{func} works on a sum over rows")
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             self._check_write(func, args)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refusal(f"{func} draws random numbers")

@@ -1,4 +1,11 @@
-"""Every private part of torch that is called, each with the reason and the versions tried.
+"""Every private part of torch that is called or imported, each with the reason and the versions tried.
 
-Everybody may import it and it imports nobody, so that a new version of torch is met in this room alone.
+Private is what has a ``_`` in its path or name, and ``torch.fx.experimental``, which promises nothing. Everybody may import
+this room and it imports nobody, so that a new version of torch is met here alone (``tests/test_torch_api.py``).
+
+``inductor`` compiles graphs and bodies; ``dynamo`` asks who captures what, and why a graph ends, ``checkpoints`` which
+layers it gives up; ``modes`` are autocast,
+grad mode, dispatch; ``autograd`` is what it saves and one backward pass; ``fakes`` traces on fake tensors; ``symbols`` are sizes
+that are not numbers yet, ``symbolic_rows`` one of our own; ``tensors`` storages, versions, subclasses and trees; ``ops`` operators as objects; ``graphs``
+GraphModules; ``attention`` the fused kernels.
 """

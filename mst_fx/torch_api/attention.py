@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from mst_fx.graph.sizes import SIXTEEN_BITS
+from mst_fx.torch_api.tensors import SIXTEEN_BITS
 
 aten = torch.ops.aten
 

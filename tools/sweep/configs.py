@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures of transformers, for :mod:`tools.sweep`.
+"""Tiny random models of the architectures of transformers, for :mod:`tools.sweep.attempt`.
 
 A configuration's defaults are shrunk by the names of their fields: widths to tens, layers to the first of each
 kind, probabilities of dropout to 0. What the names do not tell is in ``_OVERRIDES``.

@@ -1,17 +1,20 @@
-"""What a step runs on a GPU, and what is alive when its memory peaks."""
+"""What a step runs on a GPU, what is alive when its memory peaks, and how its memory goes up and down."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import linecache
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tools.bench_support import GIB, MIB
+from tools.meters.cpu import Measurement
+
+GIB, MIB = 2**30, 2**20
 
 _GROUPS = (
     ("attention", r"flash|fmha|cudnn.*(sdpa|attention)|sdpa|mha_"),
@@ -61,6 +64,28 @@ def _union(intervals: list[tuple[float, float]]) -> float:
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total
+
+
+@contextlib.contextmanager
+def measure_cuda() -> Iterator[Measurement]:
+    """As :func:`tools.meters.cpu.measure_cpu`, from the CUDA allocator's own record."""
+    found = Measurement()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python")
+    try:
+        yield found
+        torch.cuda.synchronize()
+        found.peak_bytes = torch.cuda.max_memory_allocated() - before
+        trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    signs = {"alloc": 1, "free_completed": -1}
+    alive = 0
+    for event in trace:
+        alive += signs.get(event["action"], 0) * event["size"]
+        found.timeline.append(((event["time_us"] - trace[0]["time_us"]) / 1e6, alive))
 
 
 def describe_peak(step: Callable[[], Any]) -> str:

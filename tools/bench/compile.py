@@ -1,7 +1,7 @@
 """Compile time of a deep toy Llama on a CPU: mst beside Inductor, cold caches and warm.
 
-    python tools/bench_compile.py                       # 32 layers; about ten minutes on 2 cores
-    python tools/bench_compile.py --layers 8 --repeat 3
+    python -m tools.bench.compile                       # 32 layers; about ten minutes on 2 cores
+    python -m tools.bench.compile --layers 8 --repeat 3
 
 Each run is a process of its own with its own cache folder. Compile time is that of the first training
 step less that of a warm one, in wall seconds and in CPU seconds (compilers that were started included):
@@ -14,18 +14,18 @@ import argparse
 import dataclasses
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from tools.bench_support import Shape, make_llama, markdown_table, numbers, text_tokens, write_results
-from tools.meter import call_apart
+import mst_fx
+from mst_fx.torch_api.inductor import cache_counters
+from tools.bench.models import Shape, make_llama, text_tokens
+from tools.bench.tables import markdown_table, numbers, write_results
+from tools.meters.apart import call_apart
 
 SEQ = 512
 
@@ -76,9 +76,6 @@ def compile_run(
 
 
 def _measure(way: str, layers: int, chunks: int, checkpoint: bool) -> dict[str, Any]:
-    import mst_fx
-    from mst_fx.torch_api.inductor import cache_counters
-
     shape = Shape(hidden=64, intermediate=256, heads=4, kv_heads=2, vocabulary=1000, layers=layers)
     model = make_llama(shape, SEQ, "cpu", torch.float32, checkpoint=checkpoint)
     ids = text_tokens(SEQ, shape.vocabulary)[None]

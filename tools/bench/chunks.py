@@ -1,9 +1,9 @@
 """How fast blocks are by the rows of their chunks, and what they take: the curves that the plan follows.
 
-    python tools/bench_chunks.py --model llama3-8b qwen2-7b --seq 16384,65536  # one MLP, one head with its loss
-    python tools/bench_chunks.py --level mlp --chunks 1024,2048,4096,8192,16384
-    python tools/bench_chunks.py --cpu                                         # a small size that runs anywhere
-    python tools/bench_chunks.py --draw benchmarks/chunks-h200.json --level mlp --seq 65536 --out docs --name chunks-mlp
+    python -m tools.bench.chunks --model llama3-8b qwen2-7b --seq 16384,65536  # one MLP, one head with its loss
+    python -m tools.bench.chunks --level mlp --chunks 1024,2048,4096,8192,16384
+    python -m tools.bench.chunks --cpu                                         # a small size that runs anywhere
+    python -m tools.bench.chunks --draw benchmarks/chunks-h200.json --level mlp --seq 65536 --out docs --name chunks-mlp
 
 A block's variants are compiled in one process and then take turns, forward and backward. Chunks have the
 same size in both passes; with ``"auto"`` those of the backward pass may be half as large.
@@ -16,19 +16,17 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 from mst_fx.chunk_rows import plan_mlp, plan_vocab
-from tools.bench import Case, Runner
-from tools.bench_support import GIB, markdown_table, numbers, write_results
-from tools.contenders import MODELS, Contender, config_of
+from tools.bench.contenders import Contender
+from tools.bench.models import MODELS, config_of
+from tools.bench.runner import Case, Runner
+from tools.bench.tables import GIB, markdown_table, numbers, write_results
 from tools.draw import panels
 
 OPTIONS = {"mlp": "chunk_rows", "head": "vocab_chunk_rows"}

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks compare: model shapes, and ways to train them."""
+"""What the GPU benchmarks compare: ways to train a model."""
 
 from __future__ import annotations
 
@@ -9,107 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch.utils.checkpoint import checkpoint
 
-from tools.bench_support import Head, SwiGLU
-
-# Of the published checkpoints; layers and vocabulary can be overridden.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama3-8b": (
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 32,
-            "vocab_size": 128256,
-        },
-    ),
-    "llama3-70b": (
-        "llama",
-        {
-            "hidden_size": 8192,
-            "intermediate_size": 28672,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 80,
-            "vocab_size": 128256,
-        },
-    ),
-    "llama3.2-1b": (
-        "llama",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 16,
-            "vocab_size": 128256,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "mistral-7b": (
-        "mistral",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 32,
-            "vocab_size": 32768,
-            "sliding_window": None,
-        },
-    ),
-    "qwen2.5-0.5b": (
-        "qwen2",
-        {
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "num_hidden_layers": 24,
-            "vocab_size": 151936,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen2-7b": (
-        "qwen2",
-        {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "num_hidden_layers": 28,
-            "vocab_size": 152064,
-        },
-    ),
-    "gemma2-9b": (
-        "gemma2",
-        {
-            "hidden_size": 3584,
-            "intermediate_size": 14336,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-            "num_hidden_layers": 42,
-            "vocab_size": 256000,
-        },
-    ),
-    "tiny": (
-        "llama",
-        {
-            "hidden_size": 64,
-            "intermediate_size": 192,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_hidden_layers": 2,
-            "vocab_size": 997,
-        },
-    ),
-}
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "gemma2": "Gemma2"}
+from mst_fx.diagnose.model_of import random_model
+from tools.bench.models import CLASSES, MODELS, Head, SwiGLU, config_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,15 +100,6 @@ def find_contender(name: str, known: Mapping[str, Contender]) -> Contender:
     return dataclasses.replace(known[base], mode=mode, options=options)
 
 
-def config_of(model: str, seq: int, **overrides: Any) -> Any:
-    """The Hugging Face config of a shape, for sequences of ``seq`` tokens."""
-    import transformers
-
-    family, known = MODELS[model]
-    known = {**known, "max_position_embeddings": max(seq, 2048), "use_cache": False, **overrides}
-    return getattr(transformers, f"{_CLASSES[family]}Config")(**known)
-
-
 def make_model(
     model: str,
     contender: Contender,
@@ -219,25 +116,19 @@ def make_model(
         lora: rank of PEFT's LoRA on all linear layers but the head, all else frozen; 0: none.
         lora_dropout: of the adapters' inputs, in [0, 1).
     """
-    import transformers
-
     family = MODELS[model][0]
     _patch_liger(family, contender.way)
-    config = config_of(model, seq, **overrides)
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
-    try:
-        with torch.device(device):
-            made: Any = getattr(transformers, f"{_CLASSES[family]}ForCausalLM")(config)
-    finally:
-        torch.set_default_dtype(before)
+    made = random_model(
+        getattr(transformers, f"{CLASSES[family]}ForCausalLM"),
+        config_of(model, seq, **overrides),
+        device=device,
+        dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        checkpointing=contender.checkpoint,
+    )
     if contender.way == "liger-tiled" and "Tiled" not in type(made.model.layers[0].mlp).__name__:
         raise RuntimeError(
             f"Liger's tiled MLP is not in the model: {type(made.model.layers[0].mlp).__name__}"
         )
-    if contender.checkpoint:
-        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora:
         import peft
 
@@ -245,7 +136,7 @@ def make_model(
             r=lora, lora_alpha=2 * lora, lora_dropout=lora_dropout, target_modules="all-linear"
         )
         made = peft.get_peft_model(made, settings, autocast_adapter_dtype=False)
-    found: nn.Module = made.train()
+    found: nn.Module = made.train()  # PEFT's parts too
     return found
 
 
@@ -282,9 +173,8 @@ def block(kind: str, contender: Contender, hidden: int, wide: int, device: str) 
         made = head(hidden, wide)
     elif contender.way == "liger-tiled":
         from liger_kernel.transformers import LigerTiledSwiGLUMLP
-        from transformers import LlamaConfig
 
-        made = LigerTiledSwiGLUMLP(LlamaConfig(hidden_size=hidden, intermediate_size=wide))
+        made = LigerTiledSwiGLUMLP(transformers.LlamaConfig(hidden_size=hidden, intermediate_size=wide))
     else:
         made = SwiGLU(hidden, wide)
     made = made.to(device, dtype)
@@ -313,8 +203,6 @@ class _Checkpointed(nn.Module):
         self.inside = inside
 
     def forward(self, *args: Tensor) -> Tensor:
-        from torch.utils.checkpoint import checkpoint
-
         return checkpoint(self.inside, *args, use_reentrant=False)  # type: ignore[no-any-return]
 
 
@@ -358,12 +246,10 @@ class _FlatHead(nn.Module):
 
 def _autochunked(run: Callable[..., Any]) -> Callable[..., Any]:
     """With Inductor's AutoChunker, its threshold below what it finds in a head."""
-    from torch._inductor import config
-
     settings: Any = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 4}
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with config.patch(settings):
+        with inductor_config.patch(settings):
             return run(*args, **kwargs)
 
     return call
@@ -380,4 +266,4 @@ def _patch_liger(family: str, way: str) -> None:
     if way == "liger-tiled":
         modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         name = "LigerTiledGEGLUMLP" if family.startswith("gemma") else "LigerTiledSwiGLUMLP"
-        setattr(modeling, f"{_CLASSES[family]}MLP", getattr(liger, name))
+        setattr(modeling, f"{CLASSES[family]}MLP", getattr(liger, name))

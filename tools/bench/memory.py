@@ -1,8 +1,8 @@
 """Memory of blocks and of training steps on a CPU, by the exact malloc meter: mst beside Inductor.
 
-    python tools/bench_memory.py                        # everything, S = 16,384 (half an hour on 2 cores)
-    python tools/bench_memory.py --level block          # one SwiGLU block, one head with its loss
-    python tools/bench_memory.py --level model --seq 4096
+    python -m tools.bench.memory                        # everything, S = 16,384 (half an hour on 2 cores)
+    python -m tools.bench.memory --level block          # one SwiGLU block, one head with its loss
+    python -m tools.bench.memory --level model --seq 4096
 
 float32, one process a measurement. A warm step comes first, so that no compiler's memory is counted.
 
@@ -19,28 +19,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from torch import nn
 
-from tools.bench_support import (
-    MIB,
-    Head,
-    Shape,
-    SwiGLU,
-    make_llama,
-    markdown_table,
-    text_tokens,
-    write_results,
-)
-from tools.meter import call_metered, describe_blocks, malloc_meter
+import mst_fx
+from tools.bench.models import Head, Shape, SwiGLU, make_llama, text_tokens
+from tools.bench.tables import MIB, markdown_table, write_results
+from tools.meters.cpu import call_metered, describe_blocks, malloc_meter
 
 FLOAT_BYTES = 4
 
@@ -117,7 +107,7 @@ def step_peak(
         returns: "model": the whole Hugging Face model is compiled, its logits are among the outputs,
             which are dropped before the backward pass, as HF Trainer does; "held": they are alive until
             the step's end; "loss": what is compiled returns only the loss.
-        mask: see :func:`~tools.bench_support.make_llama`.
+        mask: see :func:`~tools.bench.models.make_llama`.
     """
     arguments = (way, returns, dataclasses.asdict(shape), seq, mask, options)
     return StepPeak(**call_metered(_measure_step, *arguments, timeout=3000))
@@ -133,8 +123,6 @@ def _measure_block(
     tangent = torch.randn(1, rows, hidden) if kind == "mlp" else torch.tensor(1.0)
     chunk_rows, chunk_bytes = rows, 0
     if way == "mst":
-        import mst_fx
-
         (rewrite,) = mst_fx.explain(module, options)(*inputs).rewrites
         chunk_rows, chunk_bytes = -(-rewrite.rows // rewrite.chunks), rewrite.chunk_bytes
     run = _compiled(module, way, options)

@@ -1,6 +1,6 @@
 /* Counts the bytes of live malloc blocks of 64 KiB and more, exactly, whoever allocates them.
  *
- * Built and loaded with LD_PRELOAD by tools/meter.py; needs glibc. A block counts with its usable size,
+ * Built and loaded with LD_PRELOAD by tools/meters/cpu.py; needs glibc. A block counts with its usable size,
  * which exceeds the size asked for by less than two pages. Smaller blocks are not counted: they are
  * interpreter objects, not buffers. Every event is also logged, up to a limit, so that the live blocks
  * at the peak can be listed afterwards.

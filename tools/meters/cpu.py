@@ -3,24 +3,19 @@
 - :func:`measure_cpu` sums up the torch profiler's memory events: everything that torch's allocator hands
   out, Inductor's buffers included, in this process, at the price of the profiler's overhead.
 - :func:`call_metered` calls a function in a process of its own under an LD_PRELOAD library
-  (``malloc_meter.c``) that counts every malloc block of 64 KiB and more, scratch of BLAS and oneDNN
+  (``malloc.c``) that counts every malloc block of 64 KiB and more, scratch of BLAS and oneDNN
   included; inside, :func:`malloc_meter` reads it. Linux with glibc and a C compiler only.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,8 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-_SOURCE = Path(__file__).with_name("malloc_meter.c")
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tools.meters.apart import call_apart
+
+_SOURCE = Path(__file__).with_name("malloc.c")
 
 
 @dataclasses.dataclass
@@ -53,9 +52,6 @@ def measure_cpu() -> Iterator[Measurement]:
 
     Allocations outside of torch's allocator (oneDNN's and BLAS's scratch) are not seen.
     """
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     found = Measurement()
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     entry = time.time_ns()
@@ -159,7 +155,7 @@ def malloc_meter() -> MallocMeter:
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "meter_current"):
-        raise RuntimeError("the malloc meter is not loaded; start this through tools.meter.call_metered")
+        raise RuntimeError("the malloc meter is not loaded; start this through tools.meters.cpu.call_metered")
     return MallocMeter(library)
 
 
@@ -197,61 +193,8 @@ def library_path() -> Path:
 
 
 def call_metered(function: Callable[..., Any], *args: Any, timeout: float = 600, **kwargs: Any) -> Any:
-    """Calls a function in a new process, in which :func:`malloc_meter` works.
-
-    Args:
-        function: at the top level of a module that can be imported, or of the script that runs.
-        args, kwargs: anything JSON can hold.
-        timeout: seconds until the process is killed.
-
-    Returns:
-        The function's result, as JSON brings it back (tuples become lists).
-
-    Raises:
-        RuntimeError: if the process fails, with the end of its output, or outlasts the timeout.
-    """
+    """:func:`~tools.meters.apart.call_apart` in a process in which :func:`malloc_meter` works."""
     return call_apart(function, *args, timeout=timeout, env={"LD_PRELOAD": str(library_path())}, **kwargs)
-
-
-def call_apart(
-    function: Callable[..., Any],
-    *args: Any,
-    timeout: float = 600,
-    env: dict[str, str] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """:func:`call_metered` without the meter, with more environment variables instead."""
-    module = function.__module__
-    if module == "__main__":
-        module = os.path.abspath(sys.modules["__main__"].__file__ or "")
-    request = {"module": module, "function": function.__qualname__, "args": args, "kwargs": kwargs}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, str(Path(__file__).resolve()), json.dumps(request), str(result)]
-        path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
-        log = Path(folder) / "log.txt"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command,
-                env={**os.environ, "PYTHONPATH": path, **(env or {})},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that compilers it has started can be stopped with it
-            )
-            try:
-                status = process.wait(timeout)
-            except subprocess.TimeoutExpired as error:
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-                message = f"{function.__qualname__} took more than {timeout:.0f} s"
-                raise RuntimeError(f"{tail}\n{message}") from error
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if status or not result.exists():
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"{function.__qualname__} failed with status {status}:\n{tail}")
-        return json.loads(result.read_text())
 
 
 def describe_blocks(sizes: Sequence[int], least: int = 1 << 20) -> str:
@@ -260,36 +203,3 @@ def describe_blocks(sizes: Sequence[int], least: int = 1 << 20) -> str:
     parts = [f"{n} x {mib} MiB" if n > 1 else f"{mib} MiB" for mib, n in sorted(counts.items(), reverse=True)]
     rest = sum(size for size in sizes if size < least)
     return " + ".join([*parts, f"{rest / 2**20:.1f} MiB in smaller ones"])
-
-
-def _load(name: str) -> Any:
-    """A module by its name, or by the path of its file."""
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _child() -> None:
-    """The other end of :func:`call_apart`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("request")
-    parser.add_argument("result", type=Path)
-    arguments = parser.parse_args()
-    os.environ.pop("LD_PRELOAD", None)  # compilers that are started from here need no meter
-    request = json.loads(arguments.request)
-    function = _load(request["module"])
-    for part in request["function"].split("."):
-        function = getattr(function, part)
-    result = function(*request["args"], **request["kwargs"])
-    arguments.result.write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    # Run as a script, so tools/ is where imports are looked for first: the repository root is what is meant.
-    sys.path[0] = str(ROOT)
-    _child()

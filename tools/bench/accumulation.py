@@ -1,6 +1,6 @@
 """What gradient accumulation costs a compiled model: peaks of a first micro-batch, and of a second.
 
-    python tools/bench_accumulation.py --out bench-out/accumulation
+    python -m tools.bench.accumulation --out bench-out/accumulation
 
 A backward pass that was compiled whole hands over all parameter gradients when it ends, so that they are
 alive beside the ones from before. Compiled layer by layer (``layer.compile(backend="mst")``), a layer's are
@@ -11,16 +11,14 @@ on the CPU, by the exact malloc meter, each way in a process of its own.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from tools.bench_support import MIB, Shape, make_llama, markdown_table, text_tokens, write_results
-from tools.meter import call_metered, malloc_meter
+from tools.bench.models import Shape, make_llama, text_tokens
+from tools.bench.tables import MIB, markdown_table, write_results
+from tools.meters.cpu import call_metered, malloc_meter
 
 # Wide and short: parameters are what counts.
 SHAPE = Shape(hidden=512, intermediate=2048, heads=8, kv_heads=4, vocabulary=4096, layers=8)

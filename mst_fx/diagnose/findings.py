@@ -1,0 +1,163 @@
+"""What those who watch get beside the report: facts of the graphs, memory, nodes, and why less was saved than could be."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mst_fx.report import Report, human_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What one captured graph is, for the doctor.
+
+    Attributes:
+        compile_id: Dynamo's, e.g. "0/0"; graphs that DDPOptimizer has split share one.
+        ended: why Dynamo ended the graph where it did; "" at the end of its function.
+        ended_at: file and line of that.
+        ended_by: the kind of that, as of :class:`mst_fx.torch_api.inductor.Ending`.
+        has_head: a vocabulary projection is in it, chunked or not.
+        has_loss: what reduces logits is in it, a cross-entropy or anything else.
+        takes_rows: it is given values that need a gradient and are no parameters: hidden rows.
+        routes: it picks experts for rows (a top-k, or indices that become one-hot).
+        dtensors: how many of its inputs are DTensors.
+        caller_head: the vocabulary head of the model whose eager code calls what is compiled, e.g.
+            "LlamaForCausalLM.lm_head"; "" if there is none.
+        caller_width: how wide that head's logits are.
+        skipped_at: file and line of the function that calls that head, if Dynamo was to compile it and skipped it.
+        trainer: the library that has put a forward function of its own into the model, e.g. "trl".
+    """
+
+    compile_id: str
+    ended: str
+    ended_at: str
+    ended_by: str
+    has_head: bool
+    has_loss: bool
+    takes_rows: bool
+    routes: bool
+    dtensors: int
+    caller_head: str = ""
+    caller_width: int = 0
+    skipped_at: str = ""
+    trainer: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """An estimate of the bytes alive over a step, above inputs, parameters and their gradients.
+
+    Attributes:
+        forward, backward: after each node, in the order in which they run.
+        kept: what is still alive between the two.
+    """
+
+    forward: tuple[int, ...] = ()
+    backward: tuple[int, ...] = ()
+    kept: int = 0
+
+    @property
+    def peak(self) -> int:
+        return max((*self.forward, *self.backward), default=0)
+
+    def then(self, other: Memory) -> Memory:
+        """Of a step that runs another graph after this one, and its backward pass before."""
+        forward, backward = (tuple(n + self.kept for n in x) for x in (other.forward, other.backward))
+        return Memory(self.forward + forward, backward + self.backward, self.kept + other.kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A node of a graph, to be shown.
+
+    Attributes:
+        key: unique in its graph, and the same before and after the passes.
+        name, text, shape: as in ``name = text  shape``.
+        module: path of its module.
+        depth: 1 inside of a checkpointed layer, else 0.
+        operands: names of the nodes it reads.
+    """
+
+    key: str
+    name: str
+    text: str
+    shape: str
+    module: str
+    depth: int
+    operands: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Why less was saved than could be, and what to do about it.
+
+    Attributes:
+        cause: a name, e.g. "loss-behind-a-break".
+        evidence: what was seen, in a sentence.
+        fix: what to do, in a sentence.
+    """
+
+    cause: str
+    evidence: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.evidence}\n  fix: {self.fix}"
+
+
+@dataclasses.dataclass
+class Diagnosis(Report):
+    """The report of :func:`~mst_fx.explain` and :func:`~mst_fx.watch`.
+
+    Attributes:
+        facts: of each graph.
+        memory_before, memory_after: an estimate.
+        lines_before, lines_after: the nodes of each graph.
+        logits_used: where deferred logits were computed: "file:line in function".
+        uncalled: classes of modules that ``torch.compile`` wrapped, where no graph was captured at all.
+        eager_checkpoints: where a graph breaks inside of a checkpointed layer, which then runs eagerly: "file:line
+            (reason)".
+        findings: why less was saved than could be.
+    """
+
+    facts: list[Facts] = dataclasses.field(default_factory=list)
+    memory_before: Memory = Memory()
+    memory_after: Memory = Memory()
+    lines_before: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
+    lines_after: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
+    logits_used: list[str] = dataclasses.field(default_factory=list)
+    uncalled: list[str] = dataclasses.field(default_factory=list)
+    eager_checkpoints: list[str] = dataclasses.field(default_factory=list)
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        super().add(other)
+        if not isinstance(other, Diagnosis):
+            return
+        self.facts += other.facts
+        self.lines_before += other.lines_before
+        self.lines_after += other.lines_after
+        self.memory_before = self.memory_before.then(other.memory_before)
+        self.memory_after = self.memory_after.then(other.memory_after)
+
+    def parts(self) -> dict[str, Any]:
+        peaks = {"before": self.memory_before.peak, "after": self.memory_after.peak}
+        findings = [dataclasses.asdict(finding) for finding in self.findings]
+        return {**super().parts(), "estimated_peak_bytes": peaks, "findings": findings}
+
+    def __str__(self) -> str:
+        before, after = self.memory_before.peak, self.memory_after.peak
+        if before <= after:
+            return super().__str__()
+        return (
+            f"{super().__str__()}\nestimate for a step's peak above parameters and their gradients: "
+            f"{human_bytes(before)} before, {human_bytes(after)} after"
+        )
+
+
+def diagnosis_of(report: Report) -> Diagnosis:
+    """The report of one graph, with room for what is known of it."""
+    found = Diagnosis()
+    found.add(report)
+    return found

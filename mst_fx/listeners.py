@@ -1,0 +1,72 @@
+"""The door to those who watch: what the pipeline and deferred logits say, to whoever listens.
+
+The core does not know its listeners. It tells what happened where it happened, and a listener costs nobody a run:
+its exceptions are logged, and go no further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, ParamSpec
+
+from torch import fx
+
+from mst_fx.report import Report
+
+log = logging.getLogger("mst_fx")
+
+P = ParamSpec("P")
+
+
+class Listeners(Generic[P]):
+    """Those who want to know of one kind of event; from any thread.
+
+    Args:
+        event: its name, for the log.
+    """
+
+    def __init__(self, event: str) -> None:
+        self._event = event
+        self._lock = threading.Lock()
+        self._listeners: tuple[Callable[P, object], ...] = ()
+
+    def add(self, listener: Callable[P, object]) -> None:
+        """From now on; one that listens already is not added again."""
+        with self._lock:
+            if all(x is not listener for x in self._listeners):
+                self._listeners += (listener,)
+
+    def remove(self, listener: Callable[P, object]) -> None:
+        with self._lock:
+            self._listeners = tuple(x for x in self._listeners if x is not listener)
+
+    @contextlib.contextmanager
+    def listening(self, listener: Callable[P, object]) -> Iterator[None]:
+        """Listens inside of the context."""
+        self.add(listener)
+        try:
+            yield
+        finally:
+            self.remove(listener)
+
+    def tell(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Calls every listener, in the order in which they were added."""
+        for listener in self._listeners:
+            try:
+                listener(*args, **kwargs)
+            except Exception as error:
+                log.warning(
+                    "mst-fx: who listens to %s failed: %s: %s", self._event, type(error).__name__, error
+                )
+                log.debug("the defect", exc_info=True)
+
+
+# A graph went through the passes: as Dynamo captured it, as it is compiled, and the report of this graph alone. Told
+# while the graph is compiled, on the thread and under the modes of its compilation.
+on_graph: Listeners[fx.GraphModule, fx.GraphModule, Report] = Listeners("graphs")
+
+# Deferred logits are computed in full; for "file:line in function".
+on_logits: Listeners[str] = Listeners("deferred logits")

@@ -1,0 +1,324 @@
+"""What the mask of an attention says: a formula, its vectors, and what is known of them before the graph runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mst_fx.errors import Cause, Refusal
+from mst_fx.graph.levels import Level, all_levels
+from mst_fx.graph.sizes import hint
+from mst_fx.graph.values import tensor_value
+from mst_fx.masks import formula, reach, sites
+from mst_fx.masks.boolean import boolean_mask
+from mst_fx.masks.constants import evaluated
+from mst_fx.masks.formula import Compare, Holds, Mask
+from mst_fx.masks.reach import CAUSAL, FULL, Vectors
+from mst_fx.masks.reader import Reader
+from mst_fx.masks.sites import Site
+from mst_fx.torch_api.modes import ENTER_AUTOCAST
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A mask as it was read in a graph.
+
+    Attributes:
+        formula: of the vectors ``k0``, … and ``q0``, …
+        fill: what is added to a masked score; 0: masked scores do not count at all.
+        keys, queries: the nodes of these vectors.
+        vectors: their values, if all are constants.
+    """
+
+    formula: Mask
+    fill: float = 0.0
+    keys: tuple[fx.Node, ...] = ()
+    queries: tuple[fx.Node, ...] = ()
+    vectors: Vectors | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """See :func:`mst_fx.masks.reach.reach_of`."""
+        return self.fill != 0.0
+
+    def table(self, queries: Any, keys: Any, chunk: int) -> Tensor | None:
+        """Its :attr:`~mst_fx.masks.reach.Reach.table`, if vectors and sizes are constants."""
+        if self.vectors is None or not isinstance(queries, int) or not isinstance(keys, int):
+            return None
+        return reach.reach_of(self.formula, self.vectors, queries, keys, chunk, self.is_finite).table
+
+
+NO_MASK = Read(formula.TRUE, vectors=Vectors((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is known of a mask that another graph has made as vectors (:mod:`mst_fx.passes.mask_breaks`).
+
+    Attributes:
+        formula: as it is read in this graph.
+        is_finite: see :func:`mst_fx.masks.reach.reach_of`.
+        vectors: the names of its vectors' nodes, keys first.
+        chunk: queries a chunk, of what follows.
+        table: that of its reach, flat; () if it is not known.
+        reach: the names of the nodes that are the table of its reach and its starts; () if these are known.
+    """
+
+    formula: Mask
+    is_finite: bool
+    vectors: tuple[str, ...]
+    chunk: int
+    table: tuple[int, ...]
+    reach: tuple[str, ...]
+
+
+GIVEN = "mst_given_masks"  # the meta key of a graph under which they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Understood:
+    """A site whose mask is a formula.
+
+    Attributes:
+        mask: its mask, as it was read.
+        chunk: queries a chunk.
+        table: that of the mask's reach, where it is known before the graph runs.
+        form: the mask in words, for the report.
+        given: what the graph that made the mask says of it.
+    """
+
+    site: Site
+    mask: Read
+    chunk: int
+    table: Tensor | None
+    form: str
+    given: Given | None = None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether torch's own kernel has the form of the mask."""
+        return _is_native(self.site, self.table)
+
+    @property
+    def reach_key(self) -> tuple[Any, ...]:
+        """What tells the reaches of two masks apart; its third part are the numbers of queries and keys, as text."""
+        fake, other = tensor_value(self.site.query), tensor_value(self.site.key)
+        assert fake is not None and other is not None
+        sizes = (str(fake.shape[2]), str(other.shape[2]))
+        return (self.mask.formula, self.mask.is_finite, sizes, self.mask.keys, self.mask.queries)
+
+
+def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood | None:
+    """What a site's mask says; None: there is nothing to gain.
+
+    Args:
+        chunk: queries a chunk.
+        mutated: the storages that some node of the program writes to.
+
+    Raises:
+        Refusal: if the mask is not understood, or the site is of a kind that is left alone.
+    """
+    _check(site)
+    if site.dropout or not _gains(site):
+        return None
+    query, key = tensor_value(site.query), tensor_value(site.key)
+    assert query is not None and key is not None
+    queries, keys = query.shape[2], key.shape[2]
+    if site.causal:
+        return Understood(site, NO_MASK, chunk, reach.native_table(CAUSAL), "causal")
+    read = NO_MASK if site.mask is None else read_mask(site.mask, site.level, queries, keys, mutated)
+    given = _given(site, read, chunk)
+    table = _table(site, read, (queries, keys), chunk, given)
+    inside = [node for node in (*read.keys, *read.queries) if node.graph is not site.level.top.gm.graph]
+    if inside and not _is_native(site, table):
+        raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer", Cause.MASK)
+    is_static = isinstance(queries, int) and isinstance(keys, int)
+    form = form_name(read.formula, table, read.vectors if is_static else None, hint(queries))
+    return Understood(site, read, chunk, table, form, given)
+
+
+def _table(site: Site, read: Read, sizes: tuple[Any, Any], chunk: int, given: Given | None) -> Tensor | None:
+    """The table of the mask's reach, if it is known before the graph runs."""
+    table = read.table(*sizes, chunk)
+    if table is None and read.formula == formula.TRUE:
+        if site.softcap:
+            raise Refusal(
+                f"{site.out.name}: capped scores without a mask, and the sequence is dynamic", Cause.SCORES
+            )
+        return reach.native_table(FULL)
+    if table is None and given is not None and given.table:
+        return torch.tensor(given.table).view(-1, 3)
+    return table
+
+
+def _check(site: Site) -> None:
+    """Refuses what our kernels do not do."""
+    if site.scale <= 0.0:  # torch's causal kernels give NaN (2.13, on a CPU), where with a mask they do not
+        raise Refusal(f"{site.out.name}: the scale {site.scale} is not positive")
+    fakes = map(tensor_value, (site.query, site.key, site.value, site.out))
+    types = {fake.dtype for fake in fakes if fake is not None}
+    if len(types) > 1 and not _under_autocast(site):
+        raise Refusal(f"{site.out.name}: query, key, value and output have different types", Cause.SCORES)
+    if site.dropout and site.mask is not None:
+        raise Refusal(f"{site.out.name}: attention weights are dropped at random", Cause.SCORES)
+
+
+def _gains(site: Site) -> bool:
+    """Whether there is something that another call of attention would not make, mask or repeated keys."""
+    if site.causal:
+        return site.mask is None and (sites.is_grouped(site) or sites.is_ours(site))
+    return site.mask is not None or site.is_eager or sites.is_grouped(site)
+
+
+def _given(site: Site, read: Read, chunk: int) -> Given | None:
+    """What is known of a mask that another graph has made, if the site's is that one and the whole of it."""
+    vectors = (*read.keys, *read.queries)
+    names = tuple(node.name for node in vectors)
+    is_here = all(node.graph is site.level.top.gm.graph for node in vectors)
+    for given in site.level.top.gm.meta.get(GIVEN, ()):
+        same = (given.formula, given.is_finite, given.vectors, given.chunk)
+        if is_here and same == (read.formula, read.is_finite, names, chunk):
+            return given  # type: ignore[no-any-return]
+    return None
+
+
+def _is_native(site: Site, table: Tensor | None) -> bool:
+    return table is not None and int(table[0, 0]) in (CAUSAL, FULL) and not site.softcap
+
+
+def _under_autocast(site: Site) -> bool:
+    fake = tensor_value(site.out)
+    assert fake is not None
+    enters = ENTER_AUTOCAST
+    graphs = [level.gm.graph for level in all_levels(site.level.top)]
+    return torch.is_autocast_enabled(fake.device.type) or any(
+        graph.find_nodes(op="call_function", target=enters) for graph in graphs
+    )
+
+
+# The formula
+
+
+def read_mask(node: fx.Node, level: Level, queries: Any, keys: Any, mutated: Collection[int]) -> Read:
+    """The formula of a mask.
+
+    Parts that constants make true, such as "the same document" of one document, are left out.
+
+    Raises:
+        Refusal: if the mask is not understood.
+    """
+    fake = tensor_value(node)
+    if fake is None or fake.requires_grad:
+        raise Refusal(f"{node.name}: the mask has a gradient", Cause.MASK)
+    known: dict[fx.Node, Any] = {}
+    limit = 64 * (hint(queries) + hint(keys))
+
+    def constant(node: fx.Node) -> Any:
+        return evaluated(node, known, limit, mutated)
+
+    boolean = boolean_mask(node, level, queries, keys, mutated)
+    reader = Reader(queries, keys, level.resolve, constant, mutated, boolean.batch_first)
+    found = formula.TRUE if boolean.node is None else reader.read(boolean.node)
+    nodes = _Nodes(tuple(reader.key_nodes), tuple(reader.query_nodes), constant)
+
+    def is_true(part: Mask) -> bool:
+        alone = nodes.read(part)
+        table = alone.table(queries, keys, queries) if alone.keys or alone.queries else None
+        return table is not None and int(table[0, 0]) == FULL
+
+    read = nodes.read(formula.both(part for part in formula.conjuncts(found) if not is_true(part)))
+    if read.formula == formula.FALSE:
+        raise Refusal(f"{node.name}: the mask lets nothing through", Cause.MASK)
+    return dataclasses.replace(read, fill=boolean.fill)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nodes:
+    """The nodes that the vectors of a formula name, and their values where they are constants."""
+
+    keys: tuple[fx.Node, ...]
+    queries: tuple[fx.Node, ...]
+    constant: Callable[[fx.Node], Any]
+
+    def read(self, part: Mask) -> Read:
+        """A part of the formula by itself, with its vectors numbered from 0."""
+        used = set(formula.vectors_in(part))
+        places = [
+            [index for index in range(len(nodes)) if f"{kind}{index}" in used]
+            for kind, nodes in (("k", self.keys), ("q", self.queries))
+        ]
+        new = {
+            f"{kind}{old}": f"{kind}{i}"
+            for kind, own in zip("kq", places, strict=True)
+            for i, old in enumerate(own)
+        }
+        keys = tuple(self.keys[index] for index in places[0])
+        queries = tuple(self.queries[index] for index in places[1])
+        return Read(formula.renamed(part, new), 0.0, keys, queries, self._vectors(keys, queries))
+
+    def _vectors(self, keys: Sequence[fx.Node], queries: Sequence[fx.Node]) -> Vectors | None:
+        values = [[self.constant(node) for node in nodes] for nodes in (keys, queries)]
+        if not all(isinstance(found, Tensor) for part in values for found in part):
+            return None
+        return Vectors([as_rows(x, True) for x in values[0]], [as_rows(x, False) for x in values[1]])
+
+
+def as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
+    """``[b, 1, 1, K]`` or ``[b, 1, Q, 1]``, with fewer dimensions too, → ``[b, K]`` or ``[b, Q]``.
+
+    Args:
+        then: makes a graph's nodes instead of tensors.
+    """
+    run: Callable[..., Any] = then or (lambda function, *args: function(*args))
+    fake = tensor_value(vector) if isinstance(vector, fx.Node) else vector
+    assert fake is not None
+    if fake.ndim == 1 or (fake.ndim == 2 and not is_key):
+        flat = vector if fake.ndim == 1 else run(torch.flatten, vector, 0, 1)
+        return run(torch.unsqueeze, flat, 0)
+    if fake.ndim == 2:
+        return vector
+    return (
+        run(torch.flatten, vector, 0, fake.ndim - 2)
+        if is_key
+        else run(torch.flatten, vector, 1, fake.ndim - 1)
+    )
+
+
+def form_name(mask: Mask, table: Tensor | None, vectors: Vectors | None, queries: int) -> str:
+    """The form in words, for the report: what is known when the graph is compiled."""
+    if table is not None:
+        form = int(table[0, 0])
+        if form in (CAUSAL, FULL):
+            return {CAUSAL: "causal", FULL: "full"}[form]
+    if vectors is not None:
+        exact = reach.interval_of(mask, vectors, queries, queries, torch.device("cpu"))
+        if bool(exact.exact) and exact.lo.shape[-1] == queries == exact.hi.shape[-1]:
+            place = torch.arange(queries)
+            width = int((exact.hi - exact.lo).max())
+            if bool((exact.hi == place + 1).all()):
+                if bool((exact.lo == (place + 1 - width).clamp(min=0)).all()):
+                    return f"window {width}"
+                return "documents"
+    parts = {_part_name(part) for part in formula.conjuncts(mask)}
+    if "" in parts:
+        return f"general: {formula.describe(mask)}"
+    if len(parts - {"causal", "padding"}) > 0:
+        parts.discard("causal")  # goes without saying
+    return " + ".join(sorted(parts))
+
+
+def _part_name(mask: Mask) -> str:
+    match mask:
+        case Holds(vector) if formula.is_key(vector):
+            return "padding"
+        case Compare("eq", left, right) if left and right:
+            return "documents"
+        case Compare("le", left, right, 0) | Compare("lt", left, right, 1) if left and right:
+            return "causal"
+        case Compare("gt" | "ge" as op, left, right, offset) if left and right and offset < 0:
+            return f"window {-offset + (op == 'ge')}"
+    return ""
