@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 import mst_fx
 from mst_fx import chunking
+from mst_fx.bodies.body import BodyConfig
+from mst_fx.context import PassContext, Shared
 from mst_fx.errors import Cause
 from mst_fx.graph.writes import writes_in_place
-from mst_fx.passes import functional as writes
-from mst_fx.passes import sum_losses
+from mst_fx.options import make_options
+from mst_fx.passes import functional, sum_losses
 from tests.direct import results, rewritten, worst
 from tests.helpers import check_parity, kinds, report_of
 
@@ -780,7 +782,7 @@ def test_random_writes_through_views(seed: int) -> None:
     left: list[Any] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        writes.make_functional(gm.graph)
+        functional.run(PassContext(gm, make_options({}), BodyConfig("eager", "auto", ()), True, Shared()))
         gm.recompile()
         left.extend(node for node in gm.graph.nodes if writes_in_place(node))
         return gm
