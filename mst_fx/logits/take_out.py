@@ -215,8 +215,7 @@ def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
         states = RowAnalysis(compute, rows).states
     except Refusal:
         return None
-    calls = [n for n in compute.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    calls = [n for n in calls if tensor_value(n) is not None]
+    calls = _calls(compute.graph)
     if any(states[n].rows and not states[n].rowwise for n in calls):
         return None
     read: dict[fx.Node, set[str]] = {node: set() for node in inputs}
@@ -227,6 +226,12 @@ def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
         return None
     holds = [read[node] == {"row"} for node in inputs]
     return tuple(holds) if _takes_any_rows(compute, holds, len(lead)) else None
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that compute a tensor."""
+    calls = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    return [n for n in calls if tensor_value(n) is not None]
 
 
 def _are_read_by_rows(read: dict[fx.Node, set[str]], states: dict[fx.Node, State], lead: list[Any]) -> bool:
