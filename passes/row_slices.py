@@ -133,14 +133,7 @@ def _cut_parts(node: fx.Node) -> tuple[fx.Node | None, list[Any] | None]:
     if not isinstance(source, fx.Node) or node.kwargs or fake is None or fake.ndim < 2:
         return None, None
     if node.target is operator.getitem:
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        columns = index[-1] if _are_columns(index[-1]) else None
-        parts = _index_parts((*index[:-1], FULL) if columns is not None else index, fake.ndim, picks=True)
-        is_known = parts is not None and len(parts) == fake.ndim and isinstance(parts[-1], slice)
-        if columns is not None and parts is not None:  # but for those of all rows, which are read as they are
-            is_known = len(index) == fake.ndim or Ellipsis in index
-            parts = [*parts[:-1], columns] if any(map(_is_cut, parts[:-1])) else None
-        return source, parts if is_known and any(map(_is_cut, parts or ())) else None
+        return source, _parts_of_index(node.args[1], fake.ndim)
     if plain_name(node) == "narrow" and len(node.args) == 4:
         dim, start, length = node.args[1:]
         is_columns = isinstance(dim, int) and dim % fake.ndim == fake.ndim - 1
@@ -150,6 +143,20 @@ def _cut_parts(node: fx.Node) -> tuple[fx.Node | None, list[Any] | None]:
 
 
 _LINEAR = (F.linear, aten.linear.default)
+
+
+def _parts_of_index(taken: Any, ndim: int) -> list[Any] | None:
+    """:func:`_cut_parts` of an index; None if it takes no part of the rows, or no columns and not all either."""
+    index = taken if isinstance(taken, tuple) else (taken,)
+    columns = index[-1] if _are_columns(index[-1]) else None
+    parts = _index_parts((*index[:-1], FULL) if columns is not None else index, ndim, picks=True)
+    is_known = parts is not None and len(parts) == ndim and isinstance(parts[-1], slice)
+    if columns is not None and parts is not None:  # but for those of all rows, which are read as they are
+        is_known = len(index) == ndim or Ellipsis in index
+        parts = [*parts[:-1], columns] if any(map(_is_cut, parts[:-1])) else None
+    return parts if is_known and any(map(_is_cut, parts or ())) else None
+
+
 _PARTS = frozenset(("chunk", "split", "tensor_split"))
 
 

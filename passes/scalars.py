@@ -140,9 +140,19 @@ def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | Non
         return torch.float64 if any(fake.is_floating_point() for fake in rows) else None
     if not out.is_floating_point():
         return None
-    decides = any(
-        fake.dtype == out.dtype for fake in rows
-    )  # the type of the result, whatever has no dimensions
+    return _type_in_arithmetic(node, numbers, out, rows)
+
+
+def _type_in_arithmetic(
+    node: fx.Node, numbers: list[fx.Node], out: torch.Tensor, rows: list[torch.Tensor]
+) -> torch.dtype | None:
+    """:func:`_type_of_numbers` where the result is of a floating type.
+
+    Args:
+        rows: the operands that have dimensions.
+    """
+    # The type of the result, whatever has no dimensions.
+    decides = any(fake.dtype == out.dtype for fake in rows)
     if operation(node) == "pow":
         # As a tensor, an exponent is rounded to 16 bits.
         is_float = all(isinstance(value(number), torch.SymFloat) for number in numbers)

@@ -83,19 +83,24 @@ def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _loss_arguments(node: fx.Node) -> tuple[Any, dict[str, Any], str] | None:
+    """The function of a loss with labels, its arguments by name, and its reduction; None if it has an old-style one."""
     if node.target is aten.cross_entropy_loss.default:
         names = ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing")
         given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        reduction = _REDUCTIONS[given.pop("reduction", 1)]
-        target: Any = F.cross_entropy
-    else:
-        target = node.target
-        bound = inspect.signature(target).bind(*node.args, **node.kwargs)
-        given = dict(bound.arguments)
-        reduction = given.pop("reduction", "mean")
-        if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
-            return None
+        return F.cross_entropy, given, _REDUCTIONS[given.pop("reduction", 1)]
+    target: Any = node.target
+    given = dict(inspect.signature(target).bind(*node.args, **node.kwargs).arguments)
+    reduction = given.pop("reduction", "mean")
+    old_style = given.pop("size_average", None), given.pop("reduce", None)
+    return None if old_style != (None, None) else (target, given, reduction)
+
+
+def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    found = _loss_arguments(node)
+    if found is None:
+        return None
+    target, given, reduction = found
     logits, labels, weight = given.pop("input"), given.pop("target"), given.get("weight")
     fake, fake_labels = tensor_value(logits), tensor_value(labels)
     if fake is None or fake_labels is None or fake.ndim < 2:

@@ -68,13 +68,18 @@ def run(context: PassContext) -> None:
             _defer_alone(context, analysis, free)
     if context.is_top:
         refuse_sharded(context, "vocab")
+    context.refuse_all(_said_once(context, refusals))
+
+
+def _said_once(context: PassContext, refusals: list[Refused]) -> list[Refused]:
+    """The refusals of places of which nothing else is said."""
     # A head whose rows are one more than those of its loss is no bulge by itself.
     done_for = {rewrite.name for rewrite in context.report.rewrites if rewrite.deferred}
     refusals = [r for r in refusals if not (r.cause in (Cause.IS_OUTPUT, Cause.BREAK) and r.name in done_for)]
     # Parts of a head whose use as a whole has a reason, or is rewritten, have none of their own.
     said = {r.name for r in refusals if r.cause is not Cause.NO_SAVING}
     said |= {r.name for r in context.report.rewrites} | {r.name for r in context.report.refusals}
-    context.refuse_all(r for r in refusals if r.cause is not Cause.NO_SAVING or r.name not in said)
+    return [r for r in refusals if r.cause is not Cause.NO_SAVING or r.name not in said]
 
 
 def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:

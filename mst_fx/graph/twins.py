@@ -161,9 +161,20 @@ def _set_item(add: Adder, written: fx.Node, index: Any, source: Any) -> fx.Node:
     if not tensors:
         return _set_slices(add, written, parts, source)
     mask = _mask(add, written, parts, tensors[0]) if len(tensors) == 1 else None
-    is_scalar = not isinstance(source, fx.Node) or (fake := tensor_value(source)) is None or not fake.ndim
-    if is_scalar and mask is not None:
+    if mask is not None and _is_scalar(source):
         return _masked(add, written, mask, source)
+    return _set_picked(add, written, parts, tensors, source)
+
+
+def _is_scalar(source: Any) -> bool:
+    fake = tensor_value(source) if isinstance(source, fx.Node) else None
+    return fake is None or not fake.ndim
+
+
+def _set_picked(
+    add: Adder, written: fx.Node, parts: list[Any], tensors: list[fx.Node], source: Any
+) -> fx.Node:
+    """Writes to the elements that tensors in the index pick, and that it takes whole in all other dimensions."""
     parts = expanded(parts, _fake(written).ndim - sum(_fake(t).ndim - 1 for t in tensors if _is_mask(t)))
     if any(part is not FULL and part not in tensors for part in parts):
         raise Refusal("writes to slices and picked elements at once", Cause.WRITTEN)

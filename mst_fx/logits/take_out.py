@@ -21,7 +21,7 @@ from mst_fx.graph.subgraphs import is_graph
 from mst_fx.graph.values import VALUE, tensor_value, value
 from mst_fx.logits.put_back import Deferral, Origin
 from mst_fx.ops.port import new_port
-from mst_fx.rows.analysis import RowAnalysis
+from mst_fx.rows.analysis import RowAnalysis, State
 from mst_fx.torch_api.fakes import fake_mode
 from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from mst_fx.torch_api.symbols import hint_of
@@ -215,23 +215,32 @@ def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
         states = RowAnalysis(compute, rows).states
     except Refusal:
         return None
-    calls = [n for n in compute.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    calls = [n for n in calls if tensor_value(n) is not None]
+    calls = _calls(compute.graph)
     if any(states[n].rows and not states[n].rowwise for n in calls):
         return None
     read: dict[fx.Node, set[str]] = {node: set() for node in inputs}
     for node in calls:
         for operand, role in states[node].roles.items():
             read.setdefault(operand, set()).add(role)
-    if not states[logits].rowwise or not states[logits].rows or any(len(r) > 1 for r in read.values()):
+    if not states[logits].rowwise or not states[logits].rows or not _are_read_by_rows(read, states, lead):
         return None
-    by_rows = [node for node, roles in read.items() if roles == {"row"}]
-    if not all(
-        _holds_rows(node, lead) if node.op == "placeholder" else states[node].rowwise for node in by_rows
-    ):
-        return None  # else a table with an entry a row
     holds = [read[node] == {"row"} for node in inputs]
     return tuple(holds) if _takes_any_rows(compute, holds, len(lead)) else None
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that compute a tensor."""
+    calls = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    return [n for n in calls if tensor_value(n) is not None]
+
+
+def _are_read_by_rows(read: dict[fx.Node, set[str]], states: dict[fx.Node, State], lead: list[Any]) -> bool:
+    """Whether nothing is read by rows and as a whole, and what is read by rows holds them; a table with an entry a row
+    does not."""
+    if any(len(roles) > 1 for roles in read.values()):
+        return False
+    by_rows = [node for node, roles in read.items() if roles == {"row"}]
+    return all(_holds_rows(n, lead) if n.op == "placeholder" else states[n].rowwise for n in by_rows)
 
 
 def _holds_rows(node: fx.Node, lead: list[Any]) -> bool:
