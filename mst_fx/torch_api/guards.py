@@ -1,4 +1,7 @@
-"""Guards on symbolic sizes. ``ShapeEnv.suppress_guards``: tried with torch 2.13, in 2.11 by its code."""
+"""Guards on symbolic sizes: ``ShapeEnv.suppress_guards``.
+
+Tried with torch 2.11.0 and 2.13.0.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Inductor: ``config.joint_custom_post_pass``, a ``CustomGraphPass``, whose ``uuid`` is in the keys of its caches; it runs after
 pattern matching, and after random operators have become functional. ``aot_eager``: ``functorch.config.joint_custom_pass``, which
-is in no key, and needs none there. Both are in torch 2.11 and 2.13; tried with 2.13. From 2.13 on Inductor takes a list of
+is in no key, and needs none there. Tried with torch 2.11.0 and 2.13.0. From 2.13 on Inductor takes a list of
 passes too; to be right with 2.11, a pass that the user has set himself is called from ours.
 """
 

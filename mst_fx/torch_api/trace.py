@@ -1,7 +1,7 @@
 """torch's structured trace (``TORCH_TRACE``), which tlparse shows.
 
-Tried with torch 2.13.0: ``torch._logging.trace_structured`` with the artifacts that Inductor's own passes write, and its
-logger, which has no handler while nobody traces. 2.11 has both, by its code.
+Tried with torch 2.11.0 and 2.13.0: ``torch._logging.trace_structured`` with the artifacts that Inductor's own passes write, and its
+logger, which has no handler while nobody traces.
 """
 
 from __future__ import annotations
