@@ -80,6 +80,7 @@ def restore(graph: fx.Graph, backup: fx.Graph) -> None:
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy of a joint graph, to go back to."""
     new = fx.Graph()
     restore(new, graph)
     return new
