@@ -14,6 +14,7 @@ import mst_fx.bodies.body
 from mst_fx.rows.fold import Folder
 from mst_fx.torch_api.inductor import compile_body
 from mst_fx.torch_api.symbolic_rows import RowGuards
+from tests.direct import check
 from tests.helpers import (
     SMALL_CHUNKS,
     ToyLM,
@@ -203,3 +204,48 @@ def test_code_for_one_number_of_rows_takes_no_other() -> None:
     (rows,) = torch.empty(int(folder.n)).shape
     guards = RowGuards(folder.n)
     assert not guards.failed(rows) and guards.failed(rows - 1)
+
+
+_REORDERED = {
+    "transpose": lambda x: x.transpose(0, 1),
+    "swapaxes": lambda x: torch.swapaxes(x, -4, -3),
+    "permute": lambda x: x.permute(1, 0, 2, 3),
+    "movedim": lambda x: x.movedim(0, 1),
+    "moveaxis": lambda x: torch.moveaxis(x, (0, 1), (1, 0)),
+    "einsum": lambda x: torch.einsum("bnsh->nbsh", x),
+    "parts": lambda x: x.unflatten(0, (1, x.shape[0])).transpose(1, 2).flatten(0, 1),
+    "there_and_back": lambda x: x.transpose(0, 1).contiguous().view(x.shape),
+    "flip": lambda x: x.flip(0),
+    "roll": lambda x: x.roll(1, 1),
+    "other_rows": lambda x: x.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("parts", [2, 3])  # as many as sequences, or not
+@pytest.mark.parametrize("name", _REORDERED)
+def test_rows_of_three_dimensions_keep_their_order(name: str, parts: int) -> None:
+    """Sizes of 1 stand for the folded dimensions: that two of them change places shows in no shape."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.head = (
+                nn.ModuleDict({"up": nn.Linear(8, 32), "down": nn.Linear(32, 8)}),
+                nn.Linear(8, 64),
+            )
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            h = self.mlp["down"](F.gelu(_REORDERED[name](self.mlp["up"](x))).reshape(*x.shape[:3], 32)) + x
+            logits = _REORDERED[name](self.head(h)).reshape(-1, 64)
+            return F.nll_loss(F.log_softmax(logits, -1), y.reshape(-1))
+
+    x = torch.randn(2, parts, 9, 8, dtype=torch.float64, requires_grad=True)
+    report = check(Model().double(), [x, torch.randint(0, 64, (2, parts, 9))], 1e-10)
+    assert not report.rewrites
+
+
+def test_rows_of_three_dimensions_in_their_order_are_chunked() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)).double()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    report = check(lambda x: model(x.transpose(0, 1)).transpose(1, 2), [x], 1e-10, module=model)
+    assert kinds(report) == {"mlp": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,17 +49,27 @@ def _squeeze(call: Call) -> Label:
 
 
 def _permute(call: Call) -> Label:
-    source = call.args[0]
-    order = [wrap(d, source.ndim) for d in call.args[1]]
-    return Row(order.index(call.only_row_dim(source)))
+    order = [wrap(d, call.args[0].ndim) for d in call.args[1]]
+    return _reordered(call, order)
 
 
 def _transpose(call: Call) -> Label:
     source = call.args[0]
-    dim = call.only_row_dim(source)
     a, b = (0, source.ndim - 1) if call.func is aten.t.default else call.args[1:3]
-    swap = {wrap(a, source.ndim): wrap(b, source.ndim), wrap(b, source.ndim): wrap(a, source.ndim)}
-    return Row(swap.get(dim, dim))
+    order = list(range(source.ndim))
+    order[a], order[b] = order[b], order[a]
+    return _reordered(call, order)
+
+
+def _reordered(call: Call, order: Sequence[int]) -> Label:
+    """The dimensions in another order: those that rows were folded from, and the rows behind them, keep theirs.
+
+    A size of 1 stands for each of them, so that no shape tells ``[B, N, S, H]`` from ``[N, B, S, H]``: other rows.
+    """
+    dim = call.only_row_dim(call.args[0])
+    if [d for d in order if d <= dim] != list(range(dim + 1)):
+        raise call.refusal("brings the rows into another order")
+    return Row(order.index(dim))
 
 
 def _expand(call: Call) -> Label:
