@@ -13,7 +13,14 @@ from mst_fx.errors import Cause
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.names import common_path, module_path, target_name
 from mst_fx.graph.sizes import hint, is_known
-from mst_fx.graph.spelling import ATTENTION_KERNELS, PRODUCTS, is_of_library, is_of_mst, operation
+from mst_fx.graph.spelling import (
+    ATTENTION_KERNELS,
+    GROUPED_PRODUCTS,
+    PRODUCTS,
+    is_of_library,
+    is_of_mst,
+    operation,
+)
 from mst_fx.graph.subgraphs import is_function
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of
 from mst_fx.report import Refused
@@ -100,8 +107,8 @@ def _narrows_again(product: fx.Node) -> bool:
 def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes operators of other libraries that widen rows, such as linears with quantised weights."""
     for node, state in analysis.states.items():
-        if not is_of_library(node) or is_of_mst(node):
-            continue
+        if not is_of_library(node) or is_of_mst(node) or operation(node) in GROUPED_PRODUCTS:
+            continue  # experts' products are refused as such
         fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
         out = tensor_value(node)
         if state.rowwise or not state.rows or out is None or not fakes or fakes[0] is None:

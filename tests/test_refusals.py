@@ -14,7 +14,7 @@ import mst_fx
 from mst_fx.errors import Cause
 from mst_fx.report import Report
 from tests.direct import rewritten
-from tests.helpers import SMALL_CHUNKS, check_parity, compile_mst, kinds
+from tests.helpers import SMALL_CHUNKS, check_parity, compile_mst, kinds, report_of
 
 H, V, B, S = 16, 96, 2, 40
 
@@ -481,3 +481,22 @@ def test_a_break_is_the_reason() -> None:
         compile_mst(model, SMALL_CHUNKS)(x, torch.zeros(B, S))
     (refused,) = report.refusals
     assert (refused.kind, refused.cause) == ("mlp", Cause.BREAK) and __file__ in refused.reason
+
+
+@pytest.mark.parametrize(
+    "product", [torch.bmm, torch.matmul, lambda x, w: torch.einsum("enh,ehi->eni", x, w)]
+)
+def test_a_stack_of_weights_makes_no_scores(product: Any) -> None:
+    """Experts that all rows go through, as Inkling's: as many rows as hidden units, and no attention."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (nn.Parameter(torch.randn(2, 32, 8)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = F.silu(product(x.expand(2, -1, -1), self.up.transpose(1, 2)))
+            return product(inner, self.down).sum(0)
+
+    report = report_of(Shared(), {**SMALL_CHUNKS, "attention_chunk_rows": 8}, torch.randn(1, 32, 8))
+    assert not [refused for refused in report.refusals if refused.kind == "attention"]

@@ -277,9 +277,16 @@ def is_product(node: fx.Node) -> bool:
     return operation(node) in _PRODUCTS
 
 
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a value is a parameter, or made of one alone: transposed, cast."""
+    while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return isinstance(value(node), torch.nn.Parameter)
+
+
 def is_of_scores(node: fx.Node) -> bool:
     """Whether a softmax, or a product itself, is that of a product of two activations, ``[.., Q, D]`` and ``[.., D, K]``, and not of
-    logits, whose one factor is a matrix."""
+    logits, whose one factor is a matrix, or of experts', whose one factor is a stack of them."""
     fake = tensor_value(node)
     assert fake is not None
     count, stack, seen = expression(fake.numel()), [node], set()
@@ -290,8 +297,9 @@ def is_of_scores(node: fx.Node) -> bool:
             continue
         seen.add(current)
         if is_product(current):
-            factors = [x for x in map(tensor_value, current.all_input_nodes[-2:]) if x is not None]
-            return len(factors) == 2 and all(x.ndim > 2 for x in factors)
+            factors = current.all_input_nodes[-2:]
+            fakes = [x for x in map(tensor_value, factors) if x is not None]
+            return len(fakes) == 2 and all(x.ndim > 2 for x in fakes) and not any(map(_is_weight, factors))
         stack += current.all_input_nodes
     return False
 
