@@ -312,7 +312,10 @@ def test_joint_stages(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = (Stage("look", look, when=When.JOINT), Stage("fail", fail, when=When.JOINT))
     check_order(stages, When.JOINT)
     monkeypatch.setattr(backend, "JOINT_STAGES", stages)
-    model, batch = ToyLM().float(), token_batch(2, 33)  # torch 2.11's Inductor fails at float64 LayerNorms on CPUs
+    model, batch = (
+        ToyLM().float(),
+        token_batch(2, 33),
+    )  # torch 2.11's Inductor fails at float64 LayerNorms on CPUs
     check_parity(model, batch, 1e-6, 1e-5, options={**SMALL_CHUNKS, "inner": inner})
     assert len(seen) == 1 and seen[0] >= 3
 
