@@ -64,10 +64,13 @@ def _transpose(call: Call) -> Label:
 def _reordered(call: Call, order: Sequence[int]) -> Label:
     """The dimensions in another order: those that rows were folded from, and the rows behind them, keep theirs.
 
-    A size of 1 stands for each of them, so that no shape tells ``[B, N, S, H]`` from ``[N, B, S, H]``: other rows.
+    A size of 1 stands for each of them, so that no shape tells ``[B, N, S, H]`` from ``[N, B, S, H]``: other rows. Rows behind
+    one such size may pass it (einsum does, and goes back): of a node's result it is seen where they lie.
     """
-    dim = call.only_row_dim(call.args[0])
-    if [d for d in order if d <= dim] != list(range(dim + 1)):
+    source = call.args[0]
+    dim = call.only_row_dim(source)
+    ones = [d for d in range(dim) if is_same_size(source.shape[d], 1)]
+    if len(ones) > 1 and [d for d in order if d in ones] != ones:
         raise call.refusal("brings the rows into another order")
     return Row(order.index(dim))
 
