@@ -244,6 +244,28 @@ def test_rows_of_three_dimensions_keep_their_order(name: str, parts: int) -> Non
     assert not report.rewrites
 
 
+class _AroundTheRows(torch.autograd.Function):
+    """Swaps two dimensions while they are behind the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.permute(2, 0, 1, 3).transpose(1, 2).permute(1, 2, 0, 3).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        batch, parts, length, width = g.shape
+        swapped = g.reshape(parts, batch, length, width).permute(2, 0, 1, 3).transpose(1, 2)
+        return swapped.permute(1, 2, 0, 3)
+
+
+def test_rows_may_not_be_reordered_inside_of_a_function() -> None:
+    up, down = nn.Linear(8, 32).double(), nn.Linear(32, 8).double()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    both = nn.ModuleList([up, down])
+    report = check(lambda x: down(_AroundTheRows.apply(F.gelu(up(x)))), [x], 1e-10, module=both)
+    assert not report.rewrites
+
+
 def test_rows_of_three_dimensions_in_their_order_are_chunked() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)).double()
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)

@@ -105,7 +105,9 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
             tracer.set_label(x, Row(0))
             fake = tensor_value(operand.node)
             assert fake is not None
-            env[operand.node, "row"] = torch.reshape(x, folder.folded_shape(fake, n))  # type: ignore[arg-type]
+            folded = torch.reshape(x, folder.folded_shape(fake, n))  # type: ignore[arg-type]
+            tracer.set_label(folded, Row(fold_rank(fake.shape, analysis.rows) - 1))
+            env[operand.node, "row"] = folded
         env |= {(i.node, "shared"): x for i, x in zip(shared_inputs, flat[len(row_inputs) :], strict=True)}
         for node in region.nodes:
             roles = analysis.states[node].roles

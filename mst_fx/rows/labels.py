@@ -47,9 +47,14 @@ def is_same_size(size: int | torch.SymInt, rows: int | torch.SymInt) -> bool:
 
 
 class Tracer(Protocol):
-    """Whoever runs operators, as their rules see it (:class:`mst_fx.rows.tracer.RowTracer`)."""
+    """Whoever runs operators, as their rules see it (:class:`mst_fx.rows.tracer.RowTracer`).
+
+    Attributes:
+        folded: for how many dimensions of an operand, at most, a size of 1 stands before the rows.
+    """
 
     rows: torch.SymInt
+    folded: int
     matmuls: list[Matmul]
 
     def label(self, value: Any) -> Label: ...

@@ -62,15 +62,14 @@ def _transpose(call: Call) -> Label:
 
 
 def _reordered(call: Call, order: Sequence[int]) -> Label:
-    """The dimensions in another order: those that rows were folded from, and the rows behind them, keep theirs.
+    """The dimensions in another order.
 
-    A size of 1 stands for each of them, so that no shape tells ``[B, N, S, H]`` from ``[N, B, S, H]``: other rows. Rows behind
-    one such size may pass it (einsum does, and goes back): of a node's result it is seen where they lie.
+    A size of 1 stands for each dimension that was folded into the rows: if there are several, no shape tells ``[B, N, S, H]`` from
+    ``[N, B, S, H]``, which has its rows in another order. So they and the rows behind them have to keep theirs. One alone shows
+    in where the rows of a node's result lie: einsum moves rows past it, and goes back.
     """
-    source = call.args[0]
-    dim = call.only_row_dim(source)
-    ones = [d for d in range(dim) if is_same_size(source.shape[d], 1)]
-    if len(ones) > 1 and [d for d in order if d in ones] != ones:
+    dim = call.only_row_dim(call.args[0])
+    if call.tracer.folded > 1 and [d for d in order if d <= dim] != list(range(dim + 1)):
         raise call.refusal("brings the rows into another order")
     return Row(order.index(dim))
 

@@ -32,6 +32,7 @@ class RowTracer(TorchDispatchMode):
         super().__init__()
         self.rows = rows
         self.matmuls: list[Matmul] = []
+        self.folded = 0
         # Strong references: an id must not be reused while its label is kept.
         self._labels: dict[int, tuple[torch.Tensor, Label]] = {}
         self._protected: set[int] = set()
@@ -41,6 +42,9 @@ class RowTracer(TorchDispatchMode):
         self._protected.add(storage(tensor))
 
     def set_label(self, tensor: torch.Tensor, label: Label) -> None:
+        """Says where the rows of an operand lie: the dimensions before them were folded."""
+        if isinstance(label, Row):
+            self.folded = max(self.folded, label.dim)
         self._labels[id(tensor)] = (tensor, label)
 
     def label(self, value: Any) -> Label:
@@ -66,7 +70,7 @@ class RowTracer(TorchDispatchMode):
             if isinstance(label, Row) and not is_same_size(tensor.shape[label.dim], self.rows):
                 raise Refusal(f"{func} changes the number of rows")
             if label is not None:
-                self.set_label(tensor, label)
+                self._labels[id(tensor)] = (tensor, label)
         return out
 
     def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
