@@ -36,7 +36,7 @@ from mst_fx.chunk_rows import plan_attention
 from mst_fx.context import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import changes
-from mst_fx.graph.edit import add_call, eliminate_dead_code
+from mst_fx.graph.edit import add_call, eliminate_dead_code, replace_with
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.levels import Level, all_levels, placeholders_of
 from mst_fx.graph.names import module_path
@@ -284,11 +284,7 @@ def _replace(
     with graph.inserting_before(site.out):
         call = _fused_call(understood, reaches)
         new = _with_strides_of(site.out, call)
-    for meta in ("nn_module_stack", "stack_trace"):
-        if meta in site.out.meta:
-            new.meta[meta] = site.out.meta[meta]
-    site.out.replace_all_uses_with(new)
-    graph.erase_node(site.out)
+    replace_with(site.out, new)
     for node in site.inner:
         if not node.users:
             graph.erase_node(node)

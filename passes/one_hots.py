@@ -12,8 +12,8 @@ from torch import fx
 from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, replace_with
 from mst_fx.graph.modes import contexts, in_context, outside_transforms
+from mst_fx.graph.names import plain_name
 from mst_fx.graph.values import tensor_value
-from mst_fx.rows.links import plain_name
 
 
 def run(context: PassContext) -> None:

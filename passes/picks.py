@@ -28,7 +28,7 @@ from mst_fx.graph.edit import add_call, replace_with
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.indices import are_places
 from mst_fx.graph.modes import contexts, in_context, outside_transforms
-from mst_fx.graph.names import target_name
+from mst_fx.graph.names import plain_name, target_name
 from mst_fx.graph.values import storage_key, tensor_value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.fold import fold_rank
@@ -39,7 +39,6 @@ aten = torch.ops.aten
 _SHAPES = frozenset(
     ("view", "reshape", "unsqueeze", "contiguous", "clone", "detach", "long", "to", "getitem")
 )
-_PUTS = frozenset(("index_put", "index_put.default"))
 
 
 def run(context: PassContext) -> None:
@@ -48,16 +47,12 @@ def run(context: PassContext) -> None:
     modes = contexts(graph)
     for node in outside_transforms(graph):
         is_read = node.target is operator.getitem
-        if not is_read and not (node.op.startswith("call_") and _name(node) in _PUTS):
+        if not is_read and plain_name(node) != "index_put":
             continue
         with context.at("vocab", node), graph.inserting_before(node), in_context(modes[node]):
             new = _read(graph, node) if is_read else _put(graph, node)
             if new is not None:
                 replace_with(node, new)
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.") if not callable(node.target) else target_name(node)
 
 
 def _read(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

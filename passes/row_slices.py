@@ -25,6 +25,7 @@ from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, copy_provenance, eliminate_dead_code, replace_with
 from mst_fx.graph.indices import FULL
 from mst_fx.graph.modes import Context, contexts, in_context, outside_transforms
+from mst_fx.graph.names import plain_name
 from mst_fx.graph.sizes import hint, is_known
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.links import (
@@ -34,7 +35,6 @@ from mst_fx.rows.links import (
     linked,
     order_of,
     permuted,
-    plain_name,
     sizes_of,
 )
 

@@ -15,9 +15,11 @@ from torch import fx
 from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, replace_with
 from mst_fx.graph.modes import Context, contexts, in_context, outside_transforms
+from mst_fx.graph.names import plain_name
+from mst_fx.graph.spelling import REDUCTIONS
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import writes_in_place
-from mst_fx.rows.links import POINTWISE_LINKS, plain_name
+from mst_fx.rows.links import POINTWISE_LINKS
 
 aten = torch.ops.aten
 
@@ -45,9 +47,6 @@ def _stack_one_last(graph: fx.Graph, node: fx.Node, modes: dict[fx.Node, Context
         graph.erase_node(node)
 
 
-_REDUCTIONS_OVER = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
-
-
 def _is_moved_reader(node: fx.Node) -> bool:
     """Whether what reads a stack can read one whose new dimension is the last."""
     name, source = plain_name(node), node.args[0] if node.args else None
@@ -58,7 +57,7 @@ def _is_moved_reader(node: fx.Node) -> bool:
         return isinstance(node.args[1], int)
     if name in POINTWISE_LINKS and not writes_in_place(node):
         return all(map(_is_moved_reader, node.users)) and bool(node.users)
-    if name not in _REDUCTIONS_OVER or node.kwargs.keys() - {"dim", "keepdim", "dtype"}:
+    if name not in REDUCTIONS or node.kwargs.keys() - {"dim", "keepdim", "dtype"}:
         return False
     if len(node.args) == 1 and "dim" not in node.kwargs:
         return name in ("sum", "mean") and "keepdim" not in node.kwargs
@@ -77,7 +76,7 @@ def _move_readers(graph: fx.Graph, old: fx.Node, new: fx.Node, modes: dict[fx.No
         args, kwargs = user.args[1:], dict(user.kwargs)
         if user.target is operator.getitem:
             args = ((Ellipsis, *args),)  # type: ignore[arg-type]
-        elif plain_name(user) in _REDUCTIONS_OVER and (args or "dim" in kwargs):
+        elif plain_name(user) in REDUCTIONS and (args or "dim" in kwargs):
             args, kwargs = (-1, *args[1:]), {key: given for key, given in kwargs.items() if key != "dim"}
         with graph.inserting_before(user), in_context(modes[user]):
             moved = add_call(graph, user.target, new, *args, **kwargs)

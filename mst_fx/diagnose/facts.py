@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,11 @@ from torch import fx
 from mst_fx.diagnose.findings import Facts
 from mst_fx.errors import Cause
 from mst_fx.graph.names import target_name
+from mst_fx.graph.spelling import LABEL_LOSSES
 from mst_fx.graph.subgraphs import subgraphs
 from mst_fx.graph.values import tensor_value
 from mst_fx.report import Report
 from mst_fx.torch_api.dynamo import compilation, ending_of, enters_compiled_code, is_transformed
-
-_LOSSES = ("cross_entropy", "nll_loss")
 
 
 def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
@@ -126,10 +126,10 @@ def _head_of(module: torch.nn.Module) -> tuple[str, torch.nn.Linear | None]:
 
 
 def _has_loss(gm: fx.GraphModule) -> bool:
-    return _calls(gm, _LOSSES)
+    return _calls(gm, LABEL_LOSSES)
 
 
-def _calls(gm: fx.GraphModule, names: tuple[str, ...]) -> bool:
+def _calls(gm: fx.GraphModule, names: Collection[str]) -> bool:
     calls = [node for node in gm.graph.nodes if node.op.startswith("call_")]
     is_here = any(part in target_name(node) for node in calls for part in names)
     return is_here or any(_calls(child, names) for _, child in subgraphs(gm))

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from mst_fx.torch_api.ops import OpOverload
+
 
 def module_path(node: fx.Node) -> str:
     """The path of the module a node comes from, e.g. ``model.layers.0.mlp`` ('' if unknown)."""
@@ -45,3 +47,10 @@ def common_path(paths: Iterable[str]) -> str:
 def target_name(node: fx.Node) -> str:
     """The name of what a node calls, as it is spelled in the graph."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def plain_name(node: fx.Node) -> str:
+    """The same without an overload: ``and_`` for ``operator.and_`` and for ``aten.and_``; of what calls nothing, its kind."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return node.op
+    return node.target.overloadpacket.__name__ if isinstance(node.target, OpOverload) else target_name(node)

@@ -76,7 +76,6 @@ LABEL_LOSSES = frozenset(("cross_entropy", "nll_loss"))  # rows of scores, one l
 COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div"))
 REDUCTIONS = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
-WAVES = frozenset(("cos", "sin"))
 NUMBERS_EVERYWHERE = {  # new tensors that hold one number, or (empty) may hold it
     "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "empty": 0.0, "empty_like": 0.0, "new_empty": 0.0,
     "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0,

@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.levels import Level
+from mst_fx.graph.names import plain_name
 from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import COPIES, EXPANDS, FLOAT_CASTS, operation
 from mst_fx.graph.values import storage_key, tensor_value
-from mst_fx.masks.constants import fill_of, number_in, spelled
+from mst_fx.masks.constants import fill_of, number_in
 from mst_fx.masks.reader import gives_heads, made_outside
 
 aten = torch.ops.aten
@@ -53,7 +54,7 @@ def boolean_mask(
         node = step
         fake = tensor_value(node)
         if fake is not None and storage_key(fake) in mutated:
-            raise Refusal(f"{node.name} ({spelled(node)}), the mask, is written to in place", Cause.MASK)
+            raise Refusal(f"{node.name} ({plain_name(node)}), the mask, is written to in place", Cause.MASK)
     if fill_of(node, mutated) == 0:
         return BooleanMask(None)
     other = _beside_zeros(node, level, mutated)
@@ -65,7 +66,7 @@ def boolean_mask(
     outside = made_outside(node, level.resolve, queries, keys)
     if outside is not None:
         raise Refusal(*outside)
-    raise Refusal(f"{node.name} ({spelled(node)}) makes the mask", Cause.MASK)
+    raise Refusal(f"{node.name} ({plain_name(node)}) makes the mask", Cause.MASK)
 
 
 def _beside_zeros(node: fx.Node, level: Level, mutated: Collection[int]) -> fx.Node | None:

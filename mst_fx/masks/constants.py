@@ -14,21 +14,7 @@ from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.torch_api.fakes import real_tensors
-from mst_fx.torch_api.ops import OpOverload
 from mst_fx.torch_api.tensors import tree_map_only
-
-
-def spelled(node: fx.Node) -> str:
-    """How a node's call is spelled, for people: ``and_`` for ``operator.and_`` and for ``aten.and_``."""
-    target = node.target
-    if node.op in ("placeholder", "get_attr", "output"):
-        return node.op
-    if isinstance(target, str):
-        return target
-    if isinstance(target, OpOverload):
-        return target.overloadpacket.__name__
-    return getattr(target, "__name__", str(target))
-
 
 _FILLS = {"ones": 1, "ones_like": 1, "new_ones": 1, "zeros": 0, "zeros_like": 0, "new_zeros": 0}
 

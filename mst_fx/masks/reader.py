@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
+from mst_fx.graph.names import plain_name
 from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import CASTS, COPIES, EXPANDS, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.masks import formula
-from mst_fx.masks.constants import fill_of, spelled
+from mst_fx.masks.constants import fill_of
 from mst_fx.masks.formula import TRUE, Compare, Constant, Holds, Mask
 
 
@@ -77,7 +78,7 @@ class Reader:
         node = self._resolve(node)
         fake = tensor_value(node)
         if fake is None or fake.dtype != torch.bool:
-            raise Refusal(f"{node.name} ({spelled(node)}) in the mask is not Boolean", Cause.MASK)
+            raise Refusal(f"{node.name} ({plain_name(node)}) in the mask is not Boolean", Cause.MASK)
         if fill_of(node, self._mutated) is not None:
             return Constant(bool(fill_of(node)))
         kind = self._kind(node)
@@ -97,7 +98,7 @@ class Reader:
                 return self.read(source)
         if kind == "number":
             raise Refusal(
-                f"{node.name} ({spelled(node)}) in the mask has neither keys nor queries", Cause.MASK
+                f"{node.name} ({plain_name(node)}) in the mask has neither keys nor queries", Cause.MASK
             )
         raise self._not_understood(node)
 
@@ -118,7 +119,7 @@ class Reader:
         outside = made_outside(node, self._resolve, self.queries, self.keys)
         if outside is not None:
             return Refusal(*outside)
-        return Refusal(f"{node.name} ({spelled(node)}) in the mask is not understood", Cause.MASK)
+        return Refusal(f"{node.name} ({plain_name(node)}) in the mask is not understood", Cause.MASK)
 
     def _part(self, operand: Any) -> Mask:
         if isinstance(operand, bool):
@@ -141,21 +142,21 @@ class Reader:
         """Which of Q and K a value varies with: "full", "keys", "queries" or "number"."""
         fake = tensor_value(node)
         if fake is None:
-            raise Refusal(f"{node.name} ({spelled(node)}) in the mask is not a tensor", Cause.MASK)
+            raise Refusal(f"{node.name} ({plain_name(node)}) in the mask is not a tensor", Cause.MASK)
         if not is_plain(fake):
-            raise Refusal(f"{node.name} ({spelled(node)}) in the mask is no plain tensor", Cause.NOT_PLAIN)
+            raise Refusal(f"{node.name} ({plain_name(node)}) in the mask is no plain tensor", Cause.NOT_PLAIN)
         if storage_key(fake) in self._mutated:
-            raise Refusal(f"{node.name} ({spelled(node)}) in the mask is written to in place", Cause.MASK)
+            raise Refusal(f"{node.name} ({plain_name(node)}) in the mask is written to in place", Cause.MASK)
         sizes = [1] * (4 - fake.ndim) + list(fake.shape)
         if self._batch_first and fake.ndim == 3:
             sizes = [fake.shape[0], 1, *fake.shape[1:]]
         if fake.ndim > 4 or not _is_one(sizes[1]):
-            raise Refusal(f"{node.name} ({spelled(node)}) in the mask differs between heads", Cause.MASK)
+            raise Refusal(f"{node.name} ({plain_name(node)}) in the mask differs between heads", Cause.MASK)
         rows, columns = sizes[2], sizes[3]
         if _is_one(rows) and _is_one(columns):
             if not _is_one(sizes[0]):
                 raise Refusal(
-                    f"{node.name} ({spelled(node)}) in the mask is one number a sequence", Cause.MASK
+                    f"{node.name} ({plain_name(node)}) in the mask is one number a sequence", Cause.MASK
                 )
             return "number"
         if _is_one(rows) and _same(columns, self.keys):
@@ -165,7 +166,7 @@ class Reader:
         if _same(rows, self.queries) and _same(columns, self.keys):
             return "full"
         raise Refusal(
-            f"{node.name} ({spelled(node)}) in the mask has the shape {tuple(fake.shape)}", Cause.MASK
+            f"{node.name} ({plain_name(node)}) in the mask has the shape {tuple(fake.shape)}", Cause.MASK
         )
 
     def _vector(self, node: fx.Node, kind: str) -> str:
@@ -272,7 +273,7 @@ def _check_integer(node: fx.Node) -> None:
         raise Refusal(f"a mask compares with the dynamic integer {node.name}", Cause.MASK)
     fake = tensor_value(node)
     if fake is None or fake.is_floating_point() or fake.is_complex():
-        raise Refusal(f"{node.name} ({spelled(node)}) in the mask is not an integer", Cause.MASK)
+        raise Refusal(f"{node.name} ({plain_name(node)}) in the mask is not an integer", Cause.MASK)
 
 
 def _passed_on(node: fx.Node) -> fx.Node | None:

@@ -22,6 +22,7 @@ from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression, hint
 from mst_fx.graph.spelling import (
     ATTENTION,
+    CHECKPOINTS,
     FLOAT_CASTS,
     MATMULS,
     SOFTMAXES,
@@ -67,10 +68,6 @@ class Site:
     cap: fx.Node | None = None
 
 
-# Higher-order operators, each with the graph of a checkpointed layer.
-_CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
-
-
 def find_sites(level: Level) -> Iterator[Site]:
     calls: dict[str, list[fx.Node]] = {}
     nodes = outside_transforms(level.gm.graph)
@@ -80,7 +77,7 @@ def find_sites(level: Level) -> Iterator[Site]:
     for name, callers in calls.items():
         body = attribute(level.gm, name)
         is_plain = len(callers) == 1 and len(placeholders_of(body)) == len(callers[0].args) - 1
-        if is_plain and target_name(callers[0]) in _CHECKPOINTS:
+        if is_plain and target_name(callers[0]) in CHECKPOINTS:
             yield from find_sites(Level(body, callers[0], level))
     for node in nodes:
         site = _fused(level, node) if operation(node) in ATTENTION else _eager(level, node)

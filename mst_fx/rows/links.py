@@ -8,10 +8,10 @@ import torch
 from torch import fx
 
 from mst_fx.graph.edit import add_call, copy_provenance
+from mst_fx.graph.names import plain_name
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.labels import is_same_size
-from mst_fx.torch_api.ops import OpOverload
 
 _PERMUTES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t"))
 
@@ -29,12 +29,6 @@ def order_of(node: fx.Node) -> tuple[int, ...] | None:
     moved = getattr(labelled, str(node.args[1]) if is_attribute else name)
     moved = moved if is_attribute else moved(*node.args[1:])
     return tuple(size - 2 for size in moved.shape)
-
-
-def plain_name(node: fx.Node) -> str:
-    if isinstance(node.target, OpOverload):
-        return node.target.overloadpacket.__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
