@@ -6,11 +6,11 @@ import mst_fx.ops  # noqa: F401  (registers the operators, which graphs name)
 from mst_fx.backend import mst
 from mst_fx.diagnose.explain import explain
 from mst_fx.diagnose.findings import Diagnosis, Finding
-from mst_fx.diagnose.warn import warn
+from mst_fx.diagnose.warn import warn, warn_eager_checkpoint
 from mst_fx.diagnose.watch import watch
 from mst_fx.enable import enable
 from mst_fx.errors import OptionError, Refusal
-from mst_fx.listeners import on_graph
+from mst_fx.listeners import on_eager_checkpoint, on_graph
 from mst_fx.options import Options
 from mst_fx.pipeline import rewrite
 from mst_fx.report import Refused, Report, Rewrite
@@ -35,3 +35,4 @@ __all__ = [
 
 # Whoever compiles with mst, by the entry point too, imports this: what costs the whole saving is said to everybody.
 on_graph.add(warn)
+on_eager_checkpoint.add(warn_eager_checkpoint)

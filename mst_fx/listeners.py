@@ -15,6 +15,8 @@ from typing import Generic, ParamSpec
 from torch import fx
 
 from mst_fx.report import Report
+from mst_fx.torch_api.checkpoints import watch_checkpoints
+from mst_fx.torch_api.dynamo import Ending
 
 log = logging.getLogger("mst_fx")
 
@@ -70,3 +72,7 @@ on_graph: Listeners[fx.GraphModule, fx.GraphModule, Report] = Listeners("graphs"
 
 # Deferred logits are computed in full; for "file:line in function".
 on_logits: Listeners[str] = Listeners("deferred logits")
+
+# A graph breaks inside of a checkpointed layer, which Dynamo then runs eagerly.
+on_eager_checkpoint: Listeners[Ending] = Listeners("checkpointed layers")
+watch_checkpoints(on_eager_checkpoint.tell)

@@ -18,7 +18,6 @@ from mst_fx.diagnose.doctor import COSTLY, eager_checkpoint, said_of
 from mst_fx.diagnose.facts import facts_of
 from mst_fx.diagnose.findings import Diagnosis, Finding, diagnosis_of
 from mst_fx.report import Report
-from mst_fx.torch_api.checkpoints import on_eager_checkpoint
 from mst_fx.torch_api.dynamo import Ending
 
 log = logging.getLogger("mst_fx")
@@ -59,14 +58,12 @@ def warn(captured: fx.GraphModule, new: fx.GraphModule, report: Report) -> None:
             _say(found)
 
 
-def _warn_eager_checkpoint(ending: Ending) -> None:
-    """Says that a checkpointed layer runs eagerly: whoever checkpoints has no memory to spare."""
+def warn_eager_checkpoint(ending: Ending) -> None:
+    """Says that a checkpointed layer runs eagerly: whoever checkpoints has no memory to spare; listens to
+    :data:`mst_fx.listeners.on_eager_checkpoint`."""
     found = eager_checkpoint(Diagnosis(eager_checkpoints=[said_of(ending)]))
     if found is not None and torch.is_grad_enabled() and not _is_silent.get():
         _say(found)
-
-
-on_eager_checkpoint.append(_warn_eager_checkpoint)
 
 
 def _say(found: Finding) -> None:

@@ -13,9 +13,8 @@ from mst_fx.diagnose.estimate import estimate_memory
 from mst_fx.diagnose.facts import facts_of
 from mst_fx.diagnose.findings import Diagnosis, diagnosis_of
 from mst_fx.diagnose.lines import lines_of
-from mst_fx.listeners import on_graph, on_logits
+from mst_fx.listeners import on_eager_checkpoint, on_graph, on_logits
 from mst_fx.report import Report
-from mst_fx.torch_api.checkpoints import on_eager_checkpoint
 from mst_fx.torch_api.dynamo import Ending, compilation, wrapped_modules
 
 T = TypeVar("T")
@@ -58,6 +57,7 @@ def watch() -> Iterator[Diagnosis]:
     total = Diagnosis()
     graphs: LastAttempts[Diagnosis] = LastAttempts()
     places: list[str] = []
+    eager: list[str] = []
 
     def note_graph(captured: fx.GraphModule, new: fx.GraphModule, report: Report) -> None:
         graphs.add(_observed(captured, new, report))
@@ -65,17 +65,19 @@ def watch() -> Iterator[Diagnosis]:
     def note_logits(place: str) -> None:
         places.append(place)
 
-    eager: list[Ending] = []
-    on_eager_checkpoint.append(eager.append)
-    try:
-        with on_graph.listening(note_graph), on_logits.listening(note_logits):
-            yield total
-    finally:
-        on_eager_checkpoint.remove(eager.append)
+    def note_checkpoint(ending: Ending) -> None:
+        eager.append(said_of(ending))
+
+    with (
+        on_graph.listening(note_graph),
+        on_logits.listening(note_logits),
+        on_eager_checkpoint.listening(note_checkpoint),
+    ):
+        yield total
     for found in graphs:
         total.add(found)
     total.logits_used += dict.fromkeys(places)
-    total.eager_checkpoints += dict.fromkeys(said_of(ending) for ending in eager)
+    total.eager_checkpoints += dict.fromkeys(eager)
     if not total.graphs:
         total.uncalled += sorted({type(module).__name__ for module in wrapped_modules()})
     total.findings += advise(total)

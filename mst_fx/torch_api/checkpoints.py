@@ -24,9 +24,6 @@ from mst_fx.torch_api.inductor import is_redirected
 
 log = logging.getLogger("mst_fx")
 
-# Called where Dynamo gives up a checkpointed layer that a backend of ours was to compile, with why and where.
-on_eager_checkpoint: list[Callable[[Ending], None]] = []
-
 
 def _is_ours(backend: Any) -> bool:
     """Whether a backend, in whatever Dynamo wraps it, is one of mst-fx."""
@@ -37,8 +34,8 @@ def _is_ours(backend: Any) -> bool:
     return str(getattr(found, "__module__", "")).startswith("mst_fx.")
 
 
-def _tell_eager_checkpoint(tx: Any, error: Unsupported) -> None:
-    """Tells the listeners; must not raise, since Dynamo is tracing."""
+def _tell(tell: Callable[[Ending], None], tx: Any, error: Unsupported) -> None:
+    """Tells of one layer; must not raise, since Dynamo is tracing."""
     try:
         is_fatal = tx.one_graph or getattr(
             tx, "error_on_graph_break", False
@@ -47,15 +44,16 @@ def _tell_eager_checkpoint(tx: Any, error: Unsupported) -> None:
             return
         stack = error.real_stack
         place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
-        ending = Ending("break", [*str(error).splitlines(), ""][0], place)
-        for listener in list(on_eager_checkpoint):
-            listener(ending)
+        tell(Ending("break", [*str(error).splitlines(), ""][0], place))
     except Exception:
         log.debug("a checkpointed layer runs eagerly, and could not be told of", exc_info=True)
 
 
-def _watch_checkpoints() -> None:
-    """Makes Dynamo tell of checkpointed layers that it gives up (once a process)."""
+def watch_checkpoints(tell: Callable[[Ending], None]) -> None:
+    """Makes Dynamo tell of checkpointed layers that it gives up where a backend of ours was to compile them: why, and where.
+
+    For the rest of the process: to be called once.
+    """
     variable: Any = getattr(higher_order_ops, "CheckpointHigherOrderVariable", None)
     names = [name for name in ("_call_function", "call_function") if name in vars(variable or object)]
     if not names:
@@ -67,10 +65,7 @@ def _watch_checkpoints() -> None:
         try:
             return before(self, tx, *args, **kwargs)
         except Unsupported as error:
-            _tell_eager_checkpoint(tx, error)
+            _tell(tell, tx, error)
             raise
 
     setattr(variable, names[0], call)
-
-
-_watch_checkpoints()
