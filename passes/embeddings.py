@@ -24,9 +24,10 @@ from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.sizes import SIXTEEN_BITS
+from mst_fx.graph.spelling import argument
 from mst_fx.graph.values import tensor_value
 
-_OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+_NOT_OURS = ("scale_grad_by_freq", "sparse")
 
 
 def matches(context: PassContext) -> bool:
@@ -50,11 +51,10 @@ def _found(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
     for node in outside_transforms(graph):
         if node.target is not F.embedding or len(node.args) < 2:
             continue
-        indices, weight, *rest = node.args
-        given: dict[str, Any] = dict(zip(_OPTIONS, rest, strict=False)) | node.kwargs
+        indices, weight = node.args[:2]
         fake = tensor_value(weight) if isinstance(weight, fx.Node) else None
         if fake is None or fake.dtype not in SIXTEEN_BITS or not fake.requires_grad:
             continue
-        if given.get("max_norm") is None and not given.get("scale_grad_by_freq") and not given.get("sparse"):
-            padding = given.get("padding_idx")
+        if argument(node, "max_norm") is None and not any(argument(node, name) for name in _NOT_OURS):
+            padding = argument(node, "padding_idx")
             yield node, (weight, indices, -1 if padding is None else padding % fake.shape[0])

@@ -5,25 +5,16 @@ Only the arguments that follow the positional ones without a gap are moved, and 
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import fx
 
 from mst_fx.context import PassContext
+from mst_fx.graph.spelling import ARGUMENT_ALIASES, overloads
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.graph.values import tensor_value
-from mst_fx.torch_api.ops import OpOverload, schema_of
 
-aten = torch.ops.aten
-
-
-# Arguments that code asks for by keyword, and other names that torch takes for the same argument.
-_LEFT_AS_KEYWORDS = ("inplace", "out", "dtype")
-_OTHER_NAMES = {"self": ("input",), "dim": ("axis",), "keepdim": ("keepdims",)}
+_LEFT_AS_KEYWORDS = ("inplace", "out", "dtype")  # code asks for them by keyword
 
 
 def run(context: PassContext) -> bool:
@@ -50,7 +41,7 @@ def _positional(node: fx.Node, names: Sequence[str]) -> tuple[str, ...]:
     """The keywords of a node that are its next positional arguments."""
     moved: list[str] = []
     for name in names[len(node.args) :]:
-        keys = [key for key in (name, *_OTHER_NAMES.get(name, ())) if key in node.kwargs]
+        keys = [key for key in (name, *ARGUMENT_ALIASES.get(name, ())) if key in node.kwargs]
         if len(keys) != 1 or name in _LEFT_AS_KEYWORDS:
             break
         moved += keys
@@ -58,27 +49,10 @@ def _positional(node: fx.Node, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _signatures(node: fx.Node) -> list[tuple[str, ...]]:
-    """The names of the positional arguments of what a node calls: of each overload that takes its keywords."""
-    target: Any = node.target
-    if node.op == "call_method":
-        target = getattr(torch.Tensor, target, None)
-    if isinstance(target, types.FunctionType) and target.__module__.startswith("torch."):
-        parameters = inspect.signature(target).parameters.values()
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            return []
-        return [tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)]
-    if isinstance(target, OpOverload):
-        schemas = [schema_of(target)]
-    elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
-        packet = getattr(aten, target.__name__, None)
-        schemas = (
-            [schema_of(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
-        )
-    else:
-        return []
+    """The names of the positional arguments of each overload that takes a node's keywords."""
     found = []
-    for schema in schemas:
-        taken = {name for a in schema.arguments for name in (a.name, *_OTHER_NAMES.get(a.name, ()))}
-        if node.kwargs.keys() <= taken:
-            found.append(tuple(a.name for a in schema.arguments if not a.kwarg_only))
+    for names, every in overloads(node):
+        others = {other for name in every for other in ARGUMENT_ALIASES.get(name, ())}
+        if node.kwargs.keys() <= every | others:
+            found.append(tuple(names))
     return found

@@ -15,6 +15,7 @@ import functools
 import inspect
 import operator
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ _ADDED = {
 }
 
 # Other names of an argument: of torch's Python functions, and of NumPy.
-_ARGUMENT_ALIASES = {"self": ("input",), "input": ("self",), "dim": ("axis",), "keepdim": ("keepdims",)}
+ARGUMENT_ALIASES = {"self": ("input",), "input": ("self",), "dim": ("axis",), "keepdim": ("keepdims",)}
 
 # Keywords that torch takes beside those of a schema.
 _IN_NO_SCHEMA = frozenset(("axis", "keepdims", "input", "self", "requires_grad", "names", "out"))
@@ -236,7 +237,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     Args:
         default: where it is not given.
     """
-    for spelled in (name, *_ARGUMENT_ALIASES.get(name, ())):
+    for spelled in (name, *ARGUMENT_ALIASES.get(name, ())):
         if spelled in node.kwargs:
             return node.kwargs[spelled]
         for names in signatures(node):
@@ -247,13 +248,16 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 def signatures(node: fx.Node) -> list[tuple[str, ...]]:
     """The names of the positional arguments of what a node calls, one tuple an overload that it may call."""
+    return [tuple(names) for names, every in overloads(node) if _may_be_called(node, names, every)]
+
+
+def overloads(node: fx.Node) -> Sequence[tuple[dict[str, str], frozenset[str]]]:
+    """The names and types of the positional arguments, and the names of all, of each overload of what a node calls."""
     target: Any = node.target
     if node.op == "call_method":
         target = getattr(torch.Tensor, str(target), None)
     is_known = isinstance(target, OpOverload) or _is_of_torch(target)
-    if target is None or not is_known:
-        return []
-    return [tuple(names) for names, every in _parameters_of(target) if _may_be_called(node, names, every)]
+    return _parameters_of(target) if target is not None and is_known else ()
 
 
 def _may_be_called(node: fx.Node, names: dict[str, str], every: frozenset[str]) -> bool:
@@ -273,7 +277,6 @@ def _is_of_kind(arg: Any, kind: str) -> bool:
 
 @functools.cache
 def _parameters_of(target: Any) -> tuple[tuple[dict[str, str], frozenset[str]], ...]:
-    """The names and types of the positional arguments, and the names of all, of each overload of what is called."""
     if isinstance(target, types.FunctionType):
         parameters = inspect.signature(target).parameters.values()
         if any(p.kind is p.VAR_POSITIONAL for p in parameters):
