@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from mst_fx.bodies.body import Body, BodyConfig
-from mst_fx.errors import Cause, Refusal
+from mst_fx.errors import Cause, Refusal, defect
 from mst_fx.graph.changing import Bounds
 from mst_fx.graph.names import module_path
 from mst_fx.graph.sizes import expression, hint
@@ -24,8 +23,6 @@ from mst_fx.rows.weights import convolution_rows
 
 if TYPE_CHECKING:
     from mst_fx.logits.put_back import Deferral
-
-log = logging.getLogger("mst_fx")
 
 
 @dataclasses.dataclass
@@ -179,10 +176,7 @@ class PassContext:
         except Exception as error:
             if self.options.strict:
                 raise
-            text = f"{type(error).__name__}: {error}"
-            log.warning("mst-fx left %s %s as it was: %s", kind, name, text)
-            log.debug("the defect", exc_info=True)
-            self.refuse(kind, name, text, Cause.DEFECT)
+            self.refuse(kind, name, defect(f"left {kind} {name} as it was", error), Cause.DEFECT)
 
     def refuse_all(self, refusals: Iterable[Refused]) -> None:
         """Notes refusals.

@@ -1,8 +1,11 @@
-"""The two ways in which mst-fx says no."""
+"""The two ways in which mst-fx says no, and how it says that it failed itself."""
 
 from __future__ import annotations
 
 import enum
+import logging
+
+log = logging.getLogger("mst_fx")
 
 
 class OptionError(ValueError):
@@ -44,3 +47,18 @@ class Refusal(Exception):
     def __init__(self, reason: str, cause: Cause = Cause.UNPROVED) -> None:
         super().__init__(reason)
         self.cause = cause
+
+
+def defect(said: str, error: Exception) -> str:
+    """Logs a defect of ours, which must not stop a training run; to be called where it is handled.
+
+    Args:
+        said: what came of it, as in "mst-fx …: the error".
+
+    Returns:
+        The error as text.
+    """
+    text = f"{type(error).__name__}: {error}"
+    log.warning("mst-fx %s: %s", said, text)
+    log.debug("the defect", exc_info=True)
+    return text

@@ -10,19 +10,16 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import fx
 
+from mst_fx.errors import defect
 from mst_fx.options import Options
-from mst_fx.runner import defect
 from mst_fx.stage import Stage
 from mst_fx.torch_api import joint, trace
 from mst_fx.version import __version__
-
-log = logging.getLogger("mst_fx")
 
 
 @dataclasses.dataclass
@@ -61,7 +58,7 @@ def _run(stages: Sequence[Stage], options: Options, graph: fx.Graph) -> None:
             if options.strict:
                 raise
             joint.restore(graph, backup)
-            defect(f"the {stage.name} pass", error)
+            defect(f"skipped the {stage.name} pass for a graph", error)
 
 
 def _key(stages: Sequence[Stage], options: Options) -> str:

@@ -12,7 +12,7 @@ from torch import fx
 
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.context import Shared
-from mst_fx.errors import Cause
+from mst_fx.errors import Cause, defect
 from mst_fx.graph.edit import copy_tree
 from mst_fx.listeners import on_graph
 from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
@@ -41,7 +41,7 @@ from mst_fx.passes import (
 )
 from mst_fx.passes.mask_breaks import Crossing
 from mst_fx.report import Refused, Report
-from mst_fx.runner import Runner, defect
+from mst_fx.runner import Runner
 from mst_fx.stage import Helper, Scope, Stage, When, check_order
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
 from mst_fx.torch_api.dynamo import ending_of, kept_until_reset
@@ -228,7 +228,10 @@ def run_passes(
     except Exception as error:
         if options.strict:
             raise
-        report = Report(graphs=1, refusals=[Refused("graph", "", defect("everything", error), Cause.DEFECT)])
+        report = Report(
+            graphs=1,
+            refusals=[Refused("graph", "", defect("skipped everything for a graph", error), Cause.DEFECT)],
+        )
     if not report.rewrites:
         new, shared = gm, Shared()
     report.rewrites[:0] = crossing.rewrites if crossing is not None else ()

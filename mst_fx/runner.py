@@ -19,7 +19,7 @@ from torch import fx
 
 from mst_fx.bodies.body import BodyConfig
 from mst_fx.context import PassContext, Shared
-from mst_fx.errors import Cause, Refusal
+from mst_fx.errors import Cause, Refusal, defect
 from mst_fx.graph import verify
 from mst_fx.graph.edit import copy_graph, copy_tree, drop_unused_subgraphs, eliminate_dead_code
 from mst_fx.graph.modes import outside_transforms
@@ -32,14 +32,6 @@ from mst_fx.stage import Scope, Stage
 from mst_fx.torch_api import trace
 
 log = logging.getLogger("mst_fx")
-
-
-def defect(what: str, error: Exception) -> str:
-    """Logs a defect of ours, which must not stop a training run: the graph stays as it was."""
-    text = f"{type(error).__name__}: {error}"
-    log.warning("mst-fx skipped %s for a graph: %s", what, text)
-    log.debug("the defect", exc_info=True)
-    return text
 
 
 @dataclasses.dataclass
@@ -119,7 +111,7 @@ class Runner:
             if self.options.strict or stage.in_place:
                 raise
             is_refusal = isinstance(error, Refusal)
-            text = str(error) if is_refusal else defect(f"the {stage.name} pass", error)
+            text = str(error) if is_refusal else defect(f"skipped the {stage.name} pass for a graph", error)
             cause = error.cause if isinstance(error, Refusal) else Cause.DEFECT
             self.report.refusals.append(Refused(stage.name, "", text, cause))
 

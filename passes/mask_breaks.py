@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, fx
 
 from mst_fx.chunk_rows import plan_attention
-from mst_fx.errors import Refusal
+from mst_fx.errors import Refusal, defect
 from mst_fx.graph.edit import add_call, copy_tree, eliminate_dead_code
 from mst_fx.graph.fill import call, fake_mode_of
 from mst_fx.graph.levels import Level, placeholders_of
@@ -104,8 +104,7 @@ def cross_masks(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
     except Exception as error:
         if options.strict:
             raise
-        log.warning("mst-fx left the masks of a graph as they were: %s: %s", type(error).__name__, error)
-        log.debug("the defect", exc_info=True)
+        defect("left the masks of a graph as they were", error)
         return Crossing(gm, example_inputs)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 import mst_fx
@@ -81,8 +82,8 @@ def record(build: Callable[[], Case], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(parts, indent=1))
     graphs = [text for pair in zip(report.before, report.after, strict=True) for text in pair]
-    here = str(Path(__file__).parent.parent)
-    (folder / "graphs.txt").write_text("\n\n".join(graphs).replace(here, "."))
+    text = "\n\n".join(graphs).replace(str(Path(transformers.__file__).parents[1]), "site-packages")
+    (folder / "graphs.txt").write_text(text.replace(str(Path(__file__).parent.parent), "."))
 
 
 def main() -> None:
