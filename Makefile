@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 endif
 SOURCES := mst_fx passes tools tests examples
 
-# make test ARGS=tests/test_vocab.py runs a part; ARGS=--cpu-times=FILE says what each test costs. A file's tests
+# make test ARGS=tests/ops runs a part; ARGS=--cpu-times=FILE says what each test costs. A file's tests
 # stay in one process, which imports and compiles for all of them.
 PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 

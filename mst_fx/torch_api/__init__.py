@@ -1,7 +1,7 @@
 """Every private part of torch that is called or imported, each with the reason and the versions tried.
 
 Private is what has a ``_`` in its path or name, and ``torch.fx.experimental``, which promises nothing. Everybody may import
-this room and it imports nobody, so that a new version of torch is met here alone (``tests/test_torch_api.py``).
+this room and it imports nobody, so that a new version of torch is met here alone (``tests/house/test_torch_api.py``).
 
 ``inductor`` compiles graphs and bodies; ``dynamo`` asks who captures what, and why a graph ends, ``checkpoints`` which
 layers it gives up; ``modes`` are autocast,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_docs import PAGES
+from tests.house.test_docs import PAGES
 from tools.sweep import __main__ as command
 from tools.sweep import attempt as trial
 from tools.sweep import jobs, page

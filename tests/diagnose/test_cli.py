@@ -11,7 +11,7 @@ import pytest
 from mst_fx.diagnose import cli
 from tests import apart
 
-TOOLS = Path(__file__).parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 OWN_MODEL = """
 import torch

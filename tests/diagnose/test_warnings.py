@@ -66,7 +66,7 @@ def test_the_loss_outside(caplog: pytest.LogCaptureFixture) -> None:
 def test_with_the_logging_of_python_as_it_is(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "import torch\nfrom tests.test_warnings import Model, _ids, compile_mst\n"
+        "import torch\nfrom tests.diagnose.test_warnings import Model, _ids, compile_mst\n"
         "run = compile_mst(Model(), {'inner': 'eager'})\nrun(_ids())\nprint('done')\n"
     )
     done = apart.run_script(program, env={"PYTHONPATH": "."})

@@ -14,7 +14,7 @@ import pytest
 from mst_fx import Options
 from mst_fx.diagnose import cli, doctor
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 _LINK = re.compile(r"\[[^\]]+\]\(([^)#]+)\)")
 

@@ -196,7 +196,7 @@ def _fsdp(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_hooks_that_announce_a_backward_pass() -> None:
-    """FSDP's; tests/test_fsdp.py has the real ones. They are called for rows too, and no more rows are computed."""
+    """FSDP's; tests/training/test_fsdp.py has the real ones. They are called for rows too, and no more rows are computed."""
     called: list[tuple[int, ...]] = []
     hook = _fsdp(lambda state, grad: called.append(tuple(grad.shape)))
     logits, _ = _pair("whole")

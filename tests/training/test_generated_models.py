@@ -1,7 +1,7 @@
 """Random configurations of whole models against eager in float64: right, whatever is combined with what.
 
-A dozen in CI; ``pytest --hypothesis-profile=long tests/test_generated_models.py`` runs 1,000, with ``MST_FX_SHARD=0/4``
-in the environment the first of four parts of them. ``python -m tests.test_generated_models SEED [END]`` runs one, or
+A dozen in CI; ``pytest --hypothesis-profile=long tests/training/test_generated_models.py`` runs 1,000, with ``MST_FX_SHARD=0/4``
+in the environment the first of four parts of them. ``python -m tests.training.test_generated_models SEED [END]`` runs one, or
 those from SEED up to END, and says what they are.
 """
 
@@ -294,7 +294,7 @@ def test_a_generated_model(seed: int) -> None:
     try:
         check(Case.of(seed))
     except Exception as error:
-        error.add_note(f"python -m tests.test_generated_models {seed}  # {Case.of(seed)}")
+        error.add_note(f"python -m tests.training.test_generated_models {seed}  # {Case.of(seed)}")
         raise
 
 
@@ -309,7 +309,7 @@ def _main(first: int, end: int) -> None:
         except Exception as error:
             failed += 1
             print(
-                f"python -m tests.test_generated_models {seed}  # {type(error).__name__}: {str(error)[:300]}\n  {case}"
+                f"python -m tests.training.test_generated_models {seed}  # {type(error).__name__}: {str(error)[:300]}\n  {case}"
             )
             if end - first == 1:
                 raise

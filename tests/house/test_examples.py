@@ -13,9 +13,9 @@ import pytest
 
 from tests import apart
 
-_FOLDER = Path(__file__).resolve().parent.parent / "examples"
+_FOLDER = Path(__file__).resolve().parents[2] / "examples"
 _NAMES = sorted(path.stem for path in _FOLDER.glob("[!_]*.py"))
-_WITHOUT_GRADIENTS = ("perplexity", "prefill", "zeroth_order")  # tests/test_inference.py runs them
+_WITHOUT_GRADIENTS = ("perplexity", "prefill", "zeroth_order")  # tests/training/test_inference.py runs them
 _NEEDS = {
     "accelerate": "accelerate",
     "peft": "peft",

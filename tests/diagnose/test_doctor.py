@@ -382,7 +382,7 @@ def test_no_watcher_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 OWN = """
 import torch
-from tests.test_doctor import _batch, _gpt2, _llama
+from tests.diagnose.test_doctor import _batch, _gpt2, _llama
 
 def gpt2():
     return _gpt2(), (), _batch()

@@ -18,7 +18,7 @@ from tests.helpers import SMALL_CHUNKS, ToyLM, compile_mst, kinds, relative_erro
 from tools.bench.models import text_tokens
 from tools.meters.cpu import call_metered, is_available, malloc_meter
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VOCAB = 512
 _BAR = 1e-5  # float32
 

@@ -15,7 +15,7 @@ import mst_fx
 from mst_fx.listeners import Listeners, on_graph, on_logits
 from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, token_batch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _rewritten(**more: Any) -> mst_fx.Report:

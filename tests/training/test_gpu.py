@@ -116,7 +116,7 @@ def test_memory_of_dropout() -> None:
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointed"])
 def test_dropout(checkpoint: bool) -> None:
-    """As many are dropped as asked, and the recomputation drops the same: see tests/test_dropout.py."""
+    """As many are dropped as asked, and the recomputation drops the same: see tests/ops/test_dropout.py."""
     up, down = (torch.randn(*shape, device="cuda", dtype=torch.float64) for shape in ((256, 64), (64, 256)))
     x = torch.randn(2, 3001, 64, device="cuda", dtype=torch.float64)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _ROOM = _ROOT / "mst_fx" / "torch_api"
 
 # Attributes without a ``_`` that only objects of private classes have: SymNode, ShapeEnv, FakeTensor, GraphModules of Dynamo.

@@ -1,0 +1,1 @@
+"""Sub-graphs that loops call: what becomes a buffer of them, and how they are compiled."""

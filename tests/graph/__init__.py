@@ -1,0 +1,1 @@
+"""What one graph says: spellings of operations, arguments by name."""

@@ -1,0 +1,1 @@
+"""The house itself: lengths, walls around private torch, the wheel, documents and examples."""

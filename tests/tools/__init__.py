@@ -1,0 +1,1 @@
+"""The tools' own arithmetic, and that they run."""
