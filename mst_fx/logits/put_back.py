@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from mst_fx.graph.subgraphs import attribute
-from mst_fx.logits.tensor import Source, deferred_logits
+from mst_fx.logits.source import Source
+from mst_fx.logits.tensor import deferred_logits
 from mst_fx.ops.port import enter_at_port
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import mst_fx
 from mst_fx.logits.snapshot import is_freed, snapshot
-from mst_fx.logits.tensor import DeferredLogits, Source, deferred_logits
+from mst_fx.logits.source import Source
+from mst_fx.logits.tensor import DeferredLogits, deferred_logits
 from tests.helpers import SMALL_CHUNKS, ToyLM, relative_error, token_batch
 
 # Properties for which all values are computed, and why. A property that is new in torch must do without, or be
