@@ -273,6 +273,9 @@ def import_all() -> None:
     with contextlib.suppress(ImportError):
         import transformers.masking_utils
         import transformers.models.llama.modeling_llama  # noqa: F401
+    from tests import quick
+
+    quick.compilers()
     torch.set_num_threads(1)
 
 

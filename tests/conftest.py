@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 from mst_fx.diagnose import warn
-from tests import apart
+from tests import apart, quick
 from tests.cpu_times import CPUTimes
 from tests.helpers import Sharing
 from tests.selection import is_of_a_real_model
@@ -19,6 +19,8 @@ from tests.selection import is_of_a_real_model
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MST_FX_VERIFY", "1")  # each changed graph, against the spec of mst_fx.graph.verify
+
+quick.compilers()
 
 settings.register_profile("short", max_examples=50)
 settings.register_profile("long", max_examples=1000)
