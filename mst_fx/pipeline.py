@@ -131,12 +131,18 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "embeddings",
         embeddings.run,
+        scope=Scope.TOP,
         matches=embeddings.matches,
         only_if_changed=True,
         needs=frozenset({"operands"}),
     ),
     Stage(
-        "buffers", buffers.run, matches=buffers.matches, only_if_changed=True, needs=frozenset({"attention"})
+        "buffers",
+        buffers.run,
+        scope=Scope.TOP,
+        matches=buffers.matches,
+        only_if_changed=True,
+        needs=frozenset({"attention"}),
     ),
 )
 

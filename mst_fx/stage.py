@@ -17,6 +17,7 @@ class Scope(enum.Enum):
     """What a stage is given."""
 
     PROGRAM = "program"  # the program's graph, with those of its checkpointed layers
+    TOP = "top"  # the program's graph alone; its copy has those of its checkpointed layers in common with it
     EACH_GRAPH = "each graph"  # one graph after the other, those of checkpointed layers before the program's
 
 

@@ -41,7 +41,7 @@ def matches(context: PassContext) -> bool:
 
 
 def run(context: PassContext) -> bool:
-    """Keeps the sines and cosines of the program."""
+    """Keeps the sines and cosines of the program's own graph."""
     return keep_waves(context.graph)
 
 

@@ -29,6 +29,6 @@ def run(context: PassContext) -> bool:
     outputs: Any = context.graph.output_node().args[0]
     shared.outputs = len(outputs)
     shared.deferrals = defer_all(
-        context.gm, [outputs[position] for position in shared.deferred], shared.starts
+        context.gm, [outputs[position] for position in shared.deferred], shared.starts, shared.nodes
     )
     return True

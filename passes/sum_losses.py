@@ -97,40 +97,35 @@ def _loss_arguments(node: fx.Node) -> tuple[Any, dict[str, Any], str] | None:
 
 
 def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    loss = _cross_entropy(node)
+    if loss is None:
+        return None
+    with graph.inserting_before(node):
+        labels = loss.ordered_labels(graph)
+        rows = loss.rows(graph, labels)
+        if loss.reduction == "none":
+            return _unpermuted(graph, rows, loss.layout, labels, loss.is_soft)
+        return _sum_over(graph, rows, loss.count(graph, rows))
+
+
+def _cross_entropy(node: fx.Node) -> _CrossEntropy | None:
+    """A loss with labels; None if it stays as it is."""
     found = _loss_arguments(node)
     if found is None:
         return None
-    target, given, reduction = found
-    logits, labels, weight = given.pop("input"), given.pop("target"), given.get("weight")
+    function, given, reduction = found
+    logits, labels = given.pop("input"), given.pop("target")
     fake, fake_labels = tensor_value(logits), tensor_value(labels)
     if fake is None or fake_labels is None or fake.ndim < 2:
         return None
-    is_soft = fake_labels.is_floating_point()  # probabilities
+    is_soft = fake_labels.is_floating_point()
     is_written_out = is_soft and fake.dtype == sum_dtype(fake.dtype)
     layout = _layout_of(logits)
     if layout is None or (is_soft and layout.parts > 1):
         return None
     if reduction == "none" and not is_written_out and layout.source is logits:
         return None
-    with graph.inserting_before(node):
-        if is_soft:
-            kept = _with_classes_last(graph, labels, layout.order)
-        else:
-            kept = permuted(graph, labels, layout.labels_order())
-        losses = []
-        for source, given_labels in layout.pairs(graph, kept, is_soft):
-            if is_written_out:
-                losses.append(_soft_losses(graph, source, given_labels, **given))
-            else:
-                losses.append(add_call(graph, target, source, given_labels, **given, reduction="none"))
-        rows = losses[0] if len(losses) == 1 else add_call(graph, torch.stack, losses, -1)
-        if reduction == "none":
-            return _unpermuted(graph, rows, layout, kept, fake_labels if not is_soft else None)
-        if reduction == "sum":
-            return _sum_over(graph, rows, None)
-        if is_soft:  # every row counts
-            return _sum_over(graph, rows, _numel(graph, rows))
-        return _sum_over(graph, rows, _valid_weight(graph, labels, weight, given.get("ignore_index", -100)))
+    return _CrossEntropy(function, labels, layout, reduction, is_soft, is_written_out, given)
 
 
 def _valid_weight(graph: fx.Graph, labels: fx.Node, weight: fx.Node | None, ignore: int) -> fx.Node:
@@ -207,6 +202,52 @@ class _Layout:
         return pairs
 
 
+@dataclasses.dataclass(frozen=True)
+class _CrossEntropy:
+    """A loss of logits and labels.
+
+    Attributes:
+        function: of torch.
+        layout: of the logits.
+        is_soft: the labels are probabilities.
+        is_written_out: it is made of simpler operators than ``function``.
+        given: the other arguments of ``function``, by their names.
+    """
+
+    function: Any
+    labels: fx.Node
+    layout: _Layout
+    reduction: str
+    is_soft: bool
+    is_written_out: bool
+    given: dict[str, Any]
+
+    def ordered_labels(self, graph: fx.Graph) -> fx.Node:
+        """The labels in the order of the rows of the logits' source."""
+        if self.is_soft:
+            return _with_classes_last(graph, self.labels, self.layout.order)
+        return permuted(graph, self.labels, self.layout.labels_order())
+
+    def rows(self, graph: fx.Graph, labels: fx.Node) -> fx.Node:
+        """The losses of rows: ``[N]``, of several codebooks ``[N, K]``."""
+        losses = []
+        for logits, part in self.layout.pairs(graph, labels, self.is_soft):
+            if self.is_written_out:
+                losses.append(_soft_losses(graph, logits, part, **self.given))
+            else:
+                losses.append(add_call(graph, self.function, logits, part, **self.given, reduction="none"))
+        return losses[0] if len(losses) == 1 else add_call(graph, torch.stack, losses, -1)
+
+    def count(self, graph: fx.Graph, rows: fx.Node) -> fx.Node | int | None:
+        """What the sum of the losses of rows is divided by; None if it is not."""
+        if self.reduction == "sum":
+            return None
+        if self.is_soft:  # every row counts
+            return _numel(graph, rows)
+        weight, ignored = self.given.get("weight"), self.given.get("ignore_index", -100)
+        return _valid_weight(graph, self.labels, weight, ignored)
+
+
 _MOST_PARTS = 32  # codebooks a head: each becomes a loss of its own
 
 
@@ -279,11 +320,9 @@ def _flat_rows(graph: fx.Graph, node: fx.Node, kept: int) -> fx.Node:
     return node if rank == 1 else add_call(graph, "flatten", node, 0, rank - 1)
 
 
-def _unpermuted(
-    graph: fx.Graph, rows: fx.Node, layout: _Layout, labels: fx.Node, like: torch.Tensor | None
-) -> fx.Node:
+def _unpermuted(graph: fx.Graph, rows: fx.Node, layout: _Layout, labels: fx.Node, is_soft: bool) -> fx.Node:
     """Losses of rows in the shape in which the loss gives them."""
-    if like is None:  # soft labels: as many as there are rows
+    if is_soft:  # as many labels as there are rows
         if tensor_value(labels).ndim == 2:  # type: ignore[union-attr]
             return rows
         labels = add_call(graph, "select", labels, -1, 0)

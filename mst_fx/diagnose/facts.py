@@ -65,15 +65,47 @@ class _Caller(NamedTuple):
     trainer: str = ""
 
 
+class _Running(NamedTuple):
+    """A module whose code is on Python's stack.
+
+    Attributes:
+        is_compiled: Dynamo compiles this code: it is the module that is compiled, or one that it calls.
+        skipped_at: file and line of its function, if Dynamo was to compile it and skipped it.
+    """
+
+    module: torch.nn.Module
+    is_compiled: bool = False
+    skipped_at: str = ""
+
+
 def _caller() -> _Caller:
     """The vocabulary head of the eager model that calls the compiled code, and whose forward function runs.
 
-    A graph is compiled when its code is first called: who calls it is on Python's stack. A head inside of the module
-    that is compiled is not meant, even if Dynamo breaks the graph before it; unless Dynamo skipped the function that
-    calls it, which then runs as Python does.
+    A head inside of the module that is compiled is not meant, even if Dynamo breaks the graph before it; unless Dynamo
+    skipped the function that calls it, which then runs as Python does.
+    """
+    running = _running()
+    trainer = "trl" if any(_forward_package(each.module) == "trl" for each in running) else ""
+    compiled: set[int] = set()  # what the modules have that are called inside of the one that is looked at
+    for module, is_compiled, skipped_at in running:
+        if is_compiled:
+            compiled |= {id(part) for part in module.modules()}
+            continue
+        path, head = _head_of(module)
+        if head is None or id(head) in compiled or (skipped_at and _is_apart(module, head)):
+            continue
+        name = f"{type(module).__name__}.{path.replace('._orig_mod', '')}"
+        return _Caller(name, head.weight.shape[0], skipped_at, trainer)
+    return _Caller(trainer=trainer)
+
+
+def _running() -> list[_Running]:
+    """The modules whose code is on Python's stack, innermost first.
+
+    A graph is compiled when its code is first called: who calls it is there.
     """
     inside: list[torch.nn.Module] = []  # the module that is compiled, and those that it calls
-    outside: list[torch.nn.Module] = []  # whose own code runs eagerly and calls it, innermost first
+    outside: list[torch.nn.Module] = []  # whose own code runs eagerly and calls it
     places: dict[int, str] = {}  # where the function of a module begins; "" if Dynamo wrote it
     frame: Any = sys._getframe(1)
     while frame is not None:
@@ -88,19 +120,9 @@ def _caller() -> _Caller:
                 place = "" if is_transformed(code) else f"{code.co_filename}:{code.co_firstlineno}"
                 places[id(owner)] = place and places.get(id(owner), place)
         frame = frame.f_back
-    trainers = [package for owner in inside + outside if (package := _forward_package(owner)) == "trl"]
-    trainer = "".join(trainers[:1])
-    compiled: set[int] = set()  # what the modules have that are called inside of the one that is looked at
-    for index, owner in enumerate(inside + outside):
-        is_skipped = index < len(inside) and bool(places.get(id(owner)))
-        name, head = _head_of(owner) if is_skipped or index >= len(inside) else ("", None)
-        if head is not None and id(head) not in compiled and not (is_skipped and _is_apart(owner, head)):
-            path = name.replace("._orig_mod", "")
-            at = places[id(owner)] if is_skipped else ""
-            return _Caller(f"{type(owner).__name__}.{path}", head.weight.shape[0], at, trainer)
-        if not is_skipped and index < len(inside):
-            compiled |= {id(part) for part in owner.modules()}
-    return _Caller(trainer=trainer)
+    skipped = [places.get(id(module), "") for module in inside]
+    called = [_Running(module, not place, place) for module, place in zip(inside, skipped, strict=True)]
+    return called + [_Running(module) for module in outside]
 
 
 def _is_apart(owner: torch.nn.Module, head: torch.nn.Module) -> bool:

@@ -26,19 +26,21 @@ from mst_fx.torch_api.fakes import fake_mode
 from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from mst_fx.torch_api.symbols import hint_of
 
+_Known = dict[str, dict[Any, State]]
 _Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their gradient, and its port
 
 
 def defer_all(
-    gm: fx.GraphModule, logits: Sequence[fx.Node], starts: Collection[fx.Node]
+    gm: fx.GraphModule, logits: Sequence[fx.Node], starts: Collection[fx.Node], known: _Known
 ) -> tuple[Deferral, ...]:
     """Takes all of some logits outputs out of a graph.
 
     Args:
         starts: matmuls at which logits start that no loss reads; what is before them stays in the graph.
+        known: what is known of nodes by their content, for each number of rows.
     """
     ports: _Ports = {}
-    return tuple(_defer(gm, node, logits, starts, ports) for node in logits)
+    return tuple(_defer(gm, node, logits, starts, ports, known) for node in logits)
 
 
 def _defer(
@@ -47,6 +49,7 @@ def _defer(
     deferred: Sequence[fx.Node],
     starts: Collection[fx.Node],
     ports: _Ports,
+    known: _Known,
 ) -> Deferral:
     """Takes a logits output out of the graph and describes how its caller computes it.
 
@@ -76,9 +79,8 @@ def _defer(
     fake = tensor_value(logits)
     assert fake is not None
     compute = fx.GraphModule(gm, apart.graph)
-    return Deferral(
-        position, gm, compute, tuple(apart.inputs), row_inputs(compute), tuple(shape), fake.dtype, fake.device
-    )
+    holds = row_inputs(compute, known)
+    return Deferral(position, gm, compute, tuple(apart.inputs), holds, tuple(shape), fake.dtype, fake.device)
 
 
 class _Apart:
@@ -198,7 +200,7 @@ class _Modes:
         self._context = context
 
 
-def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
+def row_inputs(compute: fx.GraphModule, known: _Known) -> tuple[bool, ...] | None:
     """For each input of the logits' graph whether it holds their rows; None where rows are not independent.
 
     The proof that each row of the logits depends on one row of each row input is the analysis', on
@@ -212,7 +214,7 @@ def row_inputs(compute: fx.GraphModule) -> tuple[bool, ...] | None:
         rows = rows * size
     inputs = [node for node in compute.graph.nodes if node.op == "placeholder"]
     try:
-        states = RowAnalysis(compute, rows).states
+        states = RowAnalysis(compute, rows, known.setdefault(str(rows), {})).states
     except Refusal:
         return None
     calls = _calls(compute.graph)

@@ -20,7 +20,7 @@ from mst_fx.rows.weights import ROW_PRODUCTS, is_attention, is_part, numel_of, w
 NEAR = 64  # nodes that are looked at where a narrow value could come back to a wide one
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Fate:
     """What becomes of the wide result of a product, as far as no product with a weight takes it.
 
@@ -33,10 +33,10 @@ class Fate:
     """
 
     blockers: list[fx.Node]
-    is_output: bool = False
-    narrows: bool | None = None
-    is_reduced: bool = False
-    mixes: bool = False
+    is_output: bool
+    narrows: bool | None
+    is_reduced: bool
+    mixes: bool
 
     @property
     def kind(self) -> str:
@@ -52,42 +52,77 @@ def fate_of(analysis: RowAnalysis, product: fx.Node, experts: Collection[fx.Node
     Args:
         experts: products with weights that were picked, which a product with a weight is too.
     """
-    least = (width_in(product) or 1) * hint(analysis.rows) // 4
-    fate = Fate([])
-    wide, narrow = {product}, set[fx.Node]()
-    queue = deque([product])
-    while queue:
-        source = queue.popleft()
-        for user in source.users:
-            if user.op == "output":
-                fate.is_output = True
-            elif user in wide or user in narrow:
-                continue
-            elif user in experts or weight_product(analysis, user) is not None:
-                narrowing = numel_of(user) < max(numel_of(n) for n in user.all_input_nodes if n in wide)
-                fate.narrows = narrowing and fate.narrows is not False
-            elif not tensors_of(user):
-                if user.target is operator.setitem and user.args[0] is source:
-                    fate.blockers.append(user)
-                elif (
-                    user.target is operator.setitem and user.args[0] not in wide
-                ):  # it goes on in what it is put into
-                    wide.add(user.args[0])  # type: ignore[arg-type]
-                    queue.append(user.args[0])  # type: ignore[arg-type]
-            elif numel_of(user) < least or analysis.states[user].summed:
-                narrow.add(user)
-            else:
-                wide.add(user)
-                queue.append(user)
-    fate.mixes = _mixes(analysis, product, wide | narrow)
-    fate.blockers += [node for node in wide - {product} if not analysis.states[node].rowwise]
+    cone = _Cone(analysis, product, experts)
+    cone.follow()
+    wide, narrow = cone.wide, cone.narrow
     ways = [_comes_back(analysis, node, wide) for node in narrow]
-    fate.blockers += [blocker for _, blocker in ways if blocker is not None]
-    fate.is_reduced = not all(comes_back for comes_back, _ in ways)
+    blockers = cone.writes + [node for node in wide - {product} if not analysis.states[node].rowwise]
+    blockers += [blocker for _, blocker in ways if blocker is not None]
     lost = [node for node in narrow if not analysis.states[node].rowwise]
     order = {node: index for index, node in enumerate(analysis.graph.nodes)}
-    fate.blockers = sorted(fate.blockers or lost, key=order.__getitem__)
-    return fate
+    return Fate(
+        blockers=sorted(blockers or lost, key=order.__getitem__),
+        is_output=cone.is_output,
+        narrows=all(cone.narrowing) if cone.narrowing else None,
+        is_reduced=not all(comes_back for comes_back, _ in ways),
+        mixes=_mixes(analysis, product, wide | narrow),
+    )
+
+
+class _Cone:
+    """All that is made of the wide result of a product, as far as no product with a weight takes it.
+
+    Attributes:
+        wide: the result, and what is made of it that is about as wide.
+        narrow: what is made of that and is narrower, or a sum over rows; nobody looks behind it.
+        writes: those that write to a wide value in place.
+        narrowing: of each product with a weight that takes a wide value, whether it narrows it.
+        is_output: a wide value is an output of the graph.
+    """
+
+    def __init__(self, analysis: RowAnalysis, product: fx.Node, experts: Collection[fx.Node]) -> None:
+        self.analysis, self.experts = analysis, experts
+        self.least = (width_in(product) or 1) * hint(analysis.rows) // 4
+        self.wide, self.narrow = {product}, set[fx.Node]()
+        self.writes: list[fx.Node] = []
+        self.narrowing: list[bool] = []
+        self.is_output = False
+        self._queue = deque([product])
+
+    def follow(self) -> None:
+        while self._queue:
+            source = self._queue.popleft()
+            for user in source.users:
+                if user.op == "output":
+                    self.is_output = True
+                elif user not in self.wide and user not in self.narrow:
+                    self._read(source, user)
+
+    def _read(self, source: fx.Node, user: fx.Node) -> None:
+        if user in self.experts or weight_product(self.analysis, user) is not None:
+            taken = [numel_of(operand) for operand in user.all_input_nodes if operand in self.wide]
+            self.narrowing.append(numel_of(user) < max(taken))
+        elif user.target is operator.setitem:
+            self._put(source, user)
+        elif not tensors_of(user):
+            pass
+        elif numel_of(user) < self.least or self.analysis.states[user].summed:
+            self.narrow.add(user)
+        else:
+            self._add(user)
+
+    def _put(self, value: fx.Node, setitem: fx.Node) -> None:
+        """A wide value goes on in what it is put into; where something is put into it, it is written to."""
+        into = setitem.args[0]
+        assert isinstance(into, fx.Node)
+        if into is value:
+            self.writes.append(setitem)
+        elif into not in self.wide:
+            self._add(into)
+
+    def _add(self, node: fx.Node) -> None:
+        self.wide.add(node)
+        self._queue.append(node)
 
 
 def _mixes(analysis: RowAnalysis, product: fx.Node, cone: set[fx.Node]) -> bool:

@@ -35,6 +35,7 @@ from mst_fx.torch_api.tensors import tree_leaves
 # the mask, have gradients.
 _MASK = "args_tensor_mask"
 _KEYWORDS = {"non_differentiable_idx", "saved_for_backward_idx", "dirty_idx", _MASK}
+_UNKNOWN_FORM = "calls a torch.autograd.Function of an unknown form"
 
 
 # No graph of a Function is differentiated; of autocast, fold.contexts tells (``torch.amp.custom_bwd``).
@@ -69,42 +70,82 @@ def prove(node: fx.Node, roles: Mapping[fx.Node, str], folder: Folder, context: 
     Raises:
         Refusal: names the operator that is not row-wise, and the graph it is in.
     """
-    if unknown := node.kwargs.keys() - _KEYWORDS:
-        raise Refusal(
-            f"calls a torch.autograd.Function with unknown {', '.join(sorted(unknown))}", Cause.OPAQUE
-        )
-    if node.kwargs.get("dirty_idx"):
-        raise Refusal("is a torch.autograd.Function that writes to its argument", Cause.WRITTEN)
-    gm = node.graph.owning_module
-    assert gm is not None
-    forward, backward = (attribute(gm, str(each.target)) for each in node.args[:2])  # type: ignore[union-attr]
-    args = [value(each) if isinstance(each, fx.Node) else each for each in node.args[2:]]
-    kinds = [_operand(each, roles, folder) for each in node.args[2:]]
+    call = _Application(node)
+    call.check()
+    forward, backward = call.graphs()
+    values = [value(each) if isinstance(each, fx.Node) else each for each in call.operands]
+    kinds = [_operand(each, roles, folder) for each in call.operands]
+    given = [known if kind is None else kind for kind, known in zip(kinds, values, strict=True)]
     proof = _Proof(folder, context)
-    first = [None] if _MASK in node.kwargs else []
-    given = [arg if kind is None else kind for kind, arg in zip(kinds, args, strict=True)]
-    traced, results = proof.trace(forward, "forward", [*first, *given])
-    if not (isinstance(results, (tuple, list)) and len(results) == 2):
-        raise Refusal("calls a torch.autograd.Function of an unknown form", Cause.OPAQUE)
-    outs, saved = results
-    is_tuple = isinstance(outs, (tuple, list))
-    outs, saved = list(outs) if is_tuple else [outs], list(saved)
+    traced, results = proof.trace(forward, "forward", [*call.first, *given])
+    outs, saved, is_tuple = _split_results(results)
     _check_results(outs, saved)
-    gradient, found = proof.trace_backward(backward, [*first, *outs, *saved])
-    grads = list(found) if isinstance(found, (tuple, list)) else [found]
-    if _MASK in node.kwargs:
-        grads += [None] * (len(kinds) - sum(node.kwargs[_MASK]))  # type: ignore[arg-type]
-    if len(grads) != len(kinds):
-        raise Refusal("calls a torch.autograd.Function of an unknown form", Cause.OPAQUE)
+    gradient, found = proof.trace_backward(backward, [*call.first, *outs, *saved])
+    grads = call.gradients(found)
     for kind, grad in zip(kinds, grads, strict=True):
         _check_gradient(kind, grad)
     check_guards(folder)
-    fixed: Any = node.kwargs.get("non_differentiable_idx") or ()
     has_gradient = tuple(
         grad is not None for kind, grad in zip(kinds, grads, strict=True) if kind is not None
     )
     row_dim = outs[0].label.dim
-    return the_one(Formula(traced, gradient, len(outs), row_dim, has_gradient, frozenset(fixed), is_tuple))
+    return the_one(Formula(traced, gradient, len(outs), row_dim, has_gradient, call.fixed, is_tuple))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Application:
+    """An ``autograd_function_apply`` node, in its newer or its older form."""
+
+    node: fx.Node
+
+    def check(self) -> None:
+        """Refuses what is not known to be right."""
+        if unknown := self.node.kwargs.keys() - _KEYWORDS:
+            raise Refusal(
+                f"calls a torch.autograd.Function with unknown {', '.join(sorted(unknown))}", Cause.OPAQUE
+            )
+        if self.node.kwargs.get("dirty_idx"):
+            raise Refusal("is a torch.autograd.Function that writes to its argument", Cause.WRITTEN)
+
+    def graphs(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The forward and the backward graph."""
+        gm = self.node.graph.owning_module
+        assert gm is not None
+        forward, backward = (attribute(gm, str(each.target)) for each in self.node.args[:2])  # type: ignore[union-attr]
+        return forward, backward
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        return self.node.args[2:]
+
+    @property
+    def first(self) -> list[None]:
+        """What both graphs are given before all else."""
+        return [None] if _MASK in self.node.kwargs else []
+
+    @property
+    def fixed(self) -> frozenset[int]:
+        """The results that have no gradient, by their position."""
+        fixed: Any = self.node.kwargs.get("non_differentiable_idx") or ()
+        return frozenset(fixed)
+
+    def gradients(self, found: Any) -> list[Any]:
+        """The gradient of each operand, from what the backward graph gives; None: it has none."""
+        grads = list(found) if isinstance(found, (tuple, list)) else [found]
+        if _MASK in self.node.kwargs:
+            grads += [None] * (len(self.operands) - sum(self.node.kwargs[_MASK]))  # type: ignore[arg-type]
+        if len(grads) != len(self.operands):
+            raise Refusal(_UNKNOWN_FORM, Cause.OPAQUE)
+        return grads
+
+
+def _split_results(found: Any) -> tuple[list[Any], list[Any], bool]:
+    """What a forward graph gives: the results, what is saved for the backward, and whether the results are a tuple."""
+    if not (isinstance(found, (tuple, list)) and len(found) == 2):
+        raise Refusal(_UNKNOWN_FORM, Cause.OPAQUE)
+    outs, saved = found
+    is_tuple = isinstance(outs, (tuple, list))
+    return list(outs) if is_tuple else [outs], list(saved), is_tuple
 
 
 def _operand(operand: Any, roles: Mapping[fx.Node, str], folder: Folder) -> _Kind | None:

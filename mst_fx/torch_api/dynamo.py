@@ -186,10 +186,24 @@ def settle_floats(graphs: Sequence[fx.Graph]) -> None:
     mode = context.fake_mode if context is not None else None
     if mode is None or mode.shape_env is None or not _tensorifies():
         return
-    known = getattr(mode.shape_env, "backed_var_to_val", {})
+    floats, read = _open_floats(mode.shape_env), _readings(graphs)
+    constants = {name for name in floats if read.get(name, True)}
+    for name in constants:
+        TensorifyState.specialize(name)
+    if constants & read.keys():
+        raise TensorifyScalarRestartAnalysis
+
+
+def _open_floats(shape_env: Any) -> set[str]:
+    """The symbols of floats that are not said to become constants."""
+    known = getattr(shape_env, "backed_var_to_val", {})
     floats = {str(symbol) for symbol, value in known.items() if isinstance(value, sympy.Float)}
-    floats = {name for name in floats if not TensorifyState.should_specialize(name)}
-    read: dict[str, bool] = {}  # whether every reader takes it as a float
+    return {name for name in floats if not TensorifyState.should_specialize(name)}
+
+
+def _readings(graphs: Sequence[fx.Graph]) -> dict[str, bool]:
+    """For each symbol among the numbers of graphs whether every reader takes it as a float."""
+    read: dict[str, bool] = {}
     for node in (node for graph in graphs for node in graph.nodes):
         found = node.meta.get("example_value")
         if not isinstance(found, (torch.SymFloat, torch.SymInt, torch.SymBool)):
@@ -197,8 +211,4 @@ def settle_floats(graphs: Sequence[fx.Graph]) -> None:
         takes = all(user.target in _TAKE_FLOATS for user in node.users)
         for name in map(str, unguarded(found).free_symbols):
             read[name] = takes and read.get(name, True)
-    constants = {name for name in floats if read.get(name, True)}
-    for name in constants:
-        TensorifyState.specialize(name)
-    if constants & read.keys():
-        raise TensorifyScalarRestartAnalysis
+    return read

@@ -258,6 +258,28 @@ def test_helpers_go_with_their_stage() -> None:
     assert "sin" in code and set(report.stage_seconds) == {"new"}
 
 
+@pytest.mark.parametrize("scope", [Scope.PROGRAM, Scope.TOP])
+def test_what_is_copied(scope: Scope) -> None:
+    """A program's graph, and those that it refers to only where the stage may change them."""
+    layer = fx.symbolic_trace(lambda x: x.exp())
+    graph = fx.Graph()
+    graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
+    gm = fx.GraphModule({"layer": layer}, graph)
+    fill_values(gm, [torch.ones(3)])
+    seen: list[fx.GraphModule] = []
+    runner = Runner(
+        [Stage("look", lambda context: bool(seen.append(context.gm)), scope=scope)],  # type: ignore[func-returns-value]
+        Options(),
+        BodyConfig("eager", "auto", ()),
+        [torch.ones(3)],
+        Report(),
+        Shared(),
+    )
+    assert runner.run(gm) is gm
+    (copied,) = seen
+    assert copied is not gm and (copied.layer is layer) == (scope is Scope.TOP)
+
+
 def test_nothing_is_done_where_nothing_matches() -> None:
     stages = [
         Stage("none", _fail, matches=lambda context: False),

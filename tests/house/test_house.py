@@ -89,7 +89,6 @@ def test_files_are_short() -> None:
     assert not long
 
 
-@_until_split
 def test_functions_are_simple() -> None:
     found = [
         f"{path}: {name} {complexity(function)}"

@@ -312,7 +312,7 @@ def test_rows_that_are_not_independent() -> None:
     for function, rows in functions.items():
         graph = torch.fx.symbolic_trace(function)
         fill_values(graph, inputs)
-        assert row_inputs(graph) == rows
+        assert row_inputs(graph, {}) == rows
 
 
 def test_two_logits_of_one_head() -> None:

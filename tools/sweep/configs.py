@@ -81,6 +81,7 @@ _SIZES = tuple(
     )
 )  # fmt: skip
 
+_DROPOUT = re.compile(r"dropout|pdrop|drop_rate|layerdrop|drop_path|jitter")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -219,29 +220,44 @@ def _defaults(config_class: Any) -> dict[str, Any]:
 
 def _shrunk(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a small model's constructor is given, from the defaults of a large one."""
-    fields: dict[str, Any] = {}
     heads = next((defaults[key] for key in _HEADS if isinstance(defaults.get(key), int)), None)
-    for key, default in defaults.items():
-        if key == "rope_parameters" and isinstance(default, dict) and default.get("rope_theta", 0) is None:
-            fields[key] = _ROPE
-        elif isinstance(default, dict) and key.endswith("_config") and key != "quantization_config":
-            kind = default.get("model_type")
-            fields[key] = ({"model_type": kind} if kind else {}) | _shrunk(default)
-        elif isinstance(default, bool) or key in _TOKENS:
-            continue
-        elif isinstance(default, (int, float)) and re.search(
-            r"dropout|pdrop|drop_rate|layerdrop|drop_path|jitter", key
-        ):
-            fields[key] = 0.0
-        elif isinstance(default, int) and (size := _size(key, default, heads)) is not None:
-            fields[key] = size
-    fields |= _layers(defaults, fields)
-    if "vocab_size" in defaults:
-        tokens = [key for key in defaults if re.search(r"_token_(id|index)$", key)]
-        large = [key for key in tokens if isinstance(defaults[key], int) and defaults[key] >= VOCABULARY]
-        fields |= dict.fromkeys(large, VOCABULARY - 1)
-        fields |= {key: token for key, token in _TOKENS.items() if key in defaults}
-    return fields
+    small = {key: _small(key, default, heads) for key, default in defaults.items()}
+    fields = {key: given for key, given in small.items() if given is not None}
+    return fields | _layers(defaults, fields) | _tokens(defaults)
+
+
+def _small(key: str, default: Any, heads: int | None) -> Any:
+    """What a field is given; None: nothing."""
+    if isinstance(default, dict):
+        return _small_part(key, default)
+    if isinstance(default, bool) or key in _TOKENS:
+        return None
+    if isinstance(default, (int, float)) and _DROPOUT.search(key):
+        return 0.0
+    return _size(key, default, heads) if isinstance(default, int) else None
+
+
+def _small_part(key: str, default: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a field is given that holds fields."""
+    if key == "rope_parameters" and default.get("rope_theta", 0) is None:
+        return _ROPE
+    if not key.endswith("_config") or key == "quantization_config":
+        return None
+    kind = default.get("model_type")
+    return ({"model_type": kind} if kind else {}) | _shrunk(default)
+
+
+def _tokens(defaults: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens of a model, inside of the small vocabulary."""
+    if "vocab_size" not in defaults:
+        return {}
+    large = [
+        key
+        for key, default in defaults.items()
+        if re.search(r"_token_(id|index)$", key) and isinstance(default, int) and default >= VOCABULARY
+    ]
+    known = {key: token for key, token in _TOKENS.items() if key in defaults}
+    return dict.fromkeys(large, VOCABULARY - 1) | known
 
 
 def _size(key: str, default: int, heads: int | None) -> int | None:
