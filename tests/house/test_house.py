@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 _ROOT = Path(__file__).parents[2]
 _LONGEST = 450  # lines
 _MOST_COMPLEX = 20  # paths through a function, as McCabe counts them, and one more a Boolean operator
@@ -78,11 +76,6 @@ def late_imports(source: str) -> list[str]:
     return [f"{line}: {module}" for line, module in sorted(found)]
 
 
-# Which: `pytest --runxfail tests/house/test_house.py`. Whoever shortens the last one takes the mark away.
-_until_split = pytest.mark.xfail(strict=True, reason="the splits are under way")
-
-
-@_until_split
 def test_files_are_short() -> None:
     lengths = {name: text.count("\n") for name, text in _files("mst_fx", "passes", "tools", "examples")}
     long = {name: length for name, length in lengths.items() if length > _LONGEST}
