@@ -46,11 +46,17 @@ FLOAT_CASTS = frozenset(("float", "double", "half", "bfloat16", "to", "type", "t
 CASTS = FLOAT_CASTS | {"bool", "int", "long", "short"}
 COPIES = frozenset(("clone", "contiguous", "detach", "alias", "lift_fresh"))  # values as they are
 SIZED_VIEWS = frozenset(("view", "reshape", "view_as", "reshape_as", "unflatten"))  # say the sizes they give
+FLATTENS = frozenset(("flatten", "view", "reshape"))  # of rows, between logits and what reads them
 RESHAPES = SIZED_VIEWS | {"flatten", "ravel"}
 TRANSPOSES = frozenset(("transpose", "t"))  # undone by themselves
-PERMUTES = TRANSPOSES | {"permute", "movedim", "mT", "adjoint"}
+REORDERINGS = TRANSPOSES | {"permute", "movedim"}  # of dimensions, as their arguments say
+PERMUTES = REORDERINGS | {"mT", "adjoint"}
 EXPANDS = frozenset(("expand", "expand_as", "broadcast_to"))
-SPLITS = frozenset(("chunk", "split", "tensor_split", "unbind", "split_with_sizes"))
+CUTS = frozenset(("chunk", "split", "tensor_split"))  # parts along a dimension
+SPLITS = CUTS | {"unbind", "split_with_sizes"}
+SAME_ORDER = SIZED_VIEWS - {"view_as", "reshape_as", "unflatten"} | {  # elements in their order, if not fewer
+    "unsqueeze", "contiguous", "clone", "detach", "long", "to", "getitem",
+}  # fmt: skip
 PICKS = frozenset(("gather", "take_along_dim"))  # one element a row, by an index
 MATMULS = frozenset(("matmul", "mm", "bmm"))  # two operands, nothing added
 MATRIX_PRODUCTS = MATMULS | {"linear", "addmm", "baddbmm", "einsum", "bilinear"}
@@ -71,6 +77,13 @@ ATTENTION_KERNELS = ATTENTION | {
 }  # fmt: skip
 PADS = frozenset(("pad", "constant_pad_nd"))
 SOFTMAXES = frozenset(("softmax",))
+CLASS_FUNCTIONS = SOFTMAXES | {"log_softmax"}  # of all classes of a row
+# Pointwise functions that may stand between a head and what reads its logits.
+POINTWISE_LINKS = FLOAT_CASTS - {"type_as"} | {
+    "contiguous", "clone", "tanh", "sigmoid", "neg", "clamp", "mul", "div", "add", "sub", "masked_fill", "pow", "exp",
+    "log", "softplus", "log_sigmoid",
+}  # fmt: skip
+WAVES = frozenset(("cos", "sin"))
 DROPOUTS = frozenset(("dropout",))
 EMBEDDINGS = frozenset(("embedding",))
 LABEL_LOSSES = frozenset(("cross_entropy", "nll_loss"))  # rows of scores, one label a row
