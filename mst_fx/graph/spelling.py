@@ -87,6 +87,13 @@ WAVES = frozenset(("cos", "sin"))
 DROPOUTS = frozenset(("dropout",))
 EMBEDDINGS = frozenset(("embedding",))
 LABEL_LOSSES = frozenset(("cross_entropy", "nll_loss"))  # rows of scores, one label a row
+WEIGHTED_MEANS = frozenset(("mse_loss", "l1_loss"))  # given weights, their mean divides by the sum of them
+# Losses whose mean is the sum divided by the number of elements.
+PLAIN_LOSSES = WEIGHTED_MEANS | {
+    "smooth_l1_loss", "huber_loss", "kl_div", "binary_cross_entropy_with_logits", "binary_cross_entropy",
+    "soft_margin_loss", "multilabel_soft_margin_loss", "multi_margin_loss", "poisson_nll_loss", "margin_ranking_loss",
+    "triplet_margin_loss",
+}  # fmt: skip
 COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div"))
 REDUCTIONS = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
@@ -258,6 +265,15 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
             if spelled in names and names.index(spelled) < len(node.args):
                 return node.args[names.index(spelled)]
     return default
+
+
+def given_arguments(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments that a node is given, by torch's names and in torch's order; None if it may call several overloads."""
+    found = signatures(node)
+    if len(found) != 1:
+        return None
+    given = {**dict(zip(found[0], node.args, strict=False)), **node.kwargs}
+    return {name: given.pop(name) for name in found[0] if name in given} | given
 
 
 def signatures(node: fx.Node) -> list[tuple[str, ...]]:
