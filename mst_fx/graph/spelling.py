@@ -94,6 +94,12 @@ PLAIN_LOSSES = WEIGHTED_MEANS | {
     "soft_margin_loss", "multilabel_soft_margin_loss", "multi_margin_loss", "poisson_nll_loss", "margin_ranking_loss",
     "triplet_margin_loss",
 }  # fmt: skip
+# Whatever reduces scores, or what goes for it.
+LOSSES = LABEL_LOSSES | {
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "poisson_nll_loss", "nll_loss2d",
+    "nll_loss_nd", "nll_loss_forward", "nll_loss2d_forward",
+}  # fmt: skip
+ROUTERS = frozenset(("topk", "one_hot"))
 COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div"))
 REDUCTIONS = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
