@@ -71,7 +71,7 @@ def _peak(way: str, what: str, seq: int, vocab: int) -> dict[str, Any]:
 @pytest.mark.slow
 @needs_meter
 @pytest.mark.parametrize(
-    ("what", "seq"), [("last logits", 32768), ("all logits", 32768), ("score", 16384)], ids=lambda x: str(x)
+    ("what", "seq"), [("last logits", 8192), ("all logits", 8192), ("score", 8192)], ids=lambda x: str(x)
 )
 def test_peak_is_a_fraction_of_inductors(what: str, seq: int) -> None:
     mst, plain = (call_metered(_peak, way, what, seq, 4096) for way in ("mst", "inductor"))
