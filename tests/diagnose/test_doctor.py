@@ -49,8 +49,8 @@ def _batch() -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def _llama() -> Any:
-    return ACCEPTED["llama"].build(intermediate_size=256, num_key_value_heads=4)
+def _llama(layers: int = 1) -> Any:
+    return ACCEPTED["llama"].build(intermediate_size=256, num_key_value_heads=4, num_hidden_layers=layers)
 
 
 def _gpt2() -> Any:
@@ -95,7 +95,7 @@ def test_a_break_between_head_and_loss() -> None:
 
 def test_ddp_splits(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
-    model = DistributedDataParallel(_llama(), bucket_cap_mb=0.05)
+    model = DistributedDataParallel(_llama(layers=2), bucket_cap_mb=0.05)
     report = report_of(model, None, **_batch())
     assert _causes(report)[0] == "split-by-ddp" and report.graphs > 4
     assert not any(rewrite.kind == "mlp" for rewrite in report.rewrites)
@@ -283,7 +283,7 @@ def test_tensor_parallel_weights(process_group: None) -> None:
 
 def test_graphs_of_one_frame_are_all_counted(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
-    split = report_of(DistributedDataParallel(_llama(), bucket_cap_mb=0.05), None, **_batch())
+    split = report_of(DistributedDataParallel(_llama(layers=2), bucket_cap_mb=0.05), None, **_batch())
     assert len({facts.compile_id for facts in split.facts}) == 1 < split.graphs == len(split.facts)
 
 
