@@ -28,12 +28,12 @@ from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.sizes import hint
+from mst_fx.graph.spelling import WAVES, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import writes_in_place
 
 # A value that is read for so many times its elements is worth a buffer.
 _LEAST_READS = 8
-_WAVES = (torch.cos, torch.sin, "cos", "sin")
 
 
 def matches(context: PassContext) -> bool:
@@ -61,7 +61,7 @@ def _found(graph: fx.Graph) -> list[fx.Node]:
 
 def _is_kept(node: fx.Node) -> bool:
     fake = tensor_value(node)
-    if node.target not in _WAVES or fake is None or fake.requires_grad:
+    if operation(node) not in WAVES or writes_in_place(node) or fake is None or fake.requires_grad:
         return False
     return _reads(node, hint(fake.numel())) >= _LEAST_READS and not any(map(writes_in_place, node.users))
 

@@ -12,7 +12,7 @@ from torch import fx
 from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, replace_with
 from mst_fx.graph.modes import contexts, in_context, outside_transforms
-from mst_fx.graph.names import plain_name
+from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import tensor_value
 
 
@@ -24,7 +24,7 @@ def run(context: PassContext) -> None:
         labels = node.args[0] if node.args else None
         classes = node.args[1] if len(node.args) > 1 else node.kwargs.get("num_classes")
         fake = tensor_value(labels) if isinstance(labels, fx.Node) else None
-        if plain_name(node) != "one_hot" or fake is None or not isinstance(classes, int) or classes < 1:
+        if operation(node) != "one_hot" or fake is None or not isinstance(classes, int) or classes < 1:
             continue
         with context.at("vocab", node), graph.inserting_before(node), in_context(modes[node]):
             index = add_call(graph, "unsqueeze", labels, -1)

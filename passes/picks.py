@@ -28,17 +28,12 @@ from mst_fx.graph.edit import add_call, replace_with
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.indices import are_places
 from mst_fx.graph.modes import contexts, in_context, outside_transforms
-from mst_fx.graph.names import plain_name, target_name
+from mst_fx.graph.spelling import SAME_ORDER, operation
 from mst_fx.graph.values import storage_key, tensor_value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.fold import fold_rank
 
 aten = torch.ops.aten
-
-# What gives the elements of a tensor of one dimension in their order, with dimensions of 1 around them.
-_SHAPES = frozenset(
-    ("view", "reshape", "unsqueeze", "contiguous", "clone", "detach", "long", "to", "getitem")
-)
 
 
 def run(context: PassContext) -> None:
@@ -47,7 +42,7 @@ def run(context: PassContext) -> None:
     modes = contexts(graph)
     for node in outside_transforms(graph):
         is_read = node.target is operator.getitem
-        if not is_read and plain_name(node) != "index_put":
+        if not is_read and (operation(node) != "index_put" or writes_in_place(node)):
             continue
         with context.at("vocab", node), graph.inserting_before(node), in_context(modes[node]):
             new = _read(graph, node) if is_read else _put(graph, node)
@@ -101,7 +96,7 @@ def _put(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _filled_with(values: Any) -> float | None:
     """The number that fills a tensor without dimensions, as ``new_full((), 0.5)`` does; None if nobody knows."""
-    is_full = isinstance(values, fx.Node) and target_name(values) == "new_full" and len(values.args) == 3
+    is_full = isinstance(values, fx.Node) and operation(values) == "new_full" and len(values.args) == 3
     number = values.args[2] if is_full and not _is_written(values) else None
     return number if isinstance(number, (int, float)) else None
 
@@ -137,12 +132,14 @@ def _counts(part: Any, dim: int, fake: torch.Tensor) -> bool:
     if not 0 <= ahead <= dim or not _same(found.shape, [*[1] * ahead, *wanted]):
         return False
     node = part
-    while target_name(node) in _SHAPES:  # none of these moves elements, unless it takes a part of them
+    while operation(node) in SAME_ORDER and not writes_in_place(
+        node
+    ):  # none of these moves elements, unless it takes a part of them
         source = node.args[0] if node.args else None
         before = tensor_value(source) if isinstance(source, fx.Node) else None
         if before is None or not _same([before.numel()], [found.numel()]) or before.dtype != torch.int64:
             return False
-        if target_name(node) == "getitem" and not _only_adds_dims(node.args[1]):
+        if operation(node) == "getitem" and not _only_adds_dims(node.args[1]):
             return False
         node = source
     is_count = node.target in (torch.arange, aten.arange.default, aten.arange.start) and not _is_written(node)

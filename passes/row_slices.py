@@ -18,18 +18,16 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, copy_provenance, eliminate_dead_code, replace_with
 from mst_fx.graph.indices import FULL
 from mst_fx.graph.modes import Context, contexts, in_context, outside_transforms
-from mst_fx.graph.names import plain_name
 from mst_fx.graph.sizes import hint, is_known
+from mst_fx.graph.spelling import CUTS, FLATTENS, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.links import (
-    FLATTENS,
     is_link,
     keeps_rows,
     linked,
@@ -68,12 +66,12 @@ def _hoist(context: PassContext, node: fx.Node, modes: dict[fx.Node, Context]) -
     with graph.inserting_before(place), in_context(mode):
         rows = head.args[0]
         for link in links:
-            if plain_name(link) in FLATTENS:
+            if operation(link) in FLATTENS:
                 rows = _reshaped_rows(graph, link, rows)
         current = add_call(graph, head.target, _sliced(graph, node, rows), *head.args[1:], **head.kwargs)
         clones = [(head, current)]
         for link in links:
-            if plain_name(link) not in FLATTENS:
+            if operation(link) not in FLATTENS:
                 current = linked(graph, link, current)
                 clones.append((link, current))
     for link, clone in clones:
@@ -134,15 +132,12 @@ def _cut_parts(node: fx.Node) -> tuple[fx.Node | None, list[Any] | None]:
         return None, None
     if node.target is operator.getitem:
         return source, _parts_of_index(node.args[1], fake.ndim)
-    if plain_name(node) == "narrow" and len(node.args) == 4:
+    if operation(node) == "narrow" and len(node.args) == 4:
         dim, start, length = node.args[1:]
         is_columns = isinstance(dim, int) and dim % fake.ndim == fake.ndim - 1
         if is_columns and isinstance(start, int) and isinstance(length, int) and start >= 0:
             return source, [*[FULL] * (fake.ndim - 1), slice(start, start + length)]
     return None, None
-
-
-_LINEAR = (F.linear, aten.linear.default)
 
 
 def _parts_of_index(taken: Any, ndim: int) -> list[Any] | None:
@@ -155,9 +150,6 @@ def _parts_of_index(taken: Any, ndim: int) -> list[Any] | None:
         is_known = len(index) == ndim or Ellipsis in index
         parts = [*parts[:-1], columns] if any(map(_is_cut, parts[:-1])) else None
     return parts if is_known and any(map(_is_cut, parts or ())) else None
-
-
-_PARTS = frozenset(("chunk", "split", "tensor_split"))
 
 
 def _sliced_chain(node: fx.Node) -> list[fx.Node] | None:
@@ -175,7 +167,7 @@ def _chain_from(source: fx.Node) -> list[fx.Node] | None:
         operand = current.args[0] if current.args else None
         if not isinstance(operand, fx.Node):
             return None
-        if current.target in _LINEAR:
+        if operation(current) == "linear":
             wide = tensor_value(operand)
             widths = [fake.shape[-1], wide.shape[-1]] if wide is not None else []
             return (
@@ -192,7 +184,7 @@ def _sliced_source(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or node.kwargs:
         return None
-    fake, name = tensor_value(source), plain_name(node)
+    fake, name = tensor_value(source), operation(node)
     if node.target is operator.getitem and fake is None:
         return _parted_source(source)
     if fake is None or fake.ndim < 2:
@@ -222,7 +214,7 @@ def _parted_source(node: fx.Node) -> fx.Node | None:
     """What ``chunk`` or ``split`` cuts along another dimension than the last."""
     source = node.args[0] if node.args else None
     fake = tensor_value(source) if isinstance(source, fx.Node) else None
-    if plain_name(node) not in _PARTS or fake is None or not isinstance(source, fx.Node):
+    if operation(node) not in CUTS or fake is None or not isinstance(source, fx.Node):
         return None
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     return source if isinstance(dim, int) and dim % fake.ndim != fake.ndim - 1 else None
@@ -264,7 +256,7 @@ def _sliced(graph: fx.Graph, node: fx.Node, rows: Any) -> fx.Node:
 
 def _reshaped_rows(graph: fx.Graph, node: fx.Node, rows: Any) -> fx.Node:
     """The reshape of logits, done to the rows that they are made of."""
-    if plain_name(node) == "flatten":
+    if operation(node) == "flatten":
         start = node.args[1] if len(node.args) > 1 else 0
         ndim = tensor_value(node.args[0]).ndim  # type: ignore[arg-type, union-attr]
         return add_call(graph, "flatten", rows, start % ndim, node.args[2] % ndim)  # type: ignore[operator]

@@ -15,11 +15,9 @@ from torch import fx
 from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, replace_with
 from mst_fx.graph.modes import Context, contexts, in_context, outside_transforms
-from mst_fx.graph.names import plain_name
-from mst_fx.graph.spelling import REDUCTIONS
+from mst_fx.graph.spelling import POINTWISE_LINKS, REDUCTIONS, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import writes_in_place
-from mst_fx.rows.links import POINTWISE_LINKS
 
 aten = torch.ops.aten
 
@@ -49,7 +47,7 @@ def _stack_one_last(graph: fx.Graph, node: fx.Node, modes: dict[fx.Node, Context
 
 def _is_moved_reader(node: fx.Node) -> bool:
     """Whether what reads a stack can read one whose new dimension is the last."""
-    name, source = plain_name(node), node.args[0] if node.args else None
+    name, source = operation(node), node.args[0] if node.args else None
     fake = tensor_value(source) if isinstance(source, fx.Node) else None
     if fake is None or len(node.all_input_nodes) > 1:
         return False
@@ -76,11 +74,11 @@ def _move_readers(graph: fx.Graph, old: fx.Node, new: fx.Node, modes: dict[fx.No
         args, kwargs = user.args[1:], dict(user.kwargs)
         if user.target is operator.getitem:
             args = ((Ellipsis, *args),)  # type: ignore[arg-type]
-        elif plain_name(user) in REDUCTIONS and (args or "dim" in kwargs):
+        elif operation(user) in REDUCTIONS and (args or "dim" in kwargs):
             args, kwargs = (-1, *args[1:]), {key: given for key, given in kwargs.items() if key != "dim"}
         with graph.inserting_before(user), in_context(modes[user]):
             moved = add_call(graph, user.target, new, *args, **kwargs)
-        if plain_name(user) in POINTWISE_LINKS and user.target is not operator.getitem:
+        if operation(user) in POINTWISE_LINKS and user.target is not operator.getitem:
             _move_readers(graph, user, moved, modes)
             graph.erase_node(user)
         else:

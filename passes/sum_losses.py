@@ -17,7 +17,6 @@ whose classes are not the last dimension of anything that they are made of.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import operator
 from typing import Any
 
@@ -29,6 +28,7 @@ from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, eliminate_dead_code, replace_with
 from mst_fx.graph.modes import contexts, in_context, outside_transforms
 from mst_fx.graph.sizes import sum_dtype
+from mst_fx.graph.spelling import PLAIN_LOSSES, SIZED_VIEWS, WEIGHTED_MEANS, given_arguments, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.links import inverse_order, is_link, keeps_rows, linked, order_of, permuted
 from mst_fx.torch_api.symbols import expression
@@ -36,23 +36,6 @@ from mst_fx.torch_api.symbols import expression
 aten = torch.ops.aten
 
 
-# Losses whose mean is the sum divided by the number of elements.
-_PLAIN_LOSSES = (
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.kl_div,
-    F.binary_cross_entropy_with_logits,
-    F.binary_cross_entropy,
-    F.soft_margin_loss,
-    F.multilabel_soft_margin_loss,
-    F.multi_margin_loss,
-    F.poisson_nll_loss,
-    F.margin_ranking_loss,
-    F.triplet_margin_loss,
-)
-_WEIGHTED_MEANS = (F.mse_loss, F.l1_loss)  # given weights, their mean divides by the sum of them
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
 
@@ -73,7 +56,7 @@ def run(context: PassContext) -> None:
 def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if node.target in (F.cross_entropy, F.nll_loss, aten.cross_entropy_loss.default):
         return _sum_cross_entropy(graph, node)
-    if node.target in _PLAIN_LOSSES:
+    if (name := operation(node)) in PLAIN_LOSSES and node.target is getattr(F, name, None):  # not ATen's
         return _sum_plain_loss(graph, node)
     if node.target in ("mean", torch.mean, aten.mean.default) and len(node.args) == 1:
         source = node.args[0]
@@ -85,12 +68,13 @@ def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _loss_arguments(node: fx.Node) -> tuple[Any, dict[str, Any], str] | None:
     """The function of a loss with labels, its arguments by name, and its reduction; None if it has an old-style one."""
-    if node.target is aten.cross_entropy_loss.default:
-        names = ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing")
-        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        return F.cross_entropy, given, _REDUCTIONS[given.pop("reduction", 1)]
     target: Any = node.target
-    given = dict(inspect.signature(target).bind(*node.args, **node.kwargs).arguments)
+    given = given_arguments(node)
+    if given is None:
+        return None
+    if target is aten.cross_entropy_loss.default:
+        given = {"input": given.pop("self"), **given}
+        return F.cross_entropy, given, _REDUCTIONS[given.pop("reduction", 1)]
     reduction = given.pop("reduction", "mean")
     old_style = given.pop("size_average", None), given.pop("reduce", None)
     return None if old_style != (None, None) else (target, given, reduction)
@@ -280,27 +264,16 @@ def _parts_of(node: fx.Node) -> _Layout | None:
     while node.args and isinstance(node.args[0], fx.Node) and keeps_rows(node):
         node = node.args[0]
     source = node.args[0] if node.args else None
-    if node.target not in _VIEWS or not isinstance(source, fx.Node):
+    if operation(node) not in SIZED_VIEWS or not isinstance(source, fx.Node):
         return None
     fake, wide = tensor_value(node), tensor_value(source)
-    if fake is None or wide is None or wide.ndim < 2:
+    if fake is None or wide is None or wide.ndim < 2 or fake.dtype != wide.dtype:  # a view of other bits
         return None
     width, whole = fake.shape[-1], wide.shape[-1]
     if not isinstance(width, int) or not isinstance(whole, int) or width >= whole or whole % width:
         return None
     parts = whole // width
     return _Layout(source, (), (), parts) if parts <= _MOST_PARTS else None
-
-
-_VIEWS = (
-    "view",
-    "reshape",
-    "unflatten",
-    torch.reshape,
-    torch.unflatten,
-    aten.view.default,
-    aten.reshape.default,
-)
 
 
 def _with_classes_last(graph: fx.Graph, labels: fx.Node, order: tuple[int, ...]) -> fx.Node:
@@ -332,8 +305,9 @@ def _unpermuted(graph: fx.Graph, rows: fx.Node, layout: _Layout, labels: fx.Node
 
 
 def _sum_plain_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    given = dict(bound.arguments)
+    given = given_arguments(node)
+    if given is None:
+        return None
     reduction, weight = given.pop("reduction", "mean"), given.get("weight")
     if given.get("size_average") is not None or given.get("reduce") is not None:
         return None
@@ -354,7 +328,7 @@ def _sum_plain_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
             return _sum_over(graph, losses, None)
         if reduction == "batchmean":
             return _sum_over(graph, losses, _size(graph, given["input"], 0))
-        if weight is not None and node.target in _WEIGHTED_MEANS:
+        if weight is not None and operation(node) in WEIGHTED_MEANS:
             return add_call(graph, torch.div, _sum_over(graph, losses, None), add_call(graph, "sum", weight))
         return _sum_over(graph, losses, _numel(graph, losses))
 

@@ -11,8 +11,7 @@ from torch import fx
 
 from mst_fx.diagnose.findings import Facts
 from mst_fx.errors import Cause
-from mst_fx.graph.names import target_name
-from mst_fx.graph.spelling import LABEL_LOSSES
+from mst_fx.graph.spelling import LOSSES, ROUTERS, operation
 from mst_fx.graph.subgraphs import subgraphs
 from mst_fx.graph.values import tensor_value
 from mst_fx.report import Report
@@ -39,7 +38,7 @@ def facts_of(gm: fx.GraphModule, report: Report) -> Facts:
         has_head="vocab" in report.kinds(),
         has_loss=_has_loss(gm) or _reduces_logits(report),
         takes_rows=takes_rows,
-        routes=_calls(gm, ("topk", "one_hot")),
+        routes=_calls(gm, ROUTERS),
         dtensors=sum(type(x).__name__ == "DTensor" for x in tensors),
         caller_head=caller.head,
         caller_width=caller.width,
@@ -148,10 +147,10 @@ def _head_of(module: torch.nn.Module) -> tuple[str, torch.nn.Linear | None]:
 
 
 def _has_loss(gm: fx.GraphModule) -> bool:
-    return _calls(gm, LABEL_LOSSES)
+    return _calls(gm, LOSSES)
 
 
 def _calls(gm: fx.GraphModule, names: Collection[str]) -> bool:
     calls = [node for node in gm.graph.nodes if node.op.startswith("call_")]
-    is_here = any(part in target_name(node) for node in calls for part in names)
+    is_here = any(operation(node) in names for node in calls)
     return is_here or any(_calls(child, names) for _, child in subgraphs(gm))

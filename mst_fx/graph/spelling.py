@@ -46,11 +46,17 @@ FLOAT_CASTS = frozenset(("float", "double", "half", "bfloat16", "to", "type", "t
 CASTS = FLOAT_CASTS | {"bool", "int", "long", "short"}
 COPIES = frozenset(("clone", "contiguous", "detach", "alias", "lift_fresh"))  # values as they are
 SIZED_VIEWS = frozenset(("view", "reshape", "view_as", "reshape_as", "unflatten"))  # say the sizes they give
+FLATTENS = frozenset(("flatten", "view", "reshape"))  # of rows, between logits and what reads them
 RESHAPES = SIZED_VIEWS | {"flatten", "ravel"}
 TRANSPOSES = frozenset(("transpose", "t"))  # undone by themselves
-PERMUTES = TRANSPOSES | {"permute", "movedim", "mT", "adjoint"}
+REORDERINGS = TRANSPOSES | {"permute", "movedim"}  # of dimensions, as their arguments say
+PERMUTES = REORDERINGS | {"mT", "adjoint"}
 EXPANDS = frozenset(("expand", "expand_as", "broadcast_to"))
-SPLITS = frozenset(("chunk", "split", "tensor_split", "unbind", "split_with_sizes"))
+CUTS = frozenset(("chunk", "split", "tensor_split"))  # parts along a dimension
+SPLITS = CUTS | {"unbind", "split_with_sizes"}
+SAME_ORDER = SIZED_VIEWS - {"view_as", "reshape_as", "unflatten"} | {  # elements in their order, if not fewer
+    "unsqueeze", "contiguous", "clone", "detach", "long", "to", "getitem",
+}  # fmt: skip
 PICKS = frozenset(("gather", "take_along_dim"))  # one element a row, by an index
 MATMULS = frozenset(("matmul", "mm", "bmm"))  # two operands, nothing added
 MATRIX_PRODUCTS = MATMULS | {"linear", "addmm", "baddbmm", "einsum", "bilinear"}
@@ -71,9 +77,29 @@ ATTENTION_KERNELS = ATTENTION | {
 }  # fmt: skip
 PADS = frozenset(("pad", "constant_pad_nd"))
 SOFTMAXES = frozenset(("softmax",))
+CLASS_FUNCTIONS = SOFTMAXES | {"log_softmax"}  # of all classes of a row
+# Pointwise functions that may stand between a head and what reads its logits.
+POINTWISE_LINKS = FLOAT_CASTS - {"type_as"} | {
+    "contiguous", "clone", "tanh", "sigmoid", "neg", "clamp", "mul", "div", "add", "sub", "masked_fill", "pow", "exp",
+    "log", "softplus", "log_sigmoid",
+}  # fmt: skip
+WAVES = frozenset(("cos", "sin"))
 DROPOUTS = frozenset(("dropout",))
 EMBEDDINGS = frozenset(("embedding",))
 LABEL_LOSSES = frozenset(("cross_entropy", "nll_loss"))  # rows of scores, one label a row
+WEIGHTED_MEANS = frozenset(("mse_loss", "l1_loss"))  # given weights, their mean divides by the sum of them
+# Losses whose mean is the sum divided by the number of elements.
+PLAIN_LOSSES = WEIGHTED_MEANS | {
+    "smooth_l1_loss", "huber_loss", "kl_div", "binary_cross_entropy_with_logits", "binary_cross_entropy",
+    "soft_margin_loss", "multilabel_soft_margin_loss", "multi_margin_loss", "poisson_nll_loss", "margin_ranking_loss",
+    "triplet_margin_loss",
+}  # fmt: skip
+# Whatever reduces scores, or what goes for it.
+LOSSES = LABEL_LOSSES | {
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "poisson_nll_loss", "nll_loss2d",
+    "nll_loss_nd", "nll_loss_forward", "nll_loss2d_forward",
+}  # fmt: skip
+ROUTERS = frozenset(("topk", "one_hot"))
 COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div"))
 REDUCTIONS = frozenset(("sum", "mean", "logsumexp", "amax", "amin", "max", "min", "prod", "var", "std"))
@@ -88,11 +114,12 @@ LOOKS = frozenset((
     "size", "numel", "nelement", "dim", "ndimension", "stride", "storage_offset", "element_size", "get_device",
     "is_contiguous", "is_floating_point", "is_complex", "sym_size", "sym_numel", "sym_stride", "sym_storage_offset",
 ))  # fmt: skip
-# Write to running_mean and running_var, which no schema says of all of them.
+# Write to running means, variances and extremes, which not every schema says.
 STATISTICS_KEEPERS = frozenset((
     "batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_impl_index",
     "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_update_stats",
-    "batch_norm_gather_stats", "batch_norm_gather_stats_with_counts",
+    "batch_norm_gather_stats", "batch_norm_gather_stats_with_counts", "fused_moving_avg_obs_fake_quant",
+    "_fused_moving_avg_obs_fq_helper",
 ))  # fmt: skip
 # Have a form ``op_`` that does what ``op`` does and writes the result, in the type of the tensor, into it.
 _IN_PLACE_TOO = """
@@ -244,6 +271,15 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
             if spelled in names and names.index(spelled) < len(node.args):
                 return node.args[names.index(spelled)]
     return default
+
+
+def given_arguments(node: fx.Node) -> dict[str, Any] | None:
+    """The arguments that a node is given, by torch's names and in torch's order; None if it may call several overloads."""
+    found = signatures(node)
+    if len(found) != 1:
+        return None
+    given = {**dict(zip(found[0], node.args, strict=False)), **node.kwargs}
+    return {name: given.pop(name) for name in found[0] if name in given} | given
 
 
 def signatures(node: fx.Node) -> list[tuple[str, ...]]:

@@ -94,7 +94,7 @@ def defer_outputs(
     """
     new = list(results[:outputs])
     seen = set(range(outputs)) - {deferral.position for deferral in deferrals}
-    joined: dict[int, Tensor] = {}  # rows by their port
+    entered: dict[int, Tensor] = {}  # rows by their port
 
     def found(origin: Origin, deferral: Deferral, arguments: dict[int | str, Any]) -> Any:
         if origin.kind == "attribute":
@@ -104,9 +104,9 @@ def defer_outputs(
         rows = results[int(origin.index)]
         if origin.port < 0:
             return rows
-        if origin.port not in joined:
-            joined[origin.port] = enter_at_port(results[origin.port], rows)
-        return joined[origin.port]
+        if origin.port not in entered:
+            entered[origin.port] = enter_at_port(results[origin.port], rows)
+        return entered[origin.port]
 
     for deferral, arguments in zip(deferrals, kept, strict=True):
         inputs = [found(origin, deferral, arguments) for origin in deferral.inputs]

@@ -76,7 +76,9 @@ class Given:
     reach: tuple[str, ...]
 
 
-GIVEN = "mst_given_masks"  # the meta key of a graph under which they are
+# The meta key of a graph under which they are. No field of the context: this room lies below it and sees graphs only; and
+# the names in them are names of this graph's nodes, so that they must go with it into each of its copies, as its meta does.
+GIVEN = "mst_given_masks"
 
 
 @dataclasses.dataclass(frozen=True)
