@@ -87,7 +87,7 @@ def test_hooks_in_the_step_that_compiles_and_in_later_ones(way: str, scope: str)
 
 
 def test_hooks_only_in_a_later_step() -> None:
-    model, batch, log = ToyLM(), token_batch(2, 33), _Log()
+    model, batch, log = ToyLM(layers=1), token_batch(2, 33), _Log()
     truth, compiled = step(model, model, batch)[1], compile_mst(model)
     assert worst_error(step(model, compiled, batch)[1], truth) <= _BAR
     with log.hooks("address"):

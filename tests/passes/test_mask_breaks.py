@@ -87,6 +87,7 @@ class Model(nn.Module):
 
     Args:
         between: code that is not compiled, run on the mask before each layer.
+        layers: how many.
     """
 
     def __init__(
@@ -94,10 +95,11 @@ class Model(nn.Module):
         make: Make,
         layer: Callable[[], nn.Module] = Layer,
         between: Callable[[Tensor], Any] | None = None,
+        layers: int = 2,
     ) -> None:
         super().__init__()
         self.make, self.between = make, between
-        self.layers = nn.ModuleList(layer() for _ in range(2))
+        self.layers = nn.ModuleList(layer() for _ in range(layers))
 
     def forward(self, x: Tensor, marks: Tensor) -> Tensor:
         place = torch.arange(x.shape[1])
@@ -151,7 +153,7 @@ def test_a_defect_leaves_masks_to_the_compiler(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(mask_breaks, "_open_inputs", fail)
     for name in ("padding", "added"):
-        model = Model(MASKS[name][0])
+        model = Model(MASKS[name][0], layers=1)
         report = check_parity(model, _batch(), 1e-12, 1e-10, {**OPTIONS, "passes": ()})
         report = check_parity(model, _batch(), 1e-12, 1e-10, OPTIONS)
         assert "attention" not in kinds(report)
@@ -159,7 +161,7 @@ def test_a_defect_leaves_masks_to_the_compiler(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["window", "padding", "documents", "added and padded"])
 def test_dynamic_lengths(name: str) -> None:
-    model = Model(MASKS[name][0])
+    model = Model(MASKS[name][0], layers=1)
     run = compile_mst(model, OPTIONS)
     with mst_fx.watch() as report:
         for size in (SEQ, 30, 56, 19, 77):
@@ -182,14 +184,23 @@ def _square(run: Callable[[], Any], size: int) -> list[Any]:
     ]
 
 
+def _parity(
+    model: nn.Module, batch: dict[str, Tensor], loss_bar: float, gradient_bar: float
+) -> tuple[Callable[..., Any], mst_fx.Report]:
+    """As ``check_parity``; with what was compiled."""
+    (loss, grads), run = step(model, model, batch), compile_mst(model, OPTIONS)
+    with mst_fx.watch() as report:
+        found_loss, found = step(model, run, batch)
+    assert relative_error(found_loss, loss) <= loss_bar and worst_error(found, grads) <= gradient_bar
+    return run, report
+
+
 @pytest.mark.parametrize(
     ("name", "recompute"), [("padding", False), ("causal", True), ("added and padded", True)]
 )
 def test_nothing_of_square_size_is_made(name: str, recompute: bool) -> None:
     model, batch = Model(MASKS[name][0], lambda: Layer(recompute=recompute)), _batch()
-    check_parity(model, batch, 1e-12, 1e-10, OPTIONS)
-    run = compile_mst(model, OPTIONS)
-    run(**batch).backward()
+    run, _ = _parity(model, batch, 1e-12, 1e-10)
     assert _square(lambda: model(**batch).backward(), SEQ), "eager makes the mask"
     assert not _square(lambda: run(**batch).backward(), SEQ)
 
@@ -203,25 +214,24 @@ HF = [
 
 @pytest.mark.parametrize(("name", "batch", "variant", "way"), HF)
 def test_hugging_face(name: str, batch: int, variant: str, way: str) -> None:
-    more = {"sliding_window": 16} if name != "llama" else {}
+    more = {"sliding_window": 16} if name != "llama" else {"num_hidden_layers": 1}
     model = {**ACCEPTED, **OTHERS}[name].build(**more)
     model.config.use_cache = False  # type: ignore[union-attr]
     model.set_attn_implementation(way)  # type: ignore[operator]
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())
     inputs = attention_batch(name, batch, variant)
-    report = check_parity(model, inputs, 3e-6, 3e-6, OPTIONS)
+    run, report = _parity(model, inputs, 3e-6, 3e-6)
     assert not [r for r in report.refusals if r.kind == "attention"]
     assert kinds(report)["mask"] == (2 if name.startswith("gemma") else 1)
     assert report.graphs > 1 and kinds(report)["attention"] >= 1
-    run = compile_mst(model, OPTIONS)
-    run(**inputs).loss.backward()
     assert not _square(lambda: run(**inputs).loss.backward(), ATTENTION_SEQ)
 
 
 def test_inductor() -> None:
     for name in ("padding", "added"):
-        check_parity(Model(MASKS[name][0]), _batch(), 1e-12, 1e-10, {**OPTIONS, "inner": "inductor"})
+        model = Model(MASKS[name][0], layers=1)
+        check_parity(model, _batch(), 1e-12, 1e-10, {**OPTIONS, "inner": "inductor"})
 
 
 # Who else may have the mask
@@ -384,7 +394,7 @@ class Whole(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lm = ACCEPTED["llama"].build(use_cache=False)
+        self.lm = ACCEPTED["llama"].build(use_cache=False, num_hidden_layers=1)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         loss: Tensor = self.lm(**inputs).loss

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import torch
@@ -176,10 +175,17 @@ _settings = settings(
 )
 
 
-@_settings
-@given(shape=st.sampled_from(SHAPES), before=_chain, after=_chain)
-def test_generated_bodies(shape: tuple[int, int], before: list[str], after: list[str]) -> None:
-    Example(shape, before, "", after)
+def test_generated_bodies() -> None:
+    """Two of five fire at least: a suite in which everything is refused would pass otherwise."""
+    fired: list[bool] = []
+
+    @_settings
+    @given(shape=st.sampled_from(SHAPES), before=_chain, after=_chain)
+    def each(shape: tuple[int, int], before: list[str], after: list[str]) -> None:
+        fired.append(Example(shape, before, "", after).fired)
+
+    each()
+    assert len(fired) >= 20 and sum(fired) >= 0.4 * len(fired)
 
 
 @_settings
@@ -194,13 +200,3 @@ def test_generated_bodies_that_mix_tokens(
     shape: tuple[int, int], before: list[str], mixing: str, after: list[str]
 ) -> None:
     Example(shape, before, mixing, after)
-
-
-def test_row_wise_bodies_are_rewritten() -> None:
-    """A suite in which everything is refused would pass the test above."""
-    dice = random.Random(3)
-    names, fired = sorted(ROWWISE), 0
-    for _ in range(20):
-        before = [dice.choice(names) for _ in range(dice.randint(0, 3))]
-        fired += Example(dice.choice(SHAPES), before, "", [dice.choice(names)]).fired
-    assert fired >= 8

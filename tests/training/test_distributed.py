@@ -62,7 +62,7 @@ def _train(case: Case, rank: int) -> tuple[dict[str, Tensor], str]:
     handler, log = _Lines(), logging.getLogger("mst_fx")
     log.setLevel(logging.INFO)
     log.addHandler(handler)
-    model = _ENTRY.build(hidden_size=256, intermediate_size=1024)
+    model = _ENTRY.build(hidden_size=256, intermediate_size=1024, num_hidden_layers=1)
     if case.checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     if case.compiled == "inside":

@@ -115,7 +115,7 @@ def _build(case: Case) -> nn.Module:
     torch.manual_seed(0)
     if case.model == "toy":
         return ToyLM(layers=1)
-    layers = 1 if case.spread in ("root", "tensors") else 2
+    layers = 2 if case.checkpointing else 1
     model = ACCEPTED["llama"].build(use_cache=False, num_hidden_layers=layers).double()
     if case.checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
@@ -123,7 +123,10 @@ def _build(case: Case) -> nn.Module:
 
 
 def _batch(case: Case, rank: int) -> dict[str, Tensor]:
-    batch = token_batch(2, _LENGTH + (0 if case.spread == "tensors" else rank))
+    is_one_size = case.spread == "tensors" or case.inner == "inductor"  # whose ranks share kernels
+    batch = token_batch(2, _LENGTH + (0 if is_one_size else rank))
+    if case.inner == "inductor":
+        batch = {name: ids.roll(rank, 1) for name, ids in batch.items()}
     return batch if case.model == "toy" else {"input_ids": batch["ids"], "labels": batch["labels"]}
 
 

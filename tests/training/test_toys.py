@@ -11,10 +11,10 @@ from tests.helpers import GatedMLP, PlainMLP, ToyLM, check_parity, kinds, report
 
 @pytest.mark.parametrize("order", ["pre", "post", "parallel"])
 @pytest.mark.parametrize("mlp", [PlainMLP, GatedMLP])
-@pytest.mark.parametrize(("batch", "length"), [(1, 64), (3, 37)])
-def test_parity(order: str, mlp: type[nn.Module], batch: int, length: int) -> None:
-    model, inputs = ToyLM(order, mlp), token_batch(batch, length)
-    assert kinds(check_parity(model, inputs, 1e-10, 1e-9)) == {"mlp": 2, "vocab": 1}
+@pytest.mark.parametrize(("batch", "length", "layers"), [(1, 64, 1), (3, 37, 2)])
+def test_parity(order: str, mlp: type[nn.Module], batch: int, length: int, layers: int) -> None:
+    model, inputs = ToyLM(order, mlp, layers), token_batch(batch, length)
+    assert kinds(check_parity(model, inputs, 1e-10, 1e-9)) == {"mlp": layers, "vocab": 1}
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 17])
@@ -32,7 +32,7 @@ def test_any_chunk_size(chunk_rows: int) -> None:
 
 
 def test_regions_absorb_the_norm_before_and_the_add_after() -> None:
-    report = report_of(ToyLM(), None, **token_batch(1, 64))
+    report = report_of(ToyLM(layers=1), None, **token_batch(1, 64))
     first = report.rewrites[0]
     assert first.name == "blocks.0.mlp"
     text = "\n".join(first.before)
