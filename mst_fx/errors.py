@@ -35,7 +35,7 @@ class Cause(str, enum.Enum):
 class Refusal(Exception):
     """A place that looked like a bulge and is left alone; the message is the reason.
 
-    Raised by analysis and passes, caught by the pass runner (:mod:`mst_fx.pipeline`) and by
+    Raised by analysis and passes, caught by the runner of stages (:mod:`mst_fx.runner`) and by
     nobody else, except where a refusal about one node is a fact of the analysis. With
     ``strict=True`` it reaches the user.
 

@@ -16,7 +16,7 @@ class Facts:
         compile_id: Dynamo's, e.g. "0/0"; graphs that DDPOptimizer has split share one.
         ended: why Dynamo ended the graph where it did; "" at the end of its function.
         ended_at: file and line of that.
-        ended_by: the kind of that, as of :class:`mst_fx.torch_api.inductor.Ending`.
+        ended_by: the kind of that, as of :class:`mst_fx.torch_api.dynamo.Ending`.
         has_head: a vocabulary projection is in it, chunked or not.
         has_loss: what reduces logits is in it, a cross-entropy or anything else.
         takes_rows: it is given values that need a gradient and are no parameters: hidden rows.

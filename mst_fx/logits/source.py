@@ -99,7 +99,7 @@ class Source:
         kind, dtype, enabled = self._autocast
         with torch.set_grad_enabled(grad and self._grad), torch.autocast(kind, dtype, enabled):
             value = self._compute(*inputs)
-            # What was said of the layout before there was any (mst_fx.lazy).
+            # What was said of the layout before there was any.
             if value.shape == self.like.shape and value.stride() != self.like.stride():
                 value = value.contiguous().view(-1).view(self.like.shape)
         return value
