@@ -52,11 +52,11 @@ CASES = {
         return z.float()
         """,
         """
-        _enter_autocast = _enter_autocast(cpu, torch.bfloat16, True, None)
-        z = linear(x, w)
-        float_1 = float(z)
-        _exit_autocast = _exit_autocast(_enter_autocast)
-        return float_1
+        _enter_autocast_0 = _enter_autocast(cpu, torch.bfloat16, True, None)
+        linear_0 = linear(x, w)
+        float_0 = float(linear_0)
+        _exit_autocast_0 = _exit_autocast(_enter_autocast_0)
+        return float_0
         """,
     ),
     "a cast before its end stays": Case(
@@ -68,11 +68,11 @@ CASES = {
         return z
         """,
         """
-        _enter_autocast = _enter_autocast(cpu, torch.bfloat16, True, None)
-        linear = linear(x, w)
-        z = float(linear)
-        _exit_autocast = _exit_autocast(_enter_autocast)
-        return z
+        _enter_autocast_0 = _enter_autocast(cpu, torch.bfloat16, True, None)
+        linear_0 = linear(x, w)
+        float_0 = float(linear_0)
+        _exit_autocast_0 = _exit_autocast(_enter_autocast_0)
+        return float_0
         """,
     ),
     "what nobody reads": Case(
@@ -83,8 +83,8 @@ CASES = {
         return x + 1
         """,
         """
-        add = add(x, 1)
-        return add
+        add_0 = add(x, 1)
+        return add_0
         """,
     ),
     "arguments by keyword": Case(
@@ -92,8 +92,8 @@ CASES = {
         (_trained(*HIDDEN), _trained(*WEIGHT)),
         "return F.linear(input=x, weight=w)",
         """
-        linear = linear(x, w)
-        return linear
+        linear_0 = linear(x, w)
+        return linear_0
         """,
     ),
     "a trained 16-bit embedding": Case(
@@ -101,8 +101,8 @@ CASES = {
         (LABELS, _trained(*WEIGHT, dtype=torch.bfloat16)),
         "return F.embedding(x, w)",
         """
-        embedding_default = mst_fx.embedding(w, x, -1)
-        return embedding_default
+        embedding_0 = mst_fx.embedding(w, x, -1)
+        return embedding_0
         """,
     ),
     "a float32 embedding stays": Case(
@@ -110,8 +110,8 @@ CASES = {
         (LABELS, _trained(*WEIGHT)),
         "return F.embedding(x, w)",
         """
-        embedding = embedding(x, w)
-        return embedding
+        embedding_0 = embedding(x, w)
+        return embedding_0
         """,
     ),
     "one-hots": Case(
@@ -119,11 +119,11 @@ CASES = {
         (LABELS,),
         "return F.one_hot(x, 8)",
         """
-        unsqueeze = unsqueeze(x, -1)
-        expand = expand(unsqueeze, -1, -1, 8)
-        zeros_like = zeros_like(expand)
-        scatter = scatter(zeros_like, -1, unsqueeze, 1)
-        return scatter
+        unsqueeze_0 = unsqueeze(x, -1)
+        expand_0 = expand(unsqueeze_0, -1, -1, 8)
+        zeros_like_0 = zeros_like(expand_0)
+        scatter_0 = scatter(zeros_like_0, -1, unsqueeze_0, 1)
+        return scatter_0
         """,
     ),
     "a pick of each row": Case(
@@ -131,14 +131,14 @@ CASES = {
         (_trained(6, 8), LABELS[0]),
         "return x[torch.arange(6), w]",
         """
-        arange = arange(6)
-        lt = lt(w, 0)
-        add = add(w, 8)
-        where = where(lt, add, w)
-        unsqueeze = unsqueeze(where, -1)
-        gather = gather(x, -1, unsqueeze)
-        squeeze = squeeze(gather, -1)
-        return squeeze
+        arange_0 = arange(6)
+        lt_0 = lt(w, 0)
+        add_0 = add(w, 8)
+        where_0 = where(lt_0, add_0, w)
+        unsqueeze_0 = unsqueeze(where_0, -1)
+        gather_0 = gather(x, -1, unsqueeze_0)
+        squeeze_0 = squeeze(gather_0, -1)
+        return squeeze_0
         """,
     ),
     "a pick of other rows stays": Case(
@@ -146,10 +146,10 @@ CASES = {
         (_trained(6, 8), LABELS[0]),
         "return x[torch.arange(6).flip(0), w]",
         """
-        arange = arange(6)
-        flip = flip(arange, 0)
-        getitem = getitem(x, (flip, w))
-        return getitem
+        arange_0 = arange(6)
+        flip_0 = flip(arange_0, 0)
+        getitem_0 = getitem(x, (flip_0, w))
+        return getitem_0
         """,
     ),
     "a slice of logits": Case(
@@ -160,11 +160,11 @@ CASES = {
         return logits[:, :-1].exp()
         """,
         """
-        getitem_1 = getitem(x, (:, :-1))
-        linear_1 = linear(getitem_1, w)
-        float_2 = float(linear_1)
-        exp = exp(float_2)
-        return exp
+        getitem_0 = getitem(x, (:, :-1))
+        linear_0 = linear(getitem_0, w)
+        float_0 = float(linear_0)
+        exp_0 = exp(float_0)
+        return exp_0
         """,
     ),
     "a slice behind a sum over rows stays": Case(
@@ -172,10 +172,10 @@ CASES = {
         (_trained(*HIDDEN), _trained(*WEIGHT)),
         "return F.linear(x, w).cumsum(1)[:, :-1]",
         """
-        linear = linear(x, w)
-        cumsum = cumsum(linear, 1)
-        getitem = getitem(cumsum, (:, :-1))
-        return getitem
+        linear_0 = linear(x, w)
+        cumsum_0 = cumsum(linear_0, 1)
+        getitem_0 = getitem(cumsum_0, (:, :-1))
+        return getitem_0
         """,
     ),
     "a stack that is reduced": Case(
@@ -183,10 +183,10 @@ CASES = {
         (_trained(*HIDDEN),),
         "return torch.stack([x, x * 2], 0).mean(0)",
         """
-        mul = mul(x, 2)
-        stack_1 = stack((x, mul), -1)
-        mean_1 = mean(stack_1, -1)
-        return mean_1
+        mul_0 = mul(x, 2)
+        stack_0 = stack((x, mul_0), -1)
+        mean_0 = mean(stack_0, -1)
+        return mean_0
         """,
     ),
     "a stack that is given away stays": Case(
@@ -194,9 +194,9 @@ CASES = {
         (_trained(*HIDDEN),),
         "return torch.stack([x, x * 2], 0)",
         """
-        mul = mul(x, 2)
-        stack = stack((x, mul), 0)
-        return stack
+        mul_0 = mul(x, 2)
+        stack_0 = stack((x, mul_0), 0)
+        return stack_0
         """,
     ),
     "a mean of losses": Case(
@@ -204,15 +204,15 @@ CASES = {
         (_trained(6, 4), _trained(*WEIGHT), LABELS[0]),
         "return F.cross_entropy(F.linear(x, w), y)",
         """
-        linear = linear(x, w)
-        cross_entropy_1 = cross_entropy(linear, y, reduction=none)
-        ne = ne(y, -100)
-        sum_1 = sum(ne)
-        sum_2 = sum(cross_entropy_1, dtype=torch.float32)
-        eq = eq(sum_1, 0)
-        where = where(eq, 1, sum_1)
-        div = div(sum_2, where)
-        where_1 = where(eq, nan, div)
+        linear_0 = linear(x, w)
+        cross_entropy_0 = cross_entropy(linear_0, y, reduction=none)
+        ne_0 = ne(y, -100)
+        sum_0 = sum(ne_0)
+        sum_1 = sum(cross_entropy_0, dtype=torch.float32)
+        eq_0 = eq(sum_0, 0)
+        where_0 = where(eq_0, 1, sum_0)
+        div_0 = div(sum_1, where_0)
+        where_1 = where(eq_0, nan, div_0)
         return where_1
         """,
     ),
@@ -221,9 +221,9 @@ CASES = {
         (_trained(6, 4), _trained(*WEIGHT), LABELS[0]),
         "return F.cross_entropy(F.linear(x, w), y, reduction='none')",
         """
-        linear = linear(x, w)
-        cross_entropy = cross_entropy(linear, y, reduction=none)
-        return cross_entropy
+        linear_0 = linear(x, w)
+        cross_entropy_0 = cross_entropy(linear_0, y, reduction=none)
+        return cross_entropy_0
         """,
     ),
     "a dropout": Case(
@@ -231,9 +231,9 @@ CASES = {
         (_trained(*HIDDEN),),
         "return F.dropout(x, 0.1)",
         """
-        row_keys = row_keys((2, 6), cpu)
-        dropout_rows = dropout_rows(x, row_keys, 0.1)
-        return dropout_rows
+        row_keys_0 = row_keys((2, 6), cpu)
+        dropout_rows_0 = dropout_rows(x, row_keys_0, 0.1)
+        return dropout_rows_0
         """,
     ),
     "a write in place": Case(
@@ -241,15 +241,15 @@ CASES = {
         (LABELS,),
         """
         t = x.clone()
-        t[t == -100] = 0
+        t[t.eq(-100)] = 0
         return t.view(-1)
         """,
         """
-        t = clone(x)
-        eq = eq(t, -100)
-        masked_fill = masked_fill(t, eq, 0)
-        view = view(masked_fill, -1)
-        return view
+        clone_0 = clone(x)
+        eq_0 = eq(clone_0, -100)
+        masked_fill_0 = masked_fill(clone_0, eq_0, 0)
+        view_0 = view(masked_fill_0, -1)
+        return view_0
         """,
     ),
     "a write to an argument stays": Case(
@@ -257,8 +257,8 @@ CASES = {
         (torch.ones(2, 3),),
         "return x.add_(1)",
         """
-        add_ = add_(x, 1)
-        return add_
+        add__0 = add_(x, 1)
+        return add__0
         """,
     ),
     "cosines read for many heads": Case(
@@ -266,10 +266,10 @@ CASES = {
         (torch.ones(1, 6, 4), torch.ones(16, 6, 4)),
         "return x.cos() * w",
         """
-        cos = cos(x)
-        buffer_default = mst_fx.buffer(cos)
-        mul = mul(buffer_default, w)
-        return mul
+        cos_0 = cos(x)
+        buffer_0 = mst_fx.buffer(cos_0)
+        mul_0 = mul(buffer_0, w)
+        return mul_0
         """,
     ),
     "cosines read a few times stay": Case(
@@ -277,9 +277,9 @@ CASES = {
         (torch.ones(1, 6, 4), torch.ones(2, 6, 4)),
         "return x.cos() * w",
         """
-        cos = cos(x)
-        mul = mul(cos, w)
-        return mul
+        cos_0 = cos(x)
+        mul_0 = mul(cos_0, w)
+        return mul_0
         """,
     ),
 }
