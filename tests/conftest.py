@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MST_FX_VERIFY", "1")  # each changed graph, against the spec of mst_fx.graph.verify
 
 quick.compilers()
+quick.trace()
 
 settings.register_profile("short", max_examples=50)
 settings.register_profile("long", max_examples=1000)

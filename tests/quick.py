@@ -17,10 +17,15 @@ def compilers() -> None:
 
     Tried with torch 2.11.0 and 2.13.0, whose names these are.
     """
-    # The structured trace, which writes every graph and every guard as a text, is on as soon as its logger has a handler,
-    # and pytest gives one to each logger that does not propagate.
-    logging.getLogger("torch.__trace").propagate = True
     torch._dynamo.config.run_gc_after_compile = False
     torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]  # 30 ms
     # Without vector instructions, whose headers are most of what the C++ compiler reads: 0.6 s instead of 0.9 s a kernel.
     torch._inductor.config.cpp.simdlen = 1
+
+
+def trace() -> None:
+    """Leaves the structured trace, which writes every graph and every guard as a text, to those who ask for it.
+
+    It is on as soon as its logger has a handler, and pytest gives one to each logger that does not propagate.
+    """
+    logging.getLogger("torch.__trace").propagate = True
