@@ -171,6 +171,21 @@ def ranks(function: Callable[..., Any], *args: Any, count: int = 2, timeout: flo
         raise RuntimeError(f"{function.__qualname__} failed:\n{done.stderr[-4000:]}")
 
 
+def results_of_ranks(
+    function: Callable[..., Any], *args: Any, count: int = 2, timeout: float = 600
+) -> list[Any]:
+    """What ``function(rank, *args)`` returns in each of ``count`` processes, which are a gloo group and have a thread each.
+
+    Raises:
+        RuntimeError: if one fails, with what it wrote.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        ranks(_in_group, function, args, count, folder, count=count, timeout=timeout)
+        return [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
+
+
 # Inside of a fork
 
 
@@ -198,6 +213,19 @@ def _ranks(function: Callable[..., Any], args: tuple[Any, ...], count: int) -> N
     from torch.multiprocessing.spawn import start_processes
 
     start_processes(function, args, nprocs=count, start_method="fork")
+
+
+def _in_group(
+    rank: int, function: Callable[..., Any], args: tuple[Any, ...], count: int, folder: str
+) -> None:
+    """The other end of :func:`results_of_ranks`."""
+    import torch
+    import torch.distributed
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
+    torch.save(function(rank, *args), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def _run(request: dict[str, Any], outputs: Sequence[int]) -> int:

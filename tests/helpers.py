@@ -205,3 +205,17 @@ def graph_calls(gm: torch.fx.GraphModule) -> Iterator[str]:
             for node in module.graph.nodes:
                 if str(node.target).startswith("mst_fx."):
                     yield str(node.target).removesuffix(".default")
+
+
+class Exponential(torch.autograd.Function):
+    """Reads its input as kernels written by hand do: no function of torch sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x.exp()

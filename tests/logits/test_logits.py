@@ -25,6 +25,7 @@ from mst_fx.logits.tensor import DeferredLogits
 from mst_fx.ops import port
 from tests.helpers import (
     SMALL_CHUNKS,
+    Exponential,
     ToyLM,
     compile_mst,
     gradients,
@@ -315,18 +316,25 @@ def test_rows_that_are_not_independent() -> None:
         assert row_inputs(graph, {}) == rows
 
 
-def test_two_logits_of_one_head() -> None:
-    """One is computed from the other; both are outputs, and neither is in memory."""
-    head = nn.Linear(16, VOCAB).double()
+class _Capped(nn.Module):
+    """A loss, the logits that it reads, and those that they are computed from."""
 
-    def lm(x: Tensor, labels: Tensor) -> Any:
-        raw = head(x.cumsum(1))
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, VOCAB).double()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        raw = self.head(x.cumsum(1))
         capped = torch.tanh(raw / 5) * 5
         return F.cross_entropy(capped.flatten(0, 1), labels.flatten()), capped, raw
 
+
+def test_two_logits_of_one_head() -> None:
+    """One is computed from the other; both are outputs, and neither is in memory."""
+    lm = _Capped()
     x = torch.randn(BATCH, LENGTH, 16).double().requires_grad_()
     labels = token_batch(BATCH, LENGTH)["labels"]
-    leaves = [x, *head.parameters()]
+    leaves = [x, *lm.parameters()]
     truth = torch.autograd.grad(sum(y.square().sum() for y in lm(x, labels)), leaves)
     out = compile_mst(lm)(x, labels)
     assert [type(y) for y in out] == [Tensor, DeferredLogits, DeferredLogits]
@@ -545,13 +553,7 @@ def test_a_backward_pass_that_raises_beside_others() -> None:
 
 def test_the_port_is_there_and_numbers_do_not_add_up() -> None:
     """All uses of both logits of a head go through one junction."""
-    head = nn.Linear(16, VOCAB).double()
-
-    def lm(x: Tensor, labels: Tensor) -> Any:
-        raw = head(x.cumsum(1))
-        capped = torch.tanh(raw / 5) * 5
-        return F.cross_entropy(capped.flatten(0, 1), labels.flatten()), capped, raw
-
+    lm = _Capped()
     x = torch.randn(BATCH, LENGTH, 16).double().requires_grad_()
     _, capped, raw = compile_mst(lm)(x, token_batch(BATCH, LENGTH)["labels"])
     first, second = (
@@ -614,18 +616,6 @@ def test_code_after_a_graph_break(use: Callable[[Tensor], Tensor], inner: str) -
     assert max(relative_error(found[name], truth[name]) for name in truth) <= _BAR
 
 
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * x.exp()
-
-
 class _Wrapped(nn.Module):
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -645,7 +635,7 @@ def test_outputs_of_ddp(how: dict[str, bool]) -> None:
         lambda loss, logits: loss,
         lambda loss, logits: loss + logits[:, -1].exp().sum(),
         lambda loss, logits: logits.square().sum(),
-        lambda loss, logits: loss + _Read.apply(logits).sum(),  # type: ignore[no-untyped-call]
+        lambda loss, logits: loss + Exponential.apply(logits).sum(),  # type: ignore[no-untyped-call]
     ]
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/ddp", rank=0, world_size=1)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 from mst_fx.logits.tensor import DeferredLogits
-from tests.helpers import SMALL_CHUNKS, ToyLM, relative_error, token_batch
+from tests.helpers import SMALL_CHUNKS, Exponential, ToyLM, relative_error, token_batch
 
 VOCAB, BATCH, LENGTH = 96, 2, 33
 ROWS = BATCH * LENGTH
@@ -116,20 +116,6 @@ def _accelerate(name: str) -> Any:
 
 def _trl(name: str) -> Any:
     return getattr(pytest.importorskip("trl.trainer.utils"), name)
-
-
-class _Exponential(torch.autograd.Function):
-    """Reads its input as kernels written by hand do: no function of torch sees it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * x.exp()
 
 
 class _Through(torch.autograd.Function):
@@ -256,7 +242,7 @@ def _in_place(given: Given) -> Any:
 def _in_place_then_kernel(given: Given) -> Any:
     """verl's ``logits.div_(temperature)``, then flash-attn's ``CrossEntropyLoss.apply``."""
     given.logits.div_(0.7)
-    return _Exponential.apply(given.logits)  # type: ignore[no-untyped-call]
+    return Exponential.apply(given.logits)  # type: ignore[no-untyped-call]
 
 
 def _selective(given: Given) -> Any:
@@ -481,8 +467,8 @@ USES = (
     ),
     Use("torch nn/parallel/distributed.py _tree_flatten_with_rref", _ddp_flatten),
     Use("torch serialization.py save", _torch_save),
-    Use("torch autograd Function", lambda g: _Exponential.apply(g.logits)),
-    Use("torch autograd Function of rows", lambda g: _Exponential.apply(g.logits[:, 3:5].float())),
+    Use("torch autograd Function", lambda g: Exponential.apply(g.logits)),
+    Use("torch autograd Function of rows", lambda g: Exponential.apply(g.logits[:, 3:5].float())),
     Use("torch autograd Function that returns its input", lambda g: _Through.apply(False, g.logits)),
     Use(
         "torch autograd Function that returns a clone",

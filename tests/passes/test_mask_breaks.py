@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -401,11 +400,9 @@ class Whole(nn.Module):
         return loss
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int) -> tuple[Any, ...]:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     model, inputs = Whole(), attention_batch("llama", 2, "right")
     for layer in model.lm.model.layers:  # type: ignore[union-attr]
         fully_shard(layer)
@@ -417,18 +414,16 @@ def _rank(rank: int, folder: str) -> None:
     grads = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}  # type: ignore[attr-defined]
     model.zero_grad()
     square = _square(lambda: model(**inputs).backward(), ATTENTION_SEQ)
-    torch.save((loss.detach(), grads, kinds(report), len(report.refusals), square), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return loss.detach(), grads, kinds(report), len(report.refusals), square
 
 
 @pytest.mark.slow
-def test_fully_shard(tmp_path: Any) -> None:
+def test_fully_shard() -> None:
     """FSDP2 on layers and root breaks the graph at each layer; both ranks have the same batch."""
-    apart.ranks(_rank, str(tmp_path))
+    results = apart.results_of_ranks(_rank)
     model, inputs = Whole(), attention_batch("llama", 2, "right")
     truth = model(**inputs)
     truth.backward()
-    for rank in range(2):
-        loss, grads, found, refused, square = torch.load(tmp_path / f"{rank}.pt")
+    for loss, grads, found, refused, square in results:
         assert relative_error(loss, truth) <= 3e-6 and worst_error(grads, gradients(model)) <= 3e-6
         assert found["mask"] == 1 and found["attention"] >= 1 and not refused and not square

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -221,20 +220,14 @@ def _error(logits: Any) -> str:
     return "none"
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    results = [_train(case, rank) for case in _CASES]
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _rank(rank: int) -> list[Any]:
+    return [_train(case, rank) for case in _CASES]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def results() -> list[Any]:
     """What each rank found in each case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    apart.ranks(_rank, str(folder))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return apart.results_of_ranks(_rank)
 
 
 def _truth(case: Case) -> tuple[list[Tensor], dict[str, Tensor]]:
