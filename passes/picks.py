@@ -132,9 +132,8 @@ def _counts(part: Any, dim: int, fake: torch.Tensor) -> bool:
     if not 0 <= ahead <= dim or not _same(found.shape, [*[1] * ahead, *wanted]):
         return False
     node = part
-    while operation(node) in SAME_ORDER and not writes_in_place(
-        node
-    ):  # none of these moves elements, unless it takes a part of them
+    # None of these moves elements, unless it takes a part of them.
+    while operation(node) in SAME_ORDER and not writes_in_place(node):
         source = node.args[0] if node.args else None
         before = tensor_value(source) if isinstance(source, fx.Node) else None
         if before is None or not _same([before.numel()], [found.numel()]) or before.dtype != torch.int64:

@@ -4,6 +4,6 @@ It may import everything. Nobody imports it but ``mst_fx/__init__`` and the entr
 (:mod:`mst_fx.listeners`).
 
 ``explain`` and ``watch`` are the ways in. ``facts``, ``estimate`` and ``lines`` say what one graph is; ``doctor`` has the words
-of every finding and warning, ``findings`` their types; ``warn`` says some of them to everybody, each once. ``model_of`` makes what the command line names,
-``cli`` prints, ``page`` (with ``page.html``) is what ``mst-fx diff --html`` writes.
+of every finding and warning, ``findings`` their types; ``warn`` says some of them to everybody, each once. ``model_of`` makes
+what the command line names, ``cli`` prints, ``page`` (with ``page.html``) is what ``mst-fx diff --html`` writes.
 """

@@ -3,10 +3,10 @@
 Private is what has a ``_`` in its path or name, and ``torch.fx.experimental``, which promises nothing. Everybody may import
 this room and it imports nobody, so that a new version of torch is met here alone (``tests/house/test_torch_api.py``).
 
-``inductor`` compiles graphs and bodies, ``joint`` lets them be changed with their backward pass, ``trace`` writes them where tlparse
-reads; ``guards`` keeps guards on sizes from being made. ``dynamo`` asks who captures what, and why a graph ends, ``checkpoints`` which
-layers it gives up; ``modes`` are autocast,
-grad mode, dispatch; ``autograd`` is what it saves and one backward pass; ``fakes`` traces on fake tensors; ``symbols`` are sizes
-that are not numbers yet, ``symbolic_rows`` one of our own; ``tensors`` storages, versions, subclasses and trees; ``ops`` operators as objects; ``graphs``
-GraphModules; ``attention`` the fused kernels.
+``inductor`` compiles graphs and bodies, ``joint`` lets them be changed with their backward pass, ``trace`` writes
+them where tlparse reads; ``guards`` keeps guards on sizes from being made. ``dynamo`` asks who captures what, and why
+a graph ends, ``checkpoints`` which layers it gives up; ``modes`` are autocast, grad mode, dispatch; ``autograd`` is
+what it saves and one backward pass; ``fakes`` traces on fake tensors; ``symbols`` are sizes that are not numbers yet,
+``symbolic_rows`` one of our own; ``tensors`` storages, versions, subclasses and trees; ``ops`` operators as objects;
+``graphs`` GraphModules; ``attention`` the fused kernels.
 """
