@@ -34,5 +34,5 @@ __all__ = [
 ]
 
 # Whoever compiles with mst, by the entry point too, imports this: what costs the whole saving is said to everybody.
-on_graph.add(warn)
-on_eager_checkpoint.add(warn_eager_checkpoint)
+on_graph.add_own(warn)
+on_eager_checkpoint.add_own(warn_eager_checkpoint)

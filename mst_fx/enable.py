@@ -11,9 +11,32 @@ from torch import fx
 
 from mst_fx.backend import mst
 from mst_fx.options import Options, make_options
+from mst_fx.process import State
 from mst_fx.torch_api.inductor import redirect_inductor
 
-_enabled: list[enable] = []
+
+class _Enabled(State):
+    """The calls that are in force, the innermost last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[enable] = []
+
+    def add(self, call: enable) -> None:
+        self.calls.append(call)
+        redirect_inductor(_compile)
+
+    def remove(self, call: enable) -> None:
+        self.calls = [other for other in self.calls if other is not call]
+        if not self.calls:
+            redirect_inductor(None)
+
+    def reset(self) -> None:
+        self.calls = []
+        redirect_inductor(None)
+
+
+_ENABLED = _Enabled()
 
 
 class enable:
@@ -36,15 +59,11 @@ class enable:
 
     def __init__(self, options: Mapping[str, Any] | Options | None = None) -> None:
         self._options = make_options(options)
-        _enabled.append(self)
-        redirect_inductor(_compile)
+        _ENABLED.add(self)
 
     def disable(self) -> None:
         """Undoes this call; others stay enabled. May be called more than once."""
-        if self in _enabled:
-            _enabled.remove(self)
-        if not _enabled:
-            redirect_inductor(None)
+        _ENABLED.remove(self)
 
     def __enter__(self) -> enable:
         return self
@@ -58,6 +77,6 @@ class enable:
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    options = _enabled[-1]._options
+    options = _ENABLED.calls[-1]._options
     options = dataclasses.replace(options, inductor={**options.inductor, **patches})
     return mst(gm, example_inputs, options=options)

@@ -14,6 +14,7 @@ from typing import Generic, ParamSpec
 
 from torch import fx
 
+from mst_fx.process import State
 from mst_fx.report import Report
 from mst_fx.torch_api.checkpoints import watch_checkpoints
 from mst_fx.torch_api.dynamo import Ending
@@ -23,7 +24,7 @@ log = logging.getLogger("mst_fx")
 P = ParamSpec("P")
 
 
-class Listeners(Generic[P]):
+class Listeners(State, Generic[P]):
     """Those who want to know of one kind of event; from any thread.
 
     Args:
@@ -31,15 +32,26 @@ class Listeners(Generic[P]):
     """
 
     def __init__(self, event: str) -> None:
+        super().__init__()
         self._event = event
         self._lock = threading.Lock()
         self._listeners: tuple[Callable[P, object], ...] = ()
+        self._own: tuple[Callable[P, object], ...] = ()
 
     def add(self, listener: Callable[P, object]) -> None:
         """From now on; one that listens already is not added again."""
         with self._lock:
             if all(x is not listener for x in self._listeners):
                 self._listeners += (listener,)
+
+    def add_own(self, listener: Callable[P, object]) -> None:
+        """From now on, and also after :meth:`reset`: to be called while mst-fx is imported."""
+        self.add(listener)
+        self._own += (listener,)
+
+    def reset(self) -> None:
+        with self._lock:
+            self._listeners = self._own
 
     def remove(self, listener: Callable[P, object]) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from mst_fx.diagnose import warn
+from mst_fx import process
 from tests import apart, quick
 from tests.cpu_times import CPUTimes
 from tests.helpers import Sharing
@@ -50,9 +50,9 @@ def _forks() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test starts with the same seed and with every warning still to be said."""
+    """Every test starts with the same seed and with what the process says once still to be said."""
     torch.manual_seed(0)
-    warn.reset()
+    process.reset()
     marker = request.node.get_closest_marker("shares_compiled")
     with _apart() if marker is None else _shared(request.node.path, **marker.kwargs):
         yield

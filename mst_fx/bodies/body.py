@@ -19,7 +19,6 @@ import hashlib
 import math
 import operator
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from mst_fx.bodies.gradient import GradientPlan, as_leaves, gradients, split_int
 from mst_fx.graph.formula import named_in
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
+from mst_fx.process import Named
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
 from mst_fx.torch_api.fakes import make_fx
 from mst_fx.torch_api.inductor import Compiled, compile_body
@@ -312,12 +312,7 @@ _ALIASES = (aten._unsafe_view.default, torch.ops.mst_fx.with_gradient.default, o
 
 # Graphs name their bodies by key. What runs a graph keeps them alive: the compiled function and the autograd graphs
 # that it makes (:func:`kept_alive`), or the module that :func:`~mst_fx.rewrite` returned.
-_BODIES: weakref.WeakValueDictionary[str, Body] = weakref.WeakValueDictionary()
-
-
-def registered(traced: Body) -> Body:
-    """The body of that key that the process knows, or from now on this one."""
-    return _BODIES.setdefault(traced.key, traced)
+BODIES: Named[Body] = Named()
 
 
 def body(key: str) -> Body:
@@ -327,7 +322,7 @@ def body(key: str) -> Body:
         RuntimeError: in a process that has not compiled the graph that holds the loop.
     """
     try:
-        return _BODIES[key]
+        return BODIES[key]
     except KeyError:
         raise RuntimeError(
             f"mst-fx has no body {key!r} in this process: the graph with this loop was compiled elsewhere"

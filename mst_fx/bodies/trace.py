@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.bodies.body import Body, BodyConfig, OutputMeta, TensorMeta, registered
+from mst_fx.bodies.body import BODIES, Body, BodyConfig, OutputMeta, TensorMeta
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.modes import autocast_contexts
 from mst_fx.graph.sizes import settled, static_sizes
@@ -37,7 +37,7 @@ def trace_body(analysis: RowAnalysis, region: Region, config: BodyConfig, known:
     signature = _signature(analysis, region, config)
     if signature not in known:
         traced = _trace_region(analysis, region, config)
-        known[signature] = registered(traced)
+        known[signature] = BODIES.the_one(traced)
     return known[signature]
 
 

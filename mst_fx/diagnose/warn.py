@@ -17,6 +17,7 @@ from torch import fx
 from mst_fx.diagnose.doctor import COSTLY, eager_checkpoint, said_of
 from mst_fx.diagnose.facts import facts_of
 from mst_fx.diagnose.findings import Diagnosis, Finding, diagnosis_of
+from mst_fx.process import Said
 from mst_fx.report import Report
 from mst_fx.torch_api.dynamo import Ending
 
@@ -27,13 +28,8 @@ LEAST_BYTES = 2**18
 
 _SILENCE = 'mst_fx says this once; logging.getLogger("mst_fx").setLevel(logging.ERROR) silences it'
 
-_said: set[str] = set()
+_SAID = Said()
 _is_silent = contextvars.ContextVar("mst_fx_is_silent", default=False)
-
-
-def reset() -> None:
-    """Forgets what was said, as a new process would."""
-    _said.clear()
 
 
 @contextlib.contextmanager
@@ -67,6 +63,5 @@ def warn_eager_checkpoint(ending: Ending) -> None:
 
 
 def _say(found: Finding) -> None:
-    if found.cause not in _said:
-        _said.add(found.cause)
+    if _SAID.is_new(found.cause):
         log.warning("%s: %s.\n  fix: %s.\n  (%s)", found.cause, found.evidence, found.fix, _SILENCE)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from mst_fx.process import Named
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,18 +65,14 @@ class Formula:
 
 
 # Nodes name formulas by key; the body whose graph they are in keeps them alive.
-_FORMULAS: weakref.WeakValueDictionary[str, Formula] = weakref.WeakValueDictionary()
-
-
-def the_one(formula: Formula) -> Formula:
-    """The formula of that content which its key names: no other may be used, or the key would lose it."""
-    return _FORMULAS.setdefault(formula.key, formula)
+# Of one content only the one that its key names may be used, or the key would lose it.
+FORMULAS: Named[Formula] = Named()
 
 
 def named_in(gm: fx.GraphModule) -> tuple[Formula, ...]:
     """The formulas that a body's forward graph names."""
     nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.mst_fx.with_gradient.default)
-    return tuple(_FORMULAS[str(node.args[3])] for node in nodes)
+    return tuple(FORMULAS[str(node.args[3])] for node in nodes)
 
 
 @torch.library.custom_op(
@@ -99,7 +96,7 @@ def without_op(outs: list[Tensor], saved: list[Tensor], args: list[Tensor], key:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     outs, saved, _, key = inputs
-    ctx.formula, ctx.counts = _FORMULAS[key], (len(outs), len(saved))
+    ctx.formula, ctx.counts = FORMULAS[key], (len(outs), len(saved))
     ctx.save_for_backward(*saved)
 
 

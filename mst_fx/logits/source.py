@@ -17,6 +17,7 @@ from torch import Tensor
 from mst_fx.listeners import on_logits
 from mst_fx.logits.apart import Apart, overlap
 from mst_fx.logits.snapshot import is_freed, snapshot, version
+from mst_fx.process import Said
 from mst_fx.torch_api.tensors import storage_id
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mst_fx")
 
-_told: set[str] = set()
+_TOLD = Said()
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 KEEP = "use them before, or set the mst option logits='keep'"
 
@@ -233,6 +234,5 @@ def _caller() -> str:
 
 def _tell(place: str) -> None:
     on_logits.tell(place)
-    if place not in _told:
-        _told.add(place)
+    if _TOLD.is_new(place):
         log.info("deferred logits are computed for %s", place)

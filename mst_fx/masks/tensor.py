@@ -24,6 +24,7 @@ from torch import Tensor
 from mst_fx.masks import formula
 from mst_fx.masks.formula import Mask
 from mst_fx.masks.reach import Vectors, allowed
+from mst_fx.process import Said
 from mst_fx.torch_api.fakes import FunctionalTensor
 from mst_fx.torch_api.modes import NO_TORCH_FUNCTION
 from mst_fx.torch_api.ops import schema_of
@@ -34,7 +35,7 @@ log = logging.getLogger("mst_fx")
 aten = torch.ops.aten
 
 _INTERNAL = (torch.__path__[0], __file__)
-_told: set[str] = set()
+_TOLD = Said()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +128,7 @@ class DeferredMask(torch.Tensor):
     def _tell(self) -> None:
         """Says that a mask is made."""
         place = _caller()
-        if self._is_real() and place not in _told:
-            _told.add(place)
+        if self._is_real() and _TOLD.is_new(place):
             log.info("a deferred mask of %s elements is made for %s", f"{self.numel():,}", place)
 
     def __tensor_flatten__(self) -> tuple[list[str], MaskForm | None]:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from mst_fx.ops.chunks import plain_mode
 from mst_fx.ops.scaled import product
+from mst_fx.process import State
 from mst_fx.torch_api.autograd import at_end_of_backward
 
 
@@ -39,8 +40,31 @@ class _Parcel:
         self.gradient = None
 
 
-_put_down: weakref.WeakValueDictionary[int, _Parcel] = weakref.WeakValueDictionary()
-_numbers = itertools.count(1)
+class _PutDown(State):
+    """The gradients on their way, by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = itertools.count(1)
+        self.parcels: weakref.WeakValueDictionary[int, _Parcel] = weakref.WeakValueDictionary()
+
+    def put(self, gradient: Tensor) -> int:
+        number, parcel = next(self._numbers), _Parcel(gradient)
+        at_end_of_backward(parcel)
+        self.parcels[number] = parcel
+        return number
+
+    def pick_up(self, number: int) -> Tensor:
+        parcel = self.parcels.pop(number)
+        gradient, parcel.gradient = parcel.gradient, None
+        assert gradient is not None
+        return gradient
+
+    def reset(self) -> None:
+        self.parcels.clear()
+
+
+_PUT_DOWN = _PutDown()
 
 
 def new_port() -> Tensor:
@@ -56,21 +80,13 @@ def enter_at_port(port: Tensor, rows: Tensor) -> Tensor:
 def _pick_up(tangent: Tensor) -> Tensor | None:
     """The gradient whose number a port's tangent is."""
     number = int(tangent.item())
-    if not number:
-        return None
-    parcel = _put_down.pop(number)
-    gradient, parcel.gradient = parcel.gradient, None
-    assert gradient is not None
-    return gradient
+    return _PUT_DOWN.pick_up(number) if number else None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _put(gradient: Tensor) -> Tensor:
     # Never compiled: a number must not become part of a graph.
-    number, parcel = next(_numbers), _Parcel(gradient)
-    at_end_of_backward(parcel)
-    _put_down[number] = parcel
-    return torch.tensor(float(number), dtype=torch.float64, device="cpu")
+    return torch.tensor(float(_PUT_DOWN.put(gradient)), dtype=torch.float64, device="cpu")
 
 
 class _Junction(torch.autograd.Function):

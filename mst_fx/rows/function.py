@@ -18,7 +18,7 @@ from torch import fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.effects import has_effects
-from mst_fx.graph.formula import Formula, the_one
+from mst_fx.graph.formula import FORMULAS, Formula
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
 from mst_fx.graph.subgraphs import attribute
 from mst_fx.graph.values import tensor_value, tensors_of, value
@@ -89,7 +89,7 @@ def prove(node: fx.Node, roles: Mapping[fx.Node, str], folder: Folder, context: 
         grad is not None for kind, grad in zip(kinds, grads, strict=True) if kind is not None
     )
     row_dim = outs[0].label.dim
-    return the_one(Formula(traced, gradient, len(outs), row_dim, has_gradient, call.fixed, is_tuple))
+    return FORMULAS.the_one(Formula(traced, gradient, len(outs), row_dim, has_gradient, call.fixed, is_tuple))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import mst_fx.bodies.body
+import mst_fx
 from mst_fx.backend import mst
+from mst_fx.bodies.body import BODIES
 from tests.helpers import SMALL_CHUNKS, PlainMLP, ToyLM, compile_mst, gradients, token_batch, worst_error
 
 _BAR = 1e-9
@@ -81,9 +82,9 @@ def test_donated_buffers_are_others_business(inner: str, setting: bool) -> None:
 
 
 @pytest.fixture
-def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_left() -> Iterator[None]:
     """No body of an earlier test, whoever holds it; and later collections are quick."""
-    monkeypatch.setattr(mst_fx.bodies.body, "_BODIES", weakref.WeakValueDictionary())
+    BODIES.reset()
     gc.collect()
     gc.freeze()
     yield
@@ -93,7 +94,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _gone() -> bool:
     torch._dynamo.reset()
     gc.collect()
-    return not mst_fx.bodies.body._BODIES
+    return not list(BODIES)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -108,7 +109,7 @@ def test_reset_frees_bodies_but_not_those_of_passes_to_come(inner: str) -> None:
         model.zero_grad()
         loss, logits = compiled(**batch)
         total = loss + logits.square().mean()
-        bodies = [weakref.ref(body) for body in mst_fx.bodies.body._BODIES.values()]
+        bodies = [weakref.ref(body) for body in BODIES]
         assert len(bodies) == 2
         assert not _gone(), "there is a backward pass to come"
         total.backward()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from mst_fx.diagnose import warn
+from mst_fx import process
 from tests import apart
 from tests.helpers import EAGER_BODIES, GatedMLP, compile_mst
 
@@ -58,7 +58,7 @@ def test_the_loss_outside(caplog: pytest.LogCaptureFixture) -> None:
     assert _warnings(caplog) == ["loss-not-compiled"]
     compile_mst(model, EAGER_BODIES)(ids)  # once a process
     assert _warnings(caplog) == []
-    warn.reset()
+    process.reset()
     compile_mst(model, EAGER_BODIES)(ids)
     assert _warnings(caplog) == ["loss-not-compiled"]
 
@@ -96,7 +96,7 @@ def test_only_layers_compiled(caplog: pytest.LogCaptureFixture) -> None:
     assert "Model.head" in caplog.text
     assert _warnings(caplog) == ["head-not-compiled"]
     model.eval()
-    warn.reset()
+    process.reset()
     torch._dynamo.reset()
     with torch.no_grad():
         model(ids, ids)
@@ -179,7 +179,7 @@ def test_a_function_that_dynamo_skips(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     ids = _ids()
     for labels in (ids, None):
-        warn.reset()
+        process.reset()
         torch._dynamo.reset()
         with mst_fx.watch() as report:
             compile_mst(Looping(), EAGER_BODIES)(ids, labels).sum().backward()
@@ -189,7 +189,7 @@ def test_a_function_that_dynamo_skips(caplog: pytest.LogCaptureFixture) -> None:
             and "test_warnings.py" in report.findings[0].evidence
         )
         assert _warnings(caplog) == ["head-not-compiled"]
-    warn.reset()
+    process.reset()
     for model in (Apart(), Straight(), Around(Straight())):
         torch._dynamo.reset()
         with mst_fx.watch() as report:
@@ -285,7 +285,7 @@ def test_a_mask_from_outside(caplog: pytest.LogCaptureFixture) -> None:
         (mask, x.clone().requires_grad_(), "mask-outside", "the whole model in one graph"),
     ):
         caplog.clear()
-        warn.reset()
+        process.reset()
         with mst_fx.watch() as report:
             compile_mst(model, EAGER_BODIES)(rows, given).sum().backward()
         (finding,) = [finding for finding in report.findings if finding.cause.startswith("mask-")]

@@ -471,7 +471,7 @@ def test_gradients_through_the_port(losses: Callable[..., list[Tensor]], inner: 
     truth, found = train(model), train(compile_mst(model, {**SMALL_CHUNKS, "inner": inner}))
     assert found.keys() == truth.keys()
     assert max(relative_error(found[name], truth[name]) for name in truth) <= _BAR
-    assert not port._put_down, "a gradient was not picked up"
+    assert not port._PUT_DOWN.parcels, "a gradient was not picked up"
 
 
 class _Interrupted(RuntimeError):
@@ -502,7 +502,7 @@ def test_a_backward_pass_that_raises_leaves_nothing_in_the_port(inner: str, reta
     for _ in range(3):
         with pytest.raises(_Interrupted):
             total.backward(retain_graph=True)
-        assert not port._put_down
+        assert not port._PUT_DOWN.parcels
     assert not gradients(model)
     hook.remove()
     if not retain:
@@ -510,7 +510,7 @@ def test_a_backward_pass_that_raises_leaves_nothing_in_the_port(inner: str, reta
     total.backward(retain_graph=retain)
     found = gradients(model)
     assert max(relative_error(found[name], truth[name]) for name in truth) <= _BAR
-    assert not port._put_down
+    assert not port._PUT_DOWN.parcels
 
 
 def test_a_backward_pass_that_raises_beside_others() -> None:
@@ -527,7 +527,7 @@ def test_a_backward_pass_that_raises_beside_others() -> None:
     first, second = (_used(run, inputs) for run in compiled)
 
     def others(_: Tensor) -> None:
-        assert len(port._put_down) >= 1  # of the pass that is under way
+        assert len(port._PUT_DOWN.parcels) >= 1  # of the pass that is under way
         with torch.enable_grad():
             failing = _used(compiled[1], inputs)
         failing[0].register_hook(_interrupt)
@@ -548,7 +548,7 @@ def test_a_backward_pass_that_raises_beside_others() -> None:
     for model, truth in zip(models, truths, strict=True):
         found = gradients(model)
         assert max(relative_error(found[name], 2 * truth[name]) for name in truth) <= _BAR
-    assert not port._put_down
+    assert not port._PUT_DOWN.parcels
 
 
 def test_the_port_is_there_and_numbers_do_not_add_up() -> None:
