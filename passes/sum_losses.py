@@ -28,13 +28,17 @@ from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, eliminate_dead_code, replace_with
 from mst_fx.graph.modes import contexts, in_context, outside_transforms
 from mst_fx.graph.sizes import sum_dtype
-from mst_fx.graph.spelling import PLAIN_LOSSES, SIZED_VIEWS, WEIGHTED_MEANS, given_arguments, operation
+from mst_fx.graph.spelling import (
+    LABEL_LOSSES,
+    PLAIN_LOSSES,
+    SIZED_VIEWS,
+    WEIGHTED_MEANS,
+    given_arguments,
+    operation,
+)
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.links import inverse_order, is_link, keeps_rows, linked, order_of, permuted
 from mst_fx.torch_api.symbols import expression
-
-aten = torch.ops.aten
-
 
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
@@ -54,11 +58,12 @@ def run(context: PassContext) -> None:
 
 
 def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    if node.target in (F.cross_entropy, F.nll_loss, aten.cross_entropy_loss.default):
+    name = operation(node)
+    if name in LABEL_LOSSES:
         return _sum_cross_entropy(graph, node)
-    if (name := operation(node)) in PLAIN_LOSSES and node.target is getattr(F, name, None):  # not ATen's
+    if name in PLAIN_LOSSES and node.target is getattr(F, name, None):  # not ATen's
         return _sum_plain_loss(graph, node)
-    if node.target in ("mean", torch.mean, aten.mean.default) and len(node.args) == 1:
+    if name == "mean" and len(node.args) == 1:
         source = node.args[0]
         if not node.kwargs and isinstance(source, fx.Node) and tensor_value(source) is not None:
             with graph.inserting_before(node):
@@ -68,16 +73,16 @@ def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _loss_arguments(node: fx.Node) -> tuple[Any, dict[str, Any], str] | None:
     """The function of a loss with labels, its arguments by name, and its reduction; None if it has an old-style one."""
-    target: Any = node.target
+    function = getattr(F, operation(node))
     given = given_arguments(node)
-    if given is None:
+    if given is None or "out" in given:
         return None
-    if target is aten.cross_entropy_loss.default:
+    if node.target is not function:  # ATen's
         given = {"input": given.pop("self"), **given}
-        return F.cross_entropy, given, _REDUCTIONS[given.pop("reduction", 1)]
+        return function, given, _REDUCTIONS[given.pop("reduction", 1)]
     reduction = given.pop("reduction", "mean")
     old_style = given.pop("size_average", None), given.pop("reduce", None)
-    return None if old_style != (None, None) else (target, given, reduction)
+    return None if old_style != (None, None) else (function, given, reduction)
 
 
 def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

@@ -274,12 +274,13 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 
 def given_arguments(node: fx.Node) -> dict[str, Any] | None:
-    """The arguments that a node is given, by torch's names and in torch's order; None if it may call several overloads."""
-    found = signatures(node)
+    """The arguments that a node is given, by torch's names and in torch's order; None if overloads differ in them."""
+    found = set(signatures(node))
     if len(found) != 1:
         return None
-    given = {**dict(zip(found[0], node.args, strict=False)), **node.kwargs}
-    return {name: given.pop(name) for name in found[0] if name in given} | given
+    (names,) = found
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {name: given.pop(name) for name in names if name in given} | given
 
 
 def signatures(node: fx.Node) -> list[tuple[str, ...]]:

@@ -20,6 +20,10 @@ HIDDEN, WEIGHT = torch.randn(N, H, dtype=torch.float64), 0.1 * torch.randn(V, H,
 LABELS, TARGETS = torch.randint(V, (N,)), torch.rand(N, V, dtype=torch.float64)
 SIGNS = torch.where(TARGETS > 0.5, 1.0, -1.0).double()
 
+WEIGHTS = torch.rand(V, dtype=torch.float64)
+_NUMBERS = {"none": 0, "mean": 1, "sum": 2}
+aten = torch.ops.aten
+
 Loss = Callable[[Tensor, str], Tensor]
 f: Any = F  # torch's stubs lack some arguments
 
@@ -51,6 +55,13 @@ REWRITTEN: dict[str, Loss] = {
     "triplet_margin_with_distance": lambda x, r: F.triplet_margin_with_distance_loss(
         x, TARGETS, TARGETS.flip(1), reduction=r
     ),
+    "cross_entropy of ATen": lambda x, r: aten.cross_entropy_loss.default(
+        x, LABELS, None, _NUMBERS[r], 3, 0.1
+    ),
+    "cross_entropy of ATen, any overload": lambda x, r: aten.cross_entropy_loss(
+        x, LABELS, reduction=_NUMBERS[r]
+    ),
+    "nll of ATen": lambda x, r: aten.nll_loss(x.log_softmax(-1), LABELS, WEIGHTS, _NUMBERS[r], 5),
     "soft_margin": lambda x, r: F.soft_margin_loss(x, SIGNS, reduction=r),
     "binary_cross_entropy, weights": lambda x, r: F.binary_cross_entropy(
         x.sigmoid(), TARGETS, TARGETS.flip(0), reduction=r
