@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -15,7 +15,7 @@ from mst_fx.graph.changing import Bounds
 from mst_fx.graph.names import module_path
 from mst_fx.graph.sizes import expression, hint
 from mst_fx.options import Options
-from mst_fx.report import Refused, Report, Rewrite
+from mst_fx.report import MemoryPlan, Refused, Report, Rewrite
 from mst_fx.rows.analysis import RowAnalysis, State
 from mst_fx.rows.counts import row_counts
 from mst_fx.rows.region import Region, RegionFinder, seeds
@@ -196,3 +196,19 @@ class PassContext:
             Refusal: with ``strict=True``.
         """
         self.refuse_all([Refused(kind, name, reason, cause)])
+
+
+@dataclasses.dataclass
+class JointContext:
+    """One stage over one joint graph.
+
+    Attributes:
+        graph: ATen operators, functional; its outputs are those of the forward pass, then the gradients. It is changed in
+            place.
+        options: the user's.
+        tell: takes what was planned.
+    """
+
+    graph: fx.Graph
+    options: Options
+    tell: Callable[[MemoryPlan], None]

@@ -12,6 +12,10 @@ class OptionError(ValueError):
     """A user's option is unknown or has a value of the wrong kind."""
 
 
+class BudgetError(MemoryError):
+    """No memory plan fits into the budget; the message says how much is lacking."""
+
+
 class Cause(str, enum.Enum):
     """Why a place was left as it was. Code asks for this; the reason beside it is for people."""
 
@@ -29,6 +33,7 @@ class Cause(str, enum.Enum):
     MASK_INPUT = "mask-input"  # the mask of attention is an input of the graph, made outside of it
     MASK = "mask"  # the mask of attention is not understood
     SCORES = "scores"  # attention that is not recognised
+    NO_LAYERS = "no-layers"  # no tensors through which all rows of a graph pass, for the memory plan
     DEFECT = "defect"  # an exception of ours
 
 

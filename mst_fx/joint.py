@@ -1,43 +1,36 @@
 """The stages that run on the joint graph of forward and backward pass: where it is known what is kept between the two.
 
-A stage gets a :class:`JointContext`. One that fails, or makes a graph that is not well-formed, leaves the graph as it was.
+A stage gets a :class:`~mst_fx.context.JointContext`. One that fails, or makes a graph that is not well-formed, leaves the graph as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import inspect
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import fx
 
-from mst_fx.errors import defect
+from mst_fx.context import JointContext
+from mst_fx.errors import BudgetError, Refusal, defect
+from mst_fx.listeners import on_plan
 from mst_fx.options import Options
+from mst_fx.report import MemoryPlan, Refused
 from mst_fx.stage import Stage
 from mst_fx.torch_api import joint, trace
 from mst_fx.version import __version__
 
-
-@dataclasses.dataclass
-class JointContext:
-    """One stage over one joint graph.
-
-    Attributes:
-        graph: ATen operators, functional; its outputs are those of the forward pass, then the gradients. It is changed in
-            place.
-        options: the user's.
-    """
-
-    graph: fx.Graph
-    options: Options
+log = logging.getLogger("mst_fx")
 
 
 def hooked(stages: Sequence[Stage], options: Options) -> contextlib.AbstractContextManager[None]:
-    """The joint graphs that are compiled inside of the block go through the stages; without any, nothing is hooked in."""
+    """The joint graphs that are compiled inside of the block go through the stages that the options ask for; without any,
+    nothing is hooked in."""
+    stages = [stage for stage in stages if stage.wanted is None or stage.wanted(options)]
     if not stages:
         return contextlib.nullcontext()
     change = functools.partial(_run, stages, options)
@@ -50,15 +43,28 @@ def _run(stages: Sequence[Stage], options: Options, graph: fx.Graph) -> None:
     for stage in stages:
         backup = joint.copied(graph)
         try:
-            if stage.run(JointContext(graph, options)) is not False:
+            if stage.run(JointContext(graph, options, _tell)) is not False:
                 graph.lint()
                 if graph.owning_module is not None:
                     trace.write(f"mst_fx_after_{stage.name}", lambda: str(graph))
+        except BudgetError:
+            raise
+        except Refusal as refusal:
+            if options.strict:
+                raise
+            joint.restore(graph, backup)
+            log.warning("mst-fx: no %s plan for a graph: %s", stage.name, refusal)
+            on_plan.tell(Refused(stage.name, "", str(refusal), refusal.cause))
         except Exception as error:
             if options.strict:
                 raise
             joint.restore(graph, backup)
             defect(f"skipped the {stage.name} pass for a graph", error)
+
+
+def _tell(plan: MemoryPlan) -> None:
+    log.info("%s", plan)
+    on_plan.tell(plan)
 
 
 def _key(stages: Sequence[Stage], options: Options) -> str:

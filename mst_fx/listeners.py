@@ -15,7 +15,7 @@ from typing import Generic, ParamSpec
 from torch import fx
 
 from mst_fx.process import State
-from mst_fx.report import Report
+from mst_fx.report import MemoryPlan, Refused, Report
 from mst_fx.torch_api.checkpoints import watch_checkpoints
 from mst_fx.torch_api.dynamo import Ending
 
@@ -81,6 +81,9 @@ class Listeners(State, Generic[P]):
 # A graph went through the passes: as Dynamo captured it, as it is compiled, and the report of this graph alone. Told
 # while the graph is compiled, on the thread and under the modes of its compilation.
 on_graph: Listeners[fx.GraphModule, fx.GraphModule, Report] = Listeners("graphs")
+
+# The backward pass of a graph is planned: the plan, or why there is none. Told while its graph of both passes is compiled.
+on_plan: Listeners[MemoryPlan | Refused] = Listeners("memory plans")
 
 # Deferred logits are computed in full; for "file:line in function".
 on_logits: Listeners[str] = Listeners("deferred logits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -28,6 +29,9 @@ class Options:
         logits: whether a logits output may be deferred: ``"auto"`` (when the loss of the same graph
             consumes the logits), ``"keep"`` (never) or ``"defer"`` (also when there is no loss).
         inner: compiler of the rewritten graph and of the loops' bodies.
+        memory: plans what is kept for the backward pass and what is made again, so that the step is the fastest that
+            fits: bytes that may be allocated on the device at the peak of a step, as ``"70GiB"`` or an int, or ``"auto"``: what is
+            free when the step is compiled, less an optimizer's states. None: no plan; the checkpointing in the model decides.
         strict: raise on a refusal or a failure of a pass instead of leaving the graph as it was.
         inductor: patches of ``torch._inductor.config``.
     """
@@ -39,6 +43,7 @@ class Options:
     accumulate: Literal["auto", "weight"] = "auto"
     logits: Literal["auto", "keep", "defer"] = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    memory: str | int | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -52,6 +57,10 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise _bad(name, value, "one of " + ", ".join(map(repr, allowed)))
+        if self.memory is not None and self.memory != "auto" and bytes_in(self.memory) is None:
+            raise _bad("memory", self.memory, "'auto', bytes as in '70GiB' or an int ≥ 1, or None")
+        if self.memory is not None and self.inner == "eager":
+            raise _bad("memory", self.memory, "None with inner='eager', which has no graph of both passes")
         if not isinstance(self.strict, bool):
             raise _bad("strict", self.strict, "True or False")
         if not isinstance(self.inductor, Mapping):
@@ -69,6 +78,18 @@ _CHOICES = {
     "logits": ("auto", "keep", "defer"),
     "inner": ("inductor", "aot_eager", "eager"),
 }
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_BYTES = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
+
+
+def bytes_in(text: Any) -> int | None:
+    """``"1.5GiB"`` → 1610612736; None if it is neither that nor an int ≥ 1."""
+    found = _BYTES.fullmatch(text) if isinstance(text, str) else None
+    count = int(float(found[1]) * _UNITS[found[2]]) if found else text
+    return count if isinstance(count, int) and not isinstance(count, bool) and count >= 1 else None
 
 
 def _all_strings(values: Any) -> bool:

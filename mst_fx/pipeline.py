@@ -28,6 +28,7 @@ from mst_fx.passes import (
     functional,
     gathered_rows,
     inline,
+    memory_plan,
     mlp,
     one_hots,
     picks,
@@ -147,7 +148,9 @@ STAGES: tuple[Stage, ...] = (
 )
 
 # All that changes the graph of forward and backward pass.
-JOINT_STAGES: tuple[Stage, ...] = ()
+JOINT_STAGES: tuple[Stage, ...] = (
+    Stage("memory", memory_plan.run, when=When.JOINT, wanted=memory_plan.is_wanted),
+)
 
 check_order(STAGES, When.CAPTURED, PASS_NAMES)
 check_order(JOINT_STAGES, When.JOINT)

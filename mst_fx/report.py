@@ -75,6 +75,51 @@ class Fit:
     chunk_rows: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """Layers of a memory plan that do the same.
+
+    Attributes:
+        layers: how many.
+        again: what their backward passes make again, beside casts: "nothing", "norms", "3 mm + attention" (with the norms).
+        kept_bytes: that one layer keeps, its first rows included.
+        flops: floating-point operations that one layer makes again.
+        seconds: that they take, by the figures of the device.
+    """
+
+    layers: int
+    again: str
+    kept_bytes: int
+    flops: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What the backward pass of one graph finds kept, and what it makes again.
+
+    Attributes:
+        layers: in order of what they keep, the least first.
+        budget: bytes that may be allocated at the peak of a step.
+        taken: bytes that were when it was planned.
+        peak: bytes that will be, as far as the plan sees.
+    """
+
+    layers: tuple[Planned, ...]
+    budget: int
+    taken: int
+    peak: int
+
+    def __str__(self) -> str:
+        lines = [f"memory plan: {human_bytes(self.peak)} at the peak, of {human_bytes(self.budget)}"]
+        lines += [
+            f"  {each.layers} layers keep {human_bytes(each.kept_bytes)}, make again: {each.again}"
+            f" ({each.flops / 1e9:.3g} GFLOP, {each.seconds * 1e3:.3g} ms)"
+            for each in self.layers
+        ]
+        return "\n".join(lines)
+
+
 @dataclasses.dataclass
 class Report:
     """The sum over all graphs of a program.
@@ -86,6 +131,7 @@ class Report:
         graphs: how many graphs were captured.
         seconds: what the passes took.
         stage_seconds: what each stage took, where it had something to do.
+        plans: the memory plan of each graph that has one.
         before, after: the code of each graph; "" for both where nothing was rewritten.
     """
 
@@ -96,6 +142,7 @@ class Report:
     graphs: int = 0
     seconds: float = 0.0
     stage_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    plans: list[MemoryPlan] = dataclasses.field(default_factory=list)
     before: list[str] = dataclasses.field(default_factory=list)
     after: list[str] = dataclasses.field(default_factory=list)
 
@@ -108,6 +155,7 @@ class Report:
         self.seconds += other.seconds
         for name, seconds in other.stage_seconds.items():
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + seconds
+        self.plans += other.plans
         self.before += other.before
         self.after += other.after
 
@@ -136,6 +184,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "rewrites": [dataclasses.asdict(rewrite) for rewrite in self.rewrites],
             "refusals": [dataclasses.asdict(refused) for refused in self.refusals],
+            **({"plans": [dataclasses.asdict(plan) for plan in self.plans]} if self.plans else {}),
         }
 
     def summary(self) -> str:
@@ -165,6 +214,7 @@ class Report:
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         lines += [f"refused {r.kind} {r.name}: {r.reason}" for r in self.refusals]
+        lines += [str(plan) for plan in self.plans]
         lines.append(f"{self.graphs} graph(s): {self.summary()}")
         return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from mst_fx.context import PassContext
+from mst_fx.options import Options
 
 
 class Scope(enum.Enum):
@@ -47,10 +48,11 @@ class Stage:
         run: changes ``context.gm``. Of a captured graph this is a copy, which is thrown away if nothing came of it: if
             the stage returns False, or, where it returns nothing, has put no rewrite into the report. Raises
             :class:`~mst_fx.errors.Refusal`, or refuses one place of several (``context.refuse``). Of a joint graph
-            it gets a :class:`mst_fx.joint.JointContext`.
+            it gets a :class:`~mst_fx.context.JointContext`.
         scope, when: which graphs it gets.
         matches: whether there is anything to do; asked before anything is copied, must change nothing.
         prepared_by, followed_by: run on the same copy before and after it.
+        wanted: of a stage of the joint graph, whether the options ask for it; if none of them does, nothing is hooked in.
         only_if_changed: runs where an earlier stage has put a rewrite into the report.
         in_place: no copy is made, and a failure costs the whole program: what comes after counts on this stage.
         needs, gives: facts about the graph, by name; what one stage needs, an earlier one has given
@@ -66,6 +68,7 @@ class Stage:
     followed_by: tuple[Helper, ...] = ()
     only_if_changed: bool = False
     in_place: bool = False
+    wanted: Callable[[Options], bool] | None = None
     needs: frozenset[str] = frozenset()
     gives: frozenset[str] = frozenset()
 

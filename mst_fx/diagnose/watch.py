@@ -13,8 +13,8 @@ from mst_fx.diagnose.estimate import estimate_memory
 from mst_fx.diagnose.facts import facts_of
 from mst_fx.diagnose.findings import Diagnosis, diagnosis_of
 from mst_fx.diagnose.lines import lines_of
-from mst_fx.listeners import on_eager_checkpoint, on_graph, on_logits
-from mst_fx.report import Report
+from mst_fx.listeners import on_eager_checkpoint, on_graph, on_logits, on_plan
+from mst_fx.report import MemoryPlan, Refused, Report
 from mst_fx.torch_api.dynamo import Ending, compilation, wrapped_modules
 
 T = TypeVar("T")
@@ -56,6 +56,7 @@ def watch() -> Iterator[Diagnosis]:
     """
     total = Diagnosis()
     graphs: LastAttempts[Diagnosis] = LastAttempts()
+    plans: LastAttempts[MemoryPlan | Refused] = LastAttempts()
     places: list[str] = []
     eager: list[str] = []
 
@@ -70,12 +71,18 @@ def watch() -> Iterator[Diagnosis]:
 
     with (
         on_graph.listening(note_graph),
+        on_plan.listening(plans.add),
         on_logits.listening(note_logits),
         on_eager_checkpoint.listening(note_checkpoint),
     ):
         yield total
     for found in graphs:
         total.add(found)
+    for plan in plans:
+        if isinstance(plan, MemoryPlan):
+            total.plans.append(plan)
+        else:
+            total.refusals.append(plan)
     total.logits_used += dict.fromkeys(places)
     total.eager_checkpoints += dict.fromkeys(eager)
     if not total.graphs:

@@ -4,6 +4,6 @@ A step never reaches the proof: nothing here imports ``rows``, edits a graph or 
 is a pass. Importing this package registers all of them, and ``mst_fx/__init__`` does.
 """
 
-from mst_fx.ops import attention, buffer, chunks, dropout, embedding, loop, port, scaled
+from mst_fx.ops import attention, buffer, chunks, dropout, embedding, gate, loop, port, scaled
 
-__all__ = ["attention", "buffer", "chunks", "dropout", "embedding", "loop", "port", "scaled"]
+__all__ = ["attention", "buffer", "chunks", "dropout", "embedding", "gate", "loop", "port", "scaled"]

@@ -16,6 +16,7 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils.checkpoint import CheckpointPolicy
 
 Change = Callable[[fx.Graph], None]
 
@@ -47,7 +48,11 @@ def changed_joint_graphs(change: Change, key: str, inner: str) -> Iterator[None]
     """
     if inner == "inductor":
         before = inductor_config.joint_custom_post_pass
-        with inductor_config.patch(joint_custom_post_pass=_JointPass(change, key, before)):
+        # A graph from AOTAutograd's cache is as it was planned for the memory that there was then, and nobody is told.
+        with (
+            functorch_config.patch(enable_autograd_cache=False),
+            inductor_config.patch(joint_custom_post_pass=_JointPass(change, key, before)),
+        ):
             yield
     elif inner == "aot_eager":
         others: Any = functorch_config.joint_custom_pass
@@ -84,3 +89,22 @@ def copied(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph()
     restore(new, graph)
     return new
+
+
+# What checkpointing leaves on a node: whether it is made again, and in which region.
+CHECKPOINT_TAGS = ("recompute", "ac_graph_id")
+
+
+def must_save(node: fx.Node) -> bool:
+    """Whether a selective policy of the user's keeps a node's results."""
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE
+
+
+def must_recompute(node: fx.Node) -> bool:
+    """Whether a selective policy of the user's says that a node is made again. (Plain checkpointing prefers it.)"""
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE
+
+
+def is_backward_only(node: fx.Node) -> None:
+    """Tells the partitioner that a node is of the backward pass."""
+    node.meta["partitioner_tag"] = "is_backward"

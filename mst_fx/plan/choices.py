@@ -1,0 +1,116 @@
+"""What of a layer may be kept for its backward pass, and what is made again then.
+
+The fewest bytes keep a layer's start alone: a checkpoint. From there on the call is kept that saves most operations a byte (attention
+first, at long sequences by far), then the next, until only norms, rotations and casts are made again, and at last only casts.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Collection
+
+from torch import fx
+
+from mst_fx.plan.costs import Cost, cost_of
+from mst_fx.plan.joint_graph import (
+    bytes_of,
+    is_attention,
+    is_cheap,
+    may_run_again,
+    source_of,
+    storages,
+    tensor_of,
+)
+from mst_fx.plan.layers import Layer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """A layer, with what of it is kept.
+
+    Attributes:
+        layer: which.
+        kept: what is kept beside the layer's start.
+        again: what is made again, in order.
+        bytes: of ``kept`` and the start, by storage.
+        cost: of ``again``.
+    """
+
+    layer: Layer
+    kept: frozenset[fx.Node]
+    again: tuple[fx.Node, ...]
+    bytes: int
+    cost: Cost
+
+    def __str__(self) -> str:
+        """What is made again, in words."""
+        made = collections.Counter(
+            "attention" if is_attention(node) else _operator(node)
+            for node in self.again
+            if cost_of([node]).flops > 0
+        )
+        parts = [name if count == 1 else f"{count} {name}" for name, count in made.items()]
+        return " + ".join(parts) if parts else "norms" if any(map(_is_made, self.again)) else "nothing"
+
+
+def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:
+    """What may be kept of a layer, the least first; each keeps more bytes than the one before, and makes less again.
+
+    Args:
+        wanted: what a policy of the user's keeps in any case (``MUST_SAVE``).
+    """
+    found = [_choice(layer, set(wanted))]
+    while True:
+        now = found[-1]
+        calls = dict.fromkeys(source_of(node) for node in now.again if not is_cheap(node))
+        more = [_choice(layer, {*wanted, *map(source_of, now.kept), call}) for call in calls]
+        better = [each for each in more if each.bytes > now.bytes and each.cost.flops < now.cost.flops]
+        if not better:
+            break
+        found.append(
+            max(better, key=lambda each: (now.cost.flops - each.cost.flops) / (each.bytes - now.bytes))
+        )
+    most = _choice(layer, {*wanted, *map(source_of, found[-1].kept), *_operands(layer)})
+    return [*found, most] if most.bytes > found[-1].bytes else found
+
+
+def _operands(layer: Layer) -> set[fx.Node]:
+    """What products, loops and attention read backward, and what is small: the rest is casts and factors of fused kernels."""
+    small = bytes_of(layer.start) // 100
+    return {
+        node
+        for user, node in layer.readers
+        if tensor_of(node) is not None and (not is_cheap(user) or bytes_of(node) <= small)
+    }
+
+
+def _choice(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
+    """A layer of which some calls, or some results of them, are kept."""
+    inside = set(layer.nodes)
+    kept: dict[fx.Node, None] = {}
+    again: set[fx.Node] = set()
+    waiting = [node for _, node in layer.readers]
+    while waiting:
+        node = waiting.pop()
+        if node not in inside or node in again or node in kept:
+            continue
+        is_kept = node in wanted or source_of(node) in wanted or not may_run_again(node)
+        if is_kept and tensor_of(node) is not None:  # of several results each is kept by itself
+            kept[node] = None
+        else:
+            again.add(node)
+            waiting += node.all_input_nodes
+    size = sum(map(bytes_of, storages([layer.start, *kept])))
+    in_order = tuple(node for node in layer.nodes if node in again)
+    return Choice(layer, frozenset(kept), in_order, size, cost_of(in_order))
+
+
+def _is_made(node: fx.Node) -> bool:
+    """Whether a value is made for an operator that is not fused."""
+    return any(not is_cheap(user) for user in node.users)
+
+
+def _operator(node: fx.Node) -> str:
+    name = str(node.target).split(".")
+    return name[1] if len(name) > 1 else name[0]

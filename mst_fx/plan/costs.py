@@ -1,0 +1,144 @@
+"""What a call costs: floating-point operations, from torch's formulas and ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from mst_fx.bodies.body import Body, body
+from mst_fx.graph.sizes import hint
+from mst_fx.plan.joint_graph import bytes_of, is_attention, is_view, tensor_of
+from mst_fx.torch_api.tensors import tree_leaves
+
+_LOOPS = {
+    "mst_fx::loop": 1,
+    "mst_fx::loop_backward": 3,
+    "mst_fx::loop_with_grad": 3,
+}  # forward passes that one costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What some calls cost.
+
+    Attributes:
+        products: floating-point operations of products of matrices, and of loops.
+        attention: those of attention.
+        moved: bytes of the results of all other calls.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    moved: int = 0
+
+    @property
+    def flops(self) -> float:
+        return self.products + self.attention
+
+    def seconds(self, device: Device) -> float:
+        return (
+            self.products / device.products
+            + self.attention / device.attention
+            + self.moved / device.bandwidth
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a device reaches in a training step in bfloat16.
+
+    Attributes:
+        products, attention: operations a second.
+        bandwidth: bytes a second that its memory takes.
+    """
+
+    products: float
+    attention: float
+    bandwidth: float
+
+
+# By a part of the name. Measured here on H100 and H200 (benchmarks/); A100's from its data sheet, at the same share of its peak.
+_DEVICES = {
+    "H200": Device(700e12, 600e12, 3.8e12),
+    "H100": Device(700e12, 600e12, 2.8e12),
+    "A100": Device(240e12, 190e12, 1.5e12),
+}
+# The ratios count: a plan is the same for a device that is slower in all of it.
+_OTHER = Device(100e12, 80e12, 0.8e12)
+
+
+def device_of(name: str) -> Device:
+    """The figures of a device, by its name (``torch.cuda.get_device_name()``)."""
+    return next((found for known, found in _DEVICES.items() if known in name), _OTHER)
+
+
+def cost_of(nodes: Iterable[fx.Node]) -> Cost:
+    """What some calls cost together, sizes by hint."""
+    products, attention, moved = 0.0, 0.0, 0
+    for node in nodes:
+        flops = flops_of(node)
+        if is_attention(node):
+            attention += flops
+        else:
+            products += flops
+        if not flops and not is_view(node):
+            moved += bytes_of(node)
+    return Cost(products, attention, moved)
+
+
+def flops_of(node: fx.Node) -> float:
+    """Floating-point operations of a call, sizes by hint; a multiplication and an addition are two.
+
+    Products of matrices, attention, and loops of them: the rest is bound by memory, and counts 0.
+    """
+    if node.op != "call_function":
+        return 0.0
+    if is_attention(node):
+        return _attention_flops(node)
+    packet = getattr(node.target, "overloadpacket", None)
+    passes = _LOOPS.get(str(packet).replace(".", "::"))
+    if passes is not None:
+        (key,) = [arg for arg in node.args if isinstance(arg, str)]
+        rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
+        assert rows is not None
+        run = body(key)
+        return (
+            passes
+            * _flops_a_row(run)
+            * math.prod(map(hint, rows.shape[: rows.ndim - len(run.rows[0].shape)]))
+        )
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0.0
+    args: Any = fx.map_arg(node.args, lambda n: n.meta.get("val"))
+    kwargs: Any = fx.map_arg(node.kwargs, lambda n: n.meta.get("val"))
+    return float(hint(formula(*args, **kwargs, out_val=node.meta.get("val"))))
+
+
+@functools.lru_cache(maxsize=64)
+def _flops_a_row(run: Body) -> float:
+    count = next(node for node in run.forward.graph.nodes if node.op == "placeholder")
+    rows = hint(count.meta["val"])
+    return sum(map(flops_of, run.forward.graph.nodes)) / rows
+
+
+def _attention_flops(node: fx.Node) -> float:
+    """Two products of queries and keys; half of them where the mask is causal."""
+    query, key, value = (tensor_of(arg) for arg in node.args[:3])  # type: ignore[arg-type]
+    assert query is not None and key is not None and value is not None
+    batch, heads, queries, width = map(hint, query.shape)
+    keys, out_width = hint(key.shape[-2]), hint(value.shape[-1])
+    share = 0.5 if _is_causal(node) else 1.0
+    return 2.0 * batch * heads * queries * keys * (width + out_width) * share
+
+
+def _is_causal(node: fx.Node) -> bool:
+    if str(node.target) == "mst_fx.attention.default":
+        return "'le'" in str(node.args[8]) or "'ge'" in str(node.args[8])
+    return True in node.args[3:] or bool(node.kwargs.get("is_causal"))

@@ -1,0 +1,152 @@
+"""A joint graph in its two halves, and the values that one has of the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from mst_fx.errors import Cause, Refusal
+from mst_fx.graph.sizes import hint
+from mst_fx.torch_api.tensors import tree_leaves
+
+aten = torch.ops.aten
+
+# Of what is cheap to make again: no product of matrices, no loop, no attention. Pointwise operators have torch's tag.
+_CHEAP = frozenset((
+    aten.mean.dim, aten.sum.dim_IntList, aten.var_mean.correction, aten.amax.default, aten.cat.default, aten.clone.default,
+    aten._to_copy.default, aten.constant_pad_nd.default, aten.native_layer_norm.default, aten.slice_backward.default,
+    aten._log_softmax.default, aten._softmax.default, aten.nll_loss_forward.default, aten.gather.default, aten.logsumexp.default,
+    torch.ops.prims.convert_element_type.default, torch.ops.prims.view_of.default,
+    *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []),
+))  # fmt: skip
+
+
+@dataclasses.dataclass
+class JointGraph:
+    """What AOTAutograd has traced, before it is cut in two.
+
+    Attributes:
+        graph: its outputs are those of the forward pass, then a gradient, or None, for each of its inputs.
+        backward: the nodes that depend on an arriving gradient.
+        outputs: the results of the forward pass.
+    """
+
+    graph: fx.Graph
+
+    def __post_init__(self) -> None:
+        inputs = self.graph.find_nodes(op="placeholder")
+        self.backward = {node for node in inputs if "tangents" in str(node.target)}
+        count = len(inputs) - len(self.backward)
+        for node in self.graph.nodes:
+            if node.op != "output" and not self.backward.isdisjoint(node.all_input_nodes):
+                self.backward.add(node)
+        results = tree_leaves(self.graph.output_node().args)
+        cut = len(results) - count
+        self.outputs = [node for node in results[: max(cut, 0)] if isinstance(node, fx.Node)]
+        self.gradients = [node if isinstance(node, fx.Node) else None for node in results[cut:]]
+        given = [node for node in inputs if node not in self.backward]
+        if cut < 0 or not all(map(_is_gradient_of, self.gradients, given)):
+            raise Refusal(
+                "the graph of both passes does not end in one gradient for each input", Cause.NO_LAYERS
+            )
+
+    @property
+    def forward(self) -> list[fx.Node]:
+        """The calls that depend on no gradient, in order: what only gradients read is among them."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and n not in self.backward]
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the gradients that come out."""
+        return sum(bytes_of(node) for node in self.gradients if node is not None)
+
+    def read_backward(self) -> list[tuple[fx.Node, fx.Node]]:
+        """Which node of the backward pass reads which call of the forward pass, in order."""
+        return [
+            (user, node)
+            for user in self.graph.nodes
+            if user in self.backward
+            for node in user.all_input_nodes
+            if node.op == "call_function" and node not in self.backward
+        ]
+
+
+def _is_gradient_of(gradient: fx.Node | None, given: fx.Node) -> bool:
+    if gradient is None:
+        return True
+    found, of = tensor_of(gradient), tensor_of(given)
+    return found is not None and of is not None and found.shape == of.shape
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    found = node.meta.get("val")
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def bytes_of(node: fx.Node) -> int:
+    """The bytes of a tensor, sizes by hint; 0 for what is none."""
+    found = tensor_of(node)
+    return 0 if found is None else hint(found.numel()) * found.element_size()
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a call makes no memory of its own."""
+    target = node.target
+    return node.op == "call_function" and (
+        getattr(target, "is_view", False)
+        or target in (aten._unsafe_view.default, torch.ops.mst_fx.gate.default)
+    )
+
+
+def storage_of(node: fx.Node) -> fx.Node:
+    """The node that made the memory behind a view."""
+    while is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def storages(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes that made the memory behind some, each once, in order."""
+    return list(dict.fromkeys(map(storage_of, nodes)))
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The call of several results of which a node is one; otherwise itself."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a call is attention, ours or torch's."""
+    name = str(node.target)
+    return name == "mst_fx.attention.default" or ("scaled_dot_product" in name and "backward" not in name)
+
+
+def is_cheap(node: fx.Node) -> bool:
+    """Whether a call costs a pass over its operands, or nothing."""
+    target = source_of(node).target
+    if not isinstance(target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return is_view(node) or torch.Tag.pointwise in target.tags or target in _CHEAP
+
+
+def _has_no_dropout(node: fx.Node) -> bool:
+    """Whether a call that may drop out, as torch's attention kernels, does so with a probability of 0."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    found = [given.get(a.name, a.default_value) for a in schema if a.name == "dropout_p"]
+    return found == [0.0]
+
+
+def may_run_again(node: fx.Node) -> bool:
+    """Whether a call gives the same a second time, and does nothing else: no random numbers, nothing of other ranks."""
+    target = source_of(node).target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    is_random = torch.Tag.nondeterministic_seeded in target.tags and not _has_no_dropout(source_of(node))
+    return (
+        not is_random and not target._schema.is_mutable and not target.namespace.startswith(("_c10d", "c10d"))
+    )

@@ -1,0 +1,143 @@
+"""The layers of a joint graph: what lies between two *waists*, the tensors through which all rows pass."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import networkx
+from torch import fx
+
+from mst_fx.errors import Cause, Refusal
+from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, is_cheap, is_view, tensor_of
+
+_SINK = "sink"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """What is made from one waist up to the next.
+
+    Attributes:
+        start: the waist: kept, or made again before the layer is.
+        nodes: the forward pass behind it, up to the next layer's start, in order; with what only gradients read.
+        readers: the nodes of the backward pass that read one of ``nodes``, and which.
+        kind: the same for layers of equal operators and shapes.
+    """
+
+    start: fx.Node
+    nodes: tuple[fx.Node, ...]
+    readers: tuple[tuple[fx.Node, fx.Node], ...]
+    kind: str
+
+
+def layers_of(joint: JointGraph) -> list[Layer]:
+    """The layers of a graph, in order.
+
+    Raises:
+        Refusal: if there is no tensor through which all rows pass.
+    """
+    starts = _starts(joint)
+    if not starts:
+        raise Refusal("there are no layers: no two tensors through which all rows pass", Cause.NO_LAYERS)
+    place = {start: index for index, start in enumerate(starts)}
+    layer_of: dict[fx.Node, int] = {}
+    for node in joint.forward:
+        read = [place.get(source, layer_of.get(source, -1)) for source in node.all_input_nodes]
+        if max(read, default=-1) >= 0:
+            layer_of[node] = max(read)
+    parts: list[list[fx.Node]] = [[] for _ in starts]
+    for node, index in layer_of.items():
+        if node not in place:
+            parts[index].append(node)
+    readers: list[list[tuple[fx.Node, fx.Node]]] = [[] for _ in starts]
+    for user, node in joint.read_backward():
+        if node in layer_of and node not in place:
+            readers[layer_of[node]].append((user, node))
+    return [
+        Layer(start, tuple(nodes), tuple(read), _kind(start, nodes, read))
+        for start, nodes, read in zip(starts, parts, readers, strict=True)
+    ]
+
+
+def _kind(start: fx.Node, nodes: Sequence[fx.Node], readers: Sequence[tuple[fx.Node, fx.Node]]) -> str:
+    number = {start: 0} | {node: index for index, node in enumerate(nodes, 1)}
+    found = hashlib.sha256()
+    for node in nodes:
+        value = tensor_of(node)
+        shape = (tuple(value.shape), value.dtype) if value is not None else ()
+        found.update(
+            repr((str(node.target), shape, [number.get(n, -1) for n in node.all_input_nodes])).encode()
+        )
+    found.update(repr([number[node] for _, node in readers]).encode())
+    return found.hexdigest()[:8]
+
+
+def _starts(joint: JointGraph) -> list[fx.Node]:
+    """The waists at which layers begin."""
+    waists = _waists(joint)
+    if len(waists) < 2:
+        return []
+    forward = joint.forward
+    place = {node: index for index, node in enumerate(forward)}
+    parts = [forward[place[a] + 1 : place[b] + 1] for a, b in itertools.pairwise(waists)]
+    # Of a chain of pointwise operators the last one is the waist.
+    is_joined = [all(map(is_cheap, part)) for part in parts]
+    waists = [w for w, joined in zip(waists, [*is_joined, False], strict=True) if not joined]
+    parts = [forward[place[a] + 1 : place[b] + 1] for a, b in itertools.pairwise(waists)]
+    attends = [any(map(is_attention, part)) for part in parts]
+    if not any(attends):
+        return waists
+    return [w for w, has_attention in zip(waists, attends, strict=False) if has_attention] + waists[-1:]
+
+
+def _waists(joint: JointGraph) -> list[fx.Node]:
+    """Tensors of the same size that lie on every way from the first rows to the loss.
+
+    They are the post-dominators of the first rows: Lengauer and Tarjan, as in ``networkx.immediate_dominators``.
+    """
+    forward = joint.forward
+    flow = networkx.DiGraph()
+    for node in forward:
+        flow.add_edges_from((node, source) for source in node.all_input_nodes if source.op == "call_function")
+    scalars = [
+        out for out in joint.outputs if out in flow and (t := tensor_of(out)) is not None and not t.ndim
+    ]
+    results = [out for out in scalars if tensor_of(out).is_floating_point()] or [  # type: ignore[union-attr]
+        out for out in joint.outputs if out in flow and bytes_of(out)
+    ]
+    flow.add_edges_from((_SINK, out) for out in results)
+    if _SINK not in flow:
+        return []
+    above = networkx.immediate_dominators(flow, _SINK)
+    chain: list[fx.Node] = []
+    at: Any = _first_rows(forward, above)
+    while at is not None and at != _SINK:
+        chain.append(at)
+        at = above[at]
+    made = [n for n in chain if tensor_of(n) is not None and not is_view(n)]
+    sizes = collections.Counter(bytes_of(n) for n in made if bytes_of(n) > 0 and tensor_of(n).ndim > 1)  # type: ignore[union-attr]
+    if not sizes:
+        return []
+    widest = sizes.most_common(1)[0][0]
+    return [n for n in made if bytes_of(n) == widest]
+
+
+def _first_rows(forward: Sequence[fx.Node], above: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """The call that reads inputs alone and from which most bytes are made: the embedding, not a weight's view."""
+    calls = [node for node in forward if node in above]
+    entries = [n for n in calls if not is_view(n) and all(i.op == "placeholder" for i in n.all_input_nodes)]
+    best, most = None, 0
+    for entry in entries:
+        reached, made = {entry}, bytes_of(entry)
+        for node in calls:
+            if node not in reached and not reached.isdisjoint(node.all_input_nodes):
+                reached.add(node)
+                made += bytes_of(node)
+        if made > most:
+            best, most = entry, made
+    return best

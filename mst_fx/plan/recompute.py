@@ -1,0 +1,92 @@
+"""Writes into a joint graph what is made again: clones of forward nodes, behind gates (:mod:`mst_fx.ops.gate`).
+
+No tags, and no partitioner of ours: what the backward pass then reads of the forward pass is what is kept, and nothing else. (The tags
+of ``torch.utils.checkpoint`` say an order, which rests on the partitioner and on Inductor's scheduler; these are operands.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import fx
+
+from mst_fx.plan.choices import Choice
+from mst_fx.plan.joint_graph import JointGraph
+from mst_fx.torch_api.joint import CHECKPOINT_TAGS, is_backward_only
+
+_ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
+
+
+def make_again(joint: JointGraph, chosen: Iterable[Choice]) -> None:
+    """Replaces what the backward pass reads of each layer, and does not find kept, by clones.
+
+    The tags of checkpointing go from the whole graph: the plan decides.
+    """
+    for node in joint.graph.nodes:
+        for tag in CHECKPOINT_TAGS:
+            node.meta.pop(tag, None)
+    for choice in chosen:
+        if choice.again:
+            _Again(joint, choice).run()
+    joint.graph.eliminate_dead_code()
+
+
+@dataclasses.dataclass
+class _Again:
+    """One layer, made again."""
+
+    joint: JointGraph
+    choice: Choice
+
+    def __post_init__(self) -> None:
+        self.again = set(self.choice.again)
+        self.clones: dict[fx.Node, fx.Node] = {}
+        self.gates: dict[fx.Node, fx.Node] = {}
+        first = self.choice.layer.readers[0][0]
+        self.after = next(node for node in first.all_input_nodes if node in self.joint.backward)
+
+    def run(self) -> None:
+        for user, node in self.choice.layer.readers:
+            if node in self.again:
+                user.replace_input_with(node, self._clone(node, user))
+
+    def _clone(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        """A node, made again before another one. (Layers are deep: no recursion over their nodes.)"""
+        waiting = [node]
+        while waiting:
+            last = waiting[-1]
+            missing = [n for n in last.all_input_nodes if n in self.again and n not in self.clones]
+            if missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            if last not in self.clones:
+                self.clones[last] = self._copy(last, before)
+        return self.clones[node]
+
+    def _copy(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        operands: Mapping[fx.Node, fx.Node] = {n: self._operand(n, before) for n in node.all_input_nodes}
+        with self.joint.graph.inserting_before(before):
+            new = self.joint.graph.node_copy(node, lambda n: operands[n])
+        new.meta = dict(node.meta)
+        self._is_backward(new)
+        return new
+
+    def _operand(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        if node in self.clones:
+            return self.clones[node]
+        if node is not self.choice.layer.start and node not in self.choice.kept:
+            return node  # of no layer: a weight, what all layers read
+        if node not in self.gates:
+            with self.joint.graph.inserting_before(before):
+                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (node, self.after))
+            gate.meta = {key: value for key, value in node.meta.items() if key in _ABOUT_VALUES}
+            self._is_backward(gate)
+            self.gates[node] = gate
+        return self.gates[node]
+
+    def _is_backward(self, node: fx.Node) -> None:
+        is_backward_only(node)
+        self.joint.backward.add(node)

@@ -1,0 +1,64 @@
+"""How many bytes a step may take beside what is there already."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+
+from mst_fx.graph.sizes import hint
+from mst_fx.plan.joint_graph import JointGraph, tensor_of
+
+# Of "auto": fragments, and what the sum of a plan does not see.
+_MARGIN = 0.04
+# Bytes of optimizer states for a byte of what is trained, until they are there: the two moments of Adam.
+_STATES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The memory of a device, when a step is compiled.
+
+    Attributes:
+        device: its name.
+        budget: bytes that may be allocated at the peak.
+        taken: bytes that are: parameters, inputs, optimizer states, gradients that are accumulated.
+    """
+
+    device: str
+    budget: int
+    taken: int
+
+    @property
+    def bytes(self) -> int:
+        """For what a step makes, the gradients that come out of it included."""
+        return self.budget - self.taken
+
+
+def room_for(memory: int | None, joint: JointGraph) -> Room:
+    """What a step has, of the device that most of its inputs are on.
+
+    Args:
+        memory: bytes of the user's budget for all that is allocated at the peak. None: what is free on the device now, less
+            the states that an optimizer will make, as far as they are not there.
+    """
+    inputs = [n for n in joint.graph.find_nodes(op="placeholder") if n not in joint.backward]
+    sizes: dict[torch.device, int] = {}
+    for node in inputs:
+        value = tensor_of(node)
+        if value is not None:
+            sizes[value.device] = sizes.get(value.device, 0) + hint(value.numel()) * value.element_size()
+    device = max(sizes, key=lambda d: sizes[d], default=torch.device("cpu"))
+    given = sizes.get(device, 0)
+    if device.type != "cuda":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Room("cpu", given + int(free * (1 - _MARGIN)) if memory is None else memory, given)
+    taken = torch.cuda.memory_allocated(device)
+    name = torch.cuda.get_device_name(device)
+    if memory is not None:
+        return Room(name, memory, taken)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - taken
+    states = max(0, _STATES * joint.trained_bytes - max(0, taken - given))
+    return Room(name, int(taken + free * (1 - _MARGIN)) - states, taken)

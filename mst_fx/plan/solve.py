@@ -1,0 +1,118 @@
+"""Which choice each layer takes: the fewest seconds in the bytes that there are. Numbers only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+try:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+except ImportError:  # an extra: mst-fx[plan]
+    milp = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What one layer of a kind may take: bytes that it keeps, and seconds that it makes again."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Layers that are equal.
+
+    Attributes:
+        count: how many.
+        options: what each may take; the first keeps least.
+    """
+
+    count: int
+    options: tuple[Option, ...]
+
+
+class TooLittle(Exception):
+    """No choice fits; the argument says how many bytes are missing."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(missing)
+        self.missing = missing
+
+
+def solve(kinds: Sequence[Kind], room: int) -> list[list[int]]:
+    """How many layers of each kind take each of its options, so that what is made again takes the fewest seconds.
+
+    Exact with scipy (HiGHS, a mixed-integer program); without it a ladder, which takes steps by seconds a byte and
+    may leave less than one step's bytes free. Of plans with equal seconds the one of fewest bytes.
+
+    Args:
+        room: bytes for all that is kept.
+
+    Raises:
+        TooLittle: if not even the least of every layer fits.
+    """
+    least = sum(kind.count * kind.options[0].bytes for kind in kinds)
+    if least > room:
+        raise TooLittle(least - room)
+    ladder = _ladder(kinds, room)
+    if milp is None:
+        return ladder
+    exact = _program(kinds, room)
+    return exact if exact is not None and _seconds(kinds, exact) <= _seconds(kinds, ladder) else ladder
+
+
+def _seconds(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> float:
+    return math.fsum(
+        count * option.seconds
+        for kind, found in zip(kinds, counts, strict=True)
+        for count, option in zip(found, kind.options, strict=True)
+    )
+
+
+def _program(kinds: Sequence[Kind], room: int) -> list[list[int]] | None:
+    flat = [(index, option) for index, kind in enumerate(kinds) for option in kind.options]
+    most = max(option.seconds for _, option in flat) or 1.0
+    size = max(option.bytes for _, option in flat) or 1
+    # Seconds first: all bytes together weigh less than what two plans can differ in.
+    costs = [option.seconds / most + 1e-9 * option.bytes / size for _, option in flat]
+    rows = [[float(index == row) for index, _ in flat] for row in range(len(kinds))]
+    counts = [float(kind.count) for kind in kinds]
+    rows.append([option.bytes / size for _, option in flat])
+    limits = LinearConstraint(rows, [*counts, -math.inf], [*counts, room / size])
+    found = milp(costs, constraints=limits, integrality=[1] * len(flat), bounds=Bounds(0, math.inf))
+    if found.x is None:
+        return None
+    whole, result = iter(round(x) for x in found.x), []
+    for kind in kinds:
+        result.append([next(whole) for _ in kind.options])
+    used = sum(
+        count * option.bytes
+        for kind, counts_of in zip(kinds, result, strict=True)
+        for count, option in zip(counts_of, kind.options, strict=True)
+    )
+    return result if used <= room else None  # rounded up
+
+
+def _ladder(kinds: Sequence[Kind], room: int) -> list[list[int]]:
+    """Each step lets one layer keep more; the step that saves most seconds a byte goes first."""
+    found = [[kind.count, *[0] * (len(kind.options) - 1)] for kind in kinds]
+    room -= sum(kind.count * kind.options[0].bytes for kind in kinds)
+    while True:
+        steps = []
+        for index, kind in enumerate(kinds):
+            for now, here in enumerate(kind.options):
+                for later in range(now + 1, len(kind.options)):
+                    more, saved = (
+                        kind.options[later].bytes - here.bytes,
+                        here.seconds - kind.options[later].seconds,
+                    )
+                    if found[index][now] and saved > 0 and more <= room:
+                        steps.append((saved / max(more, 1), -index, -now, -later, more))
+        if not steps:
+            return found
+        _, index, now, later, more = max(steps)
+        found[-index][-now] -= 1
+        found[-index][-later] += 1
+        room -= more

@@ -1,0 +1,114 @@
+"""Keeps what fits, and makes the rest again: the memory plan of a step, in the graph of both passes.
+
+Before: the backward pass reads what the partitioner, or checkpointing in the model, lets it read. After: of each layer it reads what
+the plan keeps, and clones of forward nodes behind gates (:mod:`mst_fx.plan.recompute`). Loss and gradients are the same to
+the bit: the same operators run on the same numbers.
+
+Left alone: graphs without tensors through which all rows pass (one graph a layer, where Dynamo broke it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import fx
+
+from mst_fx.context import JointContext
+from mst_fx.errors import BudgetError
+from mst_fx.options import Options, bytes_in
+from mst_fx.plan.choices import Choice, choices_of
+from mst_fx.plan.costs import Device, device_of
+from mst_fx.plan.joint_graph import JointGraph
+from mst_fx.plan.layers import layers_of
+from mst_fx.plan.peak import Peak, peak_of
+from mst_fx.plan.recompute import make_again
+from mst_fx.plan.room import Room, room_for
+from mst_fx.plan.solve import Kind, Option, TooLittle, solve
+from mst_fx.report import MemoryPlan, Planned, human_bytes
+from mst_fx.torch_api.joint import copied, must_save
+
+# The peak of a plan may be above the sum of what its layers keep; then a little less may be kept.
+_ATTEMPTS = 4
+
+
+def is_wanted(options: Options) -> bool:
+    return options.memory is not None
+
+
+def run(context: JointContext) -> None:
+    """Writes the plan into the graph.
+
+    Raises:
+        Refusal: if the graph has no layers.
+        BudgetError: if no plan fits.
+    """
+    joint = JointGraph(context.graph)
+    memory = context.options.memory
+    room = room_for(None if memory == "auto" else bytes_in(memory), joint)
+    choices = _choices(joint)
+    spare = room.bytes - _peak_with(context.graph, [0] * len(choices)).bytes
+    for _ in range(_ATTEMPTS):
+        taken = _solved(choices, spare, room)
+        peak = _peak_with(context.graph, taken)
+        if peak.bytes <= room.bytes:
+            break
+        spare -= peak.bytes - room.bytes
+    chosen = [those[index] for those, index in zip(choices, taken, strict=True)]
+    make_again(joint, chosen)
+    context.tell(_said(chosen, room, peak))
+
+
+def _choices(joint: JointGraph) -> list[list[Choice]]:
+    """What may be kept of each layer. Behind the last waist is the head, whose loop has computed its gradient already."""
+    wanted = {node for node in joint.forward if must_save(node)}
+    return [choices_of(layer, wanted) for layer in layers_of(joint)[:-1]]
+
+
+def _peak_with(graph: fx.Graph, taken: Collection[int]) -> Peak:
+    """The peak of a graph whose layers take the choices of these numbers."""
+    trial = JointGraph(copied(graph))
+    make_again(trial, [those[index] for those, index in zip(_choices(trial), taken, strict=True)])
+    return peak_of(trial)
+
+
+def _solved(choices: Sequence[Sequence[Choice]], spare: int, room: Room) -> list[int]:
+    """Which choice each layer takes; of equal layers the early ones, kept for longest, keep less.
+
+    Args:
+        spare: bytes that there are beside those of the plan that keeps least.
+    """
+    device = device_of(room.device)
+    options = [tuple(Option(c.bytes, c.cost.seconds(device)) for c in those) for those in choices]
+    kinds = list(dict.fromkeys(options))
+    try:
+        if spare < 0:
+            raise TooLittle(-spare)
+        least = sum(those[0].bytes for those in options)
+        found = solve([Kind(options.count(kind), kind) for kind in kinds], least + spare)
+    except TooLittle as error:
+        raise BudgetError(_too_little(room, error.missing)) from None
+    turns = {
+        kind: iter([index for index, count in enumerate(counts) for _ in range(count)])
+        for kind, counts in zip(kinds, found, strict=True)
+    }
+    return [next(turns[those]) for those in options]
+
+
+def _too_little(room: Room, missing: int) -> str:
+    return (
+        f"no memory plan fits: with least kept, a step needs {human_bytes(missing)} more than the"
+        f" {human_bytes(room.budget)} of the mst option 'memory', of which {human_bytes(room.taken)} are allocated"
+    )
+
+
+def _said(chosen: Sequence[Choice], room: Room, peak: Peak) -> MemoryPlan:
+    device: Device = device_of(room.device)
+    found: dict[Planned, int] = {}
+    for choice in chosen:
+        one = Planned(1, str(choice), choice.bytes, choice.cost.flops, choice.cost.seconds(device))
+        found[one] = found.get(one, 0) + 1
+    layers = [
+        Planned(count, one.again, one.kept_bytes, one.flops, one.seconds) for one, count in found.items()
+    ]
+    ordered = sorted(layers, key=lambda one: one.kept_bytes)
+    return MemoryPlan(tuple(ordered), room.budget, room.taken, room.taken + peak.bytes)
