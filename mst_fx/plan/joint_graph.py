@@ -18,9 +18,10 @@ aten = torch.ops.aten
 # Of what is cheap to make again: no product of matrices, no loop, no attention. Pointwise operators have torch's tag.
 _CHEAP = frozenset((
     aten.mean.dim, aten.sum.dim_IntList, aten.var_mean.correction, aten.amax.default, aten.cat.default, aten.clone.default,
-    aten._to_copy.default, aten.constant_pad_nd.default, aten.native_layer_norm.default, aten.slice_backward.default,
+    aten._to_copy.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.full.default, aten.arange.default,
+    aten.select_scatter.default, aten.scalar_tensor.default, aten.native_layer_norm.default, aten.slice_backward.default,
     aten._log_softmax.default, aten._softmax.default, aten.nll_loss_forward.default, aten.gather.default, aten.logsumexp.default,
-    torch.ops.prims.convert_element_type.default, torch.ops.prims.view_of.default,
+    torch.ops.prims.convert_element_type.default, torch.ops.prims.view_of.default, torch.ops.prims.iota.default,
     *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []),
 ))  # fmt: skip
 

@@ -118,9 +118,10 @@ def _is_made(node: fx.Node, joint: JointGraph) -> bool:
     """Whether a call makes memory of its own: no view, and none that is fused into all that read it."""
     if is_view(node) or tensor_of(node) is None:
         return False
-    if node in joint.backward:
-        return not _is_fused(node)
-    return not _is_fused(node) or any(user in joint.backward for user in node.users)
+    if not _is_fused(node):
+        return True
+    is_saved = node not in joint.backward and any(user in joint.backward for user in node.users)
+    return is_saved and bool(node.all_input_nodes)  # constants are filled in where they are read
 
 
 def _is_fused(node: fx.Node) -> bool:

@@ -63,6 +63,10 @@ def solve(kinds: Sequence[Kind], room: int) -> list[list[int]]:
     return exact if exact is not None and _seconds(kinds, exact) <= _seconds(kinds, ladder) else ladder
 
 
+def _is_worse(option: Option, other: Option) -> bool:
+    return other.bytes < option.bytes and other.seconds <= option.seconds
+
+
 def _seconds(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> float:
     return math.fsum(
         count * option.seconds
@@ -75,13 +79,17 @@ def _program(kinds: Sequence[Kind], room: int) -> list[list[int]] | None:
     flat = [(index, option) for index, kind in enumerate(kinds) for option in kind.options]
     most = max(option.seconds for _, option in flat) or 1.0
     size = max(option.bytes for _, option in flat) or 1
-    # Seconds first: all bytes together weigh less than what two plans can differ in.
-    costs = [option.seconds / most + 1e-9 * option.bytes / size for _, option in flat]
+    costs = [option.seconds / most for _, option in flat]
+    # Of equals the one that keeps less: what keeps more for nothing is not taken.
+    most_of = [
+        0.0 if any(_is_worse(option, other) for other in kinds[index].options) else float(kinds[index].count)
+        for index, option in flat
+    ]
     rows = [[float(index == row) for index, _ in flat] for row in range(len(kinds))]
     counts = [float(kind.count) for kind in kinds]
     rows.append([option.bytes / size for _, option in flat])
     limits = LinearConstraint(rows, [*counts, -math.inf], [*counts, room / size])
-    found = milp(costs, constraints=limits, integrality=[1] * len(flat), bounds=Bounds(0, math.inf))
+    found = milp(costs, constraints=limits, integrality=[1] * len(flat), bounds=Bounds(0, most_of))
     if found.x is None:
         return None
     whole, result = iter(round(x) for x in found.x), []

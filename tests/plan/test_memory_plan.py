@@ -1,0 +1,156 @@
+"""Steps with a memory plan: the same bits, what is kept and made again to the byte, and budgets that hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from mst_fx import backend
+from mst_fx.context import JointContext
+from mst_fx.listeners import on_plan
+from mst_fx.options import bytes_in
+from mst_fx.plan import recompute
+from mst_fx.plan.choices import Choice, choices_of
+from mst_fx.plan.joint_graph import JointGraph, is_attention
+from mst_fx.plan.layers import layers_of
+from mst_fx.plan.recompute import make_again
+from mst_fx.stage import Stage, When
+from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
+from tests.models import ACCEPTED, inputs_of
+
+_LENGTH = 96
+_LAYERS = 3
+
+
+def _model(name: str = "llama") -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    entry = ACCEPTED[name]
+    model = entry.build(num_hidden_layers=_LAYERS) if name == "llama" else entry.build()
+    return model.train(), inputs_of(entry, 1, _LENGTH)
+
+
+class Chosen:
+    """A stage that takes one choice for every layer, and remembers what it did."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.choices: list[Choice] = []
+        self.count = 0
+        self.attention = 0
+
+    def __call__(self, context: JointContext) -> None:
+        joint = JointGraph(context.graph)
+        layers = layers_of(joint)[:-1]
+        every = [choices_of(layer) for layer in layers]
+        self.count = max(map(len, every))
+        self.choices = [those[min(self.index, len(those) - 1)] for those in every]
+        make_again(joint, self.choices)
+        self.attention = sum(map(is_attention, context.graph.nodes))
+
+
+def _with_choice(monkeypatch: pytest.MonkeyPatch, index: int) -> Chosen:
+    chosen = Chosen(index)
+    stage = Stage("memory", chosen, when=When.JOINT)
+    monkeypatch.setattr(backend, "JOINT_STAGES", (stage,))
+    monkeypatch.setattr("mst_fx.joint._key", lambda *_: str(index))
+    return chosen
+
+
+def _saved(loss: Tensor, given: set[int]) -> int:
+    """Bytes of the tensors that the compiled backward pass of a loss has saved, but for parameters and inputs."""
+    waiting, found = [loss.grad_fn], {}
+    while waiting:
+        node: Any = waiting.pop()
+        for x in getattr(node, "saved_tensors", ()):
+            if x is not None and x.untyped_storage().data_ptr() not in given:
+                found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        waiting += [before for before, _ in (node.next_functions if node is not None else ())]
+    return sum(found.values())
+
+
+def _given(model: nn.Module, batch: dict[str, Any]) -> set[int]:
+    tensors = [*model.parameters(), *model.buffers(), *(x for x in batch.values() if isinstance(x, Tensor))]
+    return {x.untyped_storage().data_ptr() for x in tensors}
+
+
+def test_every_choice_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients; attention runs as often as the choice says; what is saved differs by what is kept, exactly."""
+    model, batch = _model()
+    plain = compile_mst(model, SMALL_CHUNKS)
+    loss, truth = step(model, plain, batch)
+    given = _given(model, batch)
+    counts, saved, kept = [], [], []
+    index = count = 0
+    while index <= count:
+        chosen = _with_choice(monkeypatch, index)
+        run = compile_mst(model, {**SMALL_CHUNKS, "strict": True})
+        found = run(**batch)
+        saved.append(_saved(found.loss, given))
+        model.zero_grad(set_to_none=True)
+        found.loss.backward()
+        assert torch.equal(found.loss, loss)
+        assert all(torch.equal(p.grad, truth[name]) for name, p in model.named_parameters())
+        assert len(chosen.choices) == _LAYERS and len({str(choice) for choice in chosen.choices[:-1]}) == 1
+        counts.append(chosen.attention)
+        kept.append(sum(choice.bytes for choice in chosen.choices))
+        index, count = index + 1, chosen.count - 1
+    assert count >= 4
+    assert counts[0] == 2 * _LAYERS and set(counts[1:]) == {_LAYERS}
+    assert kept == sorted(kept)
+    assert [s - saved[0] for s in saved] == [k - kept[0] for k in kept]
+
+
+def test_a_gate_without_its_gradient_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds recomputation back is the operand of the gate: without it the forward pass's values are saved."""
+    model, batch = _model()
+    given = _given(model, batch)
+
+    def saved() -> int:
+        _with_choice(monkeypatch, 0)
+        return _saved(compile_mst(model, {**SMALL_CHUNKS, "strict": True})(**batch).loss, given)
+
+    gated = saved()
+    monkeypatch.setattr(recompute._Again, "_operand", lambda self, node, _: self.clones.get(node, node))
+    assert saved() > 1.5 * gated
+
+
+def _keeps_attention() -> Any:
+    ours = "mst_fx::attention"
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        is_kept = ours in str(op) or "scaled_dot_product" in str(op)
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+@pytest.mark.parametrize("policy", [None, _keeps_attention])
+def test_with_checkpointing_in_the_model(policy: Callable[[], Any] | None) -> None:
+    """The plan betters Hugging Face's flag, and keeps what a selective policy keeps."""
+    model, batch = _model()
+    arguments = {"use_reentrant": False, **({"context_fn": policy} if policy else {})}
+    model.gradient_checkpointing_enable(arguments)
+    _, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
+    plans: list[Any] = []
+    with on_plan.listening(plans.append):
+        _, rich = step(model, compile_mst(model, {**SMALL_CHUNKS, "memory": "auto"}), batch)
+        least = _least_budget(model, batch)
+        _, poor = step(model, compile_mst(model, {**SMALL_CHUNKS, "memory": least}), batch)
+    assert worst_error(rich, truth) < 1e-12 and worst_error(poor, truth) < 1e-12
+    assert {each.again for each in plans[0].layers} == {"nothing"}
+    made = [each.again for each in plans[-1].layers]
+    assert all(("attention" in again) == (policy is None) for again in made), made
+
+
+def _least_budget(model: nn.Module, batch: dict[str, Any]) -> int:
+    """The fewest bytes for which there is a plan, as the error says."""
+    with pytest.raises(Exception, match="BudgetError: no memory plan fits") as error:
+        compile_mst(model, {**SMALL_CHUNKS, "memory": 1})(**batch)
+    missing = re.search(r"needs ([\d.]+ [KM]iB) more", str(error.value))
+    assert missing is not None
+    return int(1.02 * (bytes_in(missing[1]) or 0))
