@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mst_fx.chunk_rows import plan_attention
+from mst_fx.chunk_rows import queries_a_chunk
 from mst_fx.context import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import changes
@@ -95,7 +95,7 @@ def _understood(context: PassContext, site: Site, mutated: set[int]) -> Understo
     if query is None or key is None or query.ndim != 4 or key.ndim != 4:
         return None
     queries = query.shape[2]
-    chunk = plan_attention(query.device.type, context.options.attention_chunk_rows)
+    chunk = queries_a_chunk(query.device.type, context.options.attention_chunk_rows)
     if hint(queries) <= chunk and not changes(queries):
         return None
     found = understand(site, chunk, mutated)
@@ -110,7 +110,7 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
     def is_large(fake: Tensor | None) -> bool:
         if fake is None or fake.ndim < 3:
             return False
-        least = plan_attention(fake.device.type, context.options.attention_chunk_rows)
+        least = queries_a_chunk(fake.device.type, context.options.attention_chunk_rows)
         return min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
 
     refused = {refusal.name for refusal in context.report.refusals}

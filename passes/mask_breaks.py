@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mst_fx.chunk_rows import plan_attention
+from mst_fx.chunk_rows import queries_a_chunk
 from mst_fx.errors import Refusal, defect
 from mst_fx.graph.edit import add_call, copy_tree, eliminate_dead_code
 from mst_fx.graph.fill import call, fake_mode_of
@@ -328,7 +328,7 @@ def _may_be_mask(node: fx.Node, options: Options) -> bool:
     is_shaped = fake.ndim == 2 or (fake.ndim == 4 and isinstance(fake.shape[1], int) and fake.shape[1] == 1)
     if not is_shaped or not (fake.dtype == torch.bool or fake.is_floating_point()):
         return False
-    least = plan_attention(fake.device.type, options.attention_chunk_rows)
+    least = queries_a_chunk(fake.device.type, options.attention_chunk_rows)
     return min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
 
 
@@ -357,7 +357,7 @@ def _take(
     fake = tensor_value(node)
     assert fake is not None
     queries, keys = fake.shape[-2:]
-    chunk = plan_attention(fake.device.type, options.attention_chunk_rows)
+    chunk = queries_a_chunk(fake.device.type, options.attention_chunk_rows)
     read = read_mask(node, Level(gm), queries, keys, mutated)
     if not read.keys and not read.queries:
         raise Refusal(f"{node.name}: the mask has no vectors")

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.chunk_rows import Plan, plan_vocab
+from mst_fx.chunk_rows import ChunkSize, vocab_chunk_size
 from mst_fx.chunking import chunk_regions
 from mst_fx.context import PassContext
 from mst_fx.errors import Cause
@@ -57,10 +57,10 @@ def run(context: PassContext) -> None:
     refusals: list[Refused] = []
     for analysis in context.analyses():
         regions, others = context.bulges(analysis, "vocab", free)
-        plans = [_plan(context, analysis, region) for region in regions]
+        chunk_sizes = [_chunk_size(context, analysis, region) for region in regions]
         refusals += left_alone(context, analysis, others, "vocab")
         deferrals = [_outputs_of(context, region, free) for region in regions]
-        done = chunk_regions(context, analysis, regions, "vocab", plans, [bool(d) for d in deferrals])
+        done = chunk_regions(context, analysis, regions, "vocab", chunk_sizes, [bool(d) for d in deferrals])
         for region, outputs in zip(regions, deferrals, strict=True):
             if region.seed in done:
                 context.deferred += outputs
@@ -82,9 +82,9 @@ def _said_once(context: PassContext, refusals: list[Refused]) -> list[Refused]:
     return [r for r in refusals if r.cause is not Cause.NO_SAVING or r.name not in said]
 
 
-def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:
+def _chunk_size(context: PassContext, analysis: RowAnalysis, region: Region) -> ChunkSize:
     rows, chosen = hint(analysis.rows), context.options.vocab_chunk_rows
-    return plan_vocab(rows, region.width, region.wide, region.device, chosen, changes(analysis.rows))
+    return vocab_chunk_size(rows, region.width, region.wide, region.device, chosen, changes(analysis.rows))
 
 
 def _deferrable(context: PassContext) -> set[fx.Node]:
@@ -109,7 +109,7 @@ def _defer_alone(context: PassContext, analysis: RowAnalysis, free: set[fx.Node]
         region = RegionFinder(analysis).grow(seed) if seed is not None else None
         if seed is None or region is None:
             continue
-        if context.shared.bounds.fits(analysis.rows, _plan(context, analysis, region).chunk_rows):
+        if context.shared.bounds.fits(analysis.rows, _chunk_size(context, analysis, region).chunk_rows):
             continue
         context.starts.append(seed)
         context.deferred.append(logits)

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from mst_fx.bodies.decompositions import add_up_labels, body_decompositions
-from mst_fx.bodies.gradient import GradientPlan, as_leaves, gradients, split_into_terms
+from mst_fx.bodies.gradient import GradientPositions, as_leaves, gradients, split_into_terms
 from mst_fx.graph.formula import named_in
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
@@ -84,12 +84,12 @@ class CompiledBody:
 
     Attributes:
         run: takes a list of inputs, and empties it.
-        plan: of a backward body.
+        positions: of a backward body.
     """
 
     run: Compiled
     guards: RowGuards
-    plan: GradientPlan | None
+    positions: GradientPositions | None
     _taken: dict[int, bool] = dataclasses.field(default_factory=dict, init=False)
 
     def takes(self, rows: int) -> bool:
@@ -282,10 +282,10 @@ class Body:
         return gm
 
     def _compile(
-        self, gm: fx.GraphModule, plan: GradientPlan | None, n: torch.SymInt, *inputs: torch.Tensor
+        self, gm: fx.GraphModule, positions: GradientPositions | None, n: torch.SymInt, *inputs: torch.Tensor
     ) -> CompiledBody:
         run = compile_body(gm, (n, *inputs), self.config.inner, dict(self.config.inductor))
-        return CompiledBody(run, RowGuards(n), plan)
+        return CompiledBody(run, RowGuards(n), positions)
 
     def _compile_gradient(
         self, function: Any, needs: Sequence[bool], kept: int, *inputs: Any
@@ -299,7 +299,7 @@ class Body:
             if need
         ]
         terms = split_into_terms(gm, kept + row_grads, wide)
-        return self._compile(gm, GradientPlan(kept, terms), *inputs)
+        return self._compile(gm, GradientPositions(kept, terms), *inputs)
 
 
 def _is_alias(target: Any) -> bool:

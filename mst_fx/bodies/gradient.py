@@ -31,7 +31,7 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
-class GradientPlan:
+class GradientPositions:
     """Where a backward body's outputs go.
 
     Attributes:
@@ -91,7 +91,7 @@ def split_into_terms(gm: fx.GraphModule, first: int, wide: Sequence[bool]) -> tu
             kept.append(node)
         return positions[node]
 
-    plan = []
+    all_terms = []
     for gradient, is_wide in zip(gradients, wide, strict=True):
         terms = []
         for node, transposed in _summands(gradient, is_wide):
@@ -105,11 +105,11 @@ def split_into_terms(gm: fx.GraphModule, first: int, wide: Sequence[bool]) -> tu
             else:
                 summand = _in_float32(gm.graph, node) if is_wide else node
                 terms.append(Term(value=position(summand), transposed=transposed))
-        plan.append(tuple(terms))
+        all_terms.append(tuple(terms))
     output.args = (kept,)
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    return tuple(plan)
+    return tuple(all_terms)
 
 
 def _summands(node: fx.Node, wide: bool, transposed: bool = False) -> list[tuple[fx.Node, bool]]:

@@ -12,7 +12,7 @@ from torch import fx
 
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.trace import without_gradients
-from mst_fx.chunk_rows import Plan
+from mst_fx.chunk_rows import ChunkSize
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import add_call, copy_provenance
 from mst_fx.graph.sizes import expression
@@ -54,7 +54,7 @@ def replace_region(
     analysis: RowAnalysis,
     region: Region,
     body: Body,
-    plan: Plan,
+    chunk_size: ChunkSize,
     gradient_of: int | None,
     needs: Sequence[bool],
 ) -> dict[fx.Node, fx.Node]:
@@ -89,7 +89,7 @@ def replace_region(
     with graph.inserting_after(anchor):
         cursor = graph.call_function(int, (0,))  # marks the place; erased below
     with graph.inserting_before(cursor):
-        loop = _add_loop(analysis, region, body, plan, gradient_of, needs, lead)
+        loop = _add_loop(analysis, region, body, chunk_size, gradient_of, needs, lead)
         is_single = gradient_of is None and len(outs) == 1
         new = {}
         for index, node in enumerate(outs):
@@ -130,7 +130,7 @@ def _add_loop(
     analysis: RowAnalysis,
     region: Region,
     body: Body,
-    plan: Plan,
+    chunk_size: ChunkSize,
     gradient_of: int | None,
     needs: Sequence[bool],
     lead: list[int],
@@ -152,10 +152,17 @@ def _add_loop(
             else torch.ops.mst_fx.loop_list
         )
         return add_call(
-            graph, op.default, row_inputs, shared, body.key, plan.chunk_rows, plan.backward_rows, lead
+            graph,
+            op.default,
+            row_inputs,
+            shared,
+            body.key,
+            chunk_size.chunk_rows,
+            chunk_size.backward_rows,
+            lead,
         )
     no_port = -1
-    args = (row_inputs, shared, list(needs), gradient_of, body.key, plan.chunk_rows, lead, no_port)
+    args = (row_inputs, shared, list(needs), gradient_of, body.key, chunk_size.chunk_rows, lead, no_port)
     return add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from mst_fx.bodies.body import Body, CompiledBody, OutputMeta, TensorMeta
 from mst_fx.bodies.body import body as body_of
-from mst_fx.bodies.gradient import GradientPlan, Term
+from mst_fx.bodies.gradient import GradientPositions, Term
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.ops import chunks
 from mst_fx.ops.chunks import Chunk, Rows, Sum, plain_mode
@@ -121,11 +121,11 @@ class _Gradients:
         weights = [i for i, need in enumerate(needs[len(body.rows) :]) if need]
         self._sums = [_weight_sum(body, index) for index in weights]
 
-    def put(self, chunk: Chunk, plan: GradientPlan, values: Sequence[Tensor]) -> None:
-        row_grads = values[plan.first : plan.first + len(self._rows)]
+    def put(self, chunk: Chunk, positions: GradientPositions, values: Sequence[Tensor]) -> None:
+        row_grads = values[positions.first : positions.first + len(self._rows)]
         for rows, found in zip(self._rows, row_grads, strict=True):
             rows.put(chunk, found)
-        for total, terms in zip(self._sums, plan.terms, strict=True):
+        for total, terms in zip(self._sums, positions.terms, strict=True):
             for term in terms:
                 _add_term(total, term, values)
 
@@ -160,14 +160,14 @@ def _run_with_gradients(
     outputs: _Outputs,
     tangent_order: Sequence[tuple[bool, Tensor]] = (),
 ) -> list[Tensor]:
-    assert compiled.plan is not None
+    assert compiled.positions is not None
     gradients = _Gradients(body, needs, row_inputs)
     flat, shared = _flat(row_inputs, body.rows), _as_traced(shared, body.shared)
     for chunk in chunks.equal(_count(row_inputs, body), chunk_rows):
         tangents = [tangent if whole else _of_chunk(tangent, chunk) for whole, tangent in tangent_order]
         values = compiled.run(_chunk_inputs(flat, shared, chunk, *tangents))
-        outputs.put(chunk, values[: compiled.plan.first])
-        gradients.put(chunk, compiled.plan, values)
+        outputs.put(chunk, values[: compiled.positions.first])
+        gradients.put(chunk, compiled.positions, values)
         del values, tangents  # before the next chunk makes its own
     return [*outputs.result(), *gradients.result()]
 
