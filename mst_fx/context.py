@@ -74,7 +74,7 @@ class PassContext:
 
     Attributes:
         gm: a copy that the stage may change; of a single graph it has the sub-graphs in common with the original.
-        is_top: the graph is the program's, not the body of a ``tag_activation_checkpoint``.
+        is_top: the graph is the program's, not a layer's under ``tag_activation_checkpoint``.
         config: how bodies are compiled.
         shared: what is known of the whole capture.
         example_inputs: of the program.

@@ -391,16 +391,16 @@ def _square_bytes(site: Site, counted: set[fx.Node]) -> int:
     return made
 
 
-def _drop_unused_operands(top: Level, body: fx.GraphModule) -> None:
-    """Removes dead nodes of a checkpointed body, and the operands that nobody in it reads any more."""
-    eliminate_dead_code(body.graph)
+def _drop_unused_operands(top: Level, layer_graph: fx.GraphModule) -> None:
+    """Removes dead nodes of a checkpointed layer, and the operands that nobody in it reads any more."""
+    eliminate_dead_code(layer_graph.graph)
     for level in all_levels(top):
-        if level.gm is not body or level.call is None:
+        if level.gm is not layer_graph or level.call is None:
             continue
-        placeholders = placeholders_of(body)
+        placeholders = placeholders_of(layer_graph)
         kept = [index for index, node in enumerate(placeholders) if node.users]
         level.call.args = (level.call.args[0], *(level.call.args[1 + index] for index in kept))
         for node in placeholders:
             if not node.users:
-                body.graph.erase_node(node)
-        body.recompile()
+                layer_graph.graph.erase_node(node)
+        layer_graph.recompile()

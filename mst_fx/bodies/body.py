@@ -132,7 +132,7 @@ class Body:
         return self
 
     def __reduce__(self) -> Any:
-        return body, (self.key,)
+        return body_of, (self.key,)
 
     def accumulator_dtype(self, index: int) -> torch.dtype:
         """The type in which the gradient of shared input ``index`` is summed."""
@@ -320,7 +320,7 @@ def registered(traced: Body) -> Body:
     return _BODIES.setdefault(traced.key, traced)
 
 
-def body(key: str) -> Body:
+def body_of(key: str) -> Body:
     """The body a loop op names.
 
     Raises:

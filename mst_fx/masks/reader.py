@@ -44,7 +44,7 @@ class Reader:
 
     Args:
         queries, keys: Q and K, ints or Dynamo's symbolic integers.
-        resolve: maps a node to the node it stands for (a placeholder of a checkpointed body to the
+        resolve: maps a node to the node it stands for (a placeholder of a checkpointed layer to the
             operand of its call); the identity otherwise.
         constant: the value of a node that depends on no input; None for others.
         mutated: storages that something writes to: what they hold depends on when it is read.

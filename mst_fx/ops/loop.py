@@ -33,8 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_fx.bodies.body import Body, CompiledBody, OutputMeta, TensorMeta
-from mst_fx.bodies.body import body as body_of
+from mst_fx.bodies.body import Body, CompiledBody, OutputMeta, TensorMeta, body_of
 from mst_fx.bodies.gradient import GradientPositions, Term
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.ops import chunks

@@ -80,8 +80,8 @@ def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
             )
         return str(value)
 
-    head, *body = [[cell(value) for value in row] for row in rows]
-    lines = [head, ["---"] * len(head), *body]
+    head, *others = [[cell(value) for value in row] for row in rows]
+    lines = [head, ["---"] * len(head), *others]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
