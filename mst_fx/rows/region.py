@@ -162,7 +162,7 @@ class RegionFinder:
     def _users(self, node: fx.Node) -> list[fx.Node]:
         return [user for user in node.users if not (user.op == "output" and node in self.free)]
 
-    def _may_join(self, node: fx.Node) -> bool:
+    def _may_absorb(self, node: fx.Node) -> bool:
         return self.analysis.states[node].rowwise and node not in self.taken
 
     def _neighbourhood(self, seed: fx.Node) -> set[fx.Node]:
@@ -172,7 +172,7 @@ class RegionFinder:
             node = queue.popleft()
             for other in (*node.all_input_nodes, *node.users):
                 near = abs(self.order.get(other, -_REACH) - self.order[seed]) <= _REACH
-                if near and other not in found and self._may_join(other):
+                if near and other not in found and self._may_absorb(other):
                     found.add(other)
                     queue.append(other)
         return found
@@ -304,7 +304,7 @@ class RegionFinder:
         return "vocab" if 4 * region.out_bytes <= region.wide_bytes else ""
 
     def is_convex(self, region: Region) -> bool:
-        """Whether the region still is convex: rewrites of others may have joined nodes outside."""
+        """Whether the region still is convex: rewrites of others may have linked nodes outside."""
         order = {node: index for index, node in enumerate(self.analysis.graph.nodes)}
         return not _detours(set(region.nodes), self._users, order)
 
