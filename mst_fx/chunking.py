@@ -74,7 +74,7 @@ def _prepared(
 ) -> tuple[Body, list[bool], int | None]:
     """A region's body, which inputs get gradients, and the output whose gradients the forward loop computes."""
     body = trace_body(analysis, region, context.config, context.shared.bodies)
-    needs = body.reached_by(needs_gradient(region))
+    needs = body.gets_gradient(needs_gradient(region))
     gradient_of = scalar_with_gradient(region, body, needs) if any(needs) and context.is_top else None
     return body, needs, gradient_of
 

@@ -160,7 +160,7 @@ class Body:
             leaves = as_leaves(inputs, needs)
             return tuple(out.requires_grad for out in self.forward(n, *leaves))
 
-    def reached_by(self, needs: Sequence[bool]) -> list[bool]:
+    def gets_gradient(self, needs: Sequence[bool]) -> list[bool]:
         """Which of the inputs that need gradients get some: not those that are read behind a ``detach`` alone."""
         if not any(node.target is aten.detach.default for node in self.forward.graph.nodes):
             return list(needs)

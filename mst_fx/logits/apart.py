@@ -32,7 +32,7 @@ class Apart:
         assert part._value is not None
         with plainly():
             self._value: Tensor | None = part._value.detach()
-            self._was = snapshot(part._value, is_reached=True)
+            self._was = snapshot(part._value, is_exposed=True)
         self._before = part._version_of_value
         self.storage = storage_id(part._value)
         self.owner = weakref.ref(part._owner())

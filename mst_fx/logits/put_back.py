@@ -93,7 +93,7 @@ def defer_outputs(
         outputs: how many outputs the graph had before the rewrite.
     """
     new = list(results[:outputs])
-    seen = set(range(outputs)) - {deferral.position for deferral in deferrals}
+    exposed = set(range(outputs)) - {deferral.position for deferral in deferrals}
     entered: dict[int, Tensor] = {}  # rows by their port
 
     def found(origin: Origin, deferral: Deferral, arguments: dict[int | str, Any]) -> Any:
@@ -113,16 +113,16 @@ def defer_outputs(
         shape = [
             size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in deferral.shape
         ]
-        is_seen = [origin.kind != "output" or origin.index in seen for origin in deferral.inputs]
-        new[deferral.position] = _deferred(deferral, inputs, shape, is_seen)
+        is_exposed = [origin.kind != "output" or origin.index in exposed for origin in deferral.inputs]
+        new[deferral.position] = _deferred(deferral, inputs, shape, is_exposed)
     return tuple(new)
 
 
 def _deferred(
-    deferral: Deferral, inputs: Sequence[Any], shape: Sequence[int], is_seen: Sequence[bool]
+    deferral: Deferral, inputs: Sequence[Any], shape: Sequence[int], is_exposed: Sequence[bool]
 ) -> Tensor:
     unknown = [isinstance(x, Tensor) and x.is_inference() for x in inputs]
-    if any(u and seen for u, seen in zip(unknown, is_seen, strict=True)):
+    if any(u and exposed for u, exposed in zip(unknown, is_exposed, strict=True)):
         return deferral.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
     like = torch.empty(shape, dtype=deferral.dtype, device="meta")
-    return deferred_logits(Source(deferral.compute, inputs, deferral.rows, like, deferral.device, is_seen))
+    return deferred_logits(Source(deferral.compute, inputs, deferral.rows, like, deferral.device, is_exposed))

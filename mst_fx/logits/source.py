@@ -62,7 +62,7 @@ class Source:
             depends on the same row of these inputs only; None where this is not proved.
         like: a meta tensor like the logits.
         device: of the logits.
-        is_reached: for each input whether somebody else has it, and may write to it without a trace; None: all.
+        is_exposed: for each input whether somebody else has it, and may write to it without a trace; None: all.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Source:
         rows: Sequence[bool] | None,
         like: Tensor,
         device: torch.device,
-        is_reached: Sequence[bool] | None = None,
+        is_exposed: Sequence[bool] | None = None,
     ) -> None:
         self.inputs, self.rows, self.like, self.device = tuple(inputs), rows, like, device
         self.members: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
@@ -80,7 +80,7 @@ class Source:
         self._compute = compute
         self._count = itertools.count()
         self._known = [
-            snapshot(x, is_reached is None or is_reached[at]) if isinstance(x, Tensor) else None
+            snapshot(x, is_exposed is None or is_exposed[at]) if isinstance(x, Tensor) else None
             for at, x in enumerate(inputs)
         ]
         self._grad = torch.is_grad_enabled()

@@ -115,8 +115,8 @@ class DeferredLogits(torch.Tensor):
                     value = step.on_rows(value)
         value = self._with_history(value, is_foreign)
         if self._born is None:
-            is_reached = self._has_copies_to_make() or any(apart.is_of(self) for apart in self._source.apart)
-            self._born = _Born(value, snapshot(value, is_reached))
+            is_exposed = self._has_copies_to_make() or any(apart.is_of(self) for apart in self._source.apart)
+            self._born = _Born(value, snapshot(value, is_exposed))
         return value
 
     def _of_value(

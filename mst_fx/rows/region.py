@@ -32,7 +32,7 @@ log = logging.getLogger("mst_fx")
 # the head's region must not swallow the last layer's MLP.
 _BYTE = 1024
 _MATMUL = 1
-_REACH = 120  # nodes before and after the seed, in graph order, that a cut looks at: some layers
+_NEARBY = 120  # nodes before and after the seed, in graph order, that a cut looks at: some layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class RegionFinder:
         while queue:
             node = queue.popleft()
             for other in (*node.all_input_nodes, *node.users):
-                near = abs(self.order.get(other, -_REACH) - self.order[seed]) <= _REACH
+                near = abs(self.order.get(other, -_NEARBY) - self.order[seed]) <= _NEARBY
                 if near and other not in found and self._may_absorb(other):
                     found.add(other)
                     queue.append(other)
@@ -232,7 +232,7 @@ class RegionFinder:
         back = _detours(chosen, self._users, self.order)
         if not back:
             return None
-        ancestors = _reachable(seed, lambda node: [n for n in node.all_input_nodes if n in chosen])
+        ancestors = _closure(seed, lambda node: [n for n in node.all_input_nodes if n in chosen])
         late = [node for node in back if node not in ancestors]
         if late:
             return min(late, key=self.order.__getitem__)
@@ -282,7 +282,7 @@ class RegionFinder:
         def step(node: fx.Node) -> list[fx.Node]:
             return [] if is_product(node) else [user for user in node.users if user in chosen]
 
-        before = _reachable(seed, step)
+        before = _closure(seed, step)
         leaves = any(set(self._users(n)) - chosen and not is_product(n) for n in before)
         return not leaves and any(map(is_product, before))
 
@@ -317,7 +317,8 @@ def _is_given(node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr") or torch.is_grad_enabled()
 
 
-def _reachable(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+def _closure(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """All nodes that steps lead to, and the start."""
     found, queue = {start}, deque([start])
     while queue:
         for other in step(queue.popleft()):
@@ -339,8 +340,8 @@ def _detours(
             return []
         return [user for user in users(node) if order.get(user, last + 1) <= last]
 
-    reached: set[fx.Node] = set()
+    met: set[fx.Node] = set()
     for start in outside:
-        if start not in reached:
-            reached |= _reachable(start, step)
-    return reached & chosen
+        if start not in met:
+            met |= _closure(start, step)
+    return met & chosen
