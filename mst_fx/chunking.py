@@ -28,20 +28,22 @@ def chunk_regions(
     regions: list[Region],
     kind: str,
     chunk_sizes: list[ChunkSize],
-    deferred: Sequence[bool] = (),
+    are_deferred: Sequence[bool] = (),
 ) -> set[fx.Node]:
     """Replaces regions by loops; those that cannot be are refused.
 
     Args:
-        deferred: for each region whether logits inside of it are an output to be deferred.
+        are_deferred: for each region whether logits inside of it are an output to be deferred.
 
     Returns:
         The seeds of the regions that were replaced.
     """
     fitting = _fitting(context, analysis, chunk_sizes)
     replaced = set()
-    deferred = deferred or [False] * len(regions)
-    for region, chunk_size, defers, fits in zip(regions, chunk_sizes, deferred, fitting, strict=True):
+    are_deferred = are_deferred or [False] * len(regions)
+    for region, chunk_size, is_deferred, fits in zip(
+        regions, chunk_sizes, are_deferred, fitting, strict=True
+    ):
         region = _current(analysis, region)
         if fits:
             context.report.fits.append(Fit(kind, region.name, chunk_size.rows, chunk_size.chunk_rows))
@@ -52,7 +54,7 @@ def chunk_regions(
                 body, needs, gradient_of = _prepared(context, analysis, region)
             if body is None:
                 continue
-            _chunk(context, analysis, region, kind, chunk_size, defers, body, needs, gradient_of)
+            _chunk(context, analysis, region, kind, chunk_size, is_deferred, body, needs, gradient_of)
         except Refusal as refusal:
             context.refuse(kind, region.name, str(refusal), refusal.cause)
             continue
@@ -85,7 +87,7 @@ def _chunk(
     region: Region,
     kind: str,
     chunk_size: ChunkSize,
-    defers: bool,
+    is_deferred: bool,
     body: Body,
     needs: list[bool],
     gradient_of: int | None,
@@ -93,7 +95,7 @@ def _chunk(
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
-    if defers and body.formulas:  # loss and deferred logits each run its backward, on a part of the tangent
+    if is_deferred and body.formulas:  # loss and logits each run its backward, on a part of the tangent
         raise Refusal(
             "a torch.autograd.Function, whose backward need not be linear, comes before logits to be deferred"
         )
@@ -115,7 +117,7 @@ def _chunk(
             intermediate_bytes=inside * chunk_size.rows,
             chunk_bytes=inside * -(-chunk_size.rows // chunk_size.chunks),
             gradient=gradient,
-            deferred=defers,
+            deferred=is_deferred,
             body=body.key,
             why=chunk_size.why,
             before=before,

@@ -74,15 +74,15 @@ class Runner:
         """Stages over single graphs: those that a graph refers to, and then itself."""
         free = set(outside_transforms(gm.graph))
         inside = {operand.target for n in gm.graph.nodes if n not in free for operand in n.all_input_nodes}
-        late = function_graphs(gm)  # a region may take a Function as a whole: what is left comes after
+        functions = function_graphs(gm)  # a region may take a Function as a whole: what is left comes after
         for name, child in subgraphs(gm):
-            if name in inside or name in late:  # all of a torch.func transform is inside of it
+            if name in inside or name in functions:  # all of a torch.func transform is inside of it
                 continue
             gm.set_submodule(name, self._tree(child, stages, False))
         gm = self._all(gm, stages, is_top)
-        late = function_graphs(gm) - inside
+        functions = function_graphs(gm) - inside
         for name, child in list(subgraphs(gm)):
-            if name in late:
+            if name in functions:
                 known = len(self.report.refusals)
                 gm.set_submodule(name, self._tree(child, stages, False))
                 self.report.refusals[known:] = _of_function(gm, name, self.report.refusals[known:])
@@ -149,7 +149,7 @@ class Runner:
         drop_unused_subgraphs(gm)
         gm.graph.lint()
         if seen is not None:
-            verify.check(seen, gm, self.shared.deferred)
+            verify.check(seen, gm, self.shared.deferred_positions)
         gm.recompile()
 
     def _keep(self, stage: Stage, context: PassContext, has_fired: bool, seconds: float) -> None:
@@ -157,9 +157,9 @@ class Runner:
         log.debug("stage %s: %d rewrites, %.3f s", stage.name, len(context.report.rewrites), seconds)
         context.report.stage_seconds[stage.name] = seconds
         self.report.add(context.report)
-        if has_fired and context.deferred:
+        if has_fired and context.deferred_outputs:
             outputs: Any = context.graph.output_node().args[0]
-            self.shared.deferred = [list(outputs).index(node) for node in context.deferred]
+            self.shared.deferred_positions = [list(outputs).index(node) for node in context.deferred_outputs]
             self.shared.starts.update(context.starts)
 
 

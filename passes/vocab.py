@@ -59,11 +59,13 @@ def run(context: PassContext) -> None:
         regions, others = context.bulges(analysis, "vocab", free)
         chunk_sizes = [_chunk_size(context, analysis, region) for region in regions]
         refusals += left_alone(context, analysis, others, "vocab")
-        deferrals = [_outputs_of(context, region, free) for region in regions]
-        done = chunk_regions(context, analysis, regions, "vocab", chunk_sizes, [bool(d) for d in deferrals])
-        for region, outputs in zip(regions, deferrals, strict=True):
+        logits_outputs = [_outputs_of(context, region, free) for region in regions]
+        done = chunk_regions(
+            context, analysis, regions, "vocab", chunk_sizes, [bool(d) for d in logits_outputs]
+        )
+        for region, outputs in zip(regions, logits_outputs, strict=True):
             if region.seed in done:
-                context.deferred += outputs
+                context.deferred_outputs += outputs
         if context.options.logits == "defer":
             _defer_alone(context, analysis, free)
     if context.is_top:
@@ -104,7 +106,7 @@ def _deferrable(context: PassContext) -> set[fx.Node]:
 def _defer_alone(context: PassContext, analysis: RowAnalysis, free: set[fx.Node]) -> None:
     """Takes logits that nothing but the output reads out of the graph; they need no loop."""
     rows = hint(analysis.rows)
-    for logits in sorted(free - set(context.deferred), key=lambda node: node.name):
+    for logits in sorted(free - set(context.deferred_outputs), key=lambda node: node.name):
         seed = _head_of(analysis, logits)
         region = RegionFinder(analysis).grow(seed) if seed is not None else None
         if seed is None or region is None:
@@ -112,7 +114,7 @@ def _defer_alone(context: PassContext, analysis: RowAnalysis, free: set[fx.Node]
         if context.shared.bounds.fits(analysis.rows, _chunk_size(context, analysis, region).chunk_rows):
             continue
         context.starts.append(seed)
-        context.deferred.append(logits)
+        context.deferred_outputs.append(logits)
         nbytes = bytes_a_row(logits, analysis.rows) * rows
         context.rewrote(
             Rewrite(

@@ -75,7 +75,7 @@ def replace_region(
         Refusal: before anything is changed, if the loop has no place in the graph's order.
     """
     graph = analysis.graph
-    late = _users_before(analysis, region)
+    users_before = _users_before(analysis, region)
     outs = (*region.row_outputs, *region.sums)
     row_inputs = [i.node for i in region.inputs if i.role == "row"]
     lead = [_with_leading_sizes(row_inputs, node, analysis.rows) for node in outs]
@@ -96,7 +96,7 @@ def replace_region(
             found = loop if is_single else add_call(graph, operator.getitem, loop, index)
             new[node] = _as_before(node, found, shapes.get(node, []), node in stopped)
     copy_provenance(region.seed, loop)
-    for node in late:
+    for node in users_before:
         cursor.prepend(node)
     _set_modes(analysis, region, anchor, cursor)
     graph.erase_node(cursor)
@@ -169,16 +169,16 @@ def _add_loop(
 def _users_before(analysis: RowAnalysis, region: Region) -> list[fx.Node]:
     """Nodes that use the region's results and stand before its last node, in order: they must move."""
     inside = set(region.nodes)
-    late: dict[fx.Node, None] = {}
+    users_before: dict[fx.Node, None] = {}
     for node in analysis.graph.nodes:
         if node is region.nodes[-1]:
             break
         if node not in inside and any(
-            operand in inside or operand in late for operand in node.all_input_nodes
+            operand in inside or operand in users_before for operand in node.all_input_nodes
         ):
-            late[node] = None
+            users_before[node] = None
     autocast = analysis.contexts[region.nodes[-1]].autocast
-    for node in late:
+    for node in users_before:
         context = analysis.contexts.get(node)
         if writes_in_place(node):
             raise Refusal(f"{node.name} writes between the region's nodes and cannot be moved", Cause.WRITTEN)
@@ -186,7 +186,7 @@ def _users_before(analysis: RowAnalysis, region: Region) -> list[fx.Node]:
             raise Refusal(
                 f"{node.name} stands between the region's nodes and cannot be moved", Cause.AUTOCAST
             )
-    return list(late)
+    return list(users_before)
 
 
 def _set_modes(analysis: RowAnalysis, region: Region, anchor: fx.Node, cursor: fx.Node) -> None:

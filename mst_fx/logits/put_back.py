@@ -34,7 +34,7 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deferral:
+class TakenLogits:
     """How the caller of a rewritten graph gets one of its outputs.
 
     Attributes:
@@ -58,32 +58,35 @@ class Deferral:
     device: torch.device
 
 
-def deferring(
-    function: Callable[..., Any], deferrals: Sequence[Deferral], outputs: int
+def put_logits(
+    function: Callable[..., Any], taken_logits: Sequence[TakenLogits], outputs: int
 ) -> Callable[..., Any]:
     """Wraps a compiled graph: puts deferred logits in place and drops the extra outputs.
 
     Args:
         outputs: how many outputs the graph had before the rewrite.
     """
-    if not deferrals:
+    if not taken_logits:
         return function
 
     def run(*args: Any) -> Any:
         # Dynamo may hand over its list of arguments to be emptied: keep what the logits need.
-        kept = arguments_of(deferrals, args)
-        return defer_outputs(function(*args), kept, deferrals, outputs)
+        kept = arguments_of(taken_logits, args)
+        return with_logits(function(*args), kept, taken_logits, outputs)
 
     return run
 
 
-def arguments_of(deferrals: Sequence[Deferral], args: Sequence[Any]) -> list[dict[int | str, Any]]:
+def arguments_of(taken_logits: Sequence[TakenLogits], args: Sequence[Any]) -> list[dict[int | str, Any]]:
     """The arguments of a rewritten graph that each of its logits needs, by their index."""
-    return [{x.index: args[int(x.index)] for x in d.inputs if x.kind == "argument"} for d in deferrals]
+    return [{x.index: args[int(x.index)] for x in d.inputs if x.kind == "argument"} for d in taken_logits]
 
 
-def defer_outputs(
-    results: Sequence[Any], kept: Sequence[dict[int | str, Any]], deferrals: Sequence[Deferral], outputs: int
+def with_logits(
+    results: Sequence[Any],
+    kept: Sequence[dict[int | str, Any]],
+    taken_logits: Sequence[TakenLogits],
+    outputs: int,
 ) -> tuple[Any, ...]:
     """The outputs of a graph with deferred logits in place.
 
@@ -93,12 +96,12 @@ def defer_outputs(
         outputs: how many outputs the graph had before the rewrite.
     """
     new = list(results[:outputs])
-    exposed = set(range(outputs)) - {deferral.position for deferral in deferrals}
+    exposed = set(range(outputs)) - {logits.position for logits in taken_logits}
     entered: dict[int, Tensor] = {}  # rows by their port
 
-    def found(origin: Origin, deferral: Deferral, arguments: dict[int | str, Any]) -> Any:
+    def found(origin: Origin, logits: TakenLogits, arguments: dict[int | str, Any]) -> Any:
         if origin.kind == "attribute":
-            return attribute(deferral.module, str(origin.index))
+            return attribute(logits.module, str(origin.index))
         if origin.kind == "argument":
             return arguments[origin.index]
         rows = results[int(origin.index)]
@@ -108,21 +111,19 @@ def defer_outputs(
             entered[origin.port] = enter_at_port(results[origin.port], rows)
         return entered[origin.port]
 
-    for deferral, arguments in zip(deferrals, kept, strict=True):
-        inputs = [found(origin, deferral, arguments) for origin in deferral.inputs]
-        shape = [
-            size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in deferral.shape
-        ]
-        is_exposed = [origin.kind != "output" or origin.index in exposed for origin in deferral.inputs]
-        new[deferral.position] = _deferred(deferral, inputs, shape, is_exposed)
+    for logits, arguments in zip(taken_logits, kept, strict=True):
+        inputs = [found(origin, logits, arguments) for origin in logits.inputs]
+        shape = [size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in logits.shape]
+        is_exposed = [origin.kind != "output" or origin.index in exposed for origin in logits.inputs]
+        new[logits.position] = _for_caller(logits, inputs, shape, is_exposed)
     return tuple(new)
 
 
-def _deferred(
-    deferral: Deferral, inputs: Sequence[Any], shape: Sequence[int], is_exposed: Sequence[bool]
+def _for_caller(
+    logits: TakenLogits, inputs: Sequence[Any], shape: Sequence[int], is_exposed: Sequence[bool]
 ) -> Tensor:
     unknown = [isinstance(x, Tensor) and x.is_inference() for x in inputs]
     if any(u and exposed for u, exposed in zip(unknown, is_exposed, strict=True)):
-        return deferral.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
-    like = torch.empty(shape, dtype=deferral.dtype, device="meta")
-    return deferred_logits(Source(deferral.compute, inputs, deferral.rows, like, deferral.device, is_exposed))
+        return logits.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
+    like = torch.empty(shape, dtype=logits.dtype, device="meta")
+    return deferred_logits(Source(logits.compute, inputs, logits.rows, like, logits.device, is_exposed))

@@ -21,7 +21,7 @@ Bits = tuple[Tensor, ...]
 
 
 def version(x: Tensor) -> int:
-    """How often a tensor was written; inference tensors do not know (see :func:`mst_fx.logits.put_back._deferred`)."""
+    """How often a tensor was written; inference tensors do not know (see :func:`mst_fx.logits.put_back._for_caller`)."""
     return -1 if x.is_inference() else version_of(x)
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from mst_fx.logits import calls
 from mst_fx.logits.snapshot import Snapshot, snapshot, version
 from mst_fx.logits.source import KEEP, Hooks, Source
-from mst_fx.logits.uses import LAZY, Step, plainly, rows_of, taker
+from mst_fx.logits.uses import STAY_DEFERRED, Step, plainly, rows_of, taker
 from mst_fx.torch_api.modes import without_torch_function
 from mst_fx.torch_api.ops import schema_of
 from mst_fx.torch_api.tensors import refuse_address, storage_id, tree_leaves, tree_map_only, wrapper
@@ -261,8 +261,8 @@ class DeferredLogits(torch.Tensor):
                 return func(first._value, *args[1:], **kwargs)
             with without_torch_function():
                 return func(*args, **kwargs)
-        if isinstance(first, DeferredLogits) and first._value is None and func in LAZY:
-            found = LAZY[func](first, func, *args[1:], **kwargs)
+        if isinstance(first, DeferredLogits) and first._value is None and func in STAY_DEFERRED:
+            found = STAY_DEFERRED[func](first, func, *args[1:], **kwargs)
             if found is not NotImplemented:
                 return found
         return _on_values(func, args, kwargs)
@@ -287,7 +287,7 @@ class DeferredLogits(torch.Tensor):
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a function on the values of the deferred logits among its arguments."""
-    members, named = _deferred((args, kwargs)), _deferred(calls.asked_for(func, args, kwargs))
+    members, named = _members_in((args, kwargs)), _members_in(calls.asked_for(func, args, kwargs))
     sources = list({id(m._source): m._source for m in members}.values())
     writes = calls.writes(func, kwargs)
     for member in named:
@@ -307,7 +307,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _deferred(arguments: Any) -> list[DeferredLogits]:
+def _members_in(arguments: Any) -> list[DeferredLogits]:
     return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, DeferredLogits)]
 
 
@@ -352,7 +352,7 @@ def _is_strided(found: Any) -> bool:
 # Autograd
 
 
-def _lazy(source: Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
+def _new(source: Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
     self = wrapper(DeferredLogits, like.shape, like.dtype, source.device)
     self._source, self._parent, self._step, self._like = source, parent, step, like
     self._value, self._version_of_value, self._born, self._node = None, 0, None, None
@@ -374,7 +374,7 @@ class _First(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: Source, *inputs: Any) -> DeferredLogits:
         ctx.source = source
-        return _lazy(source, None, None, source.like)
+        return _new(source, None, None, source.like)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -388,7 +388,7 @@ class _Derived(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parent: DeferredLogits, step: Step) -> DeferredLogits:
         ctx.step, ctx.like = step, parent._like
-        return _lazy(parent._source, parent, step, step.apply(parent._like))
+        return _new(parent._source, parent, step, step.apply(parent._like))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

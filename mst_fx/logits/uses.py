@@ -1,6 +1,6 @@
 """Which uses of deferred logits stay deferred: rows that are taken, casts, copies.
 
-:data:`LAZY` has a handler for each such function of torch. A handler gets the logits, the function and its other
+:data:`STAY_DEFERRED` has a handler for each such function of torch. A handler gets the logits, the function and its other
 arguments, and returns ``NotImplemented`` where the values are needed, or the arguments are wrong. It is a part of
 :class:`~mst_fx.logits.tensor.DeferredLogits`, and reads what is private there.
 """
@@ -420,7 +420,7 @@ _PROPERTIES: dict[str, Callable[..., Any]] = {
     "real": lambda self, func: self,  # of real numbers
     "imag": _as_like,  # an error
 }
-LAZY: dict[Any, Callable[..., Any]] = {
+STAY_DEFERRED: dict[Any, Callable[..., Any]] = {
     getattr(owner, name): handler
     for name, handler in _BY_NAME.items()
     for owner in (torch.Tensor, torch)

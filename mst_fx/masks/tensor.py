@@ -150,8 +150,8 @@ class DeferredMask(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LAZY and isinstance(args[0], DeferredMask) and args[0]._cell.value is None:
-            found = _LAZY[func](args[0], **kwargs)
+        if func in _STAY_DEFERRED and isinstance(args[0], DeferredMask) and args[0]._cell.value is None:
+            found = _STAY_DEFERRED[func](args[0], **kwargs)
             if found is not None:
                 return found
         written = _written(func, args, kwargs)
@@ -263,7 +263,7 @@ def _copy(mask: DeferredMask, **kwargs: Any) -> DeferredMask | None:
     return DeferredMask(vectors, dataclasses.replace(form, dtype=dtype, fill=fill), mask.shape)
 
 
-_LAZY: dict[Any, Callable[..., DeferredMask | None]] = {
+_STAY_DEFERRED: dict[Any, Callable[..., DeferredMask | None]] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.clone.default: _copy,

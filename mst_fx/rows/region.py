@@ -233,12 +233,12 @@ class RegionFinder:
         if not back:
             return None
         ancestors = _closure(seed, lambda node: [n for n in node.all_input_nodes if n in chosen])
-        late = [node for node in back if node not in ancestors]
-        if late:
-            return min(late, key=self.order.__getitem__)
+        behind = [node for node in back if node not in ancestors]
+        if behind:
+            return min(behind, key=self.order.__getitem__)
         # The path leaves before the seed and comes back before it: leave out where it starts.
-        early = [node for node in chosen if node in ancestors and set(self._users(node)) - chosen]
-        return min(early, key=self.order.__getitem__)
+        ahead = [node for node in chosen if node in ancestors and set(self._users(node)) - chosen]
+        return min(ahead, key=self.order.__getitem__)
 
     def _region(self, seed: fx.Node, chosen: set[fx.Node]) -> Region:
         nodes = sorted(chosen, key=self.order.__getitem__)
