@@ -44,7 +44,7 @@ from mst_fx.report import Refused, Report
 from mst_fx.runner import Runner
 from mst_fx.stage import Helper, Scope, Stage, When, check_order
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
-from mst_fx.torch_api.dynamo import ending_of, kept_until_reset
+from mst_fx.torch_api.dynamo import ending_of, until_reset
 from mst_fx.torch_api.graphs import make_code
 from mst_fx.torch_api.inductor import mode_patches
 
@@ -162,7 +162,7 @@ class Result:
         report: what was done.
         taken_logits: outputs of ``gm`` that its caller must get in another form.
         outputs: how many outputs the graph had.
-        bodies: of the loops in ``gm``; whoever runs it must keep them (:func:`mst_fx.bodies.body.kept_alive`).
+        bodies: of the loops in ``gm``; whoever runs it must keep them (:func:`mst_fx.bodies.body.with_bodies_alive`).
     """
 
     gm: fx.GraphModule
@@ -195,7 +195,7 @@ def rewrite(
     make_code(result.gm)
     if result.bodies:  # and what is compiled from the module may outlive it
         result.gm.meta["mst_fx"] = result.bodies
-        kept_until_reset().update({body.key: body for body in result.bodies})
+        until_reset().update({body.key: body for body in result.bodies})
     if result.taken_logits:
         taken_logits, outputs = result.taken_logits, result.outputs
 

@@ -131,7 +131,7 @@ class Runner:
             if has_fired:
                 self._settle(context.gm, seen)
                 after(context.gm)
-        self._keep(stage, context, has_fired, time.perf_counter() - start)
+        self._note(stage, context, has_fired, time.perf_counter() - start)
         return context.gm if has_fired or stage.in_place else gm
 
     def _copied(self, gm: fx.GraphModule, scope: Scope) -> fx.GraphModule:
@@ -152,7 +152,7 @@ class Runner:
             verify.check(seen, gm, self.shared.deferred_positions)
         gm.recompile()
 
-    def _keep(self, stage: Stage, context: PassContext, has_fired: bool, seconds: float) -> None:
+    def _note(self, stage: Stage, context: PassContext, has_fired: bool, seconds: float) -> None:
         """Puts what a stage did and said into the report, and into what is known in common."""
         log.debug("stage %s: %d rewrites, %.3f s", stage.name, len(context.report.rewrites), seconds)
         context.report.stage_seconds[stage.name] = seconds
@@ -172,14 +172,14 @@ def _of_function(gm: fx.GraphModule, name: str, found: list[Refused]) -> list[Re
     functions = [n for n in gm.graph.nodes if is_function(n)]
     forwards = [n for n in functions if str(n.args[0].target) == name]
     saves = any(_gives_less(node) for node in forwards)
-    kept: list[Refused] = []
+    others: list[Refused] = []
     for refused in found:
         if refused.cause is Cause.IS_OUTPUT and saves:
             reason = "the wide result is saved by a torch.autograd.Function for its own backward"
-            kept.append(dataclasses.replace(refused, reason=reason, cause=Cause.OPAQUE))
+            others.append(dataclasses.replace(refused, reason=reason, cause=Cause.OPAQUE))
         elif refused.cause is not Cause.IS_OUTPUT:
-            kept.append(refused)
-    return kept
+            others.append(refused)
+    return others
 
 
 def _gives_less(function: fx.Node) -> bool:

@@ -398,8 +398,8 @@ def _drop_unused_operands(top: Level, layer_graph: fx.GraphModule) -> None:
         if level.gm is not layer_graph or level.call is None:
             continue
         placeholders = placeholders_of(layer_graph)
-        kept = [index for index, node in enumerate(placeholders) if node.users]
-        level.call.args = (level.call.args[0], *(level.call.args[1 + index] for index in kept))
+        used = [index for index, node in enumerate(placeholders) if node.users]
+        level.call.args = (level.call.args[0], *(level.call.args[1 + index] for index in used))
         for node in placeholders:
             if not node.users:
                 layer_graph.graph.erase_node(node)

@@ -45,7 +45,7 @@ from mst_fx.masks.tensor import DeferredMask, MaskForm, MaskOutput, put_masks
 from mst_fx.masks.understand import GIVEN, Given, Read, as_rows, form_name, read_mask
 from mst_fx.options import Options
 from mst_fx.report import Rewrite
-from mst_fx.torch_api.dynamo import goes_on, keep_ending
+from mst_fx.torch_api.dynamo import copy_ending, goes_on
 from mst_fx.torch_api.fakes import mode_of, real_tensors
 
 log = logging.getLogger("mst_fx")
@@ -114,7 +114,7 @@ def _cross(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     if not has_inputs and not found:
         return Crossing(gm, example_inputs)
     new = copy_tree(gm)
-    keep_ending(gm, new)  # the doctor asks for it
+    copy_ending(gm, new)  # the doctor asks for it
     inputs, opened = _open_inputs(new, example_inputs)
     outputs = new.graph.output_node().args[0]
     masks, rewrites = _take_out(new, options)

@@ -29,7 +29,7 @@ from mst_fx.graph.spelling import CUTS, FLATTENS, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.links import (
     is_link,
-    keeps_rows,
+    leaves_last_dim,
     linked,
     order_of,
     permuted,
@@ -109,8 +109,8 @@ def _split_cuts(graph: fx.Graph) -> None:
         if source is None or parts is None or _chain_from(source) is None:
             continue
         *rows, columns = parts
-        kept = [slice(i, i + 1 or None) if isinstance(i, int) else i for i in rows]
-        steps: list[tuple[Any, Any]] = [(operator.getitem, tuple(kept))] if any(map(_is_cut, kept)) else []
+        cuts = [slice(i, i + 1 or None) if isinstance(i, int) else i for i in rows]
+        steps: list[tuple[Any, Any]] = [(operator.getitem, tuple(cuts))] if any(map(_is_cut, cuts)) else []
         steps += [(operator.getitem, (Ellipsis, columns))] if _is_cut(columns) else []
         steps += [("squeeze", dim) for dim in reversed(range(len(rows))) if isinstance(rows[dim], int)]
         if len(steps) == 1 and (node.target, node.args[1]) == steps[0]:
@@ -173,7 +173,9 @@ def _chain_from(source: fx.Node) -> list[fx.Node] | None:
             return (
                 chain if widths and all(map(is_known, widths)) and hint(widths[0]) > hint(widths[1]) else None
             )
-        if not (keeps_rows(current) or is_link(current, fake.ndim - 1, rank=1) or _cuts_columns(current)):
+        if not (
+            leaves_last_dim(current) or is_link(current, fake.ndim - 1, rank=1) or _cuts_columns(current)
+        ):
             return None
         current = operand
     return None

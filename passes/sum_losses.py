@@ -30,7 +30,7 @@ from mst_fx.graph.modes import contexts, in_context, outside_transforms
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.spelling import PLAIN_LOSSES, SIZED_VIEWS, WEIGHTED_MEANS, given_arguments, operation
 from mst_fx.graph.values import tensor_value
-from mst_fx.rows.links import inverse_order, is_link, keeps_rows, linked, order_of, permuted
+from mst_fx.rows.links import inverse_order, is_link, leaves_last_dim, linked, order_of, permuted
 from mst_fx.torch_api.symbols import expression
 
 aten = torch.ops.aten
@@ -138,8 +138,8 @@ def _soft_losses(
     """
     if label_smoothing:
         classes = tensor_value(input).shape[1]  # type: ignore[union-attr]
-        kept = add_call(graph, torch.mul, target, 1 - label_smoothing)
-        target = add_call(graph, torch.add, kept, label_smoothing / classes)
+        scaled = add_call(graph, torch.mul, target, 1 - label_smoothing)
+        target = add_call(graph, torch.add, scaled, label_smoothing / classes)
     losses = add_call(graph, torch.mul, add_call(graph, "log_softmax", input, 1), target)
     if weight is not None:
         losses = add_call(graph, torch.mul, losses, weight)
@@ -261,7 +261,7 @@ def _layout_of(logits: fx.Node) -> _Layout | None:
 
 def _parts_of(node: fx.Node) -> _Layout | None:
     """The layout of ``[..., K * C].view(..., K, C)`` or ``.view(-1, C)``."""
-    while node.args and isinstance(node.args[0], fx.Node) and keeps_rows(node):
+    while node.args and isinstance(node.args[0], fx.Node) and leaves_last_dim(node):
         node = node.args[0]
     source = node.args[0] if node.args else None
     if operation(node) not in SIZED_VIEWS or not isinstance(source, fx.Node):
@@ -287,9 +287,9 @@ def _with_classes_last(graph: fx.Graph, labels: fx.Node, order: tuple[int, ...])
     return current
 
 
-def _flat_rows(graph: fx.Graph, node: fx.Node, kept: int) -> fx.Node:
-    """``[B, S, ...]`` → ``[N, ...]`` with the last ``kept`` dimensions as they are."""
-    rank = tensor_value(node).ndim - kept  # type: ignore[union-attr]
+def _flat_rows(graph: fx.Graph, node: fx.Node, trailing: int) -> fx.Node:
+    """``[B, S, ...]`` → ``[N, ...]`` with the last ``trailing`` dimensions as they are."""
+    rank = tensor_value(node).ndim - trailing  # type: ignore[union-attr]
     return node if rank == 1 else add_call(graph, "flatten", node, 0, rank - 1)
 
 

@@ -288,7 +288,7 @@ class Body:
         return CompiledBody(run, RowGuards(n), positions)
 
     def _compile_gradient(
-        self, function: Any, needs: Sequence[bool], kept: int, *inputs: Any
+        self, function: Any, needs: Sequence[bool], first: int, *inputs: Any
     ) -> CompiledBody:
         with torch.enable_grad():
             gm = self._trace(function, *inputs)
@@ -298,8 +298,8 @@ class Body:
             for index, (meta, need) in enumerate(zip(self.shared, needs[len(self.rows) :], strict=True))
             if need
         ]
-        terms = split_into_terms(gm, kept + row_grads, wide)
-        return self._compile(gm, GradientPositions(kept, terms), *inputs)
+        terms = split_into_terms(gm, first + row_grads, wide)
+        return self._compile(gm, GradientPositions(first, terms), *inputs)
 
 
 def _is_alias(target: Any) -> bool:
@@ -311,7 +311,7 @@ _ALIASES = (aten._unsafe_view.default, torch.ops.mst_fx.with_gradient.default, o
 
 
 # Graphs name their bodies by key. What runs a graph keeps them alive: the compiled function and the autograd graphs
-# that it makes (:func:`kept_alive`), or the module that :func:`~mst_fx.rewrite` returned.
+# that it makes (:func:`with_bodies_alive`), or the module that :func:`~mst_fx.rewrite` returned.
 _BODIES: weakref.WeakValueDictionary[str, Body] = weakref.WeakValueDictionary()
 
 
@@ -334,7 +334,7 @@ def body_of(key: str) -> Body:
         ) from None
 
 
-def kept_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable[..., Any]:
+def with_bodies_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable[..., Any]:
     """A compiled graph that keeps the bodies of its loops alive.
 
     ``torch.compiler.reset()`` forgets the function, and there may be backward passes of it to come: the autograd

@@ -77,18 +77,18 @@ def split_into_terms(gm: fx.GraphModule, first: int, wide: Sequence[bool]) -> tu
     """Replaces the weight gradients among a body's outputs by the values their terms are made of.
 
     Args:
-        gm: outputs: ``first`` values to keep, then one gradient a weight.
+        gm: outputs: ``first`` values as they are, then one gradient a weight.
         wide: for each weight, whether its accumulator is wider than the weight (float32).
     """
     output = gm.graph.output_node()
     values = list(output.args[0])  # type: ignore[arg-type]
-    kept, gradients = values[:first], values[first:]
+    outputs, gradients = values[:first], values[first:]
     positions: dict[fx.Node, int] = {}
 
     def position(node: fx.Node) -> int:
         if node not in positions:
-            positions[node] = len(kept)
-            kept.append(node)
+            positions[node] = len(outputs)
+            outputs.append(node)
         return positions[node]
 
     all_terms = []
@@ -106,7 +106,7 @@ def split_into_terms(gm: fx.GraphModule, first: int, wide: Sequence[bool]) -> tu
                 summand = _in_float32(gm.graph, node) if is_wide else node
                 terms.append(Term(value=position(summand), transposed=transposed))
         all_terms.append(tuple(terms))
-    output.args = (kept,)
+    output.args = (outputs,)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return tuple(all_terms)

@@ -70,9 +70,9 @@ def put_logits(
         return function
 
     def run(*args: Any) -> Any:
-        # Dynamo may hand over its list of arguments to be emptied: keep what the logits need.
-        kept = arguments_of(taken_logits, args)
-        return with_logits(function(*args), kept, taken_logits, outputs)
+        # Dynamo may hand over its list of arguments to be emptied: hold on to what the logits need.
+        arguments = arguments_of(taken_logits, args)
+        return with_logits(function(*args), arguments, taken_logits, outputs)
 
     return run
 
@@ -84,7 +84,7 @@ def arguments_of(taken_logits: Sequence[TakenLogits], args: Sequence[Any]) -> li
 
 def with_logits(
     results: Sequence[Any],
-    kept: Sequence[dict[int | str, Any]],
+    all_arguments: Sequence[dict[int | str, Any]],
     taken_logits: Sequence[TakenLogits],
     outputs: int,
 ) -> tuple[Any, ...]:
@@ -92,7 +92,7 @@ def with_logits(
 
     Args:
         results: of the rewritten graph.
-        kept: see :func:`arguments_of`.
+        all_arguments: see :func:`arguments_of`.
         outputs: how many outputs the graph had before the rewrite.
     """
     new = list(results[:outputs])
@@ -111,7 +111,7 @@ def with_logits(
             entered[origin.port] = enter_at_port(results[origin.port], rows)
         return entered[origin.port]
 
-    for logits, arguments in zip(taken_logits, kept, strict=True):
+    for logits, arguments in zip(taken_logits, all_arguments, strict=True):
         inputs = [found(origin, logits, arguments) for origin in logits.inputs]
         shape = [size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in logits.shape]
         is_exposed = [origin.kind != "output" or origin.index in exposed for origin in logits.inputs]

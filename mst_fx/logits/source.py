@@ -26,7 +26,7 @@ log = logging.getLogger("mst_fx")
 
 _told: set[str] = set()
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-KEEP = "use them before, or set the mst option logits='keep'"
+ADVICE = "use them before, or set the mst option logits='keep'"
 
 
 class Hooks(OrderedDict[int, Callable[[Tensor], Tensor | None]]):
@@ -135,7 +135,7 @@ class Source:
         found = iter(torch.autograd.grad(value, wanted, grad, allow_unused=True))
         return [next(found) if need else None for need in needed]
 
-    def keep_apart(self, part: DeferredLogits) -> None:
+    def set_apart(self, part: DeferredLogits) -> None:
         """Notes that rows that were computed alone are known outside."""
         assert part._value is not None
         if storage_id(part._value) not in [apart.storage for apart in self.apart]:
@@ -147,13 +147,13 @@ class Source:
                 raise RuntimeError(
                     f"deferred logits are used for the first time after a weight of shape {tuple(x.shape)} was "
                     "freed, as FSDP does after the backward pass, and with reshard_after_forward=True after the "
-                    f"forward pass; {KEEP}"
+                    f"forward pass; {ADVICE}"
                 )
             if known is not None and not known.is_of(x):
                 raise RuntimeError(
                     "deferred logits are used for the first time after what they are computed from "
                     f"(a {x.dtype} tensor of shape {tuple(x.shape)}) was changed in place, as an "
-                    f"optimizer step does; {KEEP}"
+                    f"optimizer step does; {ADVICE}"
                 )
 
     def check_parts(self, member: DeferredLogits, owner: DeferredLogits | None = None) -> None:
@@ -171,7 +171,7 @@ class Source:
         ):
             raise RuntimeError(
                 "rows of deferred logits were computed alone and changed in place since: the logits would "
-                f"not show it; {KEEP.replace('them', 'all logits')}"
+                f"not show it; {ADVICE.replace('them', 'all logits')}"
             )
 
     @staticmethod
@@ -206,7 +206,7 @@ class Source:
         if any(apart.owner() is owner and apart.is_used() for apart in self.apart):
             raise RuntimeError(
                 "deferred logits are changed in place after some of their rows were computed alone, which would "
-                f"not show it; {KEEP.replace('them', 'all logits')}"
+                f"not show it; {ADVICE.replace('them', 'all logits')}"
             )
         members = list(self.members.values())
         views = [m for m in members if m._owner() is owner]

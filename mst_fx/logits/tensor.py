@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mst_fx.logits import calls
 from mst_fx.logits.snapshot import Snapshot, snapshot, version
-from mst_fx.logits.source import KEEP, Hooks, Source
+from mst_fx.logits.source import ADVICE, Hooks, Source
 from mst_fx.logits.uses import STAY_DEFERRED, Step, plainly, rows_of, taker
 from mst_fx.torch_api.modes import without_torch_function
 from mst_fx.torch_api.ops import schema_of
@@ -68,7 +68,7 @@ class DeferredLogits(torch.Tensor):
         """The logits as an ordinary tensor ``[B, S, V]``, part of the autograd graph."""
         value = self._get()
         if self._is_part:
-            self._source.keep_apart(self)
+            self._source.set_apart(self)
         return value
 
     def _get(self) -> Tensor:
@@ -127,7 +127,7 @@ class DeferredLogits(torch.Tensor):
         self._born = None if copies else top._born
         if copies and not top._is_as_it_was():
             raise RuntimeError(
-                f"a copy of deferred logits is used for the first time after the logits were changed in place; {KEEP}"
+                f"a copy of deferred logits is used for the first time after the logits were changed in place; {ADVICE}"
             )
         for step in steps:
             with torch.set_grad_enabled(step.grad and not is_foreign):
@@ -296,7 +296,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _settle(members)
     args, kwargs = tree_map_only(DeferredLogits, DeferredLogits._get, (args, kwargs))
     result = _run(func, args, kwargs, is_split=func in calls.MEMORY and any(m._is_split() for m in members))
-    _keep_apart(func, members, tree_leaves(result))
+    _set_apart(func, members, tree_leaves(result))
     if not writes:  # but the function's name may not tell
         written = [m for m in members if version(m._get()) != m._version_of_value]
         _settle(written)
@@ -325,7 +325,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_split: boo
     if is_split and func not in calls.ARRAYS:
         raise RuntimeError(
             f"{calls.MEMORY[func]} gives out the memory of deferred logits after some of their rows "
-            f"were computed alone, which would not show what is written there; {KEEP.replace('them', 'all logits')}"
+            f"were computed alone, which would not show what is written there; {ADVICE.replace('them', 'all logits')}"
         )
     result = func(*args, **kwargs)
     if is_split:
@@ -333,7 +333,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_split: boo
     return result
 
 
-def _keep_apart(func: Any, members: Sequence[DeferredLogits], results: Sequence[Any]) -> None:
+def _set_apart(func: Any, members: Sequence[DeferredLogits], results: Sequence[Any]) -> None:
     """Notes of rows that were computed alone that their memory is known outside now."""
     parts = [m for m in members if m._is_part and m._value is not None]
     if not parts:
@@ -342,7 +342,7 @@ def _keep_apart(func: Any, members: Sequence[DeferredLogits], results: Sequence[
     storages = {storage_id(found) for found in results if _is_strided(found)}
     for part in parts:
         if is_memory or part._storage() in storages:
-            part._source.keep_apart(part)
+            part._source.set_apart(part)
 
 
 def _is_strided(found: Any) -> bool:

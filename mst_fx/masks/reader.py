@@ -279,11 +279,11 @@ def _check_integer(node: fx.Node) -> None:
 def _passed_on(node: fx.Node) -> fx.Node | None:
     """The node whose values a node has, with other dimensions or of another type perhaps; None: it has others."""
     source = node.args[0] if node.args else None
-    is_same = operation(node) in _PASSING or _keeps_all(node)
+    is_same = operation(node) in _PASSING or _only_adds_dims(node)
     return source if is_same and isinstance(source, fx.Node) else None
 
 
-def _keeps_all(node: fx.Node) -> bool:
+def _only_adds_dims(node: fx.Node) -> bool:
     """Whether an index only adds dimensions (``mask[None, None]``, ``mask[:, :, :, :K]`` of K keys)."""
     source = node.args[0] if node.args else None
     if operation(node) != "getitem" or not isinstance(source, fx.Node):
@@ -302,8 +302,8 @@ def gives_heads(node: fx.Node, source: fx.Node) -> bool:
     fake, inner = tensor_value(node), tensor_value(source)
     if fake is None or inner is None or (fake.ndim, inner.ndim) != (4, 3) or not _is_one(fake.shape[1]):
         return False
-    is_kept = all(_same(fake.shape[to], inner.shape[at]) for to, at in ((0, 0), (2, 1), (3, 2)))
-    return is_kept and operation(node) in ("getitem", "unsqueeze", "view", "reshape")
+    is_same = all(_same(fake.shape[to], inner.shape[at]) for to, at in ((0, 0), (2, 1), (3, 2)))
+    return is_same and operation(node) in ("getitem", "unsqueeze", "view", "reshape")
 
 
 def made_outside(

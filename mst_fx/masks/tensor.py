@@ -100,12 +100,12 @@ class DeferredMask(torch.Tensor):
 
     def __init__(self, vectors: Mapping[str, Tensor], form: MaskForm | None, size: Sequence[Any]) -> None:
         self._form = form
-        self._keep(_Cell(vectors["made"] if form is None else None))
+        self._take_cell(_Cell(vectors["made"] if form is None else None))
         for name, vector in vectors.items():
             if form is not None:
                 setattr(self, name, vector)
 
-    def _keep(self, cell: _Cell) -> None:
+    def _take_cell(self, cell: _Cell) -> None:
         self._cell = cell
         cell.members.append(weakref.ref(self))
 
@@ -240,7 +240,7 @@ def _same(mask: DeferredMask, **kwargs: Any) -> DeferredMask:
     assert mask._form is not None
     vectors = {name: getattr(mask, name) for name in mask._form.vectors}
     new = DeferredMask(vectors, mask._form, mask.shape)
-    new._keep(mask._cell)
+    new._take_cell(mask._cell)
     return new
 
 

@@ -340,9 +340,8 @@ def _(
 
 def _setup_loop(ctx: Any, inputs: tuple[Any, ...], output: Tensor | list[Tensor]) -> None:
     row_inputs, shared, ctx.body_key, _, ctx.chunk_rows, _ = inputs
-    ctx.kept = body_of(
-        ctx.body_key
-    )  # where nobody compiled the graph, its autograd graph keeps its body alive
+    # Where nobody compiled the graph, its autograd graph has its body alive.
+    ctx.body = body_of(ctx.body_key)
     ctx.n_row_inputs = len(row_inputs)
     ctx.save_for_backward(*row_inputs, *shared)
     ctx.set_materialize_grads(False)

@@ -69,9 +69,9 @@ def compare(
     case: Case,
     contenders: dict[str, Contender],
     arguments: argparse.Namespace,
-    keep: Callable[[Sequence[_Entrant]], None],
+    save: Callable[[Sequence[_Entrant]], None],
 ) -> list[_Entrant]:
-    """Runs all contenders of a case and fills their results; ``keep`` gets them after each round."""
+    """Runs all contenders of a case and fills their results; ``save`` gets them after each round."""
     end = time.monotonic() + arguments.budget
     arguments.out.mkdir(parents=True, exist_ok=True)
     finished: list[_Entrant] = []
@@ -89,7 +89,7 @@ def compare(
         for worker in _alive(finished):
             worker.ask("turn", arguments.steps)
             worker.turns += worker.answer(end - time.monotonic()) or []
-        keep(finished)
+        save(finished)
     for kind in ("kernels", "alive"):
         for worker in _alive(finished):
             if worker.name not in getattr(arguments, kind).split(","):
@@ -168,7 +168,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _keep(
+def _save(
     out: Path,
     name: str,
     case: Case,
@@ -202,9 +202,9 @@ def main() -> None:
         case = Case(seq=seq, device="cpu" if arguments.cpu else "cuda", **settings)
         print(f"{case}", flush=True)
 
-        keep = functools.partial(_keep, arguments.out, name, case, results, tables)
-        workers = compare(case, contenders, arguments, keep)
-        keep(workers)
+        save = functools.partial(_save, arguments.out, name, case, results, tables)
+        workers = compare(case, contenders, arguments, save)
+        save(workers)
         results += [summary(worker, case) for worker in workers]
         tables.append(table(results[-len(workers) :]))
         print(tables[-1], flush=True)
