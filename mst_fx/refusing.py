@@ -111,7 +111,7 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
             continue  # experts' products are refused as such
         fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
         out = tensor_value(node)
-        if state.rowwise or not state.rows or out is None or not fakes or fakes[0] is None:
+        if state.rowwise or not state.holds_rows or out is None or not fakes or fakes[0] is None:
             continue
         if out.ndim == fakes[0].ndim and hint(out.shape[-1]) > hint(fakes[0].shape[-1]):
             name = module_path(node) or node.name
@@ -122,7 +122,7 @@ def refuse_functions(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes ``torch.autograd.Function``s that widen rows themselves, and are not proved."""
     for node in filter(is_function, analysis.graph.nodes):
         state, operands = analysis.states[node], [n for n in node.all_input_nodes if tensors_of(n)]
-        if state.rowwise or not operands or not analysis.states[operands[0]].rows:
+        if state.rowwise or not operands or not analysis.states[operands[0]].holds_rows:
             continue
         source, out = tensors_of(operands[0])[0], tensors_of(node)[0]
         if out.ndim == source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):

@@ -56,7 +56,7 @@ from mst_fx.masks.sites import (
     scaled_query,
     ungrouped,
 )
-from mst_fx.masks.understand import Understood, as_rows, understand
+from mst_fx.masks.understand import Understood, as_vector, understand
 from mst_fx.report import Rewrite
 
 
@@ -184,12 +184,12 @@ def _vector_nodes(
 ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     graph = top.gm.graph
 
-    def rows(node: fx.Node, is_key: bool) -> fx.Node:
+    def flat(node: fx.Node, is_key: bool) -> fx.Node:
         with graph.inserting_before(before):
-            return as_rows(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
+            return as_vector(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
 
-    return tuple(rows(n, True) for n in understood.mask.keys), tuple(
-        rows(n, False) for n in understood.mask.queries
+    return tuple(flat(n, True) for n in understood.mask.keys), tuple(
+        flat(n, False) for n in understood.mask.queries
     )
 
 

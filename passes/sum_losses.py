@@ -86,10 +86,10 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return None
     with graph.inserting_before(node):
         labels = loss.ordered_labels(graph)
-        rows = loss.rows(graph, labels)
+        row_losses = loss.row_losses(graph, labels)
         if loss.reduction == "none":
-            return _unpermuted(graph, rows, loss.layout, labels, loss.is_soft)
-        return _sum_over(graph, rows, loss.count(graph, rows))
+            return _unpermuted(graph, row_losses, loss.layout, labels, loss.is_soft)
+        return _sum_over(graph, row_losses, loss.count(graph, row_losses))
 
 
 def _cross_entropy(node: fx.Node) -> _CrossEntropy | None:
@@ -212,7 +212,7 @@ class _CrossEntropy:
             return _with_classes_last(graph, self.labels, self.layout.order)
         return permuted(graph, self.labels, self.layout.labels_order())
 
-    def rows(self, graph: fx.Graph, labels: fx.Node) -> fx.Node:
+    def row_losses(self, graph: fx.Graph, labels: fx.Node) -> fx.Node:
         """The losses of rows: ``[N]``, of several codebooks ``[N, K]``."""
         losses = []
         for logits, part in self.layout.pairs(graph, labels, self.is_soft):
@@ -222,12 +222,12 @@ class _CrossEntropy:
                 losses.append(add_call(graph, self.function, logits, part, **self.given, reduction="none"))
         return losses[0] if len(losses) == 1 else add_call(graph, torch.stack, losses, -1)
 
-    def count(self, graph: fx.Graph, rows: fx.Node) -> fx.Node | int | None:
+    def count(self, graph: fx.Graph, row_losses: fx.Node) -> fx.Node | int | None:
         """What the sum of the losses of rows is divided by; None if it is not."""
         if self.reduction == "sum":
             return None
         if self.is_soft:  # every row counts
-            return _numel(graph, rows)
+            return _numel(graph, row_losses)
         weight, ignored = self.given.get("weight"), self.given.get("ignore_index", -100)
         return _valid_weight(graph, self.labels, weight, ignored)
 
@@ -293,14 +293,16 @@ def _flat_rows(graph: fx.Graph, node: fx.Node, trailing: int) -> fx.Node:
     return node if rank == 1 else add_call(graph, "flatten", node, 0, rank - 1)
 
 
-def _unpermuted(graph: fx.Graph, rows: fx.Node, layout: _Layout, labels: fx.Node, is_soft: bool) -> fx.Node:
+def _unpermuted(
+    graph: fx.Graph, row_losses: fx.Node, layout: _Layout, labels: fx.Node, is_soft: bool
+) -> fx.Node:
     """Losses of rows in the shape in which the loss gives them."""
     if is_soft:  # as many labels as there are rows
         if tensor_value(labels).ndim == 2:  # type: ignore[union-attr]
-            return rows
+            return row_losses
         labels = add_call(graph, "select", labels, -1, 0)
-    shaped = rows if tensor_value(labels).ndim == 1 and layout.parts == 1 else None  # type: ignore[union-attr]
-    shaped = shaped or add_call(graph, "reshape_as", rows, labels)
+    shaped = row_losses if tensor_value(labels).ndim == 1 and layout.parts == 1 else None  # type: ignore[union-attr]
+    shaped = shaped or add_call(graph, "reshape_as", row_losses, labels)
     return permuted(graph, shaped, inverse_order(layout.labels_order()))
 
 

@@ -128,7 +128,7 @@ def _head_of(analysis: RowAnalysis, logits: fx.Node) -> fx.Node | None:
     node = logits
     while len(node.users) == 1:
         state = analysis.states[node]
-        if not state.rowwise or not state.rows:
+        if not state.rowwise or not state.holds_rows:
             return None
         if state.matmuls:
             return node
@@ -143,7 +143,7 @@ def _is_logits(analysis: RowAnalysis, node: fx.Node) -> bool:
     deferred, their first use would make the logits.
     """
     nbytes, source = bytes_a_row(node, analysis.rows), node
-    while (state := analysis.states[source]).rowwise and state.rows:
+    while (state := analysis.states[source]).rowwise and state.holds_rows:
         if state.matmuls:
             return any(m.out_bytes > m.in_bytes and nbytes > m.in_bytes for m in state.matmuls)
         sources = [operand for operand, role in state.roles.items() if role == "row"]

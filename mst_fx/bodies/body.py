@@ -59,9 +59,9 @@ class TensorMeta:
     dtype: torch.dtype
     device: torch.device
 
-    def empty(self, *rows: Any) -> torch.Tensor:
-        if rows:
-            return torch.empty((*rows, *self.shape), dtype=self.dtype, device=self.device)
+    def empty(self, *leading: Any) -> torch.Tensor:
+        if leading:
+            return torch.empty((*leading, *self.shape), dtype=self.dtype, device=self.device)
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
@@ -103,29 +103,29 @@ class Body:
 
     Attributes:
         key: names the body by content; equal keys, same body.
-        forward: ATen graph of ``(n, *rows, *shared)``, rows as ``[n, ...]``; outputs likewise.
-        rows, shared, outputs: what goes in and comes out.
+        forward: ATen graph of ``(n, *row_inputs, *shared)``, row inputs as ``[n, ...]``; outputs likewise.
+        row_metas, shared, outputs: what goes in and comes out.
         formulas: the ``torch.autograd.Function``s inside.
     """
 
     def __init__(
         self,
         forward: fx.GraphModule,
-        rows: Sequence[TensorMeta],
+        row_metas: Sequence[TensorMeta],
         shared: Sequence[TensorMeta],
         outputs: Sequence[OutputMeta],
         config: BodyConfig,
         avoid: set[int],
     ) -> None:
         self.forward = forward
-        self.rows, self.shared, self.outputs = tuple(rows), tuple(shared), tuple(outputs)
+        self.row_metas, self.shared, self.outputs = tuple(row_metas), tuple(shared), tuple(outputs)
         self.config = config
         self.formulas = named_in(forward)
         self._avoid = avoid
         self._compiled: dict[Any, list[CompiledBody]] = {}
         self._lock = threading.Lock()
         versions = (torch.__version__, __version__)
-        content = repr((forward.code, self.rows, self.shared, self.outputs, config, versions))
+        content = repr((forward.code, self.row_metas, self.shared, self.outputs, config, versions))
         self.key = hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def __deepcopy__(self, memo: Any) -> Body:
@@ -178,7 +178,7 @@ class Body:
             return [need and id(leaf) in found for leaf, need in zip(leaves, needs, strict=True)]
 
     def compiled_forward(self, chunks: Collection[int]) -> CompiledBody:
-        """``(n, *rows, *shared)`` → outputs.
+        """``(n, *row_inputs, *shared)`` → outputs.
 
         Args:
             chunks: the numbers of rows that it will be run on.
@@ -192,11 +192,11 @@ class Body:
     def compiled_backward(
         self, chunks: Collection[int], needs: Sequence[bool], tangents: Sequence[bool]
     ) -> CompiledBody:
-        """``(n, *rows, *shared, *tangents)`` → row gradients and terms of weight gradients.
+        """``(n, *row_inputs, *shared, *tangents)`` → row gradients and terms of weight gradients.
 
         Args:
             chunks: the numbers of rows that it will be run on.
-            needs: which of ``(*rows, *shared)`` need a gradient.
+            needs: which of ``(*row_inputs, *shared)`` need a gradient.
             tangents: which outputs have a tangent.
         """
 
@@ -249,8 +249,8 @@ class Body:
         """Fake inputs in a mode of their own, which is active meanwhile: the number of rows comes first."""
         mode, n = symbolic_rows(self._avoid, hint)
         with without_saved_tensors_hooks(), mode:
-            rows = [meta.empty(n) for meta in self.rows]
-            yield [n, *rows, *(meta.empty() for meta in self.shared)]
+            row_inputs = [meta.empty(n) for meta in self.row_metas]
+            yield [n, *row_inputs, *(meta.empty() for meta in self.shared)]
 
     def _output_fake(self, meta: OutputMeta, n: Any) -> torch.Tensor:
         shape = meta.shape if meta.is_sum else (n, *meta.shape)
@@ -259,7 +259,7 @@ class Body:
     def _gradient(
         self, needs: Sequence[bool], has_tangent: Sequence[bool], n: Any, *inputs: torch.Tensor
     ) -> list[torch.Tensor]:
-        count = len(self.rows) + len(self.shared)
+        count = len(self.row_metas) + len(self.shared)
         leaves, tangents = as_leaves(inputs[:count], needs), list(inputs[count:])
         outs = self.forward(n, *leaves)
         return gradients(leaves, needs, outs, has_tangent, tangents)
@@ -292,10 +292,10 @@ class Body:
     ) -> CompiledBody:
         with torch.enable_grad():
             gm = self._trace(function, *inputs)
-        row_grads = sum(needs[: len(self.rows)])
+        row_grads = sum(needs[: len(self.row_metas)])
         wide = [
             self.accumulator_dtype(index) != meta.dtype
-            for index, (meta, need) in enumerate(zip(self.shared, needs[len(self.rows) :], strict=True))
+            for index, (meta, need) in enumerate(zip(self.shared, needs[len(self.row_metas) :], strict=True))
             if need
         ]
         terms = split_into_terms(gm, first + row_grads, wide)

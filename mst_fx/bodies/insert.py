@@ -44,7 +44,7 @@ def scalar_with_gradient(region: Region, body: Body, needs: Sequence[bool]) -> i
     if len(found) != 1:
         return None
     meta = body.outputs[found[0]]
-    dtypes = {x.dtype for x in (*body.rows, *body.shared)}
+    dtypes = {x.dtype for x in (*body.row_metas, *body.shared)}
     if not meta.is_sum or meta.shape != () or torch.float16 in dtypes:
         return None
     return found[0]

@@ -42,7 +42,7 @@ class TakenLogits:
         module: where attributes are found.
         compute: the graph of the logits, a function of ``inputs``.
         inputs: where they are found.
-        rows: for each input whether it holds the logits' rows; None where they are not proved
+        holds_rows: for each input whether it holds the logits' rows; None where they are not proved
             independent of each other.
         shape: ints, or ("output", index, dim): the size of an output's dimension.
         dtype, device: of the logits.
@@ -52,7 +52,7 @@ class TakenLogits:
     module: torch.nn.Module
     compute: fx.GraphModule
     inputs: tuple[Origin, ...]
-    rows: tuple[bool, ...] | None
+    holds_rows: tuple[bool, ...] | None
     shape: tuple[Any, ...]
     dtype: torch.dtype
     device: torch.device
@@ -104,11 +104,11 @@ def with_logits(
             return attribute(logits.module, str(origin.index))
         if origin.kind == "argument":
             return arguments[origin.index]
-        rows = results[int(origin.index)]
+        hidden = results[int(origin.index)]
         if origin.port < 0:
-            return rows
+            return hidden
         if origin.port not in entered:
-            entered[origin.port] = enter_at_port(results[origin.port], rows)
+            entered[origin.port] = enter_at_port(results[origin.port], hidden)
         return entered[origin.port]
 
     for logits, arguments in zip(taken_logits, all_arguments, strict=True):
@@ -126,4 +126,4 @@ def _for_caller(
     if any(u and exposed for u, exposed in zip(unknown, is_exposed, strict=True)):
         return logits.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
     like = torch.empty(shape, dtype=logits.dtype, device="meta")
-    return deferred_logits(Source(logits.compute, inputs, logits.rows, like, logits.device, is_exposed))
+    return deferred_logits(Source(logits.compute, inputs, logits.holds_rows, like, logits.device, is_exposed))

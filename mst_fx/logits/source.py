@@ -58,7 +58,7 @@ class Source:
     Args:
         compute: the function of ``inputs`` whose value are the logits ``[B, S, V]``.
         inputs: tensors, and numbers.
-        rows: for each input whether its leading dimensions are those of the logits, each row of which
+        holds_rows: for each input whether its leading dimensions are those of the logits, each row of which
             depends on the same row of these inputs only; None where this is not proved.
         like: a meta tensor like the logits.
         device: of the logits.
@@ -69,12 +69,12 @@ class Source:
         self,
         compute: Callable[..., Tensor],
         inputs: Sequence[Any],
-        rows: Sequence[bool] | None,
+        holds_rows: Sequence[bool] | None,
         like: Tensor,
         device: torch.device,
         is_exposed: Sequence[bool] | None = None,
     ) -> None:
-        self.inputs, self.rows, self.like, self.device = tuple(inputs), rows, like, device
+        self.inputs, self.holds_rows, self.like, self.device = tuple(inputs), holds_rows, like, device
         self.members: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
         self.is_whole = False  # rows may not be computed alone: there are hooks on the logits' gradient
         self._compute = compute
@@ -114,9 +114,9 @@ class Source:
         _tell(_caller())
         inputs: Sequence[Any] = self.inputs
         if take is not None:
-            assert self.rows is not None
+            assert self.holds_rows is not None
             with torch.set_grad_enabled(grad and self._grad):
-                inputs = [take(x) if row else x for x, row in zip(inputs, self.rows, strict=True)]
+                inputs = [take(x) if holds else x for x, holds in zip(inputs, self.holds_rows, strict=True)]
         value = self._run(inputs, grad)
         if self.announced and value.requires_grad:
             value.register_hook(self.announced)
@@ -186,7 +186,7 @@ class Source:
             and version(part._value) != part._version_of_value
             and any(part._owner() is whole for whole in family)
             and part._storage() != member._storage()
-            and overlap(part._rows(), member._rows())
+            and overlap(part._row_ranges(), member._row_ranges())
         )
 
     def _is_whole_changed(self, family: Sequence[DeferredLogits]) -> bool:

@@ -79,7 +79,7 @@ def _take_out(
     fake = tensor_value(logits)
     assert fake is not None
     compute = fx.GraphModule(gm, logits_graph.graph)
-    holds = row_inputs(compute, known)
+    holds = inputs_with_rows(compute, known)
     return TakenLogits(
         position, gm, compute, tuple(logits_graph.inputs), holds, tuple(shape), fake.dtype, fake.device
     )
@@ -132,8 +132,8 @@ class _LogitsGraph:
         if is_argument:
             return Origin("argument", self._arguments.index(operand))
         if has_port:
-            rows, port = self._ports[operand]
-            return Origin("output", _position(results, rows), _position(results, port))
+            detached, port = self._ports[operand]
+            return Origin("output", _position(results, detached), _position(results, port))
         if operand in self._taken:  # its own place will be empty
             results.append(operand)
         return Origin("output", _position(results, operand))
@@ -154,19 +154,19 @@ def _position(results: list[Any], node: fx.Node) -> int:
     return max(index for index, found in enumerate(results) if found is node)
 
 
-def _has_port(gm: fx.GraphModule, rows: fx.Node, ports: _Ports) -> bool:
+def _has_port(gm: fx.GraphModule, hidden: fx.Node, ports: _Ports) -> bool:
     """Gives a port to rows that a loop computes a gradient of; false if there is no such loop.
 
-    Before: ``loop_with_grad([rows, ...]); return rows``. After: ``loop_with_grad([rows, ...], port=0)``
-    with one more output, and ``return rows.detach(), port``.
+    Before: ``loop_with_grad([h, ...]); return h``. After: ``loop_with_grad([h, ...], port=0)``
+    with one more output, and ``return h.detach(), port``.
     """
-    if rows in ports:
+    if hidden in ports:
         return True
     op = torch.ops.mst_fx.loop_with_grad.default
-    for loop in rows.users:
-        if loop.target is not op or list(loop.args[0]).count(rows) != 1:  # type: ignore[arg-type]
+    for loop in hidden.users:
+        if loop.target is not op or list(loop.args[0]).count(hidden) != 1:  # type: ignore[arg-type]
             continue
-        at = list(loop.args[0]).index(rows)  # type: ignore[arg-type]
+        at = list(loop.args[0]).index(hidden)  # type: ignore[arg-type]
         *others, port_of = loop.args
         if port_of != -1 or not loop.args[2][at]:  # type: ignore[index]
             continue
@@ -177,9 +177,9 @@ def _has_port(gm: fx.GraphModule, rows: fx.Node, ports: _Ports) -> bool:
             port = gm.graph.call_function(operator.getitem, (loop, len(fakes) - 1))
             port.meta[VALUE] = fakes[-1]
         with gm.graph.inserting_after(port):
-            detached = gm.graph.call_method("detach", (rows,))
-            detached.meta[VALUE] = value(rows).detach()
-        ports[rows] = detached, port
+            detached = gm.graph.call_method("detach", (hidden,))
+            detached.meta[VALUE] = value(hidden).detach()
+        ports[hidden] = detached, port
         return True
     return False
 
@@ -202,7 +202,7 @@ class _Modes:
         self._context = context
 
 
-def row_inputs(compute: fx.GraphModule, known: _Known) -> tuple[bool, ...] | None:
+def inputs_with_rows(compute: fx.GraphModule, known: _Known) -> tuple[bool, ...] | None:
     """For each input of the logits' graph whether it holds their rows; None where rows are not independent.
 
     The proof that each row of the logits depends on one row of each row input is the analysis', on
@@ -220,13 +220,17 @@ def row_inputs(compute: fx.GraphModule, known: _Known) -> tuple[bool, ...] | Non
     except Refusal:
         return None
     calls = _calls(compute.graph)
-    if any(states[n].rows and not states[n].rowwise for n in calls):
+    if any(states[n].holds_rows and not states[n].rowwise for n in calls):
         return None
     read: dict[fx.Node, set[str]] = {node: set() for node in inputs}
     for node in calls:
         for operand, role in states[node].roles.items():
             read.setdefault(operand, set()).add(role)
-    if not states[logits].rowwise or not states[logits].rows or not _are_read_by_rows(read, states, lead):
+    if (
+        not states[logits].rowwise
+        or not states[logits].holds_rows
+        or not _are_read_by_rows(read, states, lead)
+    ):
         return None
     holds = [read[node] == {"row"} for node in inputs]
     return tuple(holds) if _takes_any_rows(compute, holds, len(lead)) else None

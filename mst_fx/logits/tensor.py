@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from mst_fx.logits import calls
 from mst_fx.logits.snapshot import Snapshot, snapshot, version
 from mst_fx.logits.source import ADVICE, Hooks, Source
-from mst_fx.logits.uses import STAY_DEFERRED, Step, plainly, rows_of, taker
+from mst_fx.logits.uses import STAY_DEFERRED, Step, plainly, row_ranges, taker
 from mst_fx.torch_api.modes import without_torch_function
 from mst_fx.torch_api.ops import schema_of
 from mst_fx.torch_api.tensors import refuse_address, storage_id, tree_leaves, tree_map_only, wrapper
@@ -159,10 +159,10 @@ class DeferredLogits(torch.Tensor):
             family.append(family[-1]._parent)
         return family
 
-    def _rows(self) -> list[range]:
+    def _row_ranges(self) -> list[range]:
         """Which rows of the first logits these are, one range a leading dimension."""
         steps = [m._step for m in reversed(self._family()) if m._step is not None]
-        return rows_of(steps, self._source.like.shape[:-1])
+        return row_ranges(steps, self._source.like.shape[:-1])
 
     def _stay_whole(self) -> None:
         """Sees to it that all gradients of rows taken from these logits go through them.

@@ -152,18 +152,18 @@ class Reader:
             sizes = [fake.shape[0], 1, *fake.shape[1:]]
         if fake.ndim > 4 or not _is_one(sizes[1]):
             raise Refusal(f"{node.name} ({plain_name(node)}) in the mask differs between heads", Cause.MASK)
-        rows, columns = sizes[2], sizes[3]
-        if _is_one(rows) and _is_one(columns):
+        height, width = sizes[2], sizes[3]
+        if _is_one(height) and _is_one(width):
             if not _is_one(sizes[0]):
                 raise Refusal(
                     f"{node.name} ({plain_name(node)}) in the mask is one number a sequence", Cause.MASK
                 )
             return "number"
-        if _is_one(rows) and _same(columns, self.keys):
+        if _is_one(height) and _same(width, self.keys):
             return "keys"
-        if _is_one(columns) and _same(rows, self.queries):
+        if _is_one(width) and _same(height, self.queries):
             return "queries"
-        if _same(rows, self.queries) and _same(columns, self.keys):
+        if _same(height, self.queries) and _same(width, self.keys):
             return "full"
         raise Refusal(
             f"{node.name} ({plain_name(node)}) in the mask has the shape {tuple(fake.shape)}", Cause.MASK

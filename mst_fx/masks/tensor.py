@@ -61,7 +61,7 @@ class MaskForm:
     def vectors(self) -> list[str]:
         """The names of the vectors: those of the formula, in order, and those of the reach."""
         found = sorted(set(formula.vectors_in(self.formula)), key=lambda name: (name[0], int(name[1:])))
-        return found + (["rows", "starts"] if self.has_reach else [])
+        return found + (["table", "starts"] if self.has_reach else [])
 
 
 class _Cell:
@@ -94,7 +94,7 @@ class DeferredMask(torch.Tensor):
     def __new__(
         cls, vectors: Mapping[str, Tensor], form: MaskForm | None, size: Sequence[Any]
     ) -> DeferredMask:
-        first = next(x for name, x in vectors.items() if name != "rows")
+        first = next(x for name, x in vectors.items() if name != "table")
         dtype = first.dtype if form is None else form.dtype
         return wrapper(cls, size, dtype, first.device)
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import mst_fx
 from mst_fx.graph.fill import fill_values
-from mst_fx.logits.take_out import row_inputs
+from mst_fx.logits.take_out import inputs_with_rows
 from mst_fx.logits.tensor import DeferredLogits
 from mst_fx.ops import port
 from tests.helpers import (
@@ -313,7 +313,7 @@ def test_rows_that_are_not_independent() -> None:
     for function, rows in functions.items():
         graph = torch.fx.symbolic_trace(function)
         fill_values(graph, inputs)
-        assert row_inputs(graph, {}) == rows
+        assert inputs_with_rows(graph, {}) == rows
 
 
 class _Capped(nn.Module):

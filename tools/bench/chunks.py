@@ -98,13 +98,13 @@ def sweep(
 def table(case: Case, points: Sequence[Point]) -> str:
     """Markdown of one block."""
     fastest = min(point.median for point in points)
-    rows: list[Sequence[Any]] = [
+    lines: list[Sequence[Any]] = [
         ("rows a chunk", "ms (fastest – slowest)", "of the fastest", "peak GiB above")
     ]
     for point in points:
         low, high = min(point.seconds) * 1e3, max(point.seconds) * 1e3
         name = f"{point.chunk_rows:,}" + (" (auto)" if point.is_auto else "")
-        rows.append(
+        lines.append(
             (
                 name,
                 f"{point.median * 1e3:.1f} ({low:.1f} – {high:.1f})",
@@ -112,7 +112,7 @@ def table(case: Case, points: Sequence[Point]) -> str:
                 point.above / GIB,
             )
         )
-    return f"### {case.model}, {case.level}, {case.seq:,} rows\n\n{markdown_table(rows)}"
+    return f"### {case.model}, {case.level}, {case.seq:,} rows\n\n{markdown_table(lines)}"
 
 
 def draw(curves: Sequence[tuple[Case, Sequence[Point]]], path: Path, title: str) -> None:
