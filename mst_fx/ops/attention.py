@@ -288,8 +288,8 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, keys, queries, tables, starts, *ctx.rest, cap = inputs
     ctx.counts = (len(keys), len(queries), tables is not None)
-    known_later = [] if tables is None else [tables, starts]
-    ctx.save_for_backward(*output, cap, query, key, value, *keys, *queries, *known_later)
+    of_reach = [] if tables is None else [tables, starts]
+    ctx.save_for_backward(*output, cap, query, key, value, *keys, *queries, *of_reach)
     ctx.mark_non_differentiable(output[1])
 
 
