@@ -70,9 +70,9 @@ class Layer(nn.Module):
         self.double()
 
     def forward(self, x: Tensor, mask: Tensor) -> Any:
-        return checkpoint(self.body, x, mask, use_reentrant=False) if self.recompute else self.body(x, mask)
+        return checkpoint(self.block, x, mask, use_reentrant=False) if self.recompute else self.block(x, mask)
 
-    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+    def block(self, x: Tensor, mask: Tensor) -> Tensor:
         batch, size, _ = x.shape
         query, key, value = self.qkv(x).view(batch, size, 3, 2, 8).permute(2, 0, 3, 1, 4)
         if self.inside is not None:

@@ -1,6 +1,6 @@
 """Memory, by the exact malloc meter, with real Inductor in float32, in processes of their own.
 
-Blocks have the widths of ``tools.bench.memory`` and a quarter of its rows, with chunks as planned. For
+Blocks have the widths of ``tools.bench.memory`` and a quarter of its rows, with the chunks of ``"auto"``. For
 whole steps the sizes are an eighth in every dimension, chunks included: all bytes are a 64th.
 """
 

@@ -276,7 +276,7 @@ def _block_table(blocks: dict[str, BlockPeaks]) -> str:
         "forward peak",
         "backward peak",
     )
-    rows: list[Sequence[Any]] = [(*head, "forward s", "backward s", "insides above what is left")]
+    lines: list[Sequence[Any]] = [(*head, "forward s", "backward s", "insides above what is left")]
     for name, peaks in blocks.items():
         mib = [
             value / MIB
@@ -291,17 +291,19 @@ def _block_table(blocks: dict[str, BlockPeaks]) -> str:
         forward = peaks.insides(peaks.forward_peak, peaks.output_bytes)
         backward = peaks.insides(peaks.backward_peak, peaks.left_bytes)
         above = f"{forward:.2f}, {backward:.2f}" if peaks.chunk_bytes else None
-        rows.append((name, peaks.chunk_rows, *mib, peaks.forward_seconds, peaks.backward_seconds, above))
-    return "MiB\n\n" + markdown_table(rows)
+        lines.append((name, peaks.chunk_rows, *mib, peaks.forward_seconds, peaks.backward_seconds, above))
+    return "MiB\n\n" + markdown_table(lines)
 
 
 def _step_table(steps: dict[str, StepPeak]) -> str:
-    rows: list[Sequence[Any]] = [("step", "above parameters and gradients MiB", "of Inductor's", "s", "loss")]
+    lines: list[Sequence[Any]] = [
+        ("step", "above parameters and gradients MiB", "of Inductor's", "s", "loss")
+    ]
     for name, peak in steps.items():
         plain = steps.get(name.replace("mst", "inductor"))
         ratio = peak.above / plain.above if plain else None
-        rows.append((name, peak.above / MIB, ratio, peak.seconds, f"{peak.loss:.6f}"))
-    return markdown_table(rows)
+        lines.append((name, peak.above / MIB, ratio, peak.seconds, f"{peak.loss:.6f}"))
+    return markdown_table(lines)
 
 
 if __name__ == "__main__":
