@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from mst_fx.bodies.body import kept_alive
+from mst_fx.bodies.body import with_bodies_alive
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.joint import hooked
-from mst_fx.logits.put_back import deferring
+from mst_fx.logits.put_back import put_logits
 from mst_fx.options import Options, make_options
 from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import JOINT_STAGES, run_passes
@@ -46,6 +46,6 @@ def mst(
     result = run_passes(gm, crossing.inputs, checked, mode, crossing)
     with hooked(JOINT_STAGES, checked):
         compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches)
-    compiled = crossing.put_masks(kept_alive(compiled, result.bodies), bool(result.deferrals))
+    compiled = crossing.put_masks(with_bodies_alive(compiled, result.bodies), bool(result.taken_logits))
     outputs = crossing.outputs or result.outputs
-    return crossing.open_masks(deferring(compiled, result.deferrals, outputs))
+    return crossing.open_masks(put_logits(compiled, result.taken_logits, outputs))

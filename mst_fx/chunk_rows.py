@@ -38,7 +38,7 @@ def _least(known: dict[str, int], device: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ChunkSize:
     """Rows a chunk, how many chunks that makes at the captured number of rows, and why.
 
     Attributes:
@@ -55,31 +55,32 @@ class Plan:
         return -(-self.rows // self.chunk_rows)
 
 
-def _plan(rows: int, chunk_rows: int, why: str, device: str) -> Plan:
+def _less_backward(rows: int, chunk_rows: int, why: str, device: str) -> ChunkSize:
+    """Chunks of half the rows in the backward pass, where these are no fewer than the floor."""
     half = -(-chunk_rows // 2)
     if half < _least(_LEAST_ROWS, device):
-        return Plan(rows, chunk_rows, why, chunk_rows)
-    return Plan(rows, chunk_rows, f"{why}; {half} in the backward pass", half)
+        return ChunkSize(rows, chunk_rows, why, chunk_rows)
+    return ChunkSize(rows, chunk_rows, f"{why}; {half} in the backward pass", half)
 
 
-def plan_mlp(rows: int, width: int, device: str, chosen: ChunkRows = "auto") -> Plan:
+def mlp_chunk_size(rows: int, width: int, device: str, chosen: ChunkRows = "auto") -> ChunkSize:
     """The chunks of a loop whose body widens rows of ``width`` elements (d_model)."""
     if chosen != "auto":
-        return Plan(rows, chosen, "chunk_rows was given", chosen)
+        return ChunkSize(rows, chosen, "chunk_rows was given", chosen)
     least = _least(_LEAST_ROWS, device)
     if width >= least:
-        return _plan(rows, width, f"d_model = {width} rows", device)
-    return _plan(rows, least, f"the least rows that keep a {device} busy", device)
+        return _less_backward(rows, width, f"d_model = {width} rows", device)
+    return _less_backward(rows, least, f"the least rows that keep a {device} busy", device)
 
 
-def plan_attention(device: str, chosen: ChunkRows = "auto") -> int:
+def queries_a_chunk(device: str, chosen: ChunkRows = "auto") -> int:
     """Queries a chunk."""
     return chosen if chosen != "auto" else _least(_QUERIES, device)
 
 
-def plan_vocab(
+def vocab_chunk_size(
     rows: int, width: int, vocabulary: int, device: str, chosen: ChunkRows = "auto", changes: bool = False
-) -> Plan:
+) -> ChunkSize:
     """The chunks of a loop whose body projects rows of ``width`` elements to a ``vocabulary``.
 
     Args:
@@ -87,10 +88,10 @@ def plan_vocab(
             would take chunks as large as the longest one's.
     """
     if chosen != "auto":
-        return Plan(rows, chosen, "vocab_chunk_rows was given", chosen)
+        return ChunkSize(rows, chosen, "vocab_chunk_rows was given", chosen)
     chunks = -(-vocabulary // width)
     paper = -(-rows // chunks)
     least = max(_least(_LEAST_VOCAB_ROWS, device), min(width, _least(_LEAST_ROWS, device)))
     if paper >= least and not changes:
-        return _plan(rows, paper, f"ceil(V / d_model) = {chunks} chunks", device)
-    return _plan(rows, least, f"the least rows that keep a {device} busy", device)
+        return _less_backward(rows, paper, f"ceil(V / d_model) = {chunks} chunks", device)
+    return _less_backward(rows, least, f"the least rows that keep a {device} busy", device)

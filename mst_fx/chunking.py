@@ -11,7 +11,7 @@ from torch import fx
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.insert import needs_gradient, replace_region, scalar_with_gradient
 from mst_fx.bodies.trace import body_text, trace_body
-from mst_fx.chunk_rows import Plan
+from mst_fx.chunk_rows import ChunkSize
 from mst_fx.context import PassContext
 from mst_fx.errors import Refusal
 from mst_fx.graph.changing import changes
@@ -27,24 +27,26 @@ def chunk_regions(
     analysis: RowAnalysis,
     regions: list[Region],
     kind: str,
-    plans: list[Plan],
-    deferred: Sequence[bool] = (),
+    chunk_sizes: list[ChunkSize],
+    are_deferred: Sequence[bool] = (),
 ) -> set[fx.Node]:
     """Replaces regions by loops; those that cannot be are refused.
 
     Args:
-        deferred: for each region whether logits inside of it are an output to be deferred.
+        are_deferred: for each region whether logits inside of it are an output to be deferred.
 
     Returns:
         The seeds of the regions that were replaced.
     """
-    fitting = _fitting(context, analysis, plans)
+    fitting = _fitting(context, analysis, chunk_sizes)
     replaced = set()
-    deferred = deferred or [False] * len(regions)
-    for region, plan, defers, fits in zip(regions, plans, deferred, fitting, strict=True):
+    are_deferred = are_deferred or [False] * len(regions)
+    for region, chunk_size, is_deferred, fits in zip(
+        regions, chunk_sizes, are_deferred, fitting, strict=True
+    ):
         region = _current(analysis, region)
         if fits:
-            context.report.fits.append(Fit(kind, region.name, plan.rows, plan.chunk_rows))
+            context.report.fits.append(Fit(kind, region.name, chunk_size.rows, chunk_size.chunk_rows))
             continue
         try:
             body = None
@@ -52,7 +54,7 @@ def chunk_regions(
                 body, needs, gradient_of = _prepared(context, analysis, region)
             if body is None:
                 continue
-            _chunk(context, analysis, region, kind, plan, defers, body, needs, gradient_of)
+            _chunk(context, analysis, region, kind, chunk_size, is_deferred, body, needs, gradient_of)
         except Refusal as refusal:
             context.refuse(kind, region.name, str(refusal), refusal.cause)
             continue
@@ -60,12 +62,13 @@ def chunk_regions(
     return replaced
 
 
-def _fitting(context: PassContext, analysis: RowAnalysis, plans: list[Plan]) -> list[bool]:
+def _fitting(context: PassContext, analysis: RowAnalysis, chunk_sizes: list[ChunkSize]) -> list[bool]:
     """Which places fit in one chunk; where the number of rows changes, all or none, so that they need one guard."""
     bounds = context.shared.bounds
-    if not plans or not changes(analysis.rows):
-        return [bounds.fits(analysis.rows, plan.chunk_rows) for plan in plans]
-    return [bounds.fits(analysis.rows, min(plan.chunk_rows for plan in plans))] * len(plans)
+    most = [size.chunk_rows for size in chunk_sizes]
+    if not most or not changes(analysis.rows):
+        return [bounds.fits(analysis.rows, chunk_rows) for chunk_rows in most]
+    return [bounds.fits(analysis.rows, min(most))] * len(most)
 
 
 def _prepared(
@@ -73,7 +76,7 @@ def _prepared(
 ) -> tuple[Body, list[bool], int | None]:
     """A region's body, which inputs get gradients, and the output whose gradients the forward loop computes."""
     body = trace_body(analysis, region, context.config, context.shared.bodies)
-    needs = body.reached_by(needs_gradient(region))
+    needs = body.gets_gradient(needs_gradient(region))
     gradient_of = scalar_with_gradient(region, body, needs) if any(needs) and context.is_top else None
     return body, needs, gradient_of
 
@@ -83,8 +86,8 @@ def _chunk(
     analysis: RowAnalysis,
     region: Region,
     kind: str,
-    plan: Plan,
-    defers: bool,
+    chunk_size: ChunkSize,
+    is_deferred: bool,
     body: Body,
     needs: list[bool],
     gradient_of: int | None,
@@ -92,13 +95,13 @@ def _chunk(
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
-    if defers and body.formulas:  # loss and deferred logits each run its backward, on a part of the tangent
+    if is_deferred and body.formulas:  # loss and logits each run its backward, on a part of the tangent
         raise Refusal(
             "a torch.autograd.Function, whose backward need not be linear, comes before logits to be deferred"
         )
     before = tuple(node.format_node() or node.name for node in region.nodes)
     known = set(context.gm.graph.nodes)
-    new = replace_region(analysis, region, body, plan, gradient_of, needs)
+    new = replace_region(analysis, region, body, chunk_size, gradient_of, needs)
     after = tuple(n.format_node() or n.name for n in context.gm.graph.nodes if n not in known)
     for old, node in new.items():
         analysis.replaced(old, node)
@@ -108,15 +111,15 @@ def _chunk(
         Rewrite(
             kind=kind,
             name=region.name,
-            rows=plan.rows,
-            chunk_rows=plan.chunk_rows,
-            chunks=plan.chunks,
-            intermediate_bytes=inside * plan.rows,
-            chunk_bytes=inside * -(-plan.rows // plan.chunks),
+            rows=chunk_size.rows,
+            chunk_rows=chunk_size.chunk_rows,
+            chunks=chunk_size.chunks,
+            intermediate_bytes=inside * chunk_size.rows,
+            chunk_bytes=inside * -(-chunk_size.rows // chunk_size.chunks),
             gradient=gradient,
-            deferred=defers,
+            deferred=is_deferred,
             body=body.key,
-            why=plan.why,
+            why=chunk_size.why,
             before=before,
             after=after,
         )

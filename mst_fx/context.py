@@ -22,7 +22,7 @@ from mst_fx.rows.region import Region, RegionFinder, seeds
 from mst_fx.rows.weights import convolution_rows
 
 if TYPE_CHECKING:
-    from mst_fx.logits.put_back import Deferral
+    from mst_fx.logits.put_back import TakenLogits
 
 
 @dataclasses.dataclass
@@ -34,9 +34,9 @@ class Shared:
         bodies: bodies by the structure of their region.
         bounds: which places fit in one chunk.
         numbers: the tensors that stand for numbers (:mod:`mst_fx.passes.scalars`).
-        deferred: the outputs of the program, by their position, that are logits to be taken out of it.
+        deferred_positions: of the outputs of the program that are logits to be taken out of it.
         starts: the matmuls at which logits start that are deferred without a loss in the graph.
-        deferrals: how the caller gets what was taken out.
+        taken_logits: how the caller gets what was taken out.
         outputs: how many outputs the program had before that.
     """
 
@@ -44,9 +44,9 @@ class Shared:
     bodies: dict[str, Body] = dataclasses.field(default_factory=dict)
     bounds: Bounds = dataclasses.field(default_factory=Bounds)
     numbers: set[fx.Node] = dataclasses.field(default_factory=set)
-    deferred: list[int] = dataclasses.field(default_factory=list)
+    deferred_positions: list[int] = dataclasses.field(default_factory=list)
     starts: set[fx.Node] = dataclasses.field(default_factory=set)
-    deferrals: tuple[Deferral, ...] = ()
+    taken_logits: tuple[TakenLogits, ...] = ()
     outputs: int = 0
 
     def copied(self, old: fx.Graph, new: fx.Graph) -> None:
@@ -74,14 +74,14 @@ class PassContext:
 
     Attributes:
         gm: a copy that the stage may change; of a single graph it has the sub-graphs in common with the original.
-        is_top: the graph is the program's, not the body of a ``tag_activation_checkpoint``.
+        is_top: the graph is the program's, not a layer's under ``tag_activation_checkpoint``.
         config: how bodies are compiled.
         shared: what is known of the whole capture.
         example_inputs: of the program.
         report: where rewrites and refusals go.
         ending: where the graph ends, in words; "" at the end of the program's function.
         is_narrow: an earlier stage has found that nothing in the graph widens rows by a product any more.
-        deferred: logits outputs that a loop's loss consumed and that must be deferred.
+        deferred_outputs: logits that a loop's loss consumed and that must be deferred.
         starts: as of :class:`Shared`, of this graph.
         clones: nodes that compute a part of another one's rows, and that one.
         exchanged: what a helper has exchanged for as long as regions are looked for.
@@ -96,7 +96,7 @@ class PassContext:
     report: Report = dataclasses.field(default_factory=Report)
     ending: str = ""
     is_narrow: bool = False
-    deferred: list[fx.Node] = dataclasses.field(default_factory=list)
+    deferred_outputs: list[fx.Node] = dataclasses.field(default_factory=list)
     starts: list[fx.Node] = dataclasses.field(default_factory=list)
     clones: dict[fx.Node, fx.Node] = dataclasses.field(default_factory=dict)
     exchanged: list[Exchanged] = dataclasses.field(default_factory=list)

@@ -15,7 +15,7 @@ from mst_fx.context import Shared
 from mst_fx.errors import Cause, defect
 from mst_fx.graph.edit import copy_tree
 from mst_fx.listeners import on_graph
-from mst_fx.logits.put_back import Deferral, arguments_of, defer_outputs
+from mst_fx.logits.put_back import TakenLogits, arguments_of, with_logits
 from mst_fx.options import PASS_NAMES, Options, make_options
 from mst_fx.passes import (
     attention,
@@ -45,7 +45,7 @@ from mst_fx.report import Refused, Report
 from mst_fx.runner import Runner
 from mst_fx.stage import Helper, Scope, Stage, When, check_order
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
-from mst_fx.torch_api.dynamo import ending_of, kept_until_reset
+from mst_fx.torch_api.dynamo import ending_of, until_reset
 from mst_fx.torch_api.graphs import make_code
 from mst_fx.torch_api.inductor import mode_patches
 
@@ -163,14 +163,14 @@ class Result:
     Attributes:
         gm: the rewritten graph, or the very graph that was given if no pass rewrote anything.
         report: what was done.
-        deferrals: outputs of ``gm`` that its caller must get in another form.
+        taken_logits: outputs of ``gm`` that its caller must get in another form.
         outputs: how many outputs the graph had.
-        bodies: of the loops in ``gm``; whoever runs it must keep them (:func:`mst_fx.bodies.body.kept_alive`).
+        bodies: of the loops in ``gm``; whoever runs it must keep them (:func:`mst_fx.bodies.body.with_bodies_alive`).
     """
 
     gm: fx.GraphModule
     report: Report
-    deferrals: tuple[Deferral, ...] = ()
+    taken_logits: tuple[TakenLogits, ...] = ()
     outputs: int = 0
     bodies: tuple[Body, ...] = ()
 
@@ -198,12 +198,12 @@ def rewrite(
     make_code(result.gm)
     if result.bodies:  # and what is compiled from the module may outlive it
         result.gm.meta["mst_fx"] = result.bodies
-        kept_until_reset().update({body.key: body for body in result.bodies})
-    if result.deferrals:
-        deferrals, outputs = result.deferrals, result.outputs
+        until_reset().update({body.key: body for body in result.bodies})
+    if result.taken_logits:
+        taken_logits, outputs = result.taken_logits, result.outputs
 
         def put_logits(module: Any, args: Any, results: Any) -> Any:
-            return defer_outputs(results, arguments_of(deferrals, args), deferrals, outputs)
+            return with_logits(results, arguments_of(taken_logits, args), taken_logits, outputs)
 
         result.gm.register_forward_hook(put_logits)
     return result.gm, result.report
@@ -253,7 +253,7 @@ def run_passes(
     report.seconds = time.perf_counter() - start
     _log(report)
     on_graph.tell(captured, new, report)
-    return Result(new, report, shared.deferrals, shared.outputs, tuple(shared.bodies.values()))
+    return Result(new, report, shared.taken_logits, shared.outputs, tuple(shared.bodies.values()))
 
 
 def _text(gm: fx.GraphModule) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from mst_fx.chunk_rows import Plan, plan_mlp, plan_vocab
+from mst_fx.chunk_rows import ChunkSize, mlp_chunk_size, vocab_chunk_size
 from mst_fx.context import PassContext
 from mst_fx.errors import Cause
 from mst_fx.graph.modes import outside_transforms
@@ -111,7 +111,7 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
             continue  # experts' products are refused as such
         fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
         out = tensor_value(node)
-        if state.rowwise or not state.rows or out is None or not fakes or fakes[0] is None:
+        if state.rowwise or not state.holds_rows or out is None or not fakes or fakes[0] is None:
             continue
         if out.ndim == fakes[0].ndim and hint(out.shape[-1]) > hint(fakes[0].shape[-1]):
             name = module_path(node) or node.name
@@ -122,7 +122,7 @@ def refuse_functions(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes ``torch.autograd.Function``s that widen rows themselves, and are not proved."""
     for node in filter(is_function, analysis.graph.nodes):
         state, operands = analysis.states[node], [n for n in node.all_input_nodes if tensors_of(n)]
-        if state.rowwise or not operands or not analysis.states[operands[0]].rows:
+        if state.rowwise or not operands or not analysis.states[operands[0]].holds_rows:
             continue
         source, out = tensors_of(operands[0])[0], tensors_of(node)[0]
         if out.ndim == source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
@@ -147,11 +147,13 @@ def refuse_sharded(context: PassContext, kind: str) -> None:
         assert fake is not None
         wide, rows = hint(fake.shape[-1]), hint(fake.numel()) // max(1, hint(fake.shape[-1]))
         if kind == "mlp":
-            plan = plan_mlp(rows, width, fake.device.type, context.options.chunk_rows)
+            chunk_size = mlp_chunk_size(rows, width, fake.device.type, context.options.chunk_rows)
         else:
-            plan = plan_vocab(rows, width, wide, fake.device.type, context.options.vocab_chunk_rows)
+            chunk_size = vocab_chunk_size(
+                rows, width, wide, fake.device.type, context.options.vocab_chunk_rows
+            )
         name = common_path(map(module_path, (node, *ends))) or module_path(node) or node.name
-        if plan.chunks > 1 and name not in names:
+        if chunk_size.chunks > 1 and name not in names:
             names.add(name)
             what = type(tensor_value(weight)).__name__
             reason = f"the weight of {node.name} ({target_name(node)}) is a {what}, not a plain tensor"
@@ -209,7 +211,7 @@ def left_alone(
         place = place_of(analysis, node, context.ending if context.is_top else "")
         if place is None or place.kind != kind:
             continue
-        is_short = _plan_of(context, analysis, place).chunks < 2
+        is_short = _chunk_size_at(context, analysis, place).chunks < 2
         if is_short and isinstance(analysis.rows, int) and place.cause is not Cause.BREAK:
             continue  # nothing to gain, but where a break hides what comes of it
         region = RegionFinder(analysis).grow(node) if analysis.states[node].rowwise else None
@@ -220,12 +222,12 @@ def left_alone(
     return list(found)
 
 
-def _plan_of(context: PassContext, analysis: RowAnalysis, place: Place) -> Plan:
-    """The plan that a place would have."""
+def _chunk_size_at(context: PassContext, analysis: RowAnalysis, place: Place) -> ChunkSize:
+    """The chunks that a place would have."""
     rows, options = hint(analysis.rows), context.options
     source, out = tensor_value(place.node.all_input_nodes[0]), tensor_value(place.node)
     assert source is not None and out is not None
     width, device = hint(source.shape[-1]), out.device.type
     if place.kind == "mlp":
-        return plan_mlp(rows, width, device, options.chunk_rows)
-    return plan_vocab(rows, width, hint(out.shape[-1]), device, options.vocab_chunk_rows)
+        return mlp_chunk_size(rows, width, device, options.chunk_rows)
+    return vocab_chunk_size(rows, width, hint(out.shape[-1]), device, options.vocab_chunk_rows)

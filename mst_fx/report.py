@@ -196,8 +196,8 @@ class Report:
         return f"{text}; un-chunked insides would take {human_bytes(saved)} more" if saved else text
 
     def __str__(self) -> str:
-        rows = [("kind", "name", "rows", "chunks", "inside", "a chunk", "gradient")]
-        rows += [
+        table = [("kind", "name", "rows", "chunks", "inside", "a chunk", "gradient")]
+        table += [
             (
                 r.kind,
                 r.name + (" (logits deferred)" if r.deferred else f" ({r.form})" if r.form else ""),
@@ -209,9 +209,9 @@ class Report:
             )
             for r in self.rewrites
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
         ]
         lines += [f"refused {r.kind} {r.name}: {r.reason}" for r in self.refusals]
         lines += [str(plan) for plan in self.plans]

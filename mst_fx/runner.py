@@ -74,15 +74,15 @@ class Runner:
         """Stages over single graphs: those that a graph refers to, and then itself."""
         free = set(outside_transforms(gm.graph))
         inside = {operand.target for n in gm.graph.nodes if n not in free for operand in n.all_input_nodes}
-        late = function_graphs(gm)  # a region may take a Function as a whole: what is left comes after
+        functions = function_graphs(gm)  # a region may take a Function as a whole: what is left comes after
         for name, child in subgraphs(gm):
-            if name in inside or name in late:  # all of a torch.func transform is inside of it
+            if name in inside or name in functions:  # all of a torch.func transform is inside of it
                 continue
             gm.set_submodule(name, self._tree(child, stages, False))
         gm = self._all(gm, stages, is_top)
-        late = function_graphs(gm) - inside
+        functions = function_graphs(gm) - inside
         for name, child in list(subgraphs(gm)):
-            if name in late:
+            if name in functions:
                 known = len(self.report.refusals)
                 gm.set_submodule(name, self._tree(child, stages, False))
                 self.report.refusals[known:] = _of_function(gm, name, self.report.refusals[known:])
@@ -131,7 +131,7 @@ class Runner:
             if has_fired:
                 self._settle(context.gm, seen)
                 after(context.gm)
-        self._keep(stage, context, has_fired, time.perf_counter() - start)
+        self._note(stage, context, has_fired, time.perf_counter() - start)
         return context.gm if has_fired or stage.in_place else gm
 
     def _copied(self, gm: fx.GraphModule, scope: Scope) -> fx.GraphModule:
@@ -149,17 +149,17 @@ class Runner:
         drop_unused_subgraphs(gm)
         gm.graph.lint()
         if seen is not None:
-            verify.check(seen, gm, self.shared.deferred)
+            verify.check(seen, gm, self.shared.deferred_positions)
         gm.recompile()
 
-    def _keep(self, stage: Stage, context: PassContext, has_fired: bool, seconds: float) -> None:
+    def _note(self, stage: Stage, context: PassContext, has_fired: bool, seconds: float) -> None:
         """Puts what a stage did and said into the report, and into what is known in common."""
         log.debug("stage %s: %d rewrites, %.3f s", stage.name, len(context.report.rewrites), seconds)
         context.report.stage_seconds[stage.name] = seconds
         self.report.add(context.report)
-        if has_fired and context.deferred:
+        if has_fired and context.deferred_outputs:
             outputs: Any = context.graph.output_node().args[0]
-            self.shared.deferred = [list(outputs).index(node) for node in context.deferred]
+            self.shared.deferred_positions = [list(outputs).index(node) for node in context.deferred_outputs]
             self.shared.starts.update(context.starts)
 
 
@@ -172,14 +172,14 @@ def _of_function(gm: fx.GraphModule, name: str, found: list[Refused]) -> list[Re
     functions = [n for n in gm.graph.nodes if is_function(n)]
     forwards = [n for n in functions if str(n.args[0].target) == name]
     saves = any(_gives_less(node) for node in forwards)
-    kept: list[Refused] = []
+    others: list[Refused] = []
     for refused in found:
         if refused.cause is Cause.IS_OUTPUT and saves:
             reason = "the wide result is saved by a torch.autograd.Function for its own backward"
-            kept.append(dataclasses.replace(refused, reason=reason, cause=Cause.OPAQUE))
+            others.append(dataclasses.replace(refused, reason=reason, cause=Cause.OPAQUE))
         elif refused.cause is not Cause.IS_OUTPUT:
-            kept.append(refused)
-    return kept
+            others.append(refused)
+    return others
 
 
 def _gives_less(function: fx.Node) -> bool:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mst_fx.chunk_rows import plan_attention
+from mst_fx.chunk_rows import queries_a_chunk
 from mst_fx.context import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.changing import changes
@@ -56,7 +56,7 @@ from mst_fx.masks.sites import (
     scaled_query,
     ungrouped,
 )
-from mst_fx.masks.understand import Understood, as_rows, understand
+from mst_fx.masks.understand import Understood, as_vector, understand
 from mst_fx.report import Rewrite
 
 
@@ -95,7 +95,7 @@ def _understood(context: PassContext, site: Site, mutated: set[int]) -> Understo
     if query is None or key is None or query.ndim != 4 or key.ndim != 4:
         return None
     queries = query.shape[2]
-    chunk = plan_attention(query.device.type, context.options.attention_chunk_rows)
+    chunk = queries_a_chunk(query.device.type, context.options.attention_chunk_rows)
     if hint(queries) <= chunk and not changes(queries):
         return None
     found = understand(site, chunk, mutated)
@@ -110,7 +110,7 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
     def is_large(fake: Tensor | None) -> bool:
         if fake is None or fake.ndim < 3:
             return False
-        least = plan_attention(fake.device.type, context.options.attention_chunk_rows)
+        least = queries_a_chunk(fake.device.type, context.options.attention_chunk_rows)
         return min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
 
     refused = {refusal.name for refusal in context.report.refusals}
@@ -184,12 +184,12 @@ def _vector_nodes(
 ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
     graph = top.gm.graph
 
-    def rows(node: fx.Node, is_key: bool) -> fx.Node:
+    def flat(node: fx.Node, is_key: bool) -> fx.Node:
         with graph.inserting_before(before):
-            return as_rows(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
+            return as_vector(node, is_key, lambda target, *args: add_call(graph, target, *args))  # type: ignore[no-any-return]
 
-    return tuple(rows(n, True) for n in understood.mask.keys), tuple(
-        rows(n, False) for n in understood.mask.queries
+    return tuple(flat(n, True) for n in understood.mask.keys), tuple(
+        flat(n, False) for n in understood.mask.queries
     )
 
 
@@ -391,16 +391,16 @@ def _square_bytes(site: Site, counted: set[fx.Node]) -> int:
     return made
 
 
-def _drop_unused_operands(top: Level, body: fx.GraphModule) -> None:
-    """Removes dead nodes of a checkpointed body, and the operands that nobody in it reads any more."""
-    eliminate_dead_code(body.graph)
+def _drop_unused_operands(top: Level, layer_graph: fx.GraphModule) -> None:
+    """Removes dead nodes of a checkpointed layer, and the operands that nobody in it reads any more."""
+    eliminate_dead_code(layer_graph.graph)
     for level in all_levels(top):
-        if level.gm is not body or level.call is None:
+        if level.gm is not layer_graph or level.call is None:
             continue
-        placeholders = placeholders_of(body)
-        kept = [index for index, node in enumerate(placeholders) if node.users]
-        level.call.args = (level.call.args[0], *(level.call.args[1 + index] for index in kept))
+        placeholders = placeholders_of(layer_graph)
+        used = [index for index, node in enumerate(placeholders) if node.users]
+        level.call.args = (level.call.args[0], *(level.call.args[1 + index] for index in used))
         for node in placeholders:
             if not node.users:
-                body.graph.erase_node(node)
-        body.recompile()
+                layer_graph.graph.erase_node(node)
+        layer_graph.recompile()

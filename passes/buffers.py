@@ -1,4 +1,4 @@
-"""Values that Inductor must keep as buffers.
+"""Values that Inductor must put into buffers.
 
 Inductor computes a pointwise value again in every kernel that reads it. The sines and cosines of rotary
 embeddings are ``[1, S, D]`` and are read for each head of each layer: Llama3-8B computes them 2 x 32 x 8 times
@@ -41,12 +41,12 @@ def matches(context: PassContext) -> bool:
 
 
 def run(context: PassContext) -> bool:
-    """Keeps the sines and cosines of the program's own graph."""
-    return keep_waves(context.graph)
+    """Puts the sines and cosines of the program's own graph into buffers."""
+    return buffer_waves(context.graph)
 
 
-def keep_waves(graph: fx.Graph) -> bool:
-    """Keeps the sines and cosines of a graph that are small beside what reads them, and have no gradient."""
+def buffer_waves(graph: fx.Graph) -> bool:
+    """Puts the sines and cosines of a graph into buffers that are small beside what reads them, and have no gradient."""
     found = _found(graph)
     for node in found:
         with graph.inserting_after(node):
@@ -56,10 +56,10 @@ def keep_waves(graph: fx.Graph) -> bool:
 
 
 def _found(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in outside_transforms(graph) if _is_kept(node)]
+    return [node for node in outside_transforms(graph) if _is_worth_a_buffer(node)]
 
 
-def _is_kept(node: fx.Node) -> bool:
+def _is_worth_a_buffer(node: fx.Node) -> bool:
     fake = tensor_value(node)
     if operation(node) not in WAVES or writes_in_place(node) or fake is None or fake.requires_grad:
         return False

@@ -16,11 +16,11 @@ from __future__ import annotations
 from typing import Any
 
 from mst_fx.context import PassContext
-from mst_fx.logits.take_out import defer_all
+from mst_fx.logits.take_out import take_out_logits
 
 
 def matches(context: PassContext) -> bool:
-    return bool(context.shared.deferred)
+    return bool(context.shared.deferred_positions)
 
 
 def run(context: PassContext) -> bool:
@@ -28,7 +28,7 @@ def run(context: PassContext) -> bool:
     shared = context.shared
     outputs: Any = context.graph.output_node().args[0]
     shared.outputs = len(outputs)
-    shared.deferrals = defer_all(
-        context.gm, [outputs[position] for position in shared.deferred], shared.starts, shared.nodes
+    shared.taken_logits = take_out_logits(
+        context.gm, [outputs[position] for position in shared.deferred_positions], shared.starts, shared.nodes
     )
     return True

@@ -14,7 +14,7 @@ from mst_fx.context import PassContext
 from mst_fx.graph.sizes import expression, hint
 from mst_fx.graph.spelling import PICKS, operation
 from mst_fx.graph.values import tensor_value
-from mst_fx.torch_api.symbols import guards_are_kept, promised_ranges
+from mst_fx.torch_api.symbols import guards_are_checked, promised_ranges
 
 
 def run(context: PassContext) -> None:
@@ -41,5 +41,5 @@ def _unite(size: Any, other: Any) -> None:
     is_pair = len(first.free_symbols) == len(second.free_symbols) == 1 and len(symbols) == 2
     if not is_pair or hint(size) != hint(other):
         return
-    if guards_are_kept(size) and not symbols & promised_ranges(size):
+    if guards_are_checked(size) and not symbols & promised_ranges(size):
         bool(size == other)

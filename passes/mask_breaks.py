@@ -6,12 +6,12 @@ In the graph that makes a mask, before the passes::
 
 After; the backend puts a deferred mask in its place::
 
-    return clone(k), cos, sin, clone(q), clone(padding), rows, starts      # ``mask_reach`` of them: once a step
+    return clone(k), cos, sin, clone(q), clone(padding), table, starts     # ``mask_reach`` of them: once a step
 
 In the graphs that read it the mask is an input. Its vectors come instead, and the mask is built from them
 where it was given, so that it is like any other for the attention pass::
 
-    k, q, padding, rows, starts = inputs; mask = (k[:, None, None] <= q[:, None, :, None]) & padding[:, None, None]
+    k, q, padding, table, starts = inputs; mask = (k[:, None, None] <= q[:, None, :, None]) & padding[:, None, None]
 
 Not taken out: masks whose formula is not understood, what is no larger than a chunk of queries, and what the
 function that was given to ``torch.compile`` returns to its caller.
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mst_fx.chunk_rows import plan_attention
+from mst_fx.chunk_rows import queries_a_chunk
 from mst_fx.errors import Refusal, defect
 from mst_fx.graph.edit import add_call, copy_tree, eliminate_dead_code
 from mst_fx.graph.fill import call, fake_mode_of
@@ -42,10 +42,10 @@ from mst_fx.masks import formula
 from mst_fx.masks.boolean import where_of
 from mst_fx.masks.formula import And, Compare, Constant, Holds, Mask, Not, Or
 from mst_fx.masks.tensor import DeferredMask, MaskForm, MaskOutput, put_masks
-from mst_fx.masks.understand import GIVEN, Given, Read, as_rows, form_name, read_mask
+from mst_fx.masks.understand import GIVEN, Given, Read, as_vector, form_name, read_mask
 from mst_fx.options import Options
 from mst_fx.report import Rewrite
-from mst_fx.torch_api.dynamo import goes_on, keep_ending
+from mst_fx.torch_api.dynamo import copy_ending, goes_on
 from mst_fx.torch_api.fakes import mode_of, real_tensors
 
 log = logging.getLogger("mst_fx")
@@ -114,7 +114,7 @@ def _cross(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     if not has_inputs and not found:
         return Crossing(gm, example_inputs)
     new = copy_tree(gm)
-    keep_ending(gm, new)  # the doctor asks for it
+    copy_ending(gm, new)  # the doctor asks for it
     inputs, opened = _open_inputs(new, example_inputs)
     outputs = new.graph.output_node().args[0]
     masks, rewrites = _take_out(new, options)
@@ -189,7 +189,7 @@ def _replace_by_vectors(node: fx.Node, form: MaskForm, sizes: Sequence[Any], bef
                 (whole, None, None, whole) if name[0] == "k" else (whole, None, whole, None),
             )
             for name in form.vectors
-            if name not in ("rows", "starts")
+            if name not in ("table", "starts")
         }
         built = _built(graph, form.formula, wide, mask.device)
         built = add_call(graph, "reshape" if mask.ndim == 2 else "expand", built, *sizes)
@@ -205,7 +205,7 @@ def _replace_by_vectors(node: fx.Node, form: MaskForm, sizes: Sequence[Any], bef
         tuple(wide[name].name for name in form.vectors if name in wide),
         form.chunk,
         form.table,
-        tuple(vectors[name].name for name in ("rows", "starts") if name in vectors),
+        tuple(vectors[name].name for name in ("table", "starts") if name in vectors),
     )
 
 
@@ -328,7 +328,7 @@ def _may_be_mask(node: fx.Node, options: Options) -> bool:
     is_shaped = fake.ndim == 2 or (fake.ndim == 4 and isinstance(fake.shape[1], int) and fake.shape[1] == 1)
     if not is_shaped or not (fake.dtype == torch.bool or fake.is_floating_point()):
         return False
-    least = plan_attention(fake.device.type, options.attention_chunk_rows)
+    least = queries_a_chunk(fake.device.type, options.attention_chunk_rows)
     return min(hint(fake.shape[-2]), hint(fake.shape[-1])) > least
 
 
@@ -357,7 +357,7 @@ def _take(
     fake = tensor_value(node)
     assert fake is not None
     queries, keys = fake.shape[-2:]
-    chunk = plan_attention(fake.device.type, options.attention_chunk_rows)
+    chunk = queries_a_chunk(fake.device.type, options.attention_chunk_rows)
     read = read_mask(node, Level(gm), queries, keys, mutated)
     if not read.keys and not read.queries:
         raise Refusal(f"{node.name}: the mask has no vectors")
@@ -408,8 +408,8 @@ def _vector_outputs(gm: fx.GraphModule, form: MaskForm, read: Read, sizes: tuple
         return add_call(graph, target, *args, **kwargs)
 
     with graph.inserting_before(graph.output_node()):
-        keys = [as_rows(node, True, add) for node in read.keys]
-        queries = [as_rows(node, False, add) for node in read.queries]
+        keys = [as_vector(node, True, add) for node in read.keys]
+        queries = [as_vector(node, False, add) for node in read.queries]
         found = [add(torch.clone, x, memory_format=torch.contiguous_format) for x in (*keys, *queries)]
         if form.has_reach:
             both = [size if isinstance(size, int) else _size_output(gm, size) for size in sizes]

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.chunk_rows import plan_mlp
+from mst_fx.chunk_rows import mlp_chunk_size
 from mst_fx.chunking import chunk_regions
 from mst_fx.context import PassContext
 from mst_fx.graph.sizes import hint
@@ -47,14 +47,14 @@ def run(context: PassContext) -> None:
         widening.update(seeds(analysis), unproved_products(analysis))
         regions, others = context.bulges(analysis, "mlp")
         rows, chosen = hint(analysis.rows), context.options.chunk_rows
-        plans = [plan_mlp(rows, region.width, region.device, chosen) for region in regions]
+        chunk_sizes = [mlp_chunk_size(rows, region.width, region.device, chosen) for region in regions]
         experts += (
             (products, analysis.states[products[0]].rowwise) for products in expert_products(analysis)
         )
         refuse_opaque(context, analysis)
         refuse_functions(context, analysis)
         context.refuse_all(left_alone(context, analysis, others, "mlp"))
-        chunk_regions(context, analysis, regions, "mlp", plans)
+        chunk_regions(context, analysis, regions, "mlp", chunk_sizes)
     context.is_narrow = widening.isdisjoint(context.graph.nodes)
     refuse_experts(context, experts)
     refuse_unknown_rows(context)

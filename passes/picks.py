@@ -86,10 +86,10 @@ def _put(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if given.ndim:
         values = add_call(graph, "unsqueeze", values, -1)
     else:  # one number for all rows
-        rows = add_call(graph, "gather", add_call(graph, "detach", source), -1, columns)
+        picked = add_call(graph, "gather", add_call(graph, "detach", source), -1, columns)
         number = _filled_with(values)
         like = torch.full_like if number is not None else torch.zeros_like
-        made = add_call(graph, like, rows, *([] if number is None else [number]))
+        made = add_call(graph, like, picked, *([] if number is None else [number]))
         values = made if number is not None else add_call(graph, torch.add, made, values)
     return add_call(graph, "scatter_add" if adds else "scatter", source, -1, columns, values)
 
@@ -105,11 +105,11 @@ def _columns(graph: fx.Graph, fake: torch.Tensor, index: Sequence[Any]) -> fx.No
     """``[..., 1]``, from 0 on: the column that an index takes of each row; None if it does anything else."""
     if len(index) != fake.ndim or fake.ndim < 2 or not isinstance(fake.shape[-1], int):
         return None
-    *rows, last = index
+    *leading, last = index
     columns = tensor_value(last) if isinstance(last, fx.Node) else None
     if columns is None or columns.dtype != torch.int64 or not _same(columns.shape, fake.shape[:-1]):
         return None
-    if not all(_counts(part, dim, fake) for dim, part in enumerate(rows)):
+    if not all(_counts(part, dim, fake) for dim, part in enumerate(leading)):
         return None
     negative = add_call(graph, torch.lt, last, 0)
     wrapped = add_call(graph, torch.where, negative, add_call(graph, torch.add, last, fake.shape[-1]), last)

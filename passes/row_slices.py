@@ -29,7 +29,7 @@ from mst_fx.graph.spelling import CUTS, FLATTENS, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.links import (
     is_link,
-    keeps_rows,
+    leaves_last_dim,
     linked,
     order_of,
     permuted,
@@ -64,11 +64,11 @@ def _hoist(context: PassContext, node: fx.Node, modes: dict[fx.Node, Context]) -
             return
     head, links = chain[-1], chain[-2::-1]
     with graph.inserting_before(place), in_context(mode):
-        rows = head.args[0]
+        hidden = head.args[0]
         for link in links:
             if operation(link) in FLATTENS:
-                rows = _reshaped_rows(graph, link, rows)
-        current = add_call(graph, head.target, _sliced(graph, node, rows), *head.args[1:], **head.kwargs)
+                hidden = _reshaped_rows(graph, link, hidden)
+        current = add_call(graph, head.target, _sliced(graph, node, hidden), *head.args[1:], **head.kwargs)
         clones = [(head, current)]
         for link in links:
             if operation(link) not in FLATTENS:
@@ -108,11 +108,11 @@ def _split_cuts(graph: fx.Graph) -> None:
         source, parts = _cut_parts(node)
         if source is None or parts is None or _chain_from(source) is None:
             continue
-        *rows, columns = parts
-        kept = [slice(i, i + 1 or None) if isinstance(i, int) else i for i in rows]
-        steps: list[tuple[Any, Any]] = [(operator.getitem, tuple(kept))] if any(map(_is_cut, kept)) else []
+        *leading, columns = parts
+        cuts = [slice(i, i + 1 or None) if isinstance(i, int) else i for i in leading]
+        steps: list[tuple[Any, Any]] = [(operator.getitem, tuple(cuts))] if any(map(_is_cut, cuts)) else []
         steps += [(operator.getitem, (Ellipsis, columns))] if _is_cut(columns) else []
-        steps += [("squeeze", dim) for dim in reversed(range(len(rows))) if isinstance(rows[dim], int)]
+        steps += [("squeeze", dim) for dim in reversed(range(len(leading))) if isinstance(leading[dim], int)]
         if len(steps) == 1 and (node.target, node.args[1]) == steps[0]:
             continue
         with graph.inserting_before(node), in_context(modes[node]):
@@ -173,7 +173,9 @@ def _chain_from(source: fx.Node) -> list[fx.Node] | None:
             return (
                 chain if widths and all(map(is_known, widths)) and hint(widths[0]) > hint(widths[1]) else None
             )
-        if not (keeps_rows(current) or is_link(current, fake.ndim - 1, rank=1) or _cuts_columns(current)):
+        if not (
+            leaves_last_dim(current) or is_link(current, fake.ndim - 1, rank=1) or _cuts_columns(current)
+        ):
             return None
         current = operand
     return None
@@ -236,33 +238,33 @@ def _index_parts(index: Any, ndim: int, picks: bool = False) -> list[Any] | None
     return [*parts[:at], *full, *parts[at + 1 :]]
 
 
-def _sliced(graph: fx.Graph, node: fx.Node, rows: Any) -> fx.Node:
+def _sliced(graph: fx.Graph, node: fx.Node, hidden: Any) -> fx.Node:
     """The slice that a node takes of logits, of the rows that the logits are made of."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     fake = tensor_value(source)
     if fake is None:
-        parts = add_call(graph, source.target, rows, *source.args[1:], **source.kwargs)
+        parts = add_call(graph, source.target, hidden, *source.args[1:], **source.kwargs)
         return add_call(graph, operator.getitem, parts, node.args[1])
     if node.target is operator.getitem:
         index = _index_parts(node.args[1], fake.ndim)
         assert index is not None
         while index and not _is_cut(index[-1]):
             index.pop()
-        return add_call(graph, operator.getitem, rows, tuple(index))
+        return add_call(graph, operator.getitem, hidden, tuple(index))
     dim: Any = node.args[1]
-    return add_call(graph, node.target, rows, dim % fake.ndim, *node.args[2:])
+    return add_call(graph, node.target, hidden, dim % fake.ndim, *node.args[2:])
 
 
-def _reshaped_rows(graph: fx.Graph, node: fx.Node, rows: Any) -> fx.Node:
+def _reshaped_rows(graph: fx.Graph, node: fx.Node, hidden: Any) -> fx.Node:
     """The reshape of logits, done to the rows that they are made of."""
     if operation(node) == "flatten":
         start = node.args[1] if len(node.args) > 1 else 0
         ndim = tensor_value(node.args[0]).ndim  # type: ignore[arg-type, union-attr]
-        return add_call(graph, "flatten", rows, start % ndim, node.args[2] % ndim)  # type: ignore[operator]
-    width = tensor_value(rows).shape[-1]  # type: ignore[union-attr]
+        return add_call(graph, "flatten", hidden, start % ndim, node.args[2] % ndim)  # type: ignore[operator]
+    width = tensor_value(hidden).shape[-1]  # type: ignore[union-attr]
     sizes = [-1 if size == -1 else size for size in sizes_of(node)[:-1]]
-    return add_call(graph, "reshape", rows, (*sizes, width))
+    return add_call(graph, "reshape", hidden, (*sizes, width))
 
 
 def _cuts_columns(node: fx.Node) -> bool:

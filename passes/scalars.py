@@ -135,24 +135,24 @@ def _type_of_numbers(node: fx.Node, numbers: list[fx.Node]) -> torch.dtype | Non
         return None
     if any(found in numbers for key, found in node.kwargs.items() if key != "other"):
         return None
-    rows = [fake for operand in node.all_input_nodes for fake in tensors_of(operand) if fake.ndim]
+    tensors = [fake for operand in node.all_input_nodes for fake in tensors_of(operand) if fake.ndim]
     if operation(node) in COMPARISONS:
-        return torch.float64 if any(fake.is_floating_point() for fake in rows) else None
+        return torch.float64 if any(fake.is_floating_point() for fake in tensors) else None
     if not out.is_floating_point():
         return None
-    return _type_in_arithmetic(node, numbers, out, rows)
+    return _type_in_arithmetic(node, numbers, out, tensors)
 
 
 def _type_in_arithmetic(
-    node: fx.Node, numbers: list[fx.Node], out: torch.Tensor, rows: list[torch.Tensor]
+    node: fx.Node, numbers: list[fx.Node], out: torch.Tensor, tensors: list[torch.Tensor]
 ) -> torch.dtype | None:
     """:func:`_type_of_numbers` where the result is of a floating type.
 
     Args:
-        rows: the operands that have dimensions.
+        tensors: the operands that have dimensions.
     """
     # The type of the result, whatever has no dimensions.
-    decides = any(fake.dtype == out.dtype for fake in rows)
+    decides = any(fake.dtype == out.dtype for fake in tensors)
     if operation(node) == "pow":
         # As a tensor, an exponent is rounded to 16 bits.
         is_float = all(isinstance(value(number), torch.SymFloat) for number in numbers)
@@ -164,4 +164,4 @@ def _type_in_arithmetic(
     if decides:
         return torch.float64
     # Integers and Booleans become what the number is.
-    return out.dtype if rows and out.dtype not in SIXTEEN_BITS else None
+    return out.dtype if tensors and out.dtype not in SIXTEEN_BITS else None

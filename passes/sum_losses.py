@@ -37,7 +37,7 @@ from mst_fx.graph.spelling import (
     operation,
 )
 from mst_fx.graph.values import tensor_value
-from mst_fx.rows.links import inverse_order, is_link, keeps_rows, linked, order_of, permuted
+from mst_fx.rows.links import inverse_order, is_link, leaves_last_dim, linked, order_of, permuted
 from mst_fx.torch_api.symbols import expression
 
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
@@ -91,10 +91,10 @@ def _sum_cross_entropy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return None
     with graph.inserting_before(node):
         labels = loss.ordered_labels(graph)
-        rows = loss.rows(graph, labels)
+        row_losses = loss.row_losses(graph, labels)
         if loss.reduction == "none":
-            return _unpermuted(graph, rows, loss.layout, labels, loss.is_soft)
-        return _sum_over(graph, rows, loss.count(graph, rows))
+            return _unpermuted(graph, row_losses, loss.layout, labels, loss.is_soft)
+        return _sum_over(graph, row_losses, loss.count(graph, row_losses))
 
 
 def _cross_entropy(node: fx.Node) -> _CrossEntropy | None:
@@ -143,8 +143,8 @@ def _soft_losses(
     """
     if label_smoothing:
         classes = tensor_value(input).shape[1]  # type: ignore[union-attr]
-        kept = add_call(graph, torch.mul, target, 1 - label_smoothing)
-        target = add_call(graph, torch.add, kept, label_smoothing / classes)
+        scaled = add_call(graph, torch.mul, target, 1 - label_smoothing)
+        target = add_call(graph, torch.add, scaled, label_smoothing / classes)
     losses = add_call(graph, torch.mul, add_call(graph, "log_softmax", input, 1), target)
     if weight is not None:
         losses = add_call(graph, torch.mul, losses, weight)
@@ -217,7 +217,7 @@ class _CrossEntropy:
             return _with_classes_last(graph, self.labels, self.layout.order)
         return permuted(graph, self.labels, self.layout.labels_order())
 
-    def rows(self, graph: fx.Graph, labels: fx.Node) -> fx.Node:
+    def row_losses(self, graph: fx.Graph, labels: fx.Node) -> fx.Node:
         """The losses of rows: ``[N]``, of several codebooks ``[N, K]``."""
         losses = []
         for logits, part in self.layout.pairs(graph, labels, self.is_soft):
@@ -227,12 +227,12 @@ class _CrossEntropy:
                 losses.append(add_call(graph, self.function, logits, part, **self.given, reduction="none"))
         return losses[0] if len(losses) == 1 else add_call(graph, torch.stack, losses, -1)
 
-    def count(self, graph: fx.Graph, rows: fx.Node) -> fx.Node | int | None:
+    def count(self, graph: fx.Graph, row_losses: fx.Node) -> fx.Node | int | None:
         """What the sum of the losses of rows is divided by; None if it is not."""
         if self.reduction == "sum":
             return None
         if self.is_soft:  # every row counts
-            return _numel(graph, rows)
+            return _numel(graph, row_losses)
         weight, ignored = self.given.get("weight"), self.given.get("ignore_index", -100)
         return _valid_weight(graph, self.labels, weight, ignored)
 
@@ -266,7 +266,7 @@ def _layout_of(logits: fx.Node) -> _Layout | None:
 
 def _parts_of(node: fx.Node) -> _Layout | None:
     """The layout of ``[..., K * C].view(..., K, C)`` or ``.view(-1, C)``."""
-    while node.args and isinstance(node.args[0], fx.Node) and keeps_rows(node):
+    while node.args and isinstance(node.args[0], fx.Node) and leaves_last_dim(node):
         node = node.args[0]
     source = node.args[0] if node.args else None
     if operation(node) not in SIZED_VIEWS or not isinstance(source, fx.Node):
@@ -292,20 +292,22 @@ def _with_classes_last(graph: fx.Graph, labels: fx.Node, order: tuple[int, ...])
     return current
 
 
-def _flat_rows(graph: fx.Graph, node: fx.Node, kept: int) -> fx.Node:
-    """``[B, S, ...]`` → ``[N, ...]`` with the last ``kept`` dimensions as they are."""
-    rank = tensor_value(node).ndim - kept  # type: ignore[union-attr]
+def _flat_rows(graph: fx.Graph, node: fx.Node, trailing: int) -> fx.Node:
+    """``[B, S, ...]`` → ``[N, ...]`` with the last ``trailing`` dimensions as they are."""
+    rank = tensor_value(node).ndim - trailing  # type: ignore[union-attr]
     return node if rank == 1 else add_call(graph, "flatten", node, 0, rank - 1)
 
 
-def _unpermuted(graph: fx.Graph, rows: fx.Node, layout: _Layout, labels: fx.Node, is_soft: bool) -> fx.Node:
+def _unpermuted(
+    graph: fx.Graph, row_losses: fx.Node, layout: _Layout, labels: fx.Node, is_soft: bool
+) -> fx.Node:
     """Losses of rows in the shape in which the loss gives them."""
     if is_soft:  # as many labels as there are rows
         if tensor_value(labels).ndim == 2:  # type: ignore[union-attr]
-            return rows
+            return row_losses
         labels = add_call(graph, "select", labels, -1, 0)
-    shaped = rows if tensor_value(labels).ndim == 1 and layout.parts == 1 else None  # type: ignore[union-attr]
-    shaped = shaped or add_call(graph, "reshape_as", rows, labels)
+    shaped = row_losses if tensor_value(labels).ndim == 1 and layout.parts == 1 else None  # type: ignore[union-attr]
+    shaped = shaped or add_call(graph, "reshape_as", row_losses, labels)
     return permuted(graph, shaped, inverse_order(layout.labels_order()))
 
 

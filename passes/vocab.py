@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mst_fx.chunk_rows import Plan, plan_vocab
+from mst_fx.chunk_rows import ChunkSize, vocab_chunk_size
 from mst_fx.chunking import chunk_regions
 from mst_fx.context import PassContext
 from mst_fx.errors import Cause
@@ -57,13 +57,15 @@ def run(context: PassContext) -> None:
     refusals: list[Refused] = []
     for analysis in context.analyses():
         regions, others = context.bulges(analysis, "vocab", free)
-        plans = [_plan(context, analysis, region) for region in regions]
+        chunk_sizes = [_chunk_size(context, analysis, region) for region in regions]
         refusals += left_alone(context, analysis, others, "vocab")
-        deferrals = [_outputs_of(context, region, free) for region in regions]
-        done = chunk_regions(context, analysis, regions, "vocab", plans, [bool(d) for d in deferrals])
-        for region, outputs in zip(regions, deferrals, strict=True):
+        logits_outputs = [_outputs_of(context, region, free) for region in regions]
+        done = chunk_regions(
+            context, analysis, regions, "vocab", chunk_sizes, [bool(d) for d in logits_outputs]
+        )
+        for region, outputs in zip(regions, logits_outputs, strict=True):
             if region.seed in done:
-                context.deferred += outputs
+                context.deferred_outputs += outputs
         if context.options.logits == "defer":
             _defer_alone(context, analysis, free)
     if context.is_top:
@@ -82,9 +84,9 @@ def _said_once(context: PassContext, refusals: list[Refused]) -> list[Refused]:
     return [r for r in refusals if r.cause is not Cause.NO_SAVING or r.name not in said]
 
 
-def _plan(context: PassContext, analysis: RowAnalysis, region: Region) -> Plan:
+def _chunk_size(context: PassContext, analysis: RowAnalysis, region: Region) -> ChunkSize:
     rows, chosen = hint(analysis.rows), context.options.vocab_chunk_rows
-    return plan_vocab(rows, region.width, region.wide, region.device, chosen, changes(analysis.rows))
+    return vocab_chunk_size(rows, region.width, region.wide, region.device, chosen, changes(analysis.rows))
 
 
 def _deferrable(context: PassContext) -> set[fx.Node]:
@@ -104,15 +106,15 @@ def _deferrable(context: PassContext) -> set[fx.Node]:
 def _defer_alone(context: PassContext, analysis: RowAnalysis, free: set[fx.Node]) -> None:
     """Takes logits that nothing but the output reads out of the graph; they need no loop."""
     rows = hint(analysis.rows)
-    for logits in sorted(free - set(context.deferred), key=lambda node: node.name):
+    for logits in sorted(free - set(context.deferred_outputs), key=lambda node: node.name):
         seed = _head_of(analysis, logits)
         region = RegionFinder(analysis).grow(seed) if seed is not None else None
         if seed is None or region is None:
             continue
-        if context.shared.bounds.fits(analysis.rows, _plan(context, analysis, region).chunk_rows):
+        if context.shared.bounds.fits(analysis.rows, _chunk_size(context, analysis, region).chunk_rows):
             continue
         context.starts.append(seed)
-        context.deferred.append(logits)
+        context.deferred_outputs.append(logits)
         nbytes = bytes_a_row(logits, analysis.rows) * rows
         context.rewrote(
             Rewrite(
@@ -126,7 +128,7 @@ def _head_of(analysis: RowAnalysis, logits: fx.Node) -> fx.Node | None:
     node = logits
     while len(node.users) == 1:
         state = analysis.states[node]
-        if not state.rowwise or not state.rows:
+        if not state.rowwise or not state.holds_rows:
             return None
         if state.matmuls:
             return node
@@ -141,7 +143,7 @@ def _is_logits(analysis: RowAnalysis, node: fx.Node) -> bool:
     deferred, their first use would make the logits.
     """
     nbytes, source = bytes_a_row(node, analysis.rows), node
-    while (state := analysis.states[source]).rowwise and state.rows:
+    while (state := analysis.states[source]).rowwise and state.holds_rows:
         if state.matmuls:
             return any(m.out_bytes > m.in_bytes and nbytes > m.in_bytes for m in state.matmuls)
         sources = [operand for operand, role in state.roles.items() if role == "row"]

@@ -11,6 +11,8 @@ import torch
 import torch._dynamo.guards
 import torch._inductor.config
 
+from tests import kernels
+
 
 def compilers() -> None:
     """Leaves it out in this process, for good.
@@ -21,6 +23,8 @@ def compilers() -> None:
     torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]  # 30 ms
     # Without vector instructions, whose headers are most of what the C++ compiler reads: 0.6 s instead of 0.9 s a kernel.
     torch._inductor.config.cpp.simdlen = 1
+    torch._inductor.config.cpp.vec_isa_ok = False  # three programs are compiled to find which there are
+    kernels.together()
 
 
 def trace() -> None:

@@ -91,11 +91,11 @@ def main() -> None:
     parser.add_argument("--model", default="llama3-8b")
     parser.add_argument("--out", type=Path, default=Path("bench.png"))
     arguments = parser.parse_args()
-    kept = json.loads(arguments.file.read_text())
-    results = whole_steps(kept["tables"], arguments.model)
+    found = json.loads(arguments.file.read_text())
+    results = whole_steps(found["tables"], arguments.model)
     if not results:
         raise SystemExit(f"{arguments.file} has no training step of {arguments.model}")
-    gpu = kept["environment"].get("gpu", "CPU")
+    gpu = found["environment"].get("gpu", "CPU")
     draw(
         results,
         arguments.out,

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from mst_fx.bodies.decompositions import add_up_labels, body_decompositions
-from mst_fx.bodies.gradient import GradientPlan, as_leaves, gradients, split_into_terms
+from mst_fx.bodies.gradient import GradientPositions, as_leaves, gradients, split_into_terms
 from mst_fx.graph.formula import named_in
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
@@ -59,9 +59,9 @@ class TensorMeta:
     dtype: torch.dtype
     device: torch.device
 
-    def empty(self, *rows: Any) -> torch.Tensor:
-        if rows:
-            return torch.empty((*rows, *self.shape), dtype=self.dtype, device=self.device)
+    def empty(self, *leading: Any) -> torch.Tensor:
+        if leading:
+            return torch.empty((*leading, *self.shape), dtype=self.dtype, device=self.device)
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
@@ -84,12 +84,12 @@ class CompiledBody:
 
     Attributes:
         run: takes a list of inputs, and empties it.
-        plan: of a backward body.
+        positions: of a backward body.
     """
 
     run: Compiled
     guards: RowGuards
-    plan: GradientPlan | None
+    positions: GradientPositions | None
     _taken: dict[int, bool] = dataclasses.field(default_factory=dict, init=False)
 
     def takes(self, rows: int) -> bool:
@@ -103,36 +103,36 @@ class Body:
 
     Attributes:
         key: names the body by content; equal keys, same body.
-        forward: ATen graph of ``(n, *rows, *shared)``, rows as ``[n, ...]``; outputs likewise.
-        rows, shared, outputs: what goes in and comes out.
+        forward: ATen graph of ``(n, *row_inputs, *shared)``, row inputs as ``[n, ...]``; outputs likewise.
+        row_metas, shared, outputs: what goes in and comes out.
         formulas: the ``torch.autograd.Function``s inside.
     """
 
     def __init__(
         self,
         forward: fx.GraphModule,
-        rows: Sequence[TensorMeta],
+        row_metas: Sequence[TensorMeta],
         shared: Sequence[TensorMeta],
         outputs: Sequence[OutputMeta],
         config: BodyConfig,
         avoid: set[int],
     ) -> None:
         self.forward = forward
-        self.rows, self.shared, self.outputs = tuple(rows), tuple(shared), tuple(outputs)
+        self.row_metas, self.shared, self.outputs = tuple(row_metas), tuple(shared), tuple(outputs)
         self.config = config
         self.formulas = named_in(forward)
         self._avoid = avoid
         self._compiled: dict[Any, list[CompiledBody]] = {}
         self._lock = threading.Lock()
         versions = (torch.__version__, __version__)
-        content = repr((forward.code, self.rows, self.shared, self.outputs, config, versions))
+        content = repr((forward.code, self.row_metas, self.shared, self.outputs, config, versions))
         self.key = hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def __deepcopy__(self, memo: Any) -> Body:
         return self
 
     def __reduce__(self) -> Any:
-        return body, (self.key,)
+        return body_of, (self.key,)
 
     def accumulator_dtype(self, index: int) -> torch.dtype:
         """The type in which the gradient of shared input ``index`` is summed."""
@@ -160,7 +160,7 @@ class Body:
             leaves = as_leaves(inputs, needs)
             return tuple(out.requires_grad for out in self.forward(n, *leaves))
 
-    def reached_by(self, needs: Sequence[bool]) -> list[bool]:
+    def gets_gradient(self, needs: Sequence[bool]) -> list[bool]:
         """Which of the inputs that need gradients get some: not those that are read behind a ``detach`` alone."""
         if not any(node.target is aten.detach.default for node in self.forward.graph.nodes):
             return list(needs)
@@ -178,7 +178,7 @@ class Body:
             return [need and id(leaf) in found for leaf, need in zip(leaves, needs, strict=True)]
 
     def compiled_forward(self, chunks: Collection[int]) -> CompiledBody:
-        """``(n, *rows, *shared)`` → outputs.
+        """``(n, *row_inputs, *shared)`` → outputs.
 
         Args:
             chunks: the numbers of rows that it will be run on.
@@ -192,11 +192,11 @@ class Body:
     def compiled_backward(
         self, chunks: Collection[int], needs: Sequence[bool], tangents: Sequence[bool]
     ) -> CompiledBody:
-        """``(n, *rows, *shared, *tangents)`` → row gradients and terms of weight gradients.
+        """``(n, *row_inputs, *shared, *tangents)`` → row gradients and terms of weight gradients.
 
         Args:
             chunks: the numbers of rows that it will be run on.
-            needs: which of ``(*rows, *shared)`` need a gradient.
+            needs: which of ``(*row_inputs, *shared)`` need a gradient.
             tangents: which outputs have a tangent.
         """
 
@@ -249,8 +249,8 @@ class Body:
         """Fake inputs in a mode of their own, which is active meanwhile: the number of rows comes first."""
         mode, n = symbolic_rows(self._avoid, hint)
         with without_saved_tensors_hooks(), mode:
-            rows = [meta.empty(n) for meta in self.rows]
-            yield [n, *rows, *(meta.empty() for meta in self.shared)]
+            row_inputs = [meta.empty(n) for meta in self.row_metas]
+            yield [n, *row_inputs, *(meta.empty() for meta in self.shared)]
 
     def _output_fake(self, meta: OutputMeta, n: Any) -> torch.Tensor:
         shape = meta.shape if meta.is_sum else (n, *meta.shape)
@@ -259,7 +259,7 @@ class Body:
     def _gradient(
         self, needs: Sequence[bool], has_tangent: Sequence[bool], n: Any, *inputs: torch.Tensor
     ) -> list[torch.Tensor]:
-        count = len(self.rows) + len(self.shared)
+        count = len(self.row_metas) + len(self.shared)
         leaves, tangents = as_leaves(inputs[:count], needs), list(inputs[count:])
         outs = self.forward(n, *leaves)
         return gradients(leaves, needs, outs, has_tangent, tangents)
@@ -282,24 +282,24 @@ class Body:
         return gm
 
     def _compile(
-        self, gm: fx.GraphModule, plan: GradientPlan | None, n: torch.SymInt, *inputs: torch.Tensor
+        self, gm: fx.GraphModule, positions: GradientPositions | None, n: torch.SymInt, *inputs: torch.Tensor
     ) -> CompiledBody:
         run = compile_body(gm, (n, *inputs), self.config.inner, dict(self.config.inductor))
-        return CompiledBody(run, RowGuards(n), plan)
+        return CompiledBody(run, RowGuards(n), positions)
 
     def _compile_gradient(
-        self, function: Any, needs: Sequence[bool], kept: int, *inputs: Any
+        self, function: Any, needs: Sequence[bool], first: int, *inputs: Any
     ) -> CompiledBody:
         with torch.enable_grad():
             gm = self._trace(function, *inputs)
-        row_grads = sum(needs[: len(self.rows)])
+        row_grads = sum(needs[: len(self.row_metas)])
         wide = [
             self.accumulator_dtype(index) != meta.dtype
-            for index, (meta, need) in enumerate(zip(self.shared, needs[len(self.rows) :], strict=True))
+            for index, (meta, need) in enumerate(zip(self.shared, needs[len(self.row_metas) :], strict=True))
             if need
         ]
-        terms = split_into_terms(gm, kept + row_grads, wide)
-        return self._compile(gm, GradientPlan(kept, terms), *inputs)
+        terms = split_into_terms(gm, first + row_grads, wide)
+        return self._compile(gm, GradientPositions(first, terms), *inputs)
 
 
 def _is_alias(target: Any) -> bool:
@@ -311,11 +311,11 @@ _ALIASES = (aten._unsafe_view.default, torch.ops.mst_fx.with_gradient.default, o
 
 
 # Graphs name their bodies by key. What runs a graph keeps them alive: the compiled function and the autograd graphs
-# that it makes (:func:`kept_alive`), or the module that :func:`~mst_fx.rewrite` returned.
+# that it makes (:func:`with_bodies_alive`), or the module that :func:`~mst_fx.rewrite` returned.
 BODIES: Named[Body] = Named()
 
 
-def body(key: str) -> Body:
+def body_of(key: str) -> Body:
     """The body a loop op names.
 
     Raises:
@@ -329,7 +329,7 @@ def body(key: str) -> Body:
         ) from None
 
 
-def kept_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable[..., Any]:
+def with_bodies_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable[..., Any]:
     """A compiled graph that keeps the bodies of its loops alive.
 
     ``torch.compiler.reset()`` forgets the function, and there may be backward passes of it to come: the autograd

@@ -31,7 +31,7 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
-class GradientPlan:
+class GradientPositions:
     """Where a backward body's outputs go.
 
     Attributes:
@@ -77,21 +77,21 @@ def split_into_terms(gm: fx.GraphModule, first: int, wide: Sequence[bool]) -> tu
     """Replaces the weight gradients among a body's outputs by the values their terms are made of.
 
     Args:
-        gm: outputs: ``first`` values to keep, then one gradient a weight.
+        gm: outputs: ``first`` values as they are, then one gradient a weight.
         wide: for each weight, whether its accumulator is wider than the weight (float32).
     """
     output = gm.graph.output_node()
     values = list(output.args[0])  # type: ignore[arg-type]
-    kept, gradients = values[:first], values[first:]
+    outputs, gradients = values[:first], values[first:]
     positions: dict[fx.Node, int] = {}
 
     def position(node: fx.Node) -> int:
         if node not in positions:
-            positions[node] = len(kept)
-            kept.append(node)
+            positions[node] = len(outputs)
+            outputs.append(node)
         return positions[node]
 
-    plan = []
+    all_terms = []
     for gradient, is_wide in zip(gradients, wide, strict=True):
         terms = []
         for node, transposed in _summands(gradient, is_wide):
@@ -105,11 +105,11 @@ def split_into_terms(gm: fx.GraphModule, first: int, wide: Sequence[bool]) -> tu
             else:
                 summand = _in_float32(gm.graph, node) if is_wide else node
                 terms.append(Term(value=position(summand), transposed=transposed))
-        plan.append(tuple(terms))
-    output.args = (kept,)
+        all_terms.append(tuple(terms))
+    output.args = (outputs,)
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    return tuple(plan)
+    return tuple(all_terms)
 
 
 def _summands(node: fx.Node, wide: bool, transposed: bool = False) -> list[tuple[fx.Node, bool]]:

@@ -12,7 +12,7 @@ from torch import fx
 
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.trace import without_gradients
-from mst_fx.chunk_rows import Plan
+from mst_fx.chunk_rows import ChunkSize
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import add_call, copy_provenance
 from mst_fx.graph.sizes import expression
@@ -44,7 +44,7 @@ def scalar_with_gradient(region: Region, body: Body, needs: Sequence[bool]) -> i
     if len(found) != 1:
         return None
     meta = body.outputs[found[0]]
-    dtypes = {x.dtype for x in (*body.rows, *body.shared)}
+    dtypes = {x.dtype for x in (*body.row_metas, *body.shared)}
     if not meta.is_sum or meta.shape != () or torch.float16 in dtypes:
         return None
     return found[0]
@@ -54,7 +54,7 @@ def replace_region(
     analysis: RowAnalysis,
     region: Region,
     body: Body,
-    plan: Plan,
+    chunk_size: ChunkSize,
     gradient_of: int | None,
     needs: Sequence[bool],
 ) -> dict[fx.Node, fx.Node]:
@@ -75,7 +75,7 @@ def replace_region(
         Refusal: before anything is changed, if the loop has no place in the graph's order.
     """
     graph = analysis.graph
-    late = _users_before(analysis, region)
+    users_before = _users_before(analysis, region)
     outs = (*region.row_outputs, *region.sums)
     row_inputs = [i.node for i in region.inputs if i.role == "row"]
     lead = [_with_leading_sizes(row_inputs, node, analysis.rows) for node in outs]
@@ -89,14 +89,14 @@ def replace_region(
     with graph.inserting_after(anchor):
         cursor = graph.call_function(int, (0,))  # marks the place; erased below
     with graph.inserting_before(cursor):
-        loop = _add_loop(analysis, region, body, plan, gradient_of, needs, lead)
+        loop = _add_loop(analysis, region, body, chunk_size, gradient_of, needs, lead)
         is_single = gradient_of is None and len(outs) == 1
         new = {}
         for index, node in enumerate(outs):
             found = loop if is_single else add_call(graph, operator.getitem, loop, index)
             new[node] = _as_before(node, found, shapes.get(node, []), node in stopped)
     copy_provenance(region.seed, loop)
-    for node in late:
+    for node in users_before:
         cursor.prepend(node)
     _set_modes(analysis, region, anchor, cursor)
     graph.erase_node(cursor)
@@ -130,7 +130,7 @@ def _add_loop(
     analysis: RowAnalysis,
     region: Region,
     body: Body,
-    plan: Plan,
+    chunk_size: ChunkSize,
     gradient_of: int | None,
     needs: Sequence[bool],
     lead: list[int],
@@ -152,26 +152,33 @@ def _add_loop(
             else torch.ops.mst_fx.loop_list
         )
         return add_call(
-            graph, op.default, row_inputs, shared, body.key, plan.chunk_rows, plan.backward_rows, lead
+            graph,
+            op.default,
+            row_inputs,
+            shared,
+            body.key,
+            chunk_size.chunk_rows,
+            chunk_size.backward_rows,
+            lead,
         )
     no_port = -1
-    args = (row_inputs, shared, list(needs), gradient_of, body.key, plan.chunk_rows, lead, no_port)
+    args = (row_inputs, shared, list(needs), gradient_of, body.key, chunk_size.chunk_rows, lead, no_port)
     return add_call(graph, torch.ops.mst_fx.loop_with_grad.default, *args)
 
 
 def _users_before(analysis: RowAnalysis, region: Region) -> list[fx.Node]:
     """Nodes that use the region's results and stand before its last node, in order: they must move."""
     inside = set(region.nodes)
-    late: dict[fx.Node, None] = {}
+    users_before: dict[fx.Node, None] = {}
     for node in analysis.graph.nodes:
         if node is region.nodes[-1]:
             break
         if node not in inside and any(
-            operand in inside or operand in late for operand in node.all_input_nodes
+            operand in inside or operand in users_before for operand in node.all_input_nodes
         ):
-            late[node] = None
+            users_before[node] = None
     autocast = analysis.contexts[region.nodes[-1]].autocast
-    for node in late:
+    for node in users_before:
         context = analysis.contexts.get(node)
         if writes_in_place(node):
             raise Refusal(f"{node.name} writes between the region's nodes and cannot be moved", Cause.WRITTEN)
@@ -179,7 +186,7 @@ def _users_before(analysis: RowAnalysis, region: Region) -> list[fx.Node]:
             raise Refusal(
                 f"{node.name} stands between the region's nodes and cannot be moved", Cause.AUTOCAST
             )
-    return list(late)
+    return list(users_before)
 
 
 def _set_modes(analysis: RowAnalysis, region: Region, anchor: fx.Node, cursor: fx.Node) -> None:

@@ -18,9 +18,9 @@ def product_body(dtype: torch.dtype, tangent_dtype: torch.dtype, device: torch.d
     def multiplied(n: Any, x: Tensor, tangent: Tensor) -> list[Tensor]:
         return [(x * tangent).to(x.dtype)]
 
-    rows, shared = TensorMeta((), (), dtype, device), TensorMeta((1,), (1,), tangent_dtype, device)
+    row_meta, shared_meta = TensorMeta((), (), dtype, device), TensorMeta((1,), (1,), tangent_dtype, device)
     mode, n = symbolic_rows()
     with mode:
-        forward = make_fx(multiplied)(n, rows.empty(n), shared.empty())
+        forward = make_fx(multiplied)(n, row_meta.empty(n), shared_meta.empty())
     output = OutputMeta(False, (), dtype, device)
-    return Body(forward, [rows], [shared], [output], BodyConfig("inductor", "auto"), set())
+    return Body(forward, [row_meta], [shared_meta], [output], BodyConfig("inductor", "auto"), set())

@@ -214,7 +214,7 @@ def _diff_lines(report: Report) -> Iterator[Line]:
     alike: dict[tuple[str, str, str], list[Rewrite]] = {}
     for rewrite in report.rewrites:
         alike.setdefault((rewrite.kind, rewrite.body, rewrite.form), []).append(rewrite)
-    for (kind, body, form), rewrites in alike.items():
+    for (kind, body_key, form), rewrites in alike.items():
         first = rewrites[0]
         yield "bold cyan", f"{kind} {', '.join(r.name for r in rewrites)}"
         if form:
@@ -235,10 +235,10 @@ def _diff_lines(report: Report) -> Iterator[Line]:
         for node in first.after:
             yield "green", f"+ {_short(node)}"
         yield "", ""
-        if not body:
+        if not body_key:
             continue
-        yield "bold magenta", f"body {body}"
-        for line in report.bodies[body].strip().splitlines():
+        yield "bold magenta", f"body {body_key}"
+        for line in report.bodies[body_key].strip().splitlines():
             text = line.strip()
             if text and not text.startswith(("#", "class ")):
                 yield "", f"  {text}" if text.startswith("def ") else f"      {text}"

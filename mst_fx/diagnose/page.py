@@ -198,12 +198,12 @@ class _Graph:
 
     Attributes:
         before, after: how many nodes.
-        rows: what stands beside each other: blocks of the left side, and of the right.
+        pairs: what stands beside each other: blocks of the left side, and of the right.
     """
 
     before: int
     after: int
-    rows: list[tuple[list[_Block], list[_Block]]]
+    pairs: list[tuple[list[_Block], list[_Block]]]
 
 
 def _graphs(report: Diagnosis) -> Iterator[_Graph]:

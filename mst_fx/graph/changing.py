@@ -19,7 +19,7 @@ import sympy
 import torch
 
 from mst_fx.graph.sizes import expression, hint
-from mst_fx.torch_api.symbols import bounds, guards_are_kept, promised_ranges
+from mst_fx.torch_api.symbols import bounds, guards_are_checked, promised_ranges
 
 
 def changes(size: Any) -> bool:
@@ -58,6 +58,6 @@ def _stays_small(size: torch.SymInt, most: int) -> bool:
     known, symbols = bounds(size), expression(size).free_symbols
     if known.upper <= most:
         return True
-    if known.lower >= most or not guards_are_kept(size) or symbols & promised_ranges(size):
+    if known.lower >= most or not guards_are_checked(size) or symbols & promised_ranges(size):
         return False
     return bool(size <= most)

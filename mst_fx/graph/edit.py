@@ -78,7 +78,7 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
     """Removes nodes without readers: not those that write to an argument or have effects, and none inside
     of a ``torch.func`` transform, where a value is marked by passing through functions.
 
-    ``fx.Graph.eliminate_dead_code`` takes a test of impurity, but goes on into sub-graphs (bodies of
+    ``fx.Graph.eliminate_dead_code`` takes a test of impurity, but goes on into sub-graphs (layers under
     activation checkpoints) without it, and there removes ``scatter_`` and ``x[i] = y``.
     """
     for node in reversed(outside_transforms(graph)):

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph.names import target_name
-from mst_fx.graph.spelling import LOOKS, STATISTICS_KEEPERS, is_of_library, is_of_mst, operation
+from mst_fx.graph.spelling import LOOKS, STATISTICS_WRITERS, is_of_library, is_of_mst, operation
 from mst_fx.graph.subgraphs import called_graphs
 from mst_fx.graph.values import tensors_of, value
 from mst_fx.torch_api.ops import OpOverload, OpOverloadPacket
@@ -51,7 +51,7 @@ def has_effects(node: fx.Node) -> bool:
     """
     if node.op in ("placeholder", "get_attr", "output") or node.is_impure():
         return node.op != "get_attr"
-    if operation(node) in STATISTICS_KEEPERS:
+    if operation(node) in STATISTICS_WRITERS:
         return True
     if is_of_library(node) and not is_of_mst(node):
         return True  # its schema does not say what else it does

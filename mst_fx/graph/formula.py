@@ -58,8 +58,8 @@ class Formula:
         """What the Function gives for its tensor operands."""
         args = [arg.contiguous() for arg in args]
         values = self.forward(n, *(arg.detach() for arg in args))
-        reached = [arg for arg, has in zip(args, self.has_gradient, strict=True) if has]
-        found = torch.ops.mst_fx.with_gradient(values[: self.outs], values[self.outs :], reached, self.key)
+        tracked = [arg for arg, has in zip(args, self.has_gradient, strict=True) if has]
+        found = torch.ops.mst_fx.with_gradient(values[: self.outs], values[self.outs :], tracked, self.key)
         outs = tuple(out.detach() if index in self.fixed else out for index, out in enumerate(found))
         return outs if self.is_tuple else outs[0]
 

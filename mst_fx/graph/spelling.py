@@ -115,7 +115,7 @@ LOOKS = frozenset((
     "is_contiguous", "is_floating_point", "is_complex", "sym_size", "sym_numel", "sym_stride", "sym_storage_offset",
 ))  # fmt: skip
 # Write to running means, variances and extremes, which not every schema says.
-STATISTICS_KEEPERS = frozenset((
+STATISTICS_WRITERS = frozenset((
     "batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_impl_index",
     "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_update_stats",
     "batch_norm_gather_stats", "batch_norm_gather_stats_with_counts", "fused_moving_avg_obs_fake_quant",

@@ -1,4 +1,4 @@
-"""Graphs inside of graphs: bodies of checkpoints and of ``torch.autograd.Function``s."""
+"""Graphs inside of graphs: checkpointed layers and graphs of ``torch.autograd.Function``s."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mst_fx.torch_api.tensors import tree_leaves
 
 
 def subgraphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The sub-GraphModules that a graph refers to (bodies of ``tag_activation_checkpoint``)."""
+    """The sub-GraphModules that a graph refers to (layers under ``tag_activation_checkpoint``)."""
     seen = set()
     for node in gm.graph.nodes:
         if node.op in ("get_attr", "call_module") and node.target not in seen:
@@ -43,10 +43,10 @@ def is_graph(gm: torch.nn.Module, node: fx.Node) -> bool:
 
 def called_graph(gm: torch.nn.Module, node: fx.Node) -> fx.GraphModule | None:
     """The sub-GraphModule that a node calls with its other operands (a checkpointed layer); None for others."""
-    body = node.args[0] if node.op == "call_function" and node.args else None
-    if not isinstance(body, fx.Node) or body.op != "get_attr":
+    called = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(called, fx.Node) or called.op != "get_attr":
         return None
-    found = attribute(gm, str(body.target))
+    found = attribute(gm, str(called.target))
     return found if isinstance(found, fx.GraphModule) else None
 
 

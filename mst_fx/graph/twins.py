@@ -313,8 +313,8 @@ def _step(add: Adder, source: fx.Node, dim: int, part: Any) -> fx.Node:
 
 def _new_dims(parts: list[Any]) -> list[int]:
     """The dimensions of a result that ``None`` made."""
-    kept = [part for part in parts if part is None or isinstance(part, slice)]
-    return [dim for dim, part in enumerate(kept) if part is None]
+    left = [part for part in parts if part is None or isinstance(part, slice)]
+    return [dim for dim, part in enumerate(left) if part is None]
 
 
 def inverse(add: Adder, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:

@@ -63,11 +63,11 @@ def seen(gm: fx.GraphModule) -> Seen:
     return Seen(nodes, inputs, [_kind(node) for node in _outputs(gm.graph)], _aliases(gm.graph))
 
 
-def check(before: Seen, gm: fx.GraphModule, deferred: Collection[int] = ()) -> None:
+def check(before: Seen, gm: fx.GraphModule, taken: Collection[int] = ()) -> None:
     """Verifies a changed graph.
 
     Args:
-        deferred: the positions of outputs that are taken out of the graph.
+        taken: the positions of outputs that are taken out of the graph.
 
     Raises:
         SpecError: if it is not as the spec says.
@@ -76,17 +76,13 @@ def check(before: Seen, gm: fx.GraphModule, deferred: Collection[int] = ()) -> N
     if after.inputs != before.inputs:
         raise SpecError(f"the inputs were {before.inputs}, and are {after.inputs}")
     kinds = list(zip(before.outputs, after.outputs, strict=False))
-    if len(after.outputs) < len(before.outputs) or (
-        len(after.outputs) > len(before.outputs) and not deferred
-    ):
+    if len(after.outputs) < len(before.outputs) or (len(after.outputs) > len(before.outputs) and not taken):
         raise SpecError(f"there were {len(before.outputs)} outputs, and are {len(after.outputs)}")
     for position, (was, now) in enumerate(kinds):
-        if position not in deferred and was != now:
+        if position not in taken and was != now:
             raise SpecError(f"output {position} was {was}, and is {now}")
-    new = {
-        (at, other) for at, other in after.aliases - before.aliases if at < len(kinds) and at not in deferred
-    }
-    if new and not deferred:
+    new = {(at, other) for at, other in after.aliases - before.aliases if at < len(kinds) and at not in taken}
+    if new and not taken:
         raise SpecError(f"outputs share memory that did not before: {sorted(new)}")
     modes = contexts(gm.graph)
     for node in gm.graph.nodes:

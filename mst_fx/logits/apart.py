@@ -32,11 +32,11 @@ class Apart:
         assert part._value is not None
         with plainly():
             self._value: Tensor | None = part._value.detach()
-            self._was = snapshot(part._value, is_reached=True)
+            self._was = snapshot(part._value, is_exposed=True)
         self._before = part._version_of_value
         self.storage = storage_id(part._value)
         self.owner = weakref.ref(part._owner())
-        self.rows = part._rows()
+        self.row_ranges = part._row_ranges()
         self._is_changed = False
 
     def is_used(self) -> bool:
@@ -66,7 +66,7 @@ class Apart:
         """Whether some of the rows are a member's too, under another storage, and are those of one of its family."""
         owner = self.owner()
         is_kin = member._storage() != self.storage and any(owner is m for m in family)
-        return is_kin and overlap(self.rows, member._rows())
+        return is_kin and overlap(self.row_ranges, member._row_ranges())
 
 
 def overlap(one: Sequence[range], other: Sequence[range]) -> bool:

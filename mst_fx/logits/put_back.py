@@ -34,7 +34,7 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deferral:
+class TakenLogits:
     """How the caller of a rewritten graph gets one of its outputs.
 
     Attributes:
@@ -42,7 +42,7 @@ class Deferral:
         module: where attributes are found.
         compute: the graph of the logits, a function of ``inputs``.
         inputs: where they are found.
-        rows: for each input whether it holds the logits' rows; None where they are not proved
+        holds_rows: for each input whether it holds the logits' rows; None where they are not proved
             independent of each other.
         shape: ints, or ("output", index, dim): the size of an output's dimension.
         dtype, device: of the logits.
@@ -52,77 +52,78 @@ class Deferral:
     module: torch.nn.Module
     compute: fx.GraphModule
     inputs: tuple[Origin, ...]
-    rows: tuple[bool, ...] | None
+    holds_rows: tuple[bool, ...] | None
     shape: tuple[Any, ...]
     dtype: torch.dtype
     device: torch.device
 
 
-def deferring(
-    function: Callable[..., Any], deferrals: Sequence[Deferral], outputs: int
+def put_logits(
+    function: Callable[..., Any], taken_logits: Sequence[TakenLogits], outputs: int
 ) -> Callable[..., Any]:
     """Wraps a compiled graph: puts deferred logits in place and drops the extra outputs.
 
     Args:
         outputs: how many outputs the graph had before the rewrite.
     """
-    if not deferrals:
+    if not taken_logits:
         return function
 
     def run(*args: Any) -> Any:
-        # Dynamo may hand over its list of arguments to be emptied: keep what the logits need.
-        kept = arguments_of(deferrals, args)
-        return defer_outputs(function(*args), kept, deferrals, outputs)
+        # Dynamo may hand over its list of arguments to be emptied: hold on to what the logits need.
+        arguments = arguments_of(taken_logits, args)
+        return with_logits(function(*args), arguments, taken_logits, outputs)
 
     return run
 
 
-def arguments_of(deferrals: Sequence[Deferral], args: Sequence[Any]) -> list[dict[int | str, Any]]:
+def arguments_of(taken_logits: Sequence[TakenLogits], args: Sequence[Any]) -> list[dict[int | str, Any]]:
     """The arguments of a rewritten graph that each of its logits needs, by their index."""
-    return [{x.index: args[int(x.index)] for x in d.inputs if x.kind == "argument"} for d in deferrals]
+    return [{x.index: args[int(x.index)] for x in d.inputs if x.kind == "argument"} for d in taken_logits]
 
 
-def defer_outputs(
-    results: Sequence[Any], kept: Sequence[dict[int | str, Any]], deferrals: Sequence[Deferral], outputs: int
+def with_logits(
+    results: Sequence[Any],
+    all_arguments: Sequence[dict[int | str, Any]],
+    taken_logits: Sequence[TakenLogits],
+    outputs: int,
 ) -> tuple[Any, ...]:
     """The outputs of a graph with deferred logits in place.
 
     Args:
         results: of the rewritten graph.
-        kept: see :func:`arguments_of`.
+        all_arguments: see :func:`arguments_of`.
         outputs: how many outputs the graph had before the rewrite.
     """
     new = list(results[:outputs])
-    seen = set(range(outputs)) - {deferral.position for deferral in deferrals}
+    exposed = set(range(outputs)) - {logits.position for logits in taken_logits}
     entered: dict[int, Tensor] = {}  # rows by their port
 
-    def found(origin: Origin, deferral: Deferral, arguments: dict[int | str, Any]) -> Any:
+    def found(origin: Origin, logits: TakenLogits, arguments: dict[int | str, Any]) -> Any:
         if origin.kind == "attribute":
-            return attribute(deferral.module, str(origin.index))
+            return attribute(logits.module, str(origin.index))
         if origin.kind == "argument":
             return arguments[origin.index]
-        rows = results[int(origin.index)]
+        hidden = results[int(origin.index)]
         if origin.port < 0:
-            return rows
+            return hidden
         if origin.port not in entered:
-            entered[origin.port] = enter_at_port(results[origin.port], rows)
+            entered[origin.port] = enter_at_port(results[origin.port], hidden)
         return entered[origin.port]
 
-    for deferral, arguments in zip(deferrals, kept, strict=True):
-        inputs = [found(origin, deferral, arguments) for origin in deferral.inputs]
-        shape = [
-            size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in deferral.shape
-        ]
-        is_seen = [origin.kind != "output" or origin.index in seen for origin in deferral.inputs]
-        new[deferral.position] = _deferred(deferral, inputs, shape, is_seen)
+    for logits, arguments in zip(taken_logits, all_arguments, strict=True):
+        inputs = [found(origin, logits, arguments) for origin in logits.inputs]
+        shape = [size if isinstance(size, int) else results[size[1]].shape[size[2]] for size in logits.shape]
+        is_exposed = [origin.kind != "output" or origin.index in exposed for origin in logits.inputs]
+        new[logits.position] = _for_caller(logits, inputs, shape, is_exposed)
     return tuple(new)
 
 
-def _deferred(
-    deferral: Deferral, inputs: Sequence[Any], shape: Sequence[int], is_seen: Sequence[bool]
+def _for_caller(
+    logits: TakenLogits, inputs: Sequence[Any], shape: Sequence[int], is_exposed: Sequence[bool]
 ) -> Tensor:
     unknown = [isinstance(x, Tensor) and x.is_inference() for x in inputs]
-    if any(u and seen for u, seen in zip(unknown, is_seen, strict=True)):
-        return deferral.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
-    like = torch.empty(shape, dtype=deferral.dtype, device="meta")
-    return deferred_logits(Source(deferral.compute, inputs, deferral.rows, like, deferral.device, is_seen))
+    if any(u and exposed for u, exposed in zip(unknown, is_exposed, strict=True)):
+        return logits.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
+    like = torch.empty(shape, dtype=logits.dtype, device="meta")
+    return deferred_logits(Source(logits.compute, inputs, logits.holds_rows, like, logits.device, is_exposed))

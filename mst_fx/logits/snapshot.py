@@ -21,7 +21,7 @@ Bits = tuple[Tensor, ...]
 
 
 def version(x: Tensor) -> int:
-    """How often a tensor was written; inference tensors do not know (see :func:`mst_fx.logits.put_back._deferred`)."""
+    """How often a tensor was written; inference tensors do not know (see :func:`mst_fx.logits.put_back._for_caller`)."""
     return -1 if x.is_inference() else version_of(x)
 
 
@@ -44,13 +44,13 @@ class Snapshot:
         return self.bits is None or all(map(torch.equal, self.bits, _sums_of_bits(x)))
 
 
-def snapshot(x: Tensor, is_reached: bool) -> Snapshot:
+def snapshot(x: Tensor, is_exposed: bool) -> Snapshot:
     """What a tensor is.
 
     Args:
-        is_reached: somebody else has it, and may write to it without a trace.
+        is_exposed: somebody else has it, and may write to it without a trace.
     """
-    is_unseen = is_reached and _has_plain_storage(x) and x.itemsize in _BITS and not x.is_quantized
+    is_unseen = is_exposed and _has_plain_storage(x) and x.itemsize in _BITS and not x.is_quantized
     return Snapshot(version(x), _sums_of_bits(x) if is_unseen else None)
 
 

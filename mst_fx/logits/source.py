@@ -27,7 +27,7 @@ log = logging.getLogger("mst_fx")
 
 _TOLD = Said()
 _OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-KEEP = "use them before, or set the mst option logits='keep'"
+ADVICE = "use them before, or set the mst option logits='keep'"
 
 
 class Hooks(OrderedDict[int, Callable[[Tensor], Tensor | None]]):
@@ -59,29 +59,29 @@ class Source:
     Args:
         compute: the function of ``inputs`` whose value are the logits ``[B, S, V]``.
         inputs: tensors, and numbers.
-        rows: for each input whether its leading dimensions are those of the logits, each row of which
+        holds_rows: for each input whether its leading dimensions are those of the logits, each row of which
             depends on the same row of these inputs only; None where this is not proved.
         like: a meta tensor like the logits.
         device: of the logits.
-        is_reached: for each input whether somebody else has it, and may write to it without a trace; None: all.
+        is_exposed: for each input whether somebody else has it, and may write to it without a trace; None: all.
     """
 
     def __init__(
         self,
         compute: Callable[..., Tensor],
         inputs: Sequence[Any],
-        rows: Sequence[bool] | None,
+        holds_rows: Sequence[bool] | None,
         like: Tensor,
         device: torch.device,
-        is_reached: Sequence[bool] | None = None,
+        is_exposed: Sequence[bool] | None = None,
     ) -> None:
-        self.inputs, self.rows, self.like, self.device = tuple(inputs), rows, like, device
+        self.inputs, self.holds_rows, self.like, self.device = tuple(inputs), holds_rows, like, device
         self.members: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
         self.is_whole = False  # rows may not be computed alone: there are hooks on the logits' gradient
         self._compute = compute
         self._count = itertools.count()
         self._known = [
-            snapshot(x, is_reached is None or is_reached[at]) if isinstance(x, Tensor) else None
+            snapshot(x, is_exposed is None or is_exposed[at]) if isinstance(x, Tensor) else None
             for at, x in enumerate(inputs)
         ]
         self._grad = torch.is_grad_enabled()
@@ -115,9 +115,9 @@ class Source:
         _tell(_caller())
         inputs: Sequence[Any] = self.inputs
         if take is not None:
-            assert self.rows is not None
+            assert self.holds_rows is not None
             with torch.set_grad_enabled(grad and self._grad):
-                inputs = [take(x) if row else x for x, row in zip(inputs, self.rows, strict=True)]
+                inputs = [take(x) if holds else x for x, holds in zip(inputs, self.holds_rows, strict=True)]
         value = self._run(inputs, grad)
         if self.announced and value.requires_grad:
             value.register_hook(self.announced)
@@ -136,7 +136,7 @@ class Source:
         found = iter(torch.autograd.grad(value, wanted, grad, allow_unused=True))
         return [next(found) if need else None for need in needed]
 
-    def keep_apart(self, part: DeferredLogits) -> None:
+    def set_apart(self, part: DeferredLogits) -> None:
         """Notes that rows that were computed alone are known outside."""
         assert part._value is not None
         if storage_id(part._value) not in [apart.storage for apart in self.apart]:
@@ -148,13 +148,13 @@ class Source:
                 raise RuntimeError(
                     f"deferred logits are used for the first time after a weight of shape {tuple(x.shape)} was "
                     "freed, as FSDP does after the backward pass, and with reshard_after_forward=True after the "
-                    f"forward pass; {KEEP}"
+                    f"forward pass; {ADVICE}"
                 )
             if known is not None and not known.is_of(x):
                 raise RuntimeError(
                     "deferred logits are used for the first time after what they are computed from "
                     f"(a {x.dtype} tensor of shape {tuple(x.shape)}) was changed in place, as an "
-                    f"optimizer step does; {KEEP}"
+                    f"optimizer step does; {ADVICE}"
                 )
 
     def check_parts(self, member: DeferredLogits, owner: DeferredLogits | None = None) -> None:
@@ -172,7 +172,7 @@ class Source:
         ):
             raise RuntimeError(
                 "rows of deferred logits were computed alone and changed in place since: the logits would "
-                f"not show it; {KEEP.replace('them', 'all logits')}"
+                f"not show it; {ADVICE.replace('them', 'all logits')}"
             )
 
     @staticmethod
@@ -187,7 +187,7 @@ class Source:
             and version(part._value) != part._version_of_value
             and any(part._owner() is whole for whole in family)
             and part._storage() != member._storage()
-            and overlap(part._rows(), member._rows())
+            and overlap(part._row_ranges(), member._row_ranges())
         )
 
     def _is_whole_changed(self, family: Sequence[DeferredLogits]) -> bool:
@@ -207,7 +207,7 @@ class Source:
         if any(apart.owner() is owner and apart.is_used() for apart in self.apart):
             raise RuntimeError(
                 "deferred logits are changed in place after some of their rows were computed alone, which would "
-                f"not show it; {KEEP.replace('them', 'all logits')}"
+                f"not show it; {ADVICE.replace('them', 'all logits')}"
             )
         members = list(self.members.values())
         views = [m for m in members if m._owner() is owner]

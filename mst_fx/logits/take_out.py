@@ -1,7 +1,7 @@
 """Takes logits out of a rewritten graph: what their caller needs to compute them becomes outputs instead.
 
 Before: ``loss = …; logits = linear(norm(h), head); return loss, logits``. After: ``return loss, h``, and a
-:class:`~mst_fx.logits.put_back.Deferral` with the graph ``(h, norm_weight, head) -> logits``. Where the loop of the
+:class:`~mst_fx.logits.put_back.TakenLogits` with the graph ``(h, norm_weight, head) -> logits``. Where the loop of the
 loss computes the gradient of ``h``, the graph returns ``h`` detached and a port (:mod:`mst_fx.ops.port`).
 """
 
@@ -19,7 +19,7 @@ from mst_fx.graph.modes import Context, contexts, outside_transforms
 from mst_fx.graph.sizes import expression, hint, static_sizes
 from mst_fx.graph.subgraphs import is_graph
 from mst_fx.graph.values import VALUE, tensor_value, value
-from mst_fx.logits.put_back import Deferral, Origin
+from mst_fx.logits.put_back import Origin, TakenLogits
 from mst_fx.ops.port import new_port
 from mst_fx.rows.analysis import RowAnalysis, State
 from mst_fx.torch_api.fakes import fake_mode
@@ -30,9 +30,9 @@ _Known = dict[str, dict[Any, State]]
 _Ports = dict[fx.Node, tuple[fx.Node, fx.Node]]  # rows: the same without their gradient, and its port
 
 
-def defer_all(
+def take_out_logits(
     gm: fx.GraphModule, logits: Sequence[fx.Node], starts: Collection[fx.Node], known: _Known
-) -> tuple[Deferral, ...]:
+) -> tuple[TakenLogits, ...]:
     """Takes all of some logits outputs out of a graph.
 
     Args:
@@ -40,17 +40,17 @@ def defer_all(
         known: what is known of nodes by their content, for each number of rows.
     """
     ports: _Ports = {}
-    return tuple(_defer(gm, node, logits, starts, ports, known) for node in logits)
+    return tuple(_take_out(gm, node, logits, starts, ports, known) for node in logits)
 
 
-def _defer(
+def _take_out(
     gm: fx.GraphModule,
     logits: fx.Node,
-    deferred: Sequence[fx.Node],
+    taken: Sequence[fx.Node],
     starts: Collection[fx.Node],
     ports: _Ports,
     known: _Known,
-) -> Deferral:
+) -> TakenLogits:
     """Takes a logits output out of the graph and describes how its caller computes it.
 
     The nodes that only the logits need become a graph of their own, under the modes they lay in. What they
@@ -58,32 +58,34 @@ def _defer(
     place, as DDPOptimizer's parts of a graph may have no None among their outputs.
 
     Args:
-        deferred: all logits that are taken out.
+        taken: all logits that are taken out.
         ports: those of the graph, and of this call.
     """
     output = gm.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     position = results.index(logits)
-    chain = _only_for(logits, deferred, starts)
+    chain = _only_for(logits, taken, starts)
     nodes = [node for node in gm.graph.nodes if node in chain]
-    apart = _Apart(gm, logits, deferred, ports, results, position)
+    logits_graph = _LogitsGraph(gm, logits, taken, ports, results, position)
     for operand in dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes):
         if operand not in chain:
-            apart.read(operand)
+            logits_graph.read(operand)
     context = contexts(gm.graph)
     for node in nodes:
-        apart.add(node, context[node])
-    apart.end()
+        logits_graph.add(node, context[node])
+    logits_graph.end()
     shape = [_size(results, position, size) for size in value(logits).shape]
     output.args = (tuple(results),)
     fake = tensor_value(logits)
     assert fake is not None
-    compute = fx.GraphModule(gm, apart.graph)
-    holds = row_inputs(compute, known)
-    return Deferral(position, gm, compute, tuple(apart.inputs), holds, tuple(shape), fake.dtype, fake.device)
+    compute = fx.GraphModule(gm, logits_graph.graph)
+    holds = inputs_with_rows(compute, known)
+    return TakenLogits(
+        position, gm, compute, tuple(logits_graph.inputs), holds, tuple(shape), fake.dtype, fake.device
+    )
 
 
-class _Apart:
+class _LogitsGraph:
     """The graph of some logits, while it is made.
 
     Args:
@@ -98,12 +100,12 @@ class _Apart:
         self,
         gm: fx.GraphModule,
         logits: fx.Node,
-        deferred: Sequence[fx.Node],
+        taken: Sequence[fx.Node],
         ports: _Ports,
         results: list[Any],
         position: int,
     ) -> None:
-        self._gm, self._logits, self._deferred, self._ports = gm, logits, deferred, ports
+        self._gm, self._logits, self._taken, self._ports = gm, logits, taken, ports
         self._results, self._position = results, position
         self._arguments = gm.graph.find_nodes(op="placeholder")
         self._env: dict[fx.Node, fx.Node] = {}
@@ -130,9 +132,9 @@ class _Apart:
         if is_argument:
             return Origin("argument", self._arguments.index(operand))
         if has_port:
-            rows, port = self._ports[operand]
-            return Origin("output", _position(results, rows), _position(results, port))
-        if operand in self._deferred:  # its own place will be empty
+            detached, port = self._ports[operand]
+            return Origin("output", _position(results, detached), _position(results, port))
+        if operand in self._taken:  # its own place will be empty
             results.append(operand)
         return Origin("output", _position(results, operand))
 
@@ -152,19 +154,19 @@ def _position(results: list[Any], node: fx.Node) -> int:
     return max(index for index, found in enumerate(results) if found is node)
 
 
-def _has_port(gm: fx.GraphModule, rows: fx.Node, ports: _Ports) -> bool:
+def _has_port(gm: fx.GraphModule, hidden: fx.Node, ports: _Ports) -> bool:
     """Gives a port to rows that a loop computes a gradient of; false if there is no such loop.
 
-    Before: ``loop_with_grad([rows, ...]); return rows``. After: ``loop_with_grad([rows, ...], port=0)``
-    with one more output, and ``return rows.detach(), port``.
+    Before: ``loop_with_grad([h, ...]); return h``. After: ``loop_with_grad([h, ...], port=0)``
+    with one more output, and ``return h.detach(), port``.
     """
-    if rows in ports:
+    if hidden in ports:
         return True
     op = torch.ops.mst_fx.loop_with_grad.default
-    for loop in rows.users:
-        if loop.target is not op or list(loop.args[0]).count(rows) != 1:  # type: ignore[arg-type]
+    for loop in hidden.users:
+        if loop.target is not op or list(loop.args[0]).count(hidden) != 1:  # type: ignore[arg-type]
             continue
-        at = list(loop.args[0]).index(rows)  # type: ignore[arg-type]
+        at = list(loop.args[0]).index(hidden)  # type: ignore[arg-type]
         *others, port_of = loop.args
         if port_of != -1 or not loop.args[2][at]:  # type: ignore[index]
             continue
@@ -175,9 +177,9 @@ def _has_port(gm: fx.GraphModule, rows: fx.Node, ports: _Ports) -> bool:
             port = gm.graph.call_function(operator.getitem, (loop, len(fakes) - 1))
             port.meta[VALUE] = fakes[-1]
         with gm.graph.inserting_after(port):
-            detached = gm.graph.call_method("detach", (rows,))
-            detached.meta[VALUE] = value(rows).detach()
-        ports[rows] = detached, port
+            detached = gm.graph.call_method("detach", (hidden,))
+            detached.meta[VALUE] = value(hidden).detach()
+        ports[hidden] = detached, port
         return True
     return False
 
@@ -200,7 +202,7 @@ class _Modes:
         self._context = context
 
 
-def row_inputs(compute: fx.GraphModule, known: _Known) -> tuple[bool, ...] | None:
+def inputs_with_rows(compute: fx.GraphModule, known: _Known) -> tuple[bool, ...] | None:
     """For each input of the logits' graph whether it holds their rows; None where rows are not independent.
 
     The proof that each row of the logits depends on one row of each row input is the analysis', on
@@ -218,13 +220,17 @@ def row_inputs(compute: fx.GraphModule, known: _Known) -> tuple[bool, ...] | Non
     except Refusal:
         return None
     calls = _calls(compute.graph)
-    if any(states[n].rows and not states[n].rowwise for n in calls):
+    if any(states[n].holds_rows and not states[n].rowwise for n in calls):
         return None
     read: dict[fx.Node, set[str]] = {node: set() for node in inputs}
     for node in calls:
         for operand, role in states[node].roles.items():
             read.setdefault(operand, set()).add(role)
-    if not states[logits].rowwise or not states[logits].rows or not _are_read_by_rows(read, states, lead):
+    if (
+        not states[logits].rowwise
+        or not states[logits].holds_rows
+        or not _are_read_by_rows(read, states, lead)
+    ):
         return None
     holds = [read[node] == {"row"} for node in inputs]
     return tuple(holds) if _takes_any_rows(compute, holds, len(lead)) else None
@@ -278,12 +284,12 @@ def _takes_any_rows(compute: fx.GraphModule, holds: Sequence[bool], rank: int) -
     return True
 
 
-def _only_for(logits: fx.Node, deferred: Sequence[fx.Node], starts: Collection[fx.Node]) -> set[fx.Node]:
+def _only_for(logits: fx.Node, taken: Sequence[fx.Node], starts: Collection[fx.Node]) -> set[fx.Node]:
     """The nodes whose values reach nothing but the logits, and outputs that are taken out like them, back to
     where the logits start."""
     chain = {logits}
     for node in reversed(outside_transforms(logits.graph)):
-        users = {user for user in node.users if user.op != "output" or node not in deferred}
+        users = {user for user in node.users if user.op != "output" or node not in taken}
         is_call = node.op in ("call_function", "call_method") and users
         if is_call and all(user in chain and user not in starts for user in users):
             chain.add(node)

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from mst_fx.logits import calls
 from mst_fx.logits.snapshot import Snapshot, snapshot, version
-from mst_fx.logits.source import KEEP, Hooks, Source
-from mst_fx.logits.uses import LAZY, Step, plainly, rows_of, taker
+from mst_fx.logits.source import ADVICE, Hooks, Source
+from mst_fx.logits.uses import STAY_DEFERRED, Step, plainly, row_ranges, taker
 from mst_fx.torch_api.modes import without_torch_function
 from mst_fx.torch_api.ops import schema_of
 from mst_fx.torch_api.tensors import refuse_address, storage_id, tree_leaves, tree_map_only, wrapper
@@ -68,7 +68,7 @@ class DeferredLogits(torch.Tensor):
         """The logits as an ordinary tensor ``[B, S, V]``, part of the autograd graph."""
         value = self._get()
         if self._is_part:
-            self._source.keep_apart(self)
+            self._source.set_apart(self)
         return value
 
     def _get(self) -> Tensor:
@@ -115,8 +115,8 @@ class DeferredLogits(torch.Tensor):
                     value = step.on_rows(value)
         value = self._with_history(value, is_foreign)
         if self._born is None:
-            is_reached = self._has_copies_to_make() or any(apart.is_of(self) for apart in self._source.apart)
-            self._born = _Born(value, snapshot(value, is_reached))
+            is_exposed = self._has_copies_to_make() or any(apart.is_of(self) for apart in self._source.apart)
+            self._born = _Born(value, snapshot(value, is_exposed))
         return value
 
     def _of_value(
@@ -127,7 +127,7 @@ class DeferredLogits(torch.Tensor):
         self._born = None if copies else top._born
         if copies and not top._is_as_it_was():
             raise RuntimeError(
-                f"a copy of deferred logits is used for the first time after the logits were changed in place; {KEEP}"
+                f"a copy of deferred logits is used for the first time after the logits were changed in place; {ADVICE}"
             )
         for step in steps:
             with torch.set_grad_enabled(step.grad and not is_foreign):
@@ -159,10 +159,10 @@ class DeferredLogits(torch.Tensor):
             family.append(family[-1]._parent)
         return family
 
-    def _rows(self) -> list[range]:
+    def _row_ranges(self) -> list[range]:
         """Which rows of the first logits these are, one range a leading dimension."""
         steps = [m._step for m in reversed(self._family()) if m._step is not None]
-        return rows_of(steps, self._source.like.shape[:-1])
+        return row_ranges(steps, self._source.like.shape[:-1])
 
     def _stay_whole(self) -> None:
         """Sees to it that all gradients of rows taken from these logits go through them.
@@ -261,8 +261,8 @@ class DeferredLogits(torch.Tensor):
                 return func(first._value, *args[1:], **kwargs)
             with without_torch_function():
                 return func(*args, **kwargs)
-        if isinstance(first, DeferredLogits) and first._value is None and func in LAZY:
-            found = LAZY[func](first, func, *args[1:], **kwargs)
+        if isinstance(first, DeferredLogits) and first._value is None and func in STAY_DEFERRED:
+            found = STAY_DEFERRED[func](first, func, *args[1:], **kwargs)
             if found is not NotImplemented:
                 return found
         return _on_values(func, args, kwargs)
@@ -287,7 +287,7 @@ class DeferredLogits(torch.Tensor):
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a function on the values of the deferred logits among its arguments."""
-    members, named = _deferred((args, kwargs)), _deferred(calls.asked_for(func, args, kwargs))
+    members, named = _members_in((args, kwargs)), _members_in(calls.asked_for(func, args, kwargs))
     sources = list({id(m._source): m._source for m in members}.values())
     writes = calls.writes(func, kwargs)
     for member in named:
@@ -296,7 +296,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _settle(members)
     args, kwargs = tree_map_only(DeferredLogits, DeferredLogits._get, (args, kwargs))
     result = _run(func, args, kwargs, is_split=func in calls.MEMORY and any(m._is_split() for m in members))
-    _keep_apart(func, members, tree_leaves(result))
+    _set_apart(func, members, tree_leaves(result))
     if not writes:  # but the function's name may not tell
         written = [m for m in members if version(m._get()) != m._version_of_value]
         _settle(written)
@@ -307,7 +307,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _deferred(arguments: Any) -> list[DeferredLogits]:
+def _members_in(arguments: Any) -> list[DeferredLogits]:
     return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, DeferredLogits)]
 
 
@@ -325,7 +325,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_split: boo
     if is_split and func not in calls.ARRAYS:
         raise RuntimeError(
             f"{calls.MEMORY[func]} gives out the memory of deferred logits after some of their rows "
-            f"were computed alone, which would not show what is written there; {KEEP.replace('them', 'all logits')}"
+            f"were computed alone, which would not show what is written there; {ADVICE.replace('them', 'all logits')}"
         )
     result = func(*args, **kwargs)
     if is_split:
@@ -333,7 +333,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_split: boo
     return result
 
 
-def _keep_apart(func: Any, members: Sequence[DeferredLogits], results: Sequence[Any]) -> None:
+def _set_apart(func: Any, members: Sequence[DeferredLogits], results: Sequence[Any]) -> None:
     """Notes of rows that were computed alone that their memory is known outside now."""
     parts = [m for m in members if m._is_part and m._value is not None]
     if not parts:
@@ -342,7 +342,7 @@ def _keep_apart(func: Any, members: Sequence[DeferredLogits], results: Sequence[
     storages = {storage_id(found) for found in results if _is_strided(found)}
     for part in parts:
         if is_memory or part._storage() in storages:
-            part._source.keep_apart(part)
+            part._source.set_apart(part)
 
 
 def _is_strided(found: Any) -> bool:
@@ -352,7 +352,7 @@ def _is_strided(found: Any) -> bool:
 # Autograd
 
 
-def _lazy(source: Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
+def _new(source: Source, parent: DeferredLogits | None, step: Step | None, like: Tensor) -> DeferredLogits:
     self = wrapper(DeferredLogits, like.shape, like.dtype, source.device)
     self._source, self._parent, self._step, self._like = source, parent, step, like
     self._value, self._version_of_value, self._born, self._node = None, 0, None, None
@@ -374,7 +374,7 @@ class _First(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: Source, *inputs: Any) -> DeferredLogits:
         ctx.source = source
-        return _lazy(source, None, None, source.like)
+        return _new(source, None, None, source.like)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -388,7 +388,7 @@ class _Derived(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parent: DeferredLogits, step: Step) -> DeferredLogits:
         ctx.step, ctx.like = step, parent._like
-        return _lazy(parent._source, parent, step, step.apply(parent._like))
+        return _new(parent._source, parent, step, step.apply(parent._like))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -1,6 +1,6 @@
 """Which uses of deferred logits stay deferred: rows that are taken, casts, copies.
 
-:data:`LAZY` has a handler for each such function of torch. A handler gets the logits, the function and its other
+:data:`STAY_DEFERRED` has a handler for each such function of torch. A handler gets the logits, the function and its other
 arguments, and returns ``NotImplemented`` where the values are needed, or the arguments are wrong. It is a part of
 :class:`~mst_fx.logits.tensor.DeferredLogits`, and reads what is private there.
 """
@@ -73,7 +73,7 @@ def plainly() -> Iterator[None]:
         yield
 
 
-def rows_of(steps: Sequence[Step], sizes: Sequence[int]) -> list[range]:
+def row_ranges(steps: Sequence[Step], sizes: Sequence[int]) -> list[range]:
     """The rows that steps take of leading dimensions of these sizes, one range each."""
     ranges, left = [range(size) for size in sizes], list(range(len(sizes)))
     for step in steps:
@@ -91,20 +91,20 @@ def rows_of(steps: Sequence[Step], sizes: Sequence[int]) -> list[range]:
 
 def taker(steps: Sequence[Step], sizes: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
     """Takes the rows of all steps at once, and keeps all dimensions; None for all rows."""
-    ranges = rows_of(steps, sizes)
+    ranges = row_ranges(steps, sizes)
     if ranges == [range(size) for size in sizes]:
         return None
     slices = tuple(slice(r.start, max(r.start, r.stop), r.step) for r in ranges)
     return lambda x: x[slices]
 
 
-def _rows(self: DeferredLogits, index: Index) -> DeferredLogits:
+def _at_rows(self: DeferredLogits, index: Index) -> DeferredLogits:
     return self._derive(Step(lambda x: x[index], index))  # type: ignore[return-value]  # no copy
 
 
 def _row_dim(self: DeferredLogits, dim: Any) -> int:
     """A leading dimension, from 0; -1 if it is none, or rows are not independent."""
-    if not isinstance(dim, int) or self._source.rows is None:
+    if not isinstance(dim, int) or self._source.holds_rows is None:
         return -1
     dim = dim + self.ndim if dim < 0 else dim
     return dim if 0 <= dim < self.ndim - 1 else -1
@@ -113,11 +113,11 @@ def _row_dim(self: DeferredLogits, dim: Any) -> int:
 def _along(self: DeferredLogits, dim: int, part: int | slice) -> DeferredLogits:
     index: list[int | slice] = [slice(None)] * (self.ndim - 1)
     index[dim] = part
-    return _rows(self, tuple(index))
+    return _at_rows(self, tuple(index))
 
 
 def _getitem(self: DeferredLogits, func: Any, index: Any) -> Any:
-    if self._source.rows is None:
+    if self._source.holds_rows is None:
         return NotImplemented
     parts = _expanded(index if isinstance(index, tuple) else (index,), self.ndim)
     if parts is None:
@@ -128,7 +128,7 @@ def _getitem(self: DeferredLogits, func: Any, index: Any) -> Any:
     basic = [part for part in parts if part is not None]
     if not all(_fits(part, size) for part, size in zip(basic, self.shape, strict=True)):
         return NotImplemented
-    taken = _rows(self, tuple(basic[:lead]))
+    taken = _at_rows(self, tuple(basic[:lead]))
     if None not in parts and basic[lead] == slice(None):
         return taken
     # The rest of the index: new dimensions, and the vocabulary's.
@@ -189,9 +189,9 @@ def _gathered(self: DeferredLogits, parts: list[Any]) -> Any:
     rank = top._like.ndim - 1
 
     def take(x: Tensor) -> Tensor:
-        rows = x if taken is None else taken(x)
-        rows = rows.flatten(0, rank - 1).index_select(0, picked.flatten())
-        return rows.unflatten(0, (*[1] * (rank - 1), -1)) if rank > 1 else rows
+        found = x if taken is None else taken(x)
+        found = found.flatten(0, rank - 1).index_select(0, picked.flatten())
+        return found.unflatten(0, (*[1] * (rank - 1), -1)) if rank > 1 else found
 
     grad = torch.is_grad_enabled() and all(step.grad for step in steps)
     if grad:
@@ -420,7 +420,7 @@ _PROPERTIES: dict[str, Callable[..., Any]] = {
     "real": lambda self, func: self,  # of real numbers
     "imag": _as_like,  # an error
 }
-LAZY: dict[Any, Callable[..., Any]] = {
+STAY_DEFERRED: dict[Any, Callable[..., Any]] = {
     getattr(owner, name): handler
     for name, handler in _BY_NAME.items()
     for owner in (torch.Tensor, torch)

@@ -267,7 +267,7 @@ def _spans(lo: Tensor, hi: Tensor, place: Tensor) -> tuple[Tensor, list[Tensor],
     left, right, longest = (place - lo).amax(), (hi - 1 - place).amax(), (end - start).amax()
     fits = (lo == torch.maximum(start, place - left)) & (hi == torch.minimum(end, place + 1 + right))
     is_spans = fits.all() & (left >= 0) & (right >= 0)
-    left, right = (torch.where(reached >= longest - 1, -1, reached) for reached in (left, right))
+    left, right = (torch.where(length >= longest - 1, -1, length) for length in (left, right))
     even = (is_start == (place % longest == 0)).all().to(torch.int64)
     flat = is_start.flatten()
     total = flat.numel()

@@ -44,7 +44,7 @@ class Reader:
 
     Args:
         queries, keys: Q and K, ints or Dynamo's symbolic integers.
-        resolve: maps a node to the node it stands for (a placeholder of a checkpointed body to the
+        resolve: maps a node to the node it stands for (a placeholder of a checkpointed layer to the
             operand of its call); the identity otherwise.
         constant: the value of a node that depends on no input; None for others.
         mutated: storages that something writes to: what they hold depends on when it is read.
@@ -152,18 +152,18 @@ class Reader:
             sizes = [fake.shape[0], 1, *fake.shape[1:]]
         if fake.ndim > 4 or not _is_one(sizes[1]):
             raise Refusal(f"{node.name} ({plain_name(node)}) in the mask differs between heads", Cause.MASK)
-        rows, columns = sizes[2], sizes[3]
-        if _is_one(rows) and _is_one(columns):
+        height, width = sizes[2], sizes[3]
+        if _is_one(height) and _is_one(width):
             if not _is_one(sizes[0]):
                 raise Refusal(
                     f"{node.name} ({plain_name(node)}) in the mask is one number a sequence", Cause.MASK
                 )
             return "number"
-        if _is_one(rows) and _same(columns, self.keys):
+        if _is_one(height) and _same(width, self.keys):
             return "keys"
-        if _is_one(columns) and _same(rows, self.queries):
+        if _is_one(width) and _same(height, self.queries):
             return "queries"
-        if _same(rows, self.queries) and _same(columns, self.keys):
+        if _same(height, self.queries) and _same(width, self.keys):
             return "full"
         raise Refusal(
             f"{node.name} ({plain_name(node)}) in the mask has the shape {tuple(fake.shape)}", Cause.MASK
@@ -279,11 +279,11 @@ def _check_integer(node: fx.Node) -> None:
 def _passed_on(node: fx.Node) -> fx.Node | None:
     """The node whose values a node has, with other dimensions or of another type perhaps; None: it has others."""
     source = node.args[0] if node.args else None
-    is_same = operation(node) in _PASSING or _keeps_all(node)
+    is_same = operation(node) in _PASSING or _only_adds_dims(node)
     return source if is_same and isinstance(source, fx.Node) else None
 
 
-def _keeps_all(node: fx.Node) -> bool:
+def _only_adds_dims(node: fx.Node) -> bool:
     """Whether an index only adds dimensions (``mask[None, None]``, ``mask[:, :, :, :K]`` of K keys)."""
     source = node.args[0] if node.args else None
     if operation(node) != "getitem" or not isinstance(source, fx.Node):
@@ -302,8 +302,8 @@ def gives_heads(node: fx.Node, source: fx.Node) -> bool:
     fake, inner = tensor_value(node), tensor_value(source)
     if fake is None or inner is None or (fake.ndim, inner.ndim) != (4, 3) or not _is_one(fake.shape[1]):
         return False
-    is_kept = all(_same(fake.shape[to], inner.shape[at]) for to, at in ((0, 0), (2, 1), (3, 2)))
-    return is_kept and operation(node) in ("getitem", "unsqueeze", "view", "reshape")
+    is_same = all(_same(fake.shape[to], inner.shape[at]) for to, at in ((0, 0), (2, 1), (3, 2)))
+    return is_same and operation(node) in ("getitem", "unsqueeze", "view", "reshape")
 
 
 def made_outside(

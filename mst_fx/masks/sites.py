@@ -75,10 +75,10 @@ def find_sites(level: Level) -> Iterator[Site]:
         if called_graph(level.gm, node) is not None:
             calls.setdefault(str(node.args[0].target), []).append(node)  # type: ignore[union-attr]
     for name, callers in calls.items():
-        body = attribute(level.gm, name)
-        is_plain = len(callers) == 1 and len(placeholders_of(body)) == len(callers[0].args) - 1
+        layer_graph = attribute(level.gm, name)
+        is_plain = len(callers) == 1 and len(placeholders_of(layer_graph)) == len(callers[0].args) - 1
         if is_plain and target_name(callers[0]) in CHECKPOINTS:
-            yield from find_sites(Level(body, callers[0], level))
+            yield from find_sites(Level(layer_graph, callers[0], level))
     for node in nodes:
         site = _fused(level, node) if operation(node) in ATTENTION else _eager(level, node)
         if site is not None:

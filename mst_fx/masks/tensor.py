@@ -62,7 +62,7 @@ class MaskForm:
     def vectors(self) -> list[str]:
         """The names of the vectors: those of the formula, in order, and those of the reach."""
         found = sorted(set(formula.vectors_in(self.formula)), key=lambda name: (name[0], int(name[1:])))
-        return found + (["rows", "starts"] if self.has_reach else [])
+        return found + (["table", "starts"] if self.has_reach else [])
 
 
 class _Cell:
@@ -95,18 +95,18 @@ class DeferredMask(torch.Tensor):
     def __new__(
         cls, vectors: Mapping[str, Tensor], form: MaskForm | None, size: Sequence[Any]
     ) -> DeferredMask:
-        first = next(x for name, x in vectors.items() if name != "rows")
+        first = next(x for name, x in vectors.items() if name != "table")
         dtype = first.dtype if form is None else form.dtype
         return wrapper(cls, size, dtype, first.device)
 
     def __init__(self, vectors: Mapping[str, Tensor], form: MaskForm | None, size: Sequence[Any]) -> None:
         self._form = form
-        self._keep(_Cell(vectors["made"] if form is None else None))
+        self._take_cell(_Cell(vectors["made"] if form is None else None))
         for name, vector in vectors.items():
             if form is not None:
                 setattr(self, name, vector)
 
-    def _keep(self, cell: _Cell) -> None:
+    def _take_cell(self, cell: _Cell) -> None:
         self._cell = cell
         cell.members.append(weakref.ref(self))
 
@@ -150,8 +150,8 @@ class DeferredMask(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LAZY and isinstance(args[0], DeferredMask) and args[0]._cell.value is None:
-            found = _LAZY[func](args[0], **kwargs)
+        if func in _STAY_DEFERRED and isinstance(args[0], DeferredMask) and args[0]._cell.value is None:
+            found = _STAY_DEFERRED[func](args[0], **kwargs)
             if found is not None:
                 return found
         written = _written(func, args, kwargs)
@@ -240,7 +240,7 @@ def _same(mask: DeferredMask, **kwargs: Any) -> DeferredMask:
     assert mask._form is not None
     vectors = {name: getattr(mask, name) for name in mask._form.vectors}
     new = DeferredMask(vectors, mask._form, mask.shape)
-    new._keep(mask._cell)
+    new._take_cell(mask._cell)
     return new
 
 
@@ -263,7 +263,7 @@ def _copy(mask: DeferredMask, **kwargs: Any) -> DeferredMask | None:
     return DeferredMask(vectors, dataclasses.replace(form, dtype=dtype, fill=fill), mask.shape)
 
 
-_LAZY: dict[Any, Callable[..., DeferredMask | None]] = {
+_STAY_DEFERRED: dict[Any, Callable[..., DeferredMask | None]] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.clone.default: _copy,

@@ -266,10 +266,10 @@ class _Nodes:
         values = [[self.constant(node) for node in nodes] for nodes in (keys, queries)]
         if not all(isinstance(found, Tensor) for part in values for found in part):
             return None
-        return Vectors([as_rows(x, True) for x in values[0]], [as_rows(x, False) for x in values[1]])
+        return Vectors([as_vector(x, True) for x in values[0]], [as_vector(x, False) for x in values[1]])
 
 
-def as_rows(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
+def as_vector(vector: Any, is_key: bool, then: Callable[..., Any] | None = None) -> Any:
     """``[b, 1, 1, K]`` or ``[b, 1, Q, 1]``, with fewer dimensions too, → ``[b, K]`` or ``[b, Q]``.
 
     Args:

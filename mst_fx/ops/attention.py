@@ -76,10 +76,10 @@ def _(
     chunk: int,
     finite: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    rows = HEADER + (q + chunk - 1) // chunk
+    height = HEADER + (q + chunk - 1) // chunk
     device = (*keys, *queries)[0].device
     starts = torch.empty((len(masks), _batch(keys, queries) * q + 1), dtype=torch.int32, device=device)
-    return torch.empty((len(masks), rows, 3), dtype=torch.int64, device="cpu"), starts
+    return torch.empty((len(masks), height, 3), dtype=torch.int64, device="cpu"), starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,8 +269,8 @@ def attention_backward(
                 grad_query.put_nothing(chunk)
                 continue
             leaves = [x.detach().requires_grad_() for x in call.operands(chunk)]
-            rows = tangent[:, :, chunk.start : chunk.end]
-            grads = torch.autograd.grad(call.attend(chunk, *leaves), leaves, rows)
+            part = tangent[:, :, chunk.start : chunk.end]
+            grads = torch.autograd.grad(call.attend(chunk, *leaves), leaves, part)
             grad_query.put(chunk, grads[0])
             grad_key.add(chunk, grads[1])
             grad_value.add(chunk, grads[2])
@@ -288,8 +288,8 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, keys, queries, tables, starts, *ctx.rest, cap = inputs
     ctx.counts = (len(keys), len(queries), tables is not None)
-    known_later = [] if tables is None else [tables, starts]
-    ctx.save_for_backward(*output, cap, query, key, value, *keys, *queries, *known_later)
+    of_reach = [] if tables is None else [tables, starts]
+    ctx.save_for_backward(*output, cap, query, key, value, *keys, *queries, *of_reach)
     ctx.mark_non_differentiable(output[1])
 
 

@@ -1,4 +1,4 @@
-"""A value that Inductor must keep as a buffer: it would compute it again in every kernel that reads it."""
+"""A value that Inductor must put into a buffer: it would compute it again in every kernel that reads it."""
 
 from __future__ import annotations
 

@@ -33,9 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_fx.bodies.body import Body, CompiledBody, OutputMeta, TensorMeta
-from mst_fx.bodies.body import body as body_of
-from mst_fx.bodies.gradient import GradientPlan, Term
+from mst_fx.bodies.body import Body, CompiledBody, OutputMeta, TensorMeta, body_of
+from mst_fx.bodies.gradient import GradientPositions, Term
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.ops import chunks
 from mst_fx.ops.chunks import Chunk, Rows, Sum, plain_mode
@@ -75,7 +74,7 @@ def _flat(row_inputs: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[Ten
 
 
 def _count(row_inputs: Sequence[Tensor], body: Body) -> Any:
-    return math.prod(row_inputs[0].shape[: _rank(row_inputs[0], body.rows[0])])
+    return math.prod(row_inputs[0].shape[: _rank(row_inputs[0], body.row_metas[0])])
 
 
 def _output_shapes(body: Body, row_inputs: Sequence[Tensor], lead: Sequence[int]) -> list[Sequence[Any]]:
@@ -86,7 +85,7 @@ def _output_shapes(body: Body, row_inputs: Sequence[Tensor], lead: Sequence[int]
         elif like < 0:
             shapes.append((_count(row_inputs, body), *meta.shape))
         else:
-            lead_sizes = row_inputs[like].shape[: _rank(row_inputs[like], body.rows[like])]
+            lead_sizes = row_inputs[like].shape[: _rank(row_inputs[like], body.row_metas[like])]
             shapes.append((*lead_sizes, *meta.shape))
     return shapes
 
@@ -116,22 +115,22 @@ class _Gradients:
     """Row gradients, put into place, and one accumulator a weight."""
 
     def __init__(self, body: Body, needs: Sequence[bool], row_inputs: Sequence[Tensor]) -> None:
-        own = zip(row_inputs, body.rows, needs, strict=False)
-        self._rows = [Rows(x.new_empty(x.shape), rank=_rank(x, meta)) for x, meta, need in own if need]
-        weights = [i for i, need in enumerate(needs[len(body.rows) :]) if need]
+        own = zip(row_inputs, body.row_metas, needs, strict=False)
+        self._row_grads = [Rows(x.new_empty(x.shape), rank=_rank(x, meta)) for x, meta, need in own if need]
+        weights = [i for i, need in enumerate(needs[len(body.row_metas) :]) if need]
         self._sums = [_weight_sum(body, index) for index in weights]
 
-    def put(self, chunk: Chunk, plan: GradientPlan, values: Sequence[Tensor]) -> None:
-        row_grads = values[plan.first : plan.first + len(self._rows)]
-        for rows, found in zip(self._rows, row_grads, strict=True):
-            rows.put(chunk, found)
-        for total, terms in zip(self._sums, plan.terms, strict=True):
+    def put(self, chunk: Chunk, positions: GradientPositions, values: Sequence[Tensor]) -> None:
+        row_grads = values[positions.first : positions.first + len(self._row_grads)]
+        for result, found in zip(self._row_grads, row_grads, strict=True):
+            result.put(chunk, found)
+        for total, terms in zip(self._sums, positions.terms, strict=True):
             for term in terms:
                 _add_term(total, term, values)
 
     def result(self) -> list[Tensor]:
         # Each accumulator is freed before the next one is rounded.
-        return [*(rows.result() for rows in self._rows), *(total.result() for total in self._sums)]
+        return [*(result.result() for result in self._row_grads), *(total.result() for total in self._sums)]
 
 
 def _weight_sum(body: Body, index: int) -> Sum:
@@ -160,14 +159,14 @@ def _run_with_gradients(
     outputs: _Outputs,
     tangent_order: Sequence[tuple[bool, Tensor]] = (),
 ) -> list[Tensor]:
-    assert compiled.plan is not None
+    assert compiled.positions is not None
     gradients = _Gradients(body, needs, row_inputs)
-    flat, shared = _flat(row_inputs, body.rows), _as_traced(shared, body.shared)
+    flat, shared = _flat(row_inputs, body.row_metas), _as_traced(shared, body.shared)
     for chunk in chunks.equal(_count(row_inputs, body), chunk_rows):
         tangents = [tangent if whole else _of_chunk(tangent, chunk) for whole, tangent in tangent_order]
         values = compiled.run(_chunk_inputs(flat, shared, chunk, *tangents))
-        outputs.put(chunk, values[: compiled.plan.first])
-        gradients.put(chunk, compiled.plan, values)
+        outputs.put(chunk, values[: compiled.positions.first])
+        gradients.put(chunk, compiled.positions, values)
         del values, tangents  # before the next chunk makes its own
     return [*outputs.result(), *gradients.result()]
 
@@ -211,7 +210,7 @@ def loop_list(
         outputs = _Outputs(found.outputs, _output_shapes(found, row_inputs, lead))
         if count:
             run = found.compiled_forward(chunks.sizes(chunks.equal(count, chunk_rows))).run
-            flat, traced = _flat(row_inputs, found.rows), _as_traced(shared, found.shared)
+            flat, traced = _flat(row_inputs, found.row_metas), _as_traced(shared, found.shared)
             for chunk in chunks.equal(count, chunk_rows):
                 outputs.put(chunk, run(_chunk_inputs(flat, traced, chunk)))
         return outputs.result()
@@ -341,9 +340,8 @@ def _(
 
 def _setup_loop(ctx: Any, inputs: tuple[Any, ...], output: Tensor | list[Tensor]) -> None:
     row_inputs, shared, ctx.body_key, _, ctx.chunk_rows, _ = inputs
-    ctx.kept = body_of(
-        ctx.body_key
-    )  # where nobody compiled the graph, its autograd graph keeps its body alive
+    # Where nobody compiled the graph, its autograd graph has its body alive.
+    ctx.body = body_of(ctx.body_key)
     ctx.n_row_inputs = len(row_inputs)
     ctx.save_for_backward(*row_inputs, *shared)
     ctx.set_materialize_grads(False)

@@ -72,9 +72,9 @@ def new_port() -> Tensor:
     return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
-def enter_at_port(port: Tensor, rows: Tensor) -> Tensor:
-    """``rows``, whose gradient goes through ``port``; to be called once a port."""
-    return _Junction.apply(port, rows)  # type: ignore[no-untyped-call, no-any-return]
+def enter_at_port(port: Tensor, hidden: Tensor) -> Tensor:
+    """``hidden``, whose gradient goes through ``port``; to be called once a port."""
+    return _Junction.apply(port, hidden)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _pick_up(tangent: Tensor) -> Tensor | None:
@@ -91,8 +91,8 @@ def _put(gradient: Tensor) -> Tensor:
 
 class _Junction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, port: Tensor, rows: Tensor) -> Tensor:
-        return rows.view_as(rows)
+    def forward(ctx: Any, port: Tensor, hidden: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -14,7 +14,7 @@ from mst_fx.bodies.body import Body
 from mst_fx.bodies.product import product_body
 from mst_fx.graph.sizes import SIXTEEN_BITS
 from mst_fx.ops.chunks import plain_mode
-from mst_fx.torch_api.dynamo import kept_until_reset
+from mst_fx.torch_api.dynamo import until_reset
 
 # Fewer elements are not worth a kernel of their own.
 _LEAST = 2**20
@@ -40,7 +40,7 @@ def product(gradient: Tensor, tangent: Tensor) -> Tensor:
 
 
 def _body(*key: Any) -> Body:
-    known = kept_until_reset()
+    known = until_reset()
     if key not in known:
         known[key] = product_body(*key)
     return known[key]  # type: ignore[no-any-return]

@@ -57,7 +57,7 @@ class State:
 
     Attributes:
         rowwise: the node may be part of a region; otherwise ``reason`` and ``cause`` say why not.
-        rows: the node's value holds the rows, so a region may take it as a row input.
+        holds_rows: the node's value has the rows, so a region may take it as a row input.
         summed: the value is a sum over rows.
         constant: the value is computed from weights and constants alone.
         roles: how the node reads each tensor operand.
@@ -66,7 +66,7 @@ class State:
     """
 
     rowwise: bool = False
-    rows: bool = False
+    holds_rows: bool = False
     summed: bool = False
     constant: bool = False
     reason: str = ""
@@ -146,14 +146,14 @@ class RowAnalysis:
         if node.op == "output" or not tensors_of(node):
             return State(reason="is not a tensor", constant=True)
         operands = [n for n in node.all_input_nodes if tensors_of(n)]
-        if not any(self.states[n].rows for n in operands):
+        if not any(self.states[n].holds_rows for n in operands):
             constant = all(self.states[n].constant for n in operands)
             return self._source(node, "does not depend on rows", constant=constant)
         try:
             self._check(node)
         except Refusal as refusal:
             return self._source(node, str(refusal), cause=refusal.cause)
-        roles = {n: "row" if self.states[n].rows else "shared" for n in operands}
+        roles = {n: "row" if self.states[n].holds_rows else "shared" for n in operands}
         first: State | None = None
         for flip in self._flips(operands):
             state = self._run_known(node, {**roles, **flip})
@@ -165,8 +165,8 @@ class RowAnalysis:
 
     def _flips(self, operands: list[fx.Node]) -> list[dict[fx.Node, Role]]:
         """Other readings of operands that could be rows or shared, in the order they are tried."""
-        either = [n for n in operands if self.states[n].rows and not self.states[n].rowwise]
-        shared = [n for n in operands if not self.states[n].rows and self._has_rows(n)]
+        either = [n for n in operands if self.states[n].holds_rows and not self.states[n].rowwise]
+        shared = [n for n in operands if not self.states[n].holds_rows and self._holds_rows(n)]
         return [{}, *({n: "row"} for n in shared), *({n: "shared"} for n in reversed(either))]
 
     def _check(self, node: fx.Node) -> None:
@@ -231,7 +231,9 @@ class RowAnalysis:
                 message = [*str(error).strip().splitlines(), repr(error)][0]
                 raise Refusal(f"does not run on folded rows: {message}") from None
         summed = self._check_fold(node, folded, tracer)
-        return State(rowwise=True, rows=not summed, summed=summed, matmuls=tracer.matmuls, formula=formula)
+        return State(
+            rowwise=True, holds_rows=not summed, summed=summed, matmuls=tracer.matmuls, formula=formula
+        )
 
     def _check_fold(self, node: fx.Node, folded: Any, tracer: RowTracer) -> bool:
         """Whether the result is a sum; refuses what is neither a sum nor the fold of the value."""
@@ -264,10 +266,10 @@ class RowAnalysis:
         A constant (a weight, a table of positions) that happens to have as many entries as there
         are rows is read whole, unless only reading its rows works.
         """
-        rows = not constant and self._has_rows(node)
-        return State(reason=reason, cause=cause, rows=rows, constant=constant)
+        holds_rows = not constant and self._holds_rows(node)
+        return State(reason=reason, cause=cause, holds_rows=holds_rows, constant=constant)
 
-    def _has_rows(self, node: fx.Node) -> bool:
+    def _holds_rows(self, node: fx.Node) -> bool:
         fake = tensor_value(node)
         return fake is not None and is_plain(fake) and split_rows(fake.shape, self.rows) is not None
 

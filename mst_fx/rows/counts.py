@@ -35,10 +35,10 @@ def _rows_at_matrix(node: fx.Node) -> Any:
     source, matrix = product_operands(node) or (None, None)
     if not isinstance(source, fx.Node) or not isinstance(matrix, fx.Node):
         return None
-    rows, weight = tensor_value(source), tensor_value(matrix)
-    if rows is None or weight is None or rows.ndim < 2 or weight.ndim != 2:
+    operand, weight = tensor_value(source), tensor_value(matrix)
+    if operand is None or weight is None or operand.ndim < 2 or weight.ndim != 2:
         return None
     count: Any = 1
-    for size in rows.shape[:-1]:
+    for size in operand.shape[:-1]:
         count = count * size
     return count

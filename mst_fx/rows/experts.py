@@ -125,8 +125,8 @@ def _is_routed(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> boo
 
 def _way_back(analysis: RowAnalysis, product: fx.Node, weights: fx.Node) -> list[fx.Node]:
     """The values that the rows of a product are made of, last first, to one that is row-wise or itself a product's."""
-    rows = [n for n in _values(product) if n is not weights and not analysis.states[n].constant]
-    way = [max(rows, key=numel_of)] if rows else []
+    sources = [n for n in _values(product) if n is not weights and not analysis.states[n].constant]
+    way = [max(sources, key=numel_of)] if sources else []
     while way:
         node = way[-1]
         is_end = analysis.states[node].rowwise or operation(node) in CONVOLUTIONS
@@ -159,6 +159,6 @@ def _is_whole(analysis: RowAnalysis, source: fx.Node, weights: fx.Node) -> bool:
         return True
     if operation(source) in CONVOLUTIONS:
         return fake.shape[1] in stack.shape[-2:]
-    if not (state.rowwise and state.rows):
+    if not (state.rowwise and state.holds_rows):
         return True  # nobody knows how wide its rows are
     return numel_of(source) // max(1, hint(analysis.rows)) in map(hint, stack.shape[-2:])

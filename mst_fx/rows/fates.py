@@ -171,16 +171,16 @@ def _meets_rows(analysis: RowAnalysis, node: fx.Node, cone: set[fx.Node], parts:
     So scores, states and the like are made; also by an outer product and a sum. A value that meets itself as a whole
     does not count: an MLP with a Gram matrix inside is one that mixes tokens.
     """
-    rows = [n for n in node.all_input_nodes if tensors_of(n) and not analysis.states[n].constant]
-    inside = [n for n in rows if n in cone]
-    if len(rows) < 2 or not inside:
+    operands = [n for n in node.all_input_nodes if tensors_of(n) and not analysis.states[n].constant]
+    inside = [n for n in operands if n in cone]
+    if len(operands) < 2 or not inside:
         return False
     if is_function(node):  # a loss of logits and labels gives no rows as attention does
-        rows = [n for n in rows if any(x.is_floating_point() for x in tensors_of(n))]
-        if len(rows) < 2 or 4 * numel_of(node) < min(map(numel_of, inside)):
+        operands = [n for n in operands if any(x.is_floating_point() for x in tensors_of(n))]
+        if len(operands) < 2 or 4 * numel_of(node) < min(map(numel_of, inside)):
             return False
-    is_product = operation(node) in ROW_PRODUCTS or is_attention(node) or _is_outer(node, rows)
-    return is_product and (any(n in parts for n in inside) or len(inside) < len(rows))
+    is_product = operation(node) in ROW_PRODUCTS or is_attention(node) or _is_outer(node, operands)
+    return is_product and (any(n in parts for n in inside) or len(inside) < len(operands))
 
 
 def _is_outer(node: fx.Node, operands: list[fx.Node]) -> bool:

@@ -244,8 +244,8 @@ class _Proof:
 
     def _kind(self, leaf: torch.Tensor, tracer: RowTracer) -> _Kind:
         label = tracer.label(leaf)
-        rows = label.dim if isinstance(label, Row) else None
-        shape = tuple(self.folder.n if dim == rows else int(size) for dim, size in enumerate(leaf.shape))
+        row_dim = label.dim if isinstance(label, Row) else None
+        shape = tuple(self.folder.n if dim == row_dim else int(size) for dim, size in enumerate(leaf.shape))
         return _Kind(shape, leaf.dtype, leaf.device, label)
 
     def _run(self, gm: fx.GraphModule, values: Sequence[Any], tracer: RowTracer) -> Any:

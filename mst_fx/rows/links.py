@@ -76,7 +76,7 @@ def linked(graph: fx.Graph, link: fx.Node, operand: fx.Node) -> fx.Node:
     return current
 
 
-def keeps_rows(node: fx.Node) -> bool:
+def leaves_last_dim(node: fx.Node) -> bool:
     """Whether a reshape leaves the last dimension as it is, and says what becomes of the others."""
     if operation(node) not in FLATTENS or node.kwargs:
         return False

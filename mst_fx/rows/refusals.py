@@ -114,7 +114,7 @@ def unproved_products(analysis: RowAnalysis) -> Iterator[fx.Node]:
         source, out = tensor_value(operands[0]), tensor_value(node)
         if source is None or out is None or not all(is_known(s) for s in (*source.shape, *out.shape)):
             continue
-        if not analysis.states[operands[0]].rows and operation(node) not in CONVOLUTIONS:
+        if not analysis.states[operands[0]].holds_rows and operation(node) not in CONVOLUTIONS:
             continue  # rows of another number, or of a width that Dynamo keeps dynamic
         if out.numel() > source.numel() and _count(analysis, out):
             yield node

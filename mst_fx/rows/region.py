@@ -32,7 +32,7 @@ log = logging.getLogger("mst_fx")
 # the head's region must not swallow the last layer's MLP.
 _BYTE = 1024
 _MATMUL = 1
-_REACH = 120  # nodes before and after the seed, in graph order, that a cut looks at: some layers
+_NEARBY = 120  # nodes before and after the seed, in graph order, that a cut looks at: some layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class RegionFinder:
     def _users(self, node: fx.Node) -> list[fx.Node]:
         return [user for user in node.users if not (user.op == "output" and node in self.free)]
 
-    def _may_join(self, node: fx.Node) -> bool:
+    def _may_absorb(self, node: fx.Node) -> bool:
         return self.analysis.states[node].rowwise and node not in self.taken
 
     def _neighbourhood(self, seed: fx.Node) -> set[fx.Node]:
@@ -171,8 +171,8 @@ class RegionFinder:
         while queue:
             node = queue.popleft()
             for other in (*node.all_input_nodes, *node.users):
-                near = abs(self.order.get(other, -_REACH) - self.order[seed]) <= _REACH
-                if near and other not in found and self._may_join(other):
+                near = abs(self.order.get(other, -_NEARBY) - self.order[seed]) <= _NEARBY
+                if near and other not in found and self._may_absorb(other):
                     found.add(other)
                     queue.append(other)
         return found
@@ -232,13 +232,13 @@ class RegionFinder:
         back = _detours(chosen, self._users, self.order)
         if not back:
             return None
-        ancestors = _reachable(seed, lambda node: [n for n in node.all_input_nodes if n in chosen])
-        late = [node for node in back if node not in ancestors]
-        if late:
-            return min(late, key=self.order.__getitem__)
+        ancestors = _closure(seed, lambda node: [n for n in node.all_input_nodes if n in chosen])
+        behind = [node for node in back if node not in ancestors]
+        if behind:
+            return min(behind, key=self.order.__getitem__)
         # The path leaves before the seed and comes back before it: leave out where it starts.
-        early = [node for node in chosen if node in ancestors and set(self._users(node)) - chosen]
-        return min(early, key=self.order.__getitem__)
+        ahead = [node for node in chosen if node in ancestors and set(self._users(node)) - chosen]
+        return min(ahead, key=self.order.__getitem__)
 
     def _region(self, seed: fx.Node, chosen: set[fx.Node]) -> Region:
         nodes = sorted(chosen, key=self.order.__getitem__)
@@ -282,7 +282,7 @@ class RegionFinder:
         def step(node: fx.Node) -> list[fx.Node]:
             return [] if is_product(node) else [user for user in node.users if user in chosen]
 
-        before = _reachable(seed, step)
+        before = _closure(seed, step)
         leaves = any(set(self._users(n)) - chosen and not is_product(n) for n in before)
         return not leaves and any(map(is_product, before))
 
@@ -304,7 +304,7 @@ class RegionFinder:
         return "vocab" if 4 * region.out_bytes <= region.wide_bytes else ""
 
     def is_convex(self, region: Region) -> bool:
-        """Whether the region still is convex: rewrites of others may have joined nodes outside."""
+        """Whether the region still is convex: rewrites of others may have linked nodes outside."""
         order = {node: index for index, node in enumerate(self.analysis.graph.nodes)}
         return not _detours(set(region.nodes), self._users, order)
 
@@ -317,7 +317,8 @@ def _is_given(node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr") or torch.is_grad_enabled()
 
 
-def _reachable(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+def _closure(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """All nodes that steps lead to, and the start."""
     found, queue = {start}, deque([start])
     while queue:
         for other in step(queue.popleft()):
@@ -339,8 +340,8 @@ def _detours(
             return []
         return [user for user in users(node) if order.get(user, last + 1) <= last]
 
-    reached: set[fx.Node] = set()
+    met: set[fx.Node] = set()
     for start in outside:
-        if start not in reached:
-            reached |= _reachable(start, step)
-    return reached & chosen
+        if start not in met:
+            met |= _closure(start, step)
+    return met & chosen

@@ -25,8 +25,8 @@ def _gather(call: Call) -> Label:
 def _scatter(call: Call) -> Label:
     source, along, index, value = call.args[:4]
     dim = call.row_dim(source)
-    rows = {call.row_dim(t) for t in (index, value) if isinstance(t, torch.Tensor) and t.ndim}
-    if dim is None or rows != {dim} or wrap(along, source.ndim) <= dim:
+    row_dims = {call.row_dim(t) for t in (index, value) if isinstance(t, torch.Tensor) and t.ndim}
+    if dim is None or row_dims != {dim} or wrap(along, source.ndim) <= dim:
         raise call.refusal("writes to other rows")
     return Row(dim)
 

@@ -14,10 +14,10 @@ aten = torch.ops.aten
 
 def _mm(call: Call) -> Label:
     left, right = call.args[-2:]
-    rows = (call.row_dim(left), call.row_dim(right))
-    if rows not in ((0, None), (None, 1)):
+    row_dims = (call.row_dim(left), call.row_dim(right))
+    if row_dims not in ((0, None), (None, 1)):
         raise call.refusal("multiplies rows with rows")
-    (dim,) = (d for d in rows if d is not None)
+    (dim,) = (d for d in row_dims if d is not None)
     if call.func is aten.addmm.default:
         _check_bias(call, call.args[0], 2 - dim)
     _note_matmul(call, left if dim == 0 else right, contracted=1 - dim)
@@ -26,10 +26,10 @@ def _mm(call: Call) -> Label:
 
 def _bmm(call: Call) -> Label:
     left, right = call.args[-2:]
-    rows = (call.row_dim(left), call.row_dim(right))
-    if rows not in ((1, None), (None, 2), (0, 0)):
+    row_dims = (call.row_dim(left), call.row_dim(right))
+    if row_dims not in ((1, None), (None, 2), (0, 0)):
         raise call.refusal("multiplies rows with rows")
-    dim = next(d for d in rows if d is not None)
+    dim = next(d for d in row_dims if d is not None)
     if call.func is aten.baddbmm.default:
         _check_bias(call, call.args[0], 3 - dim)
     if dim:

@@ -126,7 +126,7 @@ def _constant_like(call: Call) -> Label:
     return call.tracer.label_of_constant(call.func, tensors(call.out)[0])
 
 
-def _filled_later(call: Call) -> Label:
+def _filled_in_place(call: Call) -> Label:
     raise call.refusal(
         "makes memory that the function then fills in place, with random numbers or a case for each"
     )
@@ -171,7 +171,7 @@ SHAPE_RULES: dict[Any, Rule] = {
         _same,
     ),
     **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), _constant_like),
-    **dict.fromkeys((aten.empty_like.default, aten.new_empty.default), _filled_later),
+    **dict.fromkeys((aten.empty_like.default, aten.new_empty.default), _filled_in_place),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.unbind.int: _unbind,

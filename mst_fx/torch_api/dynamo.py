@@ -69,7 +69,7 @@ def ending_of(gm: fx.GraphModule) -> Ending:
     return Ending(kind, reason, f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "")
 
 
-def keep_ending(gm: fx.GraphModule, new: fx.GraphModule) -> None:
+def copy_ending(gm: fx.GraphModule, new: fx.GraphModule) -> None:
     """Lets :func:`ending_of` say of a copy of a graph what it says of the graph."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None:
@@ -138,13 +138,13 @@ def wrapped_modules() -> list[torch.nn.Module]:
     return [module for module in found if module is not None]
 
 
-def kept_until_reset() -> dict[Any, Any]:
+def until_reset() -> dict[Any, Any]:
     """A dict of ours that ``torch._dynamo.reset()`` forgets.
 
     In ``torch._dynamo.code_context``, Dynamo's own place for what belongs to a function until then. Nobody is told of a
     reset, so that whatever we kept ourselves would outlive it.
     """
-    return code_context.get_context(kept_until_reset.__code__)
+    return code_context.get_context(until_reset.__code__)
 
 
 # Functions of Dynamo's graphs that take a float as such: AOTAutograd makes a constant of it.

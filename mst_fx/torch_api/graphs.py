@@ -1,4 +1,4 @@
-"""GraphModules whose code is made late.
+"""GraphModules whose code is made when it is first asked for.
 
 ``torch.fx._lazy_graph_module``: Dynamo's own GraphModules, whose code is made when they first run. Others make it
 whenever they get a graph, which was half the time of the passes: nobody runs a copy that they work on.

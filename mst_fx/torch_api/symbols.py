@@ -53,7 +53,7 @@ def bounds(size: torch.SymInt) -> Any:
     return size.node.shape_env.bound_sympy(expression(size))
 
 
-def guards_are_kept(size: torch.SymInt) -> bool:
+def guards_are_checked(size: torch.SymInt) -> bool:
     """Whether a guard that is added of a symbolic size now will be checked before the graph runs.
 
     Whether its shape environment is that of the compilation under way, of which ``torch._guards.TracingContext`` tells;

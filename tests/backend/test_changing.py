@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import mst_fx
-from mst_fx.chunk_rows import plan_vocab
+from mst_fx.chunk_rows import vocab_chunk_size
 from tests.helpers import compile_mst, kinds, relative_error, step, worst_error
 from tools.meters.cpu import measure_cpu
 
@@ -198,9 +198,9 @@ def test_no_guard_where_nobody_would_check_it() -> None:
 
 
 def test_chunks_of_a_head_do_not_follow_from_one_batch_of_several() -> None:
-    assert plan_vocab(8192, 64, 256, "cpu").chunk_rows == 2048
-    assert plan_vocab(8192, 64, 256, "cpu", changes=True).chunk_rows == 256
-    assert plan_vocab(100, 64, 256, "cpu", changes=True) == plan_vocab(100, 64, 256, "cpu")
+    assert vocab_chunk_size(8192, 64, 256, "cpu").chunk_rows == 2048
+    assert vocab_chunk_size(8192, 64, 256, "cpu", changes=True).chunk_rows == 256
+    assert vocab_chunk_size(100, 64, 256, "cpu", changes=True) == vocab_chunk_size(100, 64, 256, "cpu")
 
 
 def _log_probabilities(model: Layer, ids: Tensor, labels: Tensor, shift: int) -> Tensor:

@@ -22,7 +22,7 @@ _READERS = {
 }  # fmt: skip
 
 
-def _keepers() -> list[str]:
+def _statistics_writers() -> list[str]:
     """The ATen operators that are given running statistics and are not known to leave them alone."""
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::")]
     names = {s.name.split("::")[1] for s in schemas if any("running_" in a.name for a in s.arguments)}
@@ -36,7 +36,7 @@ def _call(target: Any) -> fx.Node:
     return node
 
 
-@pytest.mark.parametrize("name", _keepers())
+@pytest.mark.parametrize("name", _statistics_writers())
 def test_what_keeps_statistics_has_an_effect(name: str) -> None:
     packet = getattr(aten, name)
     spellings = [packet, *(getattr(packet, overload) for overload in packet.overloads())]
@@ -46,7 +46,7 @@ def test_what_keeps_statistics_has_an_effect(name: str) -> None:
 
 def test_the_usual_ones_are_among_them() -> None:
     usual = {"batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
-    assert usual <= set(_keepers())
+    assert usual <= set(_statistics_writers())
 
 
 def test_what_only_reads_statistics_leaves_them() -> None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import mst_fx
 from mst_fx.graph.fill import fill_values
-from mst_fx.logits.take_out import row_inputs
+from mst_fx.logits.take_out import inputs_with_rows
 from mst_fx.logits.tensor import DeferredLogits
 from mst_fx.ops import port
 from tests.helpers import (
@@ -118,7 +118,7 @@ def test_gradient_through_logits_alone() -> None:
     assert max(errors.values()) <= _BAR
 
 
-_LAZY: list[Callable[[Tensor], Tensor]] = [
+_DERIVED: list[Callable[[Tensor], Tensor]] = [
     lambda x: x,
     lambda x: x[:, -1],
     lambda x: x[:, 2:9, :],
@@ -139,7 +139,7 @@ _LAZY: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-@pytest.mark.parametrize("derive", _LAZY)
+@pytest.mark.parametrize("derive", _DERIVED)
 def test_looking_after_an_optimizer_step_is_an_error(derive: Callable[[Tensor], Tensor]) -> None:
     model, _, loss, logits = _deferred()
     derived = derive(logits)
@@ -164,7 +164,7 @@ def test_looking_after_an_optimizer_step_at_weights_that_are_attributes() -> Non
         logits.argmax(-1)
 
 
-@pytest.mark.parametrize("derive", _LAZY)
+@pytest.mark.parametrize("derive", _DERIVED)
 def test_what_stays_deferred(derive: Callable[[Tensor], Tensor]) -> None:
     model, inputs, _, logits = _deferred()
     truth = derive(model(**inputs)[1])
@@ -180,7 +180,7 @@ def test_what_stays_deferred(derive: Callable[[Tensor], Tensor]) -> None:
         weights = torch.randn_like(truth)
         gradient = torch.autograd.grad((found * weights).sum(), list(model.parameters()))
         true_gradient = torch.autograd.grad((truth * weights).sum(), list(model.parameters()))
-        bar = 1e-2 if truth.dtype != torch.float64 or derive is _LAZY[10] else 1e-9
+        bar = 1e-2 if truth.dtype != torch.float64 or derive is _DERIVED[10] else 1e-9
         assert max(relative_error(f, t) for f, t in zip(gradient, true_gradient, strict=True)) <= bar
 
 
@@ -313,7 +313,7 @@ def test_rows_that_are_not_independent() -> None:
     for function, rows in functions.items():
         graph = torch.fx.symbolic_trace(function)
         fill_values(graph, inputs)
-        assert row_inputs(graph, {}) == rows
+        assert inputs_with_rows(graph, {}) == rows
 
 
 class _Capped(nn.Module):
@@ -699,7 +699,7 @@ def test_keep() -> None:
     assert relative_error(loss, eager_loss) <= 1e-10 and relative_error(logits, eager) <= _BAR
 
 
-def test_no_loss_no_deferral() -> None:
+def test_without_a_loss_nothing_is_deferred() -> None:
     model, inputs = ToyLM(layers=1), token_batch(BATCH, LENGTH)
 
     def logits_of(ids: Tensor) -> Any:

@@ -255,16 +255,16 @@ def test_snapshots() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         views = [weight, weight.detach().t(), weight.detach()[:, ::2]]
-        known = [snapshot(x, is_reached=True) for x in views]
+        known = [snapshot(x, is_exposed=True) for x in views]
         assert all(s.is_of(x) for s, x in zip(known, views, strict=True))
         preserving: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
         with preserving(weight), torch.no_grad():
             weight[1, 2] += 1  # what FSDP does when it gathers
         assert not any(s.is_of(x) for s, x in zip(known, views, strict=True))
-        assert snapshot(weight, is_reached=False).bits is None
+        assert snapshot(weight, is_exposed=False).bits is None
     finally:
         dist.destroy_process_group()
-    known = [snapshot(weight, is_reached=True)]
+    known = [snapshot(weight, is_exposed=True)]
     weight.data.neg_()
     assert not known[0].is_of(weight)
     assert not is_freed(weight) and not is_freed(torch.empty(0)) and not is_freed(3)

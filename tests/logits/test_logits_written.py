@@ -283,7 +283,7 @@ def test_snapshots_of_large_tensors(dtype: torch.dtype) -> None:
         "flat": x.view(-1),
     }
     for name, y in layouts.items():
-        known = snapshot(y, is_reached=True)
+        known = snapshot(y, is_exposed=True)
         assert known.bits is not None and known.is_of(y), name
         for change in (
             lambda: x.data.mul_(2), lambda: x.data.neg_(), lambda: x.data.copy_(x.data.roll(1, 0)),

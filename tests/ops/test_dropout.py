@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import mst_fx
-from mst_fx import chunk_rows as plan
+from mst_fx import chunk_rows
 from mst_fx.ops.dropout import dropout_rows, mixed, row_keys
 from tests.direct import results, rewritten, worst
 from tests.helpers import compile_mst, kinds, report_of
@@ -172,7 +172,7 @@ class Linear(nn.Module):
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_recomputation_drops_the_same(inner: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass recomputes with other chunks than the forward pass had: 8 rows, not 16."""
-    monkeypatch.setitem(plan._LEAST_ROWS, "cpu", 8)
+    monkeypatch.setitem(chunk_rows._LEAST_ROWS, "cpu", 8)
     torch.manual_seed(2)
     model = Linear(2)
     model.checkpoint = checkpoint

@@ -141,7 +141,7 @@ def test_two_heads() -> None:
 
 
 def test_short_sequences_are_left_alone() -> None:
-    """Peers are slower and larger at 2K tokens; here the plan says one chunk, and nothing changes."""
+    """Peers are slower and larger at 2K tokens; here one chunk is enough, and nothing changes."""
     report = report_of(ToyLM(), {"inner": "aot_eager"}, **token_batch(1, 64))
     assert not report.rewrites and not report.refusals
 

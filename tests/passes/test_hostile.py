@@ -293,7 +293,7 @@ def test_a_failure_while_deferring_leaves_the_graph_alone(monkeypatch: pytest.Mo
         raise RuntimeError("a defect")
 
     model, batch = ToyLM(), token_batch(2, 33)
-    monkeypatch.setattr("mst_fx.logits.take_out._defer", fail)
+    monkeypatch.setattr("mst_fx.logits.take_out._take_out", fail)
     report = report_of(model, SMALL_CHUNKS, **batch)
     assert not report.rewrites
     assert [refused.reason for refused in report.refusals] == ["RuntimeError: a defect"]

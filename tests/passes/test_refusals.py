@@ -20,11 +20,11 @@ H, V, B, S = 16, 96, 2, 40
 
 
 class Parts(nn.Module):
-    """Layers for ``body`` to use, which gets the module, hidden rows and labels."""
+    """Layers for ``function`` to use, which gets the module, hidden rows and labels."""
 
-    def __init__(self, body: Callable[[Any, Tensor, Tensor], Any]) -> None:
+    def __init__(self, function: Callable[[Any, Tensor, Tensor], Any]) -> None:
         super().__init__()
-        self.body = body
+        self.function = function
         self.head, self.code = nn.Linear(H, V, bias=False), nn.Parameter(torch.randn(V, H))
         self.up, self.down, self.score = nn.Linear(H, 64), nn.Linear(64, H), nn.Linear(H, 1)
         self.conv_up, self.conv_down = nn.Conv1d(H, 64, 1), nn.Conv1d(64, H, 1)
@@ -40,16 +40,16 @@ class Parts(nn.Module):
         self.double()
 
     def forward(self, x: Tensor, labels: Tensor) -> Any:
-        return self.body(self, x, labels)
+        return self.function(self, x, labels)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def _report(body: Callable[[Any, Tensor, Tensor], Any], **options: Any) -> Report:
-    """What is done to a body; its numbers are eager's in any case."""
-    model, x = Parts(body), torch.randn(B, S, H, dtype=torch.float64, requires_grad=True)
+def _report(function: Callable[[Any, Tensor, Tensor], Any], **options: Any) -> Report:
+    """What is done to a function; its numbers are eager's in any case."""
+    model, x = Parts(function), torch.randn(B, S, H, dtype=torch.float64, requires_grad=True)
     run, report = rewritten(model, options)
     labels = torch.randint(0, V, (B, S))
     found, truth = run(x, labels), model(x, labels)
@@ -156,8 +156,8 @@ REFUSED_HEADS: dict[str, tuple[Any, Cause]] = {
 
 @pytest.mark.parametrize("name", REFUSED_HEADS)
 def test_a_head_that_is_left_alone_has_a_reason(name: str) -> None:
-    body, cause = REFUSED_HEADS[name]
-    report = _report(body)
+    function, cause = REFUSED_HEADS[name]
+    report = _report(function)
     assert "vocab" in kinds(report) or [(r.kind, r.cause) for r in report.refusals] == [("vocab", cause)]
 
 
@@ -190,11 +190,11 @@ def _depthwise_inside(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "body",
+    "function",
     [_convolutions, _straight_through, _straight_through_scatter, _first_token_inside, _depthwise_inside],
 )
-def test_an_mlp_that_is_left_alone_has_a_reason(body: Any) -> None:
-    report = _report(body)
+def test_an_mlp_that_is_left_alone_has_a_reason(function: Any) -> None:
+    report = _report(function)
     assert "mlp" in kinds(report) or (
         [r.kind for r in report.refusals] == ["mlp"] and report.refusals[0].reason
     )
@@ -273,13 +273,13 @@ def _heads_of_one_stack(m: Any, x: Tensor, y: Tensor) -> Tensor:
 def _masked(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], heads: int) -> Callable[..., Tensor]:
     """Values are narrower than queries, as DeepSeek's are; the mask is a constant."""
 
-    def body(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    def function(m: Any, x: Tensor, y: Tensor) -> Tensor:
         q, k, v = (f(x).view(B, S, heads, -1).transpose(1, 2) for f in (m.q, m.k, m.other))
         q = q + q.flip(-1) * 0.5
         mask = torch.where(torch.ones(S, S, dtype=torch.bool).tril(), 0.0, -1e9).double()
         return x + m.one(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
-    return body
+    return function
 
 
 def _added(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ def test_a_mask_is_no_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
+    "function",
     [
         _gated_convolution,
         _attention,
@@ -321,8 +321,8 @@ def test_a_mask_is_no_weight(name: str) -> None:
         _heads_of_one_stack,
     ],
 )
-def test_what_can_be_no_bulge_is_not_listed(body: Any) -> None:
-    report = _report(body, passes=("mlp", "vocab"), strict=True)
+def test_what_can_be_no_bulge_is_not_listed(function: Any) -> None:
+    report = _report(function, passes=("mlp", "vocab"), strict=True)
     assert not report.rewrites and not report.refusals
 
 
@@ -372,10 +372,10 @@ def _up_slices(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([part @ m.ups[i] for i, part in enumerate(rows.split([10, 24, 30, 16]))])
 
 
-@pytest.mark.parametrize("body", [_expert_slices, _expert_weights, _all_experts, _up_slices])
-def test_experts_are_refused_as_that(body: Any) -> None:
+@pytest.mark.parametrize("function", [_expert_slices, _expert_weights, _all_experts, _up_slices])
+def test_experts_are_refused_as_that(function: Any) -> None:
     """Once: what begins there. Joined results that nothing narrows are no vocabulary's."""
-    (refused,) = _report(body).refusals
+    (refused,) = _report(function).refusals
     assert (refused.kind, refused.cause) == ("mlp", Cause.EXPERTS)
 
 
@@ -385,12 +385,12 @@ def test_experts_that_are_rewritten_are_not_refused() -> None:
 
 
 def test_experts_that_only_project_are_no_bulge() -> None:
-    def body(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    def function(m: Any, x: Tensor, y: Tensor) -> Tensor:
         order, rows = _sorted(x, y)
         outs = [part @ m.ups[i, :, :H] for i, part in enumerate(rows.split([10, 24, 30, 16]))]
         return x + torch.zeros_like(rows).index_add(0, order, torch.cat(outs)).view_as(x)
 
-    assert not _report(body, strict=True).refusals
+    assert not _report(function, strict=True).refusals
 
 
 # What a place is
@@ -438,15 +438,15 @@ def _loss_and_expectation(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "body", [_padded, _padded_narrow, _padded_split, _loss_and_accuracy, _loss_and_expectation]
+    "function", [_padded, _padded_narrow, _padded_split, _loss_and_accuracy, _loss_and_expectation]
 )
-def test_a_head_is_a_vocabulary_rewrite(body: Any) -> None:
-    assert kinds(_report(body, strict=True)) == {"vocab": 1}
+def test_a_head_is_a_vocabulary_rewrite(function: Any) -> None:
+    assert kinds(_report(function, strict=True)) == {"vocab": 1}
 
 
-@pytest.mark.parametrize("body", [_reward, _router, _maxout, _sparse])
-def test_an_mlp_obeys_chunk_rows(body: Any) -> None:
-    (rewrite,) = _report(body, strict=True, chunk_rows=11, vocab_chunk_rows=9).rewrites
+@pytest.mark.parametrize("function", [_reward, _router, _maxout, _sparse])
+def test_an_mlp_obeys_chunk_rows(function: Any) -> None:
+    (rewrite,) = _report(function, strict=True, chunk_rows=11, vocab_chunk_rows=9).rewrites
     assert (rewrite.kind, rewrite.chunk_rows) == ("mlp", 11)
 
 

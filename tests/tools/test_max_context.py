@@ -195,7 +195,7 @@ def test_tables() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "in-backward"])
 def test_a_step_trains_and_runs_out_of_memory(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_keep_log", list)  # its handler would stay
+    monkeypatch.setattr(train, "_collect_log", list)  # its handler would stay
 
     def run(contender: str, kernel: str = "fused", cap: float | None = None) -> dict[str, Any]:
         return train.measure(

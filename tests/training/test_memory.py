@@ -1,17 +1,16 @@
 """Memory, by the exact malloc meter, with real Inductor in float32, in processes of their own.
 
-Blocks have the widths of ``tools.bench.memory`` and a quarter of its rows, with chunks as planned. For
-whole steps the sizes are an eighth in every dimension, chunks included: all bytes are a 64th.
+Blocks have the chunks of ``"auto"``: an MLP's is as wide as those of ``tools.bench.memory``, so that it gets other chunks backward.
+For whole steps the sizes are an eighth in every dimension, chunks included: all bytes are a 64th.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 
-from tools.bench.memory import BlockPeaks, StepPeak, block_peaks, step_peak
+from tools.bench.memory import BlockPeaks, StepPeak, block_peaks, step_peak, step_peaks
 from tools.bench.models import Shape
 from tools.bench.tables import MIB
 from tools.meters.cpu import is_available
@@ -22,7 +21,7 @@ pytestmark = [
 ]
 
 SEQ = 2048
-SHAPE = Shape(hidden=64, intermediate=512, heads=4, kv_heads=4, vocabulary=4000, layers=4)
+SHAPE = Shape(hidden=64, intermediate=512, heads=4, kv_heads=4, vocabulary=4000, layers=2)
 CHUNKS: dict[str, Any] = {"chunk_rows": 64, "vocab_chunk_rows": 33}
 SLACK = MIB // 16  # blocks count with their usable size, and small ones are many here
 
@@ -33,12 +32,12 @@ def _bar(peaks: BlockPeaks) -> float:
 
 @pytest.fixture(scope="module")
 def mlp() -> BlockPeaks:
-    return block_peaks("mlp", "mst", 4096, 512, 4096)
+    return block_peaks("mlp", "mst", 2048, 512, 1024)
 
 
 @pytest.fixture(scope="module")
 def head() -> BlockPeaks:
-    return block_peaks("head", "mst", 4096, 512, 32000)
+    return block_peaks("head", "mst", 2048, 64, 16000)
 
 
 def test_forward_of_an_mlp(mlp: BlockPeaks) -> None:
@@ -61,25 +60,27 @@ def test_forward_of_an_mlp_keeps_no_more_than_its_live_set(mlp: BlockPeaks) -> N
     assert mlp.forward_peak <= mlp.output_bytes + 1.3 * mlp.live_bytes + SLACK, mlp.forward_alive
 
 
-@functools.cache
-def _step(way: str, returns: str, mask: bool) -> StepPeak:
-    return step_peak(way, returns, SHAPE, SEQ, mask=mask, **(CHUNKS if way == "mst" else {}))
+@pytest.fixture(scope="module")
+def steps() -> dict[str, StepPeak]:
+    """Without a mask; by what is returned."""
+    names = ("model", "held", "loss")
+    return dict(zip(names, step_peaks("mst", names, SHAPE, SEQ, mask=False, **CHUNKS), strict=True))
 
 
-def test_a_checkpointed_step_takes_a_tenth_of_inductors_memory() -> None:
-    mst, plain = _step("mst", "model", False), _step("inductor", "model", False)
+def test_a_checkpointed_step_takes_a_tenth_of_inductors_memory(steps: dict[str, StepPeak]) -> None:
+    mst, plain = steps["model"], step_peak("inductor", "model", SHAPE, SEQ, mask=False)
     assert mst.loss == pytest.approx(plain.loss, rel=1e-5)
     assert mst.above <= 0.10 * plain.above, f"{mst.above / plain.above:.3f}; alive: {mst.alive}"
 
 
-def test_logits_among_the_outputs_cost_nothing() -> None:
-    whole, loss_only = _step("mst", "model", False), _step("mst", "loss", False)
+def test_logits_among_the_outputs_cost_nothing(steps: dict[str, StepPeak]) -> None:
+    whole, loss_only = steps["model"], steps["loss"]
     assert whole.loss == pytest.approx(loss_only.loss, rel=1e-6)
     assert whole.above <= 1.05 * loss_only.above, f"{whole.alive}; {loss_only.alive}"
 
 
-def test_logits_that_are_held_cost_their_hidden_rows() -> None:
+def test_logits_that_are_held_cost_their_hidden_rows(steps: dict[str, StepPeak]) -> None:
     """And no gradient of these rows."""
-    held, loss_only = _step("mst", "held", False), _step("mst", "loss", False)
+    held, loss_only = steps["held"], steps["loss"]
     hidden = SEQ * SHAPE.hidden * 4
     assert held.above - loss_only.above <= hidden + SLACK, f"{held.alive}; {loss_only.alive}"

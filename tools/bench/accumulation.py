@@ -65,11 +65,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-out/accumulation"))
     arguments = parser.parse_args()
     results = [call_metered(measure, way, arguments.seq, timeout=1200) for way in arguments.ways.split(",")]
-    rows: list[Any] = [("compiled", "gradients MiB", "first micro-batch", "second", "of gradients", "loss")]
+    lines: list[Any] = [("compiled", "gradients MiB", "first micro-batch", "second", "of gradients", "loss")]
     for r in results:
         sizes = [f"{r[key] / MIB:.1f}" for key in ("gradient", "first", "second")]
-        rows.append((r["way"], *sizes, f"{r['second'] / r['gradient']:.2f}", f"{r['loss']:.6f}"))
-    text = markdown_table(rows)
+        lines.append((r["way"], *sizes, f"{r['second'] / r['gradient']:.2f}", f"{r['loss']:.6f}"))
+    text = markdown_table(lines)
     write_results(arguments.out.parent, arguments.out.name, results, text)
     print(text)
 

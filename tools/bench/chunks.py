@@ -1,4 +1,4 @@
-"""How fast blocks are by the rows of their chunks, and what they take: the curves that the plan follows.
+"""How fast blocks are by the rows of their chunks, and what they take: the curves that ``"auto"`` follows.
 
     python -m tools.bench.chunks --model llama3-8b qwen2-7b --seq 16384,65536  # one MLP, one head with its loss
     python -m tools.bench.chunks --level mlp --chunks 1024,2048,4096,8192,16384
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mst_fx.chunk_rows import plan_mlp, plan_vocab
+from mst_fx.chunk_rows import mlp_chunk_size, vocab_chunk_size
 from tools.bench.contenders import Contender
 from tools.bench.models import MODELS, config_of
 from tools.bench.runner import Case, Runner
@@ -38,13 +38,13 @@ class Point:
     """One size of chunks.
 
     Attributes:
-        is_planned: it is the size that the plan takes.
+        is_auto: it is the size that ``"auto"`` takes.
         seconds: of each step that counts.
         above: bytes at the peak above parameters and inputs; 0 on a CPU.
     """
 
     chunk_rows: int
-    is_planned: bool
+    is_auto: bool
     seconds: tuple[float, ...]
     above: int
 
@@ -53,24 +53,24 @@ class Point:
         return statistics.median(self.seconds)
 
 
-def planned_rows(case: Case) -> int:
+def auto_rows(case: Case) -> int:
     """The rows of a chunk under ``chunk_rows="auto"``."""
     config = config_of(case.model, case.seq)
     if case.level == "mlp":
-        return plan_mlp(case.seq, config.hidden_size, case.device).chunk_rows
-    return plan_vocab(case.seq, config.hidden_size, config.vocab_size, case.device).chunk_rows
+        return mlp_chunk_size(case.seq, config.hidden_size, case.device).chunk_rows
+    return vocab_chunk_size(case.seq, config.hidden_size, config.vocab_size, case.device).chunk_rows
 
 
 def sweep(
     case: Case, chunk_rows: Sequence[int], rounds: int, steps: int, inner: str = "inductor"
 ) -> list[Point]:
-    """Measures a block with chunks of several sizes, and of the planned one.
+    """Measures a block with chunks of several sizes, and of the one that ``"auto"`` takes.
 
     Args:
         chunk_rows: those above the case's rows are left out.
     """
-    planned = planned_rows(case)
-    sizes = sorted({planned, *(rows for rows in chunk_rows if rows <= case.seq)})
+    automatic = auto_rows(case)
+    sizes = sorted({automatic, *(rows for rows in chunk_rows if rows <= case.seq)})
     runners = {
         rows: Runner(Contender("mst", options={OPTIONS[case.level]: rows, "inner": inner}), case)
         for rows in sizes
@@ -87,7 +87,7 @@ def sweep(
     return [
         Point(
             rows,
-            rows == planned,
+            rows == automatic,
             tuple(turn["seconds"] for turn in turns),
             int(max(turn["peak_bytes"] - turn["before_bytes"] for turn in turns)),
         )
@@ -98,13 +98,13 @@ def sweep(
 def table(case: Case, points: Sequence[Point]) -> str:
     """Markdown of one block."""
     fastest = min(point.median for point in points)
-    rows: list[Sequence[Any]] = [
+    lines: list[Sequence[Any]] = [
         ("rows a chunk", "ms (fastest – slowest)", "of the fastest", "peak GiB above")
     ]
     for point in points:
         low, high = min(point.seconds) * 1e3, max(point.seconds) * 1e3
-        name = f"{point.chunk_rows:,}" + (" (planned)" if point.is_planned else "")
-        rows.append(
+        name = f"{point.chunk_rows:,}" + (" (auto)" if point.is_auto else "")
+        lines.append(
             (
                 name,
                 f"{point.median * 1e3:.1f} ({low:.1f} – {high:.1f})",
@@ -112,34 +112,34 @@ def table(case: Case, points: Sequence[Point]) -> str:
                 point.above / GIB,
             )
         )
-    return f"### {case.model}, {case.level}, {case.seq:,} rows\n\n{markdown_table(rows)}"
+    return f"### {case.model}, {case.level}, {case.seq:,} rows\n\n{markdown_table(lines)}"
 
 
 def draw(curves: Sequence[tuple[Case, Sequence[Point]]], path: Path, title: str) -> None:
-    """Time relative to the fastest, and the peak, against the rows of a chunk; the planned ones are filled."""
+    """Time relative to the fastest, and the peak, against the rows of a chunk; that of ``"auto"`` is filled."""
     labels = (f"time, of the fastest (up to {_SLOWEST})", "peak GiB above parameters and inputs")
     with panels(path, title, "rows a chunk", labels) as axes:
         axes[0].set_ylim(0.97, _SLOWEST)
         for case, points in curves:
             fastest = min(point.median for point in points)
             name = f"{case.model} {case.level}, {case.seq:,} rows"
-            planned = [index for index, point in enumerate(points) if point.is_planned]
+            automatic = [index for index, point in enumerate(points) if point.is_auto]
             sizes = [point.chunk_rows for point in points]
             times, peaks = [p.median / fastest for p in points], [p.above / GIB for p in points]
             for panel, values in zip(axes, (times, peaks), strict=True):
                 (line,) = panel.plot(sizes, values, marker="o", fillstyle="none", label=name)
-                filled = {"color": line.get_color(), "markevery": planned, "linestyle": "", "marker": "o"}
+                filled = {"color": line.get_color(), "markevery": automatic, "linestyle": "", "marker": "o"}
                 panel.plot(sizes, values, **filled)
 
 
 def read(path: Path) -> list[tuple[Case, list[Point]]]:
-    """The curves of a JSON file of this script, with the sizes planned that are so today."""
+    """The curves of a JSON file of this script, with the sizes marked that ``"auto"`` takes today."""
     curves = []
     for found in json.loads(path.read_text())["results"]:
         points = found.pop("points")
         case = Case(**found)
-        planned = planned_rows(case)
-        curves.append((case, [Point(**{**p, "is_planned": p["chunk_rows"] == planned}) for p in points]))
+        automatic = auto_rows(case)
+        curves.append((case, [Point(**{**p, "is_auto": p["chunk_rows"] == automatic}) for p in points]))
     return curves
 
 

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     arguments = parser.parse_args()
     contenders = [("inductor", "inductor", 1), *((f"mst, {n} chunks", "mst", n) for n in arguments.chunks)]
-    rows: list[Any] = [
+    lines: list[Any] = [
         ("way", "cold, wall s", "cold, CPU s", "of Inductor's (CPU)", "warm, wall s", "compiled anew")
     ]
     results: dict[str, Any] = {}
@@ -136,11 +136,11 @@ def main() -> None:
         wall, cpu = statistics.median(run.wall for run in cold), statistics.median(run.cpu for run in cold)
         plain = plain or cpu
         anew = ", ".join(f"{key} {count}" for key, count in warm.compiled_anew().items()) or "nothing"
-        rows.append((name, wall, cpu, cpu / plain, warm.wall, anew))
+        lines.append((name, wall, cpu, cpu / plain, warm.wall, anew))
         results[name] = {"cold": [dataclasses.asdict(run) for run in cold], "warm": dataclasses.asdict(warm)}
-        print(*rows[-1], sep="  ", flush=True)
-        write_results(arguments.out, "compile", results, markdown_table(rows))
-    print(f"\n{markdown_table(rows)}")
+        print(*lines[-1], sep="  ", flush=True)
+        write_results(arguments.out, "compile", results, markdown_table(lines))
+    print(f"\n{markdown_table(lines)}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,15 @@ def step_peak(
             the step's end; "loss": what is compiled returns only the loss.
         mask: see :func:`~tools.bench.models.make_llama`.
     """
+    return step_peaks(way, (returns,), shape, seq, mask=mask, **options)[0]
+
+
+def step_peaks(
+    way: str, returns: Sequence[str], shape: Shape, seq: int, *, mask: bool = True, **options: Any
+) -> list[StepPeak]:
+    """As :func:`step_peak`, one step after the other in one process, where what is equal is compiled once."""
     arguments = (way, returns, dataclasses.asdict(shape), seq, mask, options)
-    return StepPeak(**call_metered(_measure_step, *arguments, timeout=3000))
+    return [StepPeak(**found) for found in call_metered(_measure_steps, *arguments, timeout=3000)]
 
 
 def _measure_block(
@@ -163,30 +171,36 @@ def _measure_block(
     }
 
 
-def _measure_step(
-    way: str, returns: str, shape: dict[str, int], seq: int, mask: bool, options: dict[str, Any]
-) -> dict[str, Any]:
+def _measure_steps(
+    way: str, returns: Sequence[str], shape: dict[str, int], seq: int, mask: bool, options: dict[str, Any]
+) -> list[dict[str, Any]]:
     model = make_llama(Shape(**shape), seq, "cpu", torch.float32, checkpoint=True, mask=mask)
     ids = text_tokens(seq, shape["vocabulary"])[None]
-    meter = malloc_meter()
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
         return model(input_ids=tokens, labels=tokens).loss  # type: ignore[no-any-return]
 
     whole, loss_only = _compiled(model, way, options), _compiled(loss_of, way, options)
 
-    def step() -> tuple[float, float]:
+    def step(what: str) -> tuple[float, float]:
         start = time.perf_counter()
-        if returns == "loss":
+        if what == "loss":
             loss = loss_only(ids)
         else:
             out = whole(input_ids=ids, labels=ids)
             loss = out.loss
-            if returns == "model":
+            if what == "model":
                 del out
         torch.autograd.backward(loss)
         return loss.item(), time.perf_counter() - start
 
+    return [_measure_step(model, functools.partial(step, what)) for what in returns]
+
+
+def _measure_step(model: nn.Module, step: Callable[[], tuple[float, float]]) -> dict[str, Any]:
+    """``step`` returns its loss and its seconds."""
+    meter = malloc_meter()
+    model.zero_grad(set_to_none=True)
     step()
     model.zero_grad(set_to_none=True)
     meter.reset()
@@ -276,7 +290,7 @@ def _block_table(blocks: dict[str, BlockPeaks]) -> str:
         "forward peak",
         "backward peak",
     )
-    rows: list[Sequence[Any]] = [(*head, "forward s", "backward s", "insides above what is left")]
+    lines: list[Sequence[Any]] = [(*head, "forward s", "backward s", "insides above what is left")]
     for name, peaks in blocks.items():
         mib = [
             value / MIB
@@ -291,17 +305,19 @@ def _block_table(blocks: dict[str, BlockPeaks]) -> str:
         forward = peaks.insides(peaks.forward_peak, peaks.output_bytes)
         backward = peaks.insides(peaks.backward_peak, peaks.left_bytes)
         above = f"{forward:.2f}, {backward:.2f}" if peaks.chunk_bytes else None
-        rows.append((name, peaks.chunk_rows, *mib, peaks.forward_seconds, peaks.backward_seconds, above))
-    return "MiB\n\n" + markdown_table(rows)
+        lines.append((name, peaks.chunk_rows, *mib, peaks.forward_seconds, peaks.backward_seconds, above))
+    return "MiB\n\n" + markdown_table(lines)
 
 
 def _step_table(steps: dict[str, StepPeak]) -> str:
-    rows: list[Sequence[Any]] = [("step", "above parameters and gradients MiB", "of Inductor's", "s", "loss")]
+    lines: list[Sequence[Any]] = [
+        ("step", "above parameters and gradients MiB", "of Inductor's", "s", "loss")
+    ]
     for name, peak in steps.items():
         plain = steps.get(name.replace("mst", "inductor"))
         ratio = peak.above / plain.above if plain else None
-        rows.append((name, peak.above / MIB, ratio, peak.seconds, f"{peak.loss:.6f}"))
-    return markdown_table(rows)
+        lines.append((name, peak.above / MIB, ratio, peak.seconds, f"{peak.loss:.6f}"))
+    return markdown_table(lines)
 
 
 if __name__ == "__main__":

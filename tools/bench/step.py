@@ -69,9 +69,9 @@ def compare(
     case: Case,
     contenders: dict[str, Contender],
     arguments: argparse.Namespace,
-    keep: Callable[[Sequence[_Entrant]], None],
+    save: Callable[[Sequence[_Entrant]], None],
 ) -> list[_Entrant]:
-    """Runs all contenders of a case and fills their results; ``keep`` gets them after each round."""
+    """Runs all contenders of a case and fills their results; ``save`` gets them after each round."""
     end = time.monotonic() + arguments.budget
     arguments.out.mkdir(parents=True, exist_ok=True)
     finished: list[_Entrant] = []
@@ -89,7 +89,7 @@ def compare(
         for worker in _alive(finished):
             worker.ask("turn", arguments.steps)
             worker.turns += worker.answer(end - time.monotonic()) or []
-        keep(finished)
+        save(finished)
     for kind in ("kernels", "alive"):
         for worker in _alive(finished):
             if worker.name not in getattr(arguments, kind).split(","):
@@ -140,12 +140,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     special = case.documents or case.window or case.lora
     head = ["contender", "s a step (fastest – slowest)", "peak GiB", "above parameters", "and gradients"]
     head += ["TFLOP/s", "of peak"] if case.level == "model" and not special else []
-    rows: list[Sequence[Any]] = [
+    lines: list[Sequence[Any]] = [
         [*head, "first step s", "loss" if case.level != "mlp" else "norm", "gradient norm"]
     ]
     for r in results:
         if "step_seconds" not in r:
-            rows.append([f"{r['contender']} (failed)", *[None] * (len(rows[0]) - 1)])
+            lines.append([f"{r['contender']} (failed)", *[None] * (len(lines[0]) - 1)])
             continue
         spread = f"{r['step_seconds']:.4f} ({r['fastest_seconds']:.4f} – {r['slowest_seconds']:.4f})"
         memory = [r[f"{part}_bytes"] / GIB for part in ("peak", "above_before", "above_before_and_gradients")]
@@ -156,7 +156,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             flops = [model_flops(config, case.seq, recompute_mlp=x) for x in (False, again)]
             speed = [flops[0] / r["step_seconds"] / 1e12, flops[1] / r["step_seconds"] / PEAK_FLOPS]
         rest = [r["first_step_seconds"], f"{r['loss']:.5f}", f"{r['gradient_norm']:.5g}"]
-        rows.append([r["contender"], spread, *memory, *speed, *rest])
+        lines.append([r["contender"], spread, *memory, *speed, *rest])
     title = f"{case.model}, {case.level}" + (f", {case.layers} layers" if case.level == "model" else "")
     more = [f"window {case.window}"] * bool(case.window)
     more += [f"documents of {case.documents}"] * bool(case.documents)
@@ -164,11 +164,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     more += [f"dropout {case.lora_dropout}"] * bool(case.lora_dropout)
     failed = [f"{r['contender']}:\n\n```\n{r['error'].strip()[-1500:]}\n```" for r in results if "error" in r]
     return "\n\n".join(
-        [f"### {', '.join([title, f'{case.seq:,} tokens', *more])}", markdown_table(rows), *failed]
+        [f"### {', '.join([title, f'{case.seq:,} tokens', *more])}", markdown_table(lines), *failed]
     )
 
 
-def _keep(
+def _save(
     out: Path,
     name: str,
     case: Case,
@@ -202,9 +202,9 @@ def main() -> None:
         case = Case(seq=seq, device="cpu" if arguments.cpu else "cuda", **settings)
         print(f"{case}", flush=True)
 
-        keep = functools.partial(_keep, arguments.out, name, case, results, tables)
-        workers = compare(case, contenders, arguments, keep)
-        keep(workers)
+        save = functools.partial(_save, arguments.out, name, case, results, tables)
+        workers = compare(case, contenders, arguments, save)
+        save(workers)
         results += [summary(worker, case) for worker in workers]
         tables.append(table(results[-len(workers) :]))
         print(tables[-1], flush=True)

@@ -68,7 +68,7 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(lines: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; the first row is the head. Floats get three decimals at most, None a dash."""
 
     def cell(value: Any) -> str:
@@ -80,9 +80,9 @@ def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
             )
         return str(value)
 
-    head, *body = [[cell(value) for value in row] for row in rows]
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    head, *others = [[cell(value) for value in row] for row in lines]
+    written = [head, ["---"] * len(head), *others]
+    return "\n".join("| " + " | ".join(line) + " |" for line in written)
 
 
 def write_results(folder: Path, name: str, results: Any, tables: str) -> None:

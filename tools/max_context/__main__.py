@@ -181,13 +181,13 @@ def main() -> None:
         raise SystemExit(f"unknown contenders {unknown}; there are {', '.join(CONTENDERS)}")
     entries: list[Result] = []
 
-    def keep() -> None:
+    def save() -> None:
         # Without write_results, which asks CUDA for the GPU's name: this process must hold nothing of it yet.
         arguments.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"environment": {}, "results": entries}, indent=2)
         (arguments.out / f"{arguments.name}.json").write_text(text + "\n")
 
-    runs = _Runs(arguments, keep)
+    runs = _Runs(arguments, save)
     for name in names:
         entry: Result = {
             "contender": name,
@@ -203,7 +203,7 @@ def main() -> None:
         }
         entries.append(entry)
         examine(entry, runs, arguments)
-        keep()
+        save()
     text = tables(entries, arguments.beside)
     write_results(arguments.out, arguments.name, entries, text)
     print(f"\n{text}")

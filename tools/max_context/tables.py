@@ -122,11 +122,11 @@ PARTS_HEAD = (
 
 def runs_table(entry: Result) -> list[Sequence[Any]]:
     """A contender's lines of the third table, one a run."""
-    rows: list[Sequence[Any]] = []
+    lines: list[Sequence[Any]] = []
     for run in [*entry["tried"], *entry["attempts"]]:
         phases = run.get("phases", {})
         peaks = [phases[name]["peak_bytes"] / GIB if name in phases else None for name in _PHASES]
-        rows.append(
+        lines.append(
             (
                 entry["contender"],
                 run["layers"],
@@ -142,7 +142,7 @@ def runs_table(entry: Result) -> list[Sequence[Any]]:
                 f"{run['gradient_norm']:.5g}" if phases else None,
             )
         )
-    return rows
+    return lines
 
 
 _PHASES = ("forward", "backward", "optimizer")

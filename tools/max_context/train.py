@@ -179,7 +179,7 @@ def measure(
     if chosen.way == "mst":
         chosen = dataclasses.replace(chosen, options={**chosen.options, **options})
     memory = _Memory(device, cap)
-    lines = _keep_log()
+    lines = _collect_log()
     case = {"layers": layers, "seq": seq}
     try:
         return {
@@ -283,11 +283,11 @@ def _compile_seconds() -> float:
     return found.get("total_wall_time", 0.0)
 
 
-def _keep_log() -> list[str]:
+def _collect_log() -> list[str]:
     """What mst-fx says, as a list that grows; each line once."""
     lines: list[str] = []
 
-    class Keep(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             said = record.getMessage()
             if said not in lines and len(lines) < 50:
@@ -295,5 +295,5 @@ def _keep_log() -> list[str]:
 
     logger = logging.getLogger("mst_fx")
     logger.setLevel(logging.INFO)
-    logger.addHandler(Keep())
+    logger.addHandler(Collector())
     return lines

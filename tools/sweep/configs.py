@@ -282,12 +282,14 @@ def _layers(defaults: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str,
     first: dict[tuple[Any, ...], int] = {}
     for index in range(count):
         first.setdefault(tuple(found[index] for found in kinds.values()), index)
-    kept = list(first.values())[:4]
-    kept = sorted((kept + [index for index in range(count) if index not in kept])[: max(2, len(kept))])
-    layers: dict[str, Any] = {key: len(kept) for key in _LAYERS if key in fields}
+    chosen = list(first.values())[:4]
+    chosen = sorted(
+        (chosen + [index for index in range(count) if index not in chosen])[: max(2, len(chosen))]
+    )
+    layers: dict[str, Any] = {key: len(chosen) for key in _LAYERS if key in fields}
     for key, found in lists.items():
         is_width = re.search(r"intermediate_size|ffn_dim", key)
-        layers[key] = [4 * HIDDEN if is_width else found[index] for index in kept]
+        layers[key] = [4 * HIDDEN if is_width else found[index] for index in chosen]
     return layers
 
 

@@ -69,5 +69,5 @@ def _outcome(job: _Job, family: str) -> Outcome | None:
         except EOFError:  # the process ended without a word
             job.process.join()
             return Outcome(job.name, family, "died", why=f"exit code {job.process.exitcode}")
-    late = time.monotonic() > job.end
-    return Outcome(job.name, family, "timeout") if late else None
+    is_over = time.monotonic() > job.end
+    return Outcome(job.name, family, "timeout") if is_over else None

@@ -43,16 +43,16 @@ def page(outcomes: Sequence[Outcome], source: str) -> str:
     ]
     left = sorted(outcomes, key=lambda outcome: outcome.name)
     for title, belongs in _SECTIONS:
-        rows = [outcome for outcome in left if belongs(outcome)]
-        left = [outcome for outcome in left if outcome not in rows]
-        if rows:
-            parts.append(f"## {title} ({len(rows)})\n\n{_table(rows)}\n")
+        group = [outcome for outcome in left if belongs(outcome)]
+        left = [outcome for outcome in left if outcome not in group]
+        if group:
+            parts.append(f"## {title} ({len(group)})\n\n{_table(group)}\n")
     return "\n".join(parts)
 
 
-def _table(rows: Sequence[Outcome]) -> str:
+def _table(outcomes: Sequence[Outcome]) -> str:
     lines = ["| architecture | attention | MLPs | head | left as it was, and why |", "| --- " * 5 + "|"]
-    for outcome in rows:
+    for outcome in outcomes:
         counts = [str(outcome.rewrites.get(kind) or "–") for kind in ("attention", "mlp", "vocab")]
         family = "" if outcome.family == "causal" else f" ({outcome.family})"
         lines.append(f"| `{outcome.name}`{family} | {' | '.join(counts)} | {_cell(_left(outcome))} |")

@@ -9,16 +9,16 @@ from torch._inductor.choices import InductorChoices
 
 import mst_fx
 from mst_fx.graph.fill import fill_values
-from mst_fx.passes.buffers import keep_waves
+from mst_fx.passes.buffers import buffer_waves
 from mst_fx.torch_api.inductor import _Choices, _is_loop
 from tests.models import ACCEPTED, inputs_of
 
 
-def _kept(function: object, *inputs: Tensor) -> int:
+def _buffers(function: object, *inputs: Tensor) -> int:
     gm = fx.symbolic_trace(function)  # type: ignore[arg-type]
     fill_values(gm, inputs)
     before = gm(*inputs)
-    keep_waves(gm.graph)
+    buffer_waves(gm.graph)
     gm.graph.lint()
     gm.recompile()
     assert torch.equal(gm(*inputs), before)
@@ -30,22 +30,22 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def test_what_all_heads_read_is_kept() -> None:
-    assert _kept(_rotated, torch.randn(1, 8, 4, 6), torch.randn(1, 4, 6)) == 2
+    assert _buffers(_rotated, torch.randn(1, 8, 4, 6), torch.randn(1, 4, 6)) == 2
 
 
 def test_what_few_read_is_not_kept() -> None:
-    assert _kept(_rotated, torch.randn(1, 4, 4, 6), torch.randn(1, 4, 6)) == 0
+    assert _buffers(_rotated, torch.randn(1, 4, 4, 6), torch.randn(1, 4, 6)) == 0
 
 
 def test_what_has_a_gradient_is_not_kept() -> None:
-    assert _kept(_rotated, torch.randn(1, 8, 4, 6), torch.randn(1, 4, 6, requires_grad=True)) == 0
+    assert _buffers(_rotated, torch.randn(1, 8, 4, 6), torch.randn(1, 4, 6, requires_grad=True)) == 0
 
 
 def test_what_is_written_to_is_not_kept() -> None:
     def written(x: Tensor, angles: Tensor) -> Tensor:
         return x * angles.cos().mul_(2.0).unsqueeze(1)
 
-    assert _kept(written, torch.randn(1, 8, 4, 6), torch.randn(1, 4, 6)) == 0
+    assert _buffers(written, torch.randn(1, 8, 4, 6), torch.randn(1, 4, 6)) == 0
 
 
 def test_a_llama_keeps_its_rotary_embedding() -> None:
