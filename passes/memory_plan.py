@@ -18,7 +18,7 @@ from mst_fx.errors import BudgetError
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.costs import Device, device_of
-from mst_fx.plan.joint_graph import JointGraph
+from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.peak import Peak, peak_of
 from mst_fx.plan.recompute import make_again
@@ -35,14 +35,16 @@ def is_wanted(options: Options) -> bool:
     return options.memory is not None
 
 
-def run(context: JointContext) -> None:
-    """Writes the plan into the graph.
+def run(context: JointContext) -> bool:
+    """Writes the plan into the graph; one without attention (a head, where Dynamo broke the model) has nothing to plan.
 
     Raises:
         Refusal: if the graph has no layers.
         BudgetError: if no plan fits.
     """
     joint = JointGraph(context.graph)
+    if not any(map(is_attention, joint.forward)):
+        return False
     memory = context.options.memory
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
     choices = _choices(joint)
@@ -56,6 +58,7 @@ def run(context: JointContext) -> None:
     chosen = [those[index] for those, index in zip(choices, taken, strict=True)]
     make_again(joint, chosen)
     context.tell(_said(chosen, room, peak))
+    return True
 
 
 def _choices(joint: JointGraph) -> list[list[Choice]]:

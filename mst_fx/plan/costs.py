@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from mst_fx.bodies.body import Body, body
+from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
 from mst_fx.plan.joint_graph import bytes_of, is_attention, is_view, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
@@ -107,11 +107,11 @@ def flops_of(node: fx.Node) -> float:
         (key,) = [arg for arg in node.args if isinstance(arg, str)]
         rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
         assert rows is not None
-        run = body(key)
+        run = body_of(key)
         return (
             passes
             * _flops_a_row(run)
-            * math.prod(map(hint, rows.shape[: rows.ndim - len(run.rows[0].shape)]))
+            * math.prod(map(hint, rows.shape[: rows.ndim - len(run.row_metas[0].shape)]))
         )
     formula = flop_registry.get(packet)
     if formula is None:

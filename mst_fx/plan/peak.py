@@ -13,7 +13,7 @@ import functools
 
 from torch import fx
 
-from mst_fx.bodies.body import Body, body
+from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_cheap, is_view, source_of, storage_of, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
@@ -82,7 +82,7 @@ def _scratch_of_loop(node: fx.Node, name: str) -> int:
     strings = [arg for arg in node.args if isinstance(arg, str)]
     if not strings:
         return 0
-    run = body(strings[0])
+    run = body_of(strings[0])
     chunk = node.args[node.args.index(strings[0]) + 1]
     assert isinstance(chunk, int)
     inside = chunk * _made_a_row(run)

@@ -111,16 +111,16 @@ def _ladder(kinds: Sequence[Kind], room: int) -> list[list[int]]:
         steps = []
         for index, kind in enumerate(kinds):
             for now, here in enumerate(kind.options):
-                for later in range(now + 1, len(kind.options)):
+                for then in range(now + 1, len(kind.options)):
                     more, saved = (
-                        kind.options[later].bytes - here.bytes,
-                        here.seconds - kind.options[later].seconds,
+                        kind.options[then].bytes - here.bytes,
+                        here.seconds - kind.options[then].seconds,
                     )
                     if found[index][now] and saved > 0 and more <= room:
-                        steps.append((saved / max(more, 1), -index, -now, -later, more))
+                        steps.append((saved / max(more, 1), -index, -now, -then, more))
         if not steps:
             return found
-        _, index, now, later, more = max(steps)
+        _, index, now, then, more = max(steps)
         found[-index][-now] -= 1
-        found[-index][-later] += 1
+        found[-index][-then] += 1
         room -= more

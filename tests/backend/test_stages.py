@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from mst_fx import backend, joint, pipeline
 from mst_fx.bodies.body import BodyConfig
-from mst_fx.context import PassContext, Shared
+from mst_fx.context import JointContext, PassContext, Shared
 from mst_fx.graph import verify
 from mst_fx.graph.fill import fill_values
 from mst_fx.options import PASS_NAMES, Options
@@ -332,12 +332,12 @@ def test_joint_stages(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that changes nothing, one that fails half-way; both see the loops of forward and backward."""
     seen: list[int] = []
 
-    def look(context: joint.JointContext) -> bool:
+    def look(context: JointContext) -> bool:
         names = [str(node.target) for node in context.graph.nodes]
         seen.append(sum("mst_fx.loop" in name for name in names))
         return False
 
-    def fail(context: joint.JointContext) -> None:
+    def fail(context: JointContext) -> None:
         for node in list(context.graph.nodes):
             if "loop_backward" in str(node.target):
                 node.replace_all_uses_with(context.graph.find_nodes(op="placeholder")[0])
@@ -357,9 +357,8 @@ def test_joint_stages(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_hook_without_joint_stages() -> None:
-    assert pipeline.JOINT_STAGES == ()
     before = (torch._inductor.config.joint_custom_post_pass, torch._functorch.config.joint_custom_pass)
-    with joint.hooked((), Options()):
+    with joint.hooked(pipeline.JOINT_STAGES, Options()):
         assert before == (
             torch._inductor.config.joint_custom_post_pass,
             torch._functorch.config.joint_custom_pass,
