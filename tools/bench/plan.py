@@ -1,0 +1,132 @@
+"""What a memory plan costs and takes: seconds and peak of a step by the bytes that it may take, on a GPU.
+
+    python -m tools.bench.plan --model llama3-8b --layers 8 --seq 32768,65536 --ways checkpoint,attention,none,14GiB,auto \\
+        --out bench-out/plan
+
+Each way is a process of its own: ``checkpoint`` is mst with every layer checkpointed, ``attention`` the same with a policy that keeps
+attention's results (docs/memory.md), ``none`` mst without checkpointing; everything else is a value of the mst option ``memory``, with
+no checkpointing in the model. Forward and backward pass with fresh gradients, no optimizer; medians of the steps behind the first two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+import mst_fx
+from mst_fx.diagnose.model_of import random_model
+from tools.bench.models import CLASSES, MODELS, config_of, text_tokens
+from tools.bench.tables import GIB, markdown_table, write_results
+from tools.meters.apart import call_apart
+
+_BY_FLAG = ("checkpoint", "attention")
+
+
+def keep_attention() -> Any:
+    """For ``gradient_checkpointing_kwargs={"context_fn": keep_attention}``: attention's results are kept, all else is made again."""
+    return create_selective_checkpoint_contexts([torch.ops.mst_fx.attention.default])
+
+
+def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str, Any]:
+    """Steps of one way."""
+    family, _ = MODELS[model]
+    config = config_of(model, seq, num_hidden_layers=layers)
+    kind = getattr(transformers, f"{CLASSES[family]}ForCausalLM")
+    net = random_model(kind, config, device="cuda", dtype=torch.bfloat16, checkpointing=False)
+    if way in _BY_FLAG:
+        more = {"context_fn": keep_attention} if way == "attention" else {}
+        net.gradient_checkpointing_enable({"use_reentrant": False, **more})
+    memory = None if way in (*_BY_FLAG, "none") else way
+    net.compile(backend="mst", options={"memory": memory})
+    ids = text_tokens(seq, config.vocab_size).view(1, seq).cuda()
+    seconds = []
+    with mst_fx.watch() as report:
+        for _ in range(steps + 2):
+            net.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            loss = net(input_ids=ids, labels=ids).loss
+            kept = torch.cuda.memory_allocated() - before
+            loss.backward()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    return {
+        "model": model,
+        "layers": layers,
+        "seq": seq,
+        "way": way,
+        "seconds": statistics.median(seconds[2:]),
+        "first_seconds": seconds[0],
+        "peak": torch.cuda.max_memory_allocated(),
+        "promised": report.plans[0].peak if report.plans else None,
+        "kept": kept,
+        "loss": float(loss.detach()),
+        "plan": [f"{each.layers} x {each.again}" for each in report.plans[0].layers] if report.plans else [],
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A line a way; ratios against ``checkpoint`` at the same length."""
+    lines: list[Any] = [
+        ("layers", "tokens", "memory", "s", "of checkpoint", "peak GiB", "promised", "kept GiB", "made again")
+    ]
+    for r in results:
+        base = next(
+            (
+                b
+                for b in results
+                if b["way"] == "checkpoint" and b["seq"] == r["seq"] and b["layers"] == r["layers"]
+            ),
+            r,
+        )
+        promised = f"{r['promised'] / GIB:.2f}" if r["promised"] else ""
+        lines.append(
+            (
+                r["layers"],
+                f"{r['seq']:,}",
+                r["way"],
+                f"{r['seconds']:.3f}",
+                f"{r['seconds'] / base['seconds']:.3f}",
+                f"{r['peak'] / GIB:.2f}",
+                promised,
+                f"{r['kept'] / GIB:.2f}",
+                "; ".join(r["plan"]),
+            )
+        )
+    return markdown_table(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama3-8b")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--seq", default="32768", help="lengths, with commas")
+    parser.add_argument("--ways", default="checkpoint,attention,none,auto")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("bench-out/plan"))
+    arguments = parser.parse_args()
+    results = []
+    run = functools.partial(call_apart, measure, timeout=1200)
+    for seq in map(int, arguments.seq.split(",")):
+        for way in arguments.ways.split(","):
+            found = run(way, arguments.model, arguments.layers, seq, arguments.steps)
+            print(found, flush=True)
+            results.append(found)
+            write_results(arguments.out.parent, arguments.out.name, results, table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
