@@ -27,6 +27,12 @@ import mst_fx
 from tests.helpers import SMALL_CHUNKS, compile_mst
 from tests.text import build_llama, texts
 
+_EAGER = {**SMALL_CHUNKS, "inner": "eager"}  # what compiles the rest of the graph is not TRL's matter
+
+
+def _llama() -> Any:
+    return build_llama(num_hidden_layers=1)
+
 
 def _tokenizer() -> Any:
     tokenizer = ByT5Tokenizer(extra_ids=0)
@@ -50,14 +56,14 @@ def _config(kind: Any, folder: Path, **more: Any) -> Any:
 
 def _sft(model: Any, folder: Path, **more: Any) -> Any:
     peft = more.pop("peft_config", None)
-    config = _config(SFTConfig, folder, max_steps=4, per_device_train_batch_size=2, max_length=64, **more)
+    config = _config(SFTConfig, folder, max_steps=3, per_device_train_batch_size=2, max_length=64, **more)
     data = Dataset.from_dict({"text": texts(8, 80)})
     return SFTTrainer(model, config, train_dataset=data, processing_class=_tokenizer(), peft_config=peft)
 
 
 def _dpo(model: Any, folder: Path, **more: Any) -> Any:
-    reference = build_llama()
-    config = _config(DPOConfig, folder, max_steps=4, per_device_train_batch_size=2, **more)
+    reference = _llama()
+    config = _config(DPOConfig, folder, max_steps=3, per_device_train_batch_size=2, **more)
     data = Dataset.from_list(
         [{"prompt": t[:16], "chosen": t[16:72], "rejected": t[72:16:-1]} for t in texts(8, 80)]
     )
@@ -75,7 +81,7 @@ def _grpo(model: Any, folder: Path, **more: Any) -> Any:
         max_steps=2,
         per_device_train_batch_size=4,
         num_generations=4,
-        max_completion_length=8,
+        max_completion_length=4,
         **more,
     )
     data = Dataset.from_dict({"prompt": texts(8, 48)})
@@ -84,13 +90,13 @@ def _grpo(model: Any, folder: Path, **more: Any) -> Any:
 
 def _train(make: Any, route: str, folder: Path, **more: Any) -> dict[str, list[float]]:
     torch._dynamo.reset()
-    model = build_llama()
+    model = _llama()
     if route == "model.compile":
-        model.compile(backend="mst", options=SMALL_CHUNKS)
+        model.compile(backend="mst", options=_EAGER)
     if route == "wrapper":
-        model = compile_mst(model)
+        model = compile_mst(model, _EAGER)
     trainer = make(model, folder, torch_compile=route == "enable", **more)
-    enabled = mst_fx.enable(SMALL_CHUNKS) if route == "enable" else contextlib.nullcontext()
+    enabled = mst_fx.enable(_EAGER) if route == "enable" else contextlib.nullcontext()
     with enabled:
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -114,7 +120,7 @@ def test_as_eager(make: Any, route: str, tmp_path: Path, caplog: pytest.LogCaptu
         found = _train(make, route, tmp_path, **more)
     if make is _sft and route == "model.compile":
         assert [finding.cause for finding in report.findings] == ["head-by-trainer"]
-    assert all("2 mlp" in line for line in _rewrites(caplog))
+    assert all("1 mlp" in line for line in _rewrites(caplog))
     # With and without gradients; while text is generated, logits are an output, and lengths are dynamic.
     assert 1 <= len(_rewrites(caplog)) <= 4
     assert len(truth["loss"]) >= 2 and min(truth["grad_norm"]) > 0.1
@@ -126,11 +132,11 @@ def test_sft_with_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     caplog.set_level("INFO", "mst_fx")
 
     def peft() -> LoraConfig:
-        return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        return LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
 
     truth = _train(_sft, "eager", tmp_path, peft_config=peft())
     found = _train(_sft, "enable", tmp_path, peft_config=peft())
-    assert ["2 mlp; refused 0" in line for line in _rewrites(caplog)] == [True]
+    assert ["1 mlp; refused 0" in line for line in _rewrites(caplog)] == [True]
     assert found["loss"] == pytest.approx(truth["loss"], rel=1e-4)
     assert found["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-4)
 
@@ -149,7 +155,7 @@ def test_checkpointing_that_is_switched_compiles_every_step(
     which adds a hook to its embedding. When this fails, say less."""
     caplog.set_level("INFO", "mst_fx")
     _train(_dpo, "model.compile", tmp_path, gradient_checkpointing=True)
-    assert len(_rewrites(caplog)) == 4  # a graph a step
+    assert len(_rewrites(caplog)) == 3  # a graph a step
     caplog.clear()
     _train(_dpo, "model.compile", tmp_path, gradient_checkpointing=True, precompute_ref_log_probs=True)
     assert len(_rewrites(caplog)) == 1
