@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import mst_fx
 from tests.helpers import SMALL_CHUNKS, compile_mst
 from tests.text import build_llama, token_blocks
 
+pytestmark = pytest.mark.shares_compiled
+
 ROUTES = ("model.compile", "enable")
 _STEPS = 20
+_LOOPS = ("mst_fx::loop", "mst_fx::loop_backward", "mst_fx::loop_with_grad")
+
+
+def _llama() -> Any:
+    return build_llama(num_hidden_layers=1)
+
+
+def _options(route: str, gradient_checkpointing: bool = False, **_: Any) -> dict[str, Any]:
+    """Of the two routes one goes without AOTAutograd, but where layers are run again: it runs less of them again."""
+    is_traced = gradient_checkpointing or route == "model.compile"
+    return SMALL_CHUNKS if is_traced else {**SMALL_CHUNKS, "inner": "eager"}
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
@@ -28,10 +44,23 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((guesses[kept] == labels[kept]).mean()), "size": size}
 
 
-def _train(
-    route: str, folder: Path, model: nn.Module, options: dict[str, Any] | None = None, **arguments: Any
-) -> Trainer:
-    torch._dynamo.reset()
+class _Trainer(Trainer):
+    """Counts the loops that run in the second step: what was compiled before is used again, and not spoken of."""
+
+    loops: collections.Counter[str]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == 0:
+            self.loops = collections.Counter()
+        if self.state.global_step != 1:
+            return super().training_step(*args, **kwargs)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            loss = super().training_step(*args, **kwargs)
+        self.loops.update(event.name for event in seen.events() or () if event.name in _LOOPS)
+        return loss
+
+
+def _train(route: str, folder: Path, model: nn.Module, **arguments: Any) -> _Trainer:
     data = token_blocks(44, 64)
     chosen = TrainingArguments(
         output_dir=str(folder / route),
@@ -50,11 +79,11 @@ def _train(
         **arguments,
     )
     if route == "model.compile":
-        model.compile(backend="mst", options=options or SMALL_CHUNKS)
-    trainer = Trainer(
+        model.compile(backend="mst", options=_options(route, **arguments))
+    trainer = _Trainer(
         model, chosen, train_dataset=data[:40], eval_dataset=data[40:], compute_metrics=_accuracy
     )
-    enabled = mst_fx.enable(options or SMALL_CHUNKS) if route == "enable" else contextlib.nullcontext()
+    enabled = mst_fx.enable(_options(route, **arguments)) if route == "enable" else contextlib.nullcontext()
     with enabled:
         trainer.train()
     return trainer
@@ -62,6 +91,13 @@ def _train(
 
 def _logged(trainer: Trainer, key: str) -> list[float]:
     return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
+
+
+def _check_rewrites(trainer: _Trainer, infos: pytest.LogCaptureFixture, batches: int = 1) -> None:
+    """A loop for the MLP and one for the loss in each batch; nothing is refused where anything is compiled."""
+    assert trainer.loops == dict.fromkeys(_LOOPS, batches)
+    said = [message for message in infos.messages if "rewrote" in message]
+    assert all("rewrote 1 mlp, 1 vocab; refused 0" in message for message in said)
 
 
 def _agree(found: Trainer, truth: Trainer, bar: float = 1e-5, size_bar: float = 1e-5) -> None:
@@ -75,7 +111,13 @@ def _agree(found: Trainer, truth: Trainer, bar: float = 1e-5, size_bar: float = 
 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    return _train("eager", tmp_path_factory.mktemp("eager"), build_llama())
+    return _train("eager", tmp_path_factory.mktemp("eager"), _llama())
+
+
+@functools.cache
+def _truth(arguments: tuple[tuple[str, Any], ...]) -> Trainer:
+    with tempfile.TemporaryDirectory() as folder:
+        return _train("eager", Path(folder), _llama(), **dict(arguments))
 
 
 @pytest.fixture
@@ -86,13 +128,13 @@ def infos(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_twenty_steps(route: str, eager: Trainer, tmp_path: Path, infos: pytest.LogCaptureFixture) -> None:
-    trainer = _train(route, tmp_path, build_llama())
-    assert "rewrote 2 mlp, 1 vocab; refused 0" in infos.text
+    trainer = _train(route, tmp_path, _llama())
+    _check_rewrites(trainer, infos)
     _agree(trainer, eager)
 
     checkpoint = tmp_path / route / f"checkpoint-{_STEPS}"
     weights = load_file(checkpoint / "model.safetensors")
-    assert weights.keys() == build_llama().state_dict().keys()
+    assert weights.keys() == _llama().state_dict().keys()
     reloaded = LlamaForCausalLM.from_pretrained(checkpoint)
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     for name, parameter in trained.named_parameters():
@@ -117,16 +159,15 @@ def test_variants(
     tmp_path: Path,
     infos: pytest.LogCaptureFixture,
 ) -> None:
-    truth = _train("eager", tmp_path, build_llama(), **arguments)
-    trainer = _train(route, tmp_path, build_llama(), **arguments)
-    assert "rewrote 2 mlp, 1 vocab; refused 0" in infos.text
-    _agree(trainer, truth, bar, size_bar)
+    trainer = _train(route, tmp_path, _llama(), **arguments)
+    _check_rewrites(trainer, infos, arguments.get("gradient_accumulation_steps", 1))
+    _agree(trainer, _truth(tuple(arguments.items())), bar, size_bar)
 
 
 def test_a_compiled_wrapper(eager: Trainer, tmp_path: Path) -> None:
     """Why ``model.compile`` is what to use: ``torch.compile(model)`` hides the names of forward's arguments,
     by which Trainer picks columns and finds labels to evaluate with, and renames weights in checkpoints."""
-    model = compile_mst(build_llama())
+    model = compile_mst(_llama())
     with pytest.raises(ValueError, match="The batch received was empty"):
         _train("wrapper", tmp_path, model)
     trainer = _train("wrapper", tmp_path, model, remove_unused_columns=False)
@@ -140,23 +181,22 @@ def test_a_named_backend_is_refused_by_accelerate(tmp_path: Path) -> None:
     """As the README says: the list of backends is accelerate's. When this fails, the README can be shorter."""
     arguments = TrainingArguments(output_dir=str(tmp_path), torch_compile_backend="mst", use_cpu=True)
     with pytest.raises(ValueError, match="'MST' is not a valid DynamoBackend"):
-        Trainer(build_llama(), arguments, train_dataset=token_blocks(4, 64))
+        Trainer(_llama(), arguments, train_dataset=token_blocks(4, 64))
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_resumed(route: str, eager: Trainer, tmp_path: Path) -> None:
     """The second half, from the checkpoint in the middle, is eager's."""
     checkpoint = Path(str(eager.args.output_dir)) / f"checkpoint-{_STEPS // 2}"
-    torch._dynamo.reset()
-    model = build_llama()
+    model = _llama()
     if route == "model.compile":
-        model.compile(backend="mst", options=SMALL_CHUNKS)
+        model.compile(backend="mst", options=_options(route))
     arguments = TrainingArguments(
         **{**eager.args.to_dict(), "output_dir": str(tmp_path), "torch_compile": route == "enable"}
     )
     resumed = Trainer(
         model, arguments, train_dataset=token_blocks(44, 64)[:40], eval_dataset=eager.eval_dataset
     )
-    with mst_fx.enable(SMALL_CHUNKS):
+    with mst_fx.enable(_options("enable")):
         resumed.train(resume_from_checkpoint=str(checkpoint))
     assert _logged(resumed, "loss") == pytest.approx(_logged(eager, "loss"), rel=1e-5)
