@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import mst_fx.bodies.body
 from mst_fx.backend import mst
-from tests.helpers import SMALL_CHUNKS, PlainMLP, ToyLM, compile_mst, gradients, token_batch, worst_error
+from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, gradients, token_batch, worst_error
 
 _BAR = 1e-9
 _DONATION = "donated_buffer"
@@ -27,23 +27,24 @@ class _Donating(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(8, 8).double()
+        self.linear = nn.Linear(8, 8, bias=False).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = (self.linear(x).sin() @ self.linear.weight).exp().sum()
+        found: Tensor = self.linear(x).sin().sum()
         return found
 
 
 class _Small(nn.Module):
-    """An MLP that is chunked, and its loss."""
+    """An MLP that is chunked, and a loss behind it that saves a tensor which could be donated."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = PlainMLP(8, 24)
+        self.mlp = GatedMLP(8, 24)
         self.double()
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (self.mlp(x.sin()).exp().mean(),)
+        y = self.mlp(x)
+        return ((y.mT @ y).exp().mean(),)
 
 
 def _thrice(model: nn.Module, run: Callable[..., Any], batch: dict[str, Any]) -> dict[str, Tensor]:
