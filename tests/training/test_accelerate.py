@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ import mst_fx
 from mst_fx.logits.tensor import DeferredLogits
 from tests.helpers import SMALL_CHUNKS, gradients, relative_error, step, worst_error
 from tests.text import build_llama, token_blocks
+
+_OPTIONS = {"model.compile": SMALL_CHUNKS, "enable": {**SMALL_CHUNKS, "inner": "eager"}}
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +40,9 @@ def _train(route: str) -> tuple[list[float], Any, dict[str, Tensor]]:
     accelerator = Accelerator(mixed_precision="bf16", cpu=True, dynamo_backend=backend)
     model = build_llama()
     if route == "model.compile":
-        model.compile(backend="mst", options=SMALL_CHUNKS)
+        model.compile(backend="mst", options=_OPTIONS[route])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, _batches(20))
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, _batches(6))
     losses: list[float] = []
     logits, grads = None, {}
     for batch in loader:
@@ -55,14 +58,19 @@ def _train(route: str) -> tuple[list[float], Any, dict[str, Tensor]]:
     return losses, (type(logits), values.detach()), grads
 
 
-@pytest.mark.parametrize("route", ["model.compile", "enable"])
+@functools.cache
+def _eager() -> tuple[list[float], Any, dict[str, Tensor]]:
+    return _train("eager")
+
+
+@pytest.mark.parametrize("route", _OPTIONS)
 def test_bf16(route: str, caplog: pytest.LogCaptureFixture) -> None:
     """Gradients are as near to float32's as eager's are; logits are those of the autocast region."""
     caplog.set_level("INFO", "mst_fx")
     model = build_llama()
     _, exact = step(model, model, next(iter(_batches(1))))
-    losses, (_, logits), grads = _train("eager")
-    with mst_fx.enable(SMALL_CHUNKS) if route == "enable" else contextlib.nullcontext():
+    losses, (_, logits), grads = _eager()
+    with mst_fx.enable(_OPTIONS[route]) if route == "enable" else contextlib.nullcontext():
         found_losses, (kind, found_logits), found = _train(route)
     assert "rewrote 2 mlp, 1 vocab; refused 0" in caplog.text
     assert found_losses == pytest.approx(losses, rel=2e-4)
