@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-# Nothing for you; tests put {"inner": "aot_eager"} here, which compiles in less time.
+# Nothing for you; tests put {"inner": "eager"} here, which compiles in less time.
 OPTIONS = {"inner": os.environ["EXAMPLES_INNER"]} if "EXAMPLES_INNER" in os.environ else {}
 
 # How to see what was rewritten while you train: one line a graph.
