@@ -12,9 +12,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import mst_fx
 from mst_fx.logits.tensor import DeferredLogits
 from tests import apart
-from tests.helpers import SMALL_CHUNKS, ToyLM, compile_mst, kinds, relative_error, report_of, token_batch
+from tests.helpers import SMALL_CHUNKS, ToyLM, compile_mst, kinds, relative_error, token_batch
 from tools.bench.models import text_tokens
 from tools.meters.cpu import call_metered, is_available, malloc_meter
 
@@ -44,10 +45,17 @@ def llama(seq: int, vocab: int = VOCAB, layers: int = 2, **more: Any) -> Any:
 # Memory
 
 
-def _peak(way: str, what: str, seq: int, vocab: int) -> dict[str, Any]:
-    """One warm call's peak above parameters and key-value cache, and the logits of the last token."""
+_WHATS = ("last logits", "all logits", "score")
+
+
+def _peaks(way: str, seq: int, vocab: int) -> dict[str, dict[str, Any]]:
+    """Of each a warm call's peak above parameters and key-value cache, and the logits of the last token."""
     model = llama(seq, vocab, layers=1)
-    ids = text_tokens(seq, vocab)[None]
+    return {what: _peak(model, way, what, text_tokens(seq, vocab)[None]) for what in _WHATS}
+
+
+def _peak(model: Any, way: str, what: str, ids: Tensor) -> dict[str, Any]:
+    torch._dynamo.reset()
     options = {"logits": "defer"} if what == "all logits" else {}
     backend: dict[str, Any] = {"backend": "mst", "options": options} if way == "mst" else {}
     run = torch.compile(model, **backend)
@@ -56,25 +64,31 @@ def _peak(way: str, what: str, seq: int, vocab: int) -> dict[str, Any]:
         "all logits": {"use_cache": True},
         "score": {"use_cache": False, "labels": ids},
     }
-    meter = malloc_meter()
+    meter, out = malloc_meter(), None
     for _ in range(2):  # the first call compiles
+        out = None
         meter.reset()
         level = meter.current()
         with torch.no_grad():
             out = run(input_ids=ids, **ways[what])
         peak = meter.peak() - level
+    assert out is not None
     cache = 0 if what == "score" else sum(x.keys.nbytes + x.values.nbytes for x in out.past_key_values.layers)
     values = out.loss if what == "score" else out.logits[0, -1]
     return {"above": peak - cache, "values": values.flatten().tolist()}
 
 
+@pytest.fixture(scope="module")
+def peaks() -> list[dict[str, dict[str, Any]]]:
+    """Of mst, and of Inductor."""
+    return [call_metered(_peaks, way, 4096, 4096) for way in ("mst", "inductor")]
+
+
 @pytest.mark.slow
 @needs_meter
-@pytest.mark.parametrize(
-    ("what", "seq"), [("last logits", 8192), ("all logits", 8192), ("score", 8192)], ids=lambda x: str(x)
-)
-def test_peak_is_a_fraction_of_inductors(what: str, seq: int) -> None:
-    mst, plain = (call_metered(_peak, way, what, seq, 4096) for way in ("mst", "inductor"))
+@pytest.mark.parametrize("what", _WHATS)
+def test_peak_is_a_fraction_of_inductors(what: str, peaks: list[dict[str, dict[str, Any]]]) -> None:
+    mst, plain = (of_way[what] for of_way in peaks)
     assert relative_error(torch.tensor(mst["values"]), torch.tensor(plain["values"])) <= _BAR
     print(f"{what}: {mst['above'] / 2**20:.1f} MiB of {plain['above'] / 2**20:.1f}")
     assert mst["above"] <= 0.3 * plain["above"], f"{mst['above'] / plain['above']:.3f}"
@@ -85,11 +99,11 @@ def test_peak_is_a_fraction_of_inductors(what: str, seq: int) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_prefill_fills_the_cache(mode: Callable[[], Any]) -> None:
-    model, ids = llama(300), text_tokens(300, VOCAB)[None]
-    with mode():
+    model, ids = llama(300, layers=1), text_tokens(300, VOCAB)[None]
+    with mode(), mst_fx.watch() as report:
         kwargs = {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
-        assert kinds(report_of(model, None, **kwargs)) == {"attention": 2, "mlp": 2}
         truth, found = model(**kwargs), compile_mst(model)(**kwargs)
+    assert kinds(report) == {"attention": 1, "mlp": 1}
     assert found.logits.shape == (1, 1, VOCAB)
     assert relative_error(found.logits, truth.logits) <= _BAR
     layers = zip(found.past_key_values.layers, truth.past_key_values.layers, strict=True)
@@ -100,7 +114,7 @@ def test_prefill_fills_the_cache(mode: Callable[[], Any]) -> None:
 
 def test_prefill_in_two_parts() -> None:
     """The second part's queries see the first part's keys."""
-    model, ids = llama(300), text_tokens(300, VOCAB)[None]
+    model, ids = llama(300, layers=1), text_tokens(300, VOCAB)[None]
     run = compile_mst(model)
     with torch.no_grad():
         truth = model(input_ids=ids).logits[:, 140:]
@@ -113,7 +127,7 @@ def test_prefill_in_two_parts() -> None:
 @pytest.mark.parametrize("padding", [0, 37])
 def test_generate(padding: int) -> None:
     """Greedy tokens are eager's, also behind padding on the left."""
-    model, ids = llama(300), text_tokens(600, VOCAB).view(2, 300)
+    model, ids = llama(300, layers=1), text_tokens(600, VOCAB).view(2, 300)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     kwargs = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
@@ -129,9 +143,10 @@ def test_generate(padding: int) -> None:
 def test_scoring_makes_no_logits(mode: Callable[[], Any]) -> None:
     model, inputs = ToyLM(layers=1), token_batch(2, 120)
     with mode():
-        assert kinds(report_of(model, None, **inputs)) == {"mlp": 1, "vocab": 1}
         truth, eager = model(**inputs)
-        loss, logits = compile_mst(model)(**inputs)
+        with mst_fx.watch() as report:
+            loss, logits = compile_mst(model)(**inputs)
+        assert kinds(report) == {"mlp": 1, "vocab": 1}
         assert type(logits) is DeferredLogits and logits._value is None and not logits.requires_grad
         assert relative_error(loss, truth) <= 1e-10
         assert relative_error(logits + 0, eager) <= 1e-9
@@ -148,21 +163,20 @@ def _logits_of(model: ToyLM) -> Callable[[Tensor], Tensor]:
 def test_logits_without_a_loss_are_deferred_when_asked(grad: bool) -> None:
     model, ids = ToyLM(layers=1), token_batch(2, 120)["ids"]
     run, options = _logits_of(model), {**SMALL_CHUNKS, "logits": "defer"}
+    compiled = compile_mst(run, options)
     with torch.set_grad_enabled(grad):
-        report = report_of(run, options, ids)
+        with mst_fx.watch() as report:
+            logits = compiled(ids)
         (rewrite,) = [r for r in report.rewrites if r.kind == "vocab"]
         assert rewrite.deferred and rewrite.intermediate_bytes == 2 * 120 * 96 * 8
         assert not report.refusals
-        logits = compile_mst(run, options)(ids)
         assert type(logits) is DeferredLogits and logits.requires_grad == grad
         (rows, weight) = sorted(logits._source.inputs, key=lambda x: x.ndim, reverse=True)
         assert rows.shape == (2, 120, 16) and weight.data_ptr() == model.head.weight.data_ptr()
         assert relative_error(logits + 0, run(ids)) <= 1e-9
     if grad:
         truth = torch.autograd.grad(run(ids).square().sum(), list(model.parameters()))
-        found = torch.autograd.grad(
-            (compile_mst(run, options)(ids) + 0).square().sum(), list(model.parameters())
-        )
+        found = torch.autograd.grad((compiled(ids) + 0).square().sum(), list(model.parameters()))
         assert max(relative_error(f, t) for f, t in zip(found, truth, strict=True)) <= 1e-9
 
 
@@ -175,8 +189,9 @@ def test_logits_that_the_graph_reads_are_not_deferred() -> None:
 
     options = {**SMALL_CHUNKS, "logits": "defer"}
     with torch.no_grad():
-        assert [r.kind for r in report_of(run, options, ids).refusals] == ["vocab"]
-        logits, last = compile_mst(run, options)(ids)
+        with mst_fx.watch() as report:
+            logits, last = compile_mst(run, options)(ids)
+        assert [r.kind for r in report.refusals] == ["vocab"]
         assert type(logits) is Tensor
         truth, its_last = run(ids)
     assert relative_error(logits, truth) <= 1e-9 and relative_error(last, its_last) <= 1e-9
@@ -252,14 +267,14 @@ def _run_example(name: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_example_prefill() -> None:
-    assert "prompt of 3,000 tokens" in _run_example("prefill.py", "3000")
+    assert "prompt of 1,000 tokens" in _run_example("prefill.py", "1000")
 
 
 @pytest.mark.slow
 def test_example_perplexity() -> None:
-    out = _run_example("perplexity.py", "3000")
-    assert "perplexity of 3,000 tokens: 2" in out
-    assert "DeferredLogits(shape=(1, 3000, 256)" in out and "computed" not in out
+    out = _run_example("perplexity.py", "1000")
+    assert "perplexity of 1,000 tokens: 2" in out
+    assert "DeferredLogits(shape=(1, 1000, 256)" in out and "computed" not in out
 
 
 @pytest.mark.slow
