@@ -57,10 +57,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise _bad(name, value, "one of " + ", ".join(map(repr, allowed)))
-        if self.memory is not None and self.memory != "auto" and bytes_in(self.memory) is None:
-            raise _bad("memory", self.memory, "'auto', bytes as in '70GiB' or an int ≥ 1, or None")
-        if self.memory is not None and self.inner == "eager":
-            raise _bad("memory", self.memory, "None with inner='eager', which has no graph of both passes")
+        _check_memory(self.memory, self.inner)
         if not isinstance(self.strict, bool):
             raise _bad("strict", self.strict, "True or False")
         if not isinstance(self.inductor, Mapping):
@@ -97,6 +94,15 @@ def _all_strings(values: Any) -> bool:
         return all(isinstance(value, str) for value in values)
     except TypeError:
         return False
+
+
+def _check_memory(memory: Any, inner: str) -> None:
+    if memory is None:
+        return
+    if memory != "auto" and bytes_in(memory) is None:
+        raise _bad("memory", memory, "'auto', bytes as in '70GiB' or an int ≥ 1, or None")
+    if inner == "eager":
+        raise _bad("memory", memory, "None with inner='eager', which has no graph of both passes")
 
 
 def _bad(name: str, value: Any, allowed: str) -> OptionError:

@@ -9,12 +9,12 @@ Left alone: graphs without tensors through which all rows pass (one graph a laye
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch import fx
 
 from mst_fx.context import JointContext
-from mst_fx.errors import BudgetError
+from mst_fx.errors import BudgetError, Cause, Refusal
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.costs import Device, device_of
@@ -23,12 +23,12 @@ from mst_fx.plan.layers import layers_of
 from mst_fx.plan.peak import Peak, peak_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.plan.room import Room, room_for
-from mst_fx.plan.solve import Kind, Option, TooLittle, solve
+from mst_fx.plan.solve import Kind, Option, solve
 from mst_fx.report import MemoryPlan, Planned, human_bytes
 from mst_fx.torch_api.joint import copied, must_save
 
-# The peak of a plan may be above the sum of what its layers keep; then a little less may be kept.
-_ATTEMPTS = 4
+# Halvings of the bytes that all layers keep together: after these they are known to 2 %.
+_HALVINGS = 6
 
 
 def is_wanted(options: Options) -> bool:
@@ -43,53 +43,68 @@ def run(context: JointContext) -> bool:
         BudgetError: if no plan fits.
     """
     joint = JointGraph(context.graph)
-    if not any(map(is_attention, joint.forward)):
+    layers = layers_of(joint)[
+        :-1
+    ]  # behind the last waist is the head, whose loop has computed its gradient already
+    if not layers:
+        if any(map(is_attention, joint.forward)):
+            raise Refusal("there are no layers: no two tensors through which all rows pass", Cause.NO_LAYERS)
         return False
     memory = context.options.memory
+    wanted = {node for node in joint.forward if must_save(node)}
+    choices = [choices_of(layer, wanted) for layer in layers]
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
-    choices = _choices(joint)
-    spare = room.bytes - _peak_with(context.graph, [0] * len(choices)).bytes
-    for _ in range(_ATTEMPTS):
-        taken = _solved(choices, spare, room)
-        peak = _peak_with(context.graph, taken)
-        if peak.bytes <= room.bytes:
-            break
-        spare -= peak.bytes - room.bytes
+    taken, peak = _fastest(context.graph, choices, room)
     chosen = [those[index] for those, index in zip(choices, taken, strict=True)]
     make_again(joint, chosen)
     context.tell(_said(chosen, room, peak))
     return True
 
 
-def _choices(joint: JointGraph) -> list[list[Choice]]:
-    """What may be kept of each layer. Behind the last waist is the head, whose loop has computed its gradient already."""
-    wanted = {node for node in joint.forward if must_save(node)}
-    return [choices_of(layer, wanted) for layer in layers_of(joint)[:-1]]
+def _fastest(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room) -> tuple[Sequence[int], Peak]:
+    """The choice of each layer, and the peak of the graph with them.
 
-
-def _peak_with(graph: fx.Graph, taken: Collection[int]) -> Peak:
-    """The peak of a graph whose layers take the choices of these numbers."""
-    trial = JointGraph(copied(graph))
-    make_again(trial, [those[index] for those, index in zip(_choices(trial), taken, strict=True)])
-    return peak_of(trial)
-
-
-def _solved(choices: Sequence[Sequence[Choice]], spare: int, room: Room) -> list[int]:
-    """Which choice each layer takes; of equal layers the early ones, kept for longest, keep less.
-
-    Args:
-        spare: bytes that there are beside those of the plan that keeps least.
+    How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
+    are, or in the forward pass. So plans of several sizes are written and looked at.
     """
     device = device_of(room.device)
     options = [tuple(Option(c.bytes, c.cost.seconds(device)) for c in those) for those in choices]
+    low = sum(those[0].bytes for those in options)
+    high = sum(those[-1].bytes for those in options)
+    found = [0] * len(choices)
+    peak = _peak_with(graph, choices, found)
+    if peak.bytes > room.bytes:
+        raise BudgetError(_too_little(room, peak.bytes - room.bytes))
+    middle = high
+    for _ in range(_HALVINGS):
+        taken = _solved(options, middle)
+        looked_at = _peak_with(graph, choices, taken)
+        if looked_at.bytes <= room.bytes:
+            found, peak, low = taken, looked_at, middle
+        else:
+            high = middle
+        if low == high:
+            break
+        middle = (low + high) // 2
+    return found, peak
+
+
+def _peak_with(graph: fx.Graph, choices: Sequence[Sequence[Choice]], taken: Sequence[int]) -> Peak:
+    """The peak of a graph whose layers take the choices of these numbers."""
+    trial = JointGraph(copied(graph))
+    copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
+    make_again(trial, [those[index].of_copies(copies) for those, index in zip(choices, taken, strict=True)])
+    return peak_of(trial)
+
+
+def _solved(options: Sequence[tuple[Option, ...]], size: int) -> list[int]:
+    """Which option each layer takes; of equal layers the early ones, kept for longest, keep less.
+
+    Args:
+        size: bytes for all that is kept.
+    """
     kinds = list(dict.fromkeys(options))
-    try:
-        if spare < 0:
-            raise TooLittle(-spare)
-        least = sum(those[0].bytes for those in options)
-        found = solve([Kind(options.count(kind), kind) for kind in kinds], least + spare)
-    except TooLittle as error:
-        raise BudgetError(_too_little(room, error.missing)) from None
+    found = solve([Kind(options.count(kind), kind) for kind in kinds], size)
     turns = {
         kind: iter([index for index, count in enumerate(counts) for _ in range(count)])
         for kind, counts in zip(kinds, found, strict=True)

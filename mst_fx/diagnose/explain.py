@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from mst_fx.backend import mst
 from mst_fx.diagnose.findings import Diagnosis
 from mst_fx.diagnose.warn import silent
 from mst_fx.diagnose.watch import watch
@@ -35,6 +37,8 @@ def explain(
     checked = make_options(options)
 
     def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if checked.memory is not None:  # what is planned is the graph of both passes, as rewritten
+            return mst(gm, example_inputs, options=dataclasses.replace(checked, inner="aot_eager"))
         crossing = cross_masks(gm, example_inputs, checked)
         run_passes(gm, crossing.inputs, checked, crossing=crossing)
         # Runs as captured, but for masks that later graphs get: the inner compiler is not what is asked about.

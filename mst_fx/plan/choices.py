@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
@@ -42,6 +42,18 @@ class Choice:
     again: tuple[fx.Node, ...]
     bytes: int
     cost: Cost
+
+    def of_copies(self, copies: Mapping[fx.Node, fx.Node]) -> Choice:
+        """The same of a copy of the graph."""
+        old = self.layer
+        layer = Layer(
+            copies[old.start],
+            tuple(copies[node] for node in old.nodes),
+            tuple((copies[user], copies[node]) for user, node in old.readers),
+            old.kind,
+        )
+        kept, again = (tuple(copies[node] for node in nodes) for nodes in (self.kept, self.again))
+        return Choice(layer, frozenset(kept), again, self.bytes, self.cost)
 
     def __str__(self) -> str:
         """What is made again, in words."""

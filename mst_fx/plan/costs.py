@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
-from mst_fx.plan.joint_graph import bytes_of, is_attention, is_view, tensor_of
+from mst_fx.plan.joint_graph import bytes_of, is_attention, is_cheap, is_view, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
 
 _LOOPS = {
@@ -30,7 +30,7 @@ class Cost:
     Attributes:
         products: floating-point operations of products of matrices, and of loops.
         attention: those of attention.
-        moved: bytes of the results of all other calls.
+        moved: bytes of the results of other calls that are written for one that is not fused.
     """
 
     products: float = 0.0
@@ -87,7 +87,7 @@ def cost_of(nodes: Iterable[fx.Node]) -> Cost:
             attention += flops
         else:
             products += flops
-        if not flops and not is_view(node):
+        if not flops and not is_view(node) and any(not is_cheap(user) for user in node.users):
             moved += bytes_of(node)
     return Cost(products, attention, moved)
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.sizes import hint
+from mst_fx.torch_api.ops import OpOverload, schema_of
 from mst_fx.torch_api.tensors import tree_leaves
 
 aten = torch.ops.aten
@@ -22,7 +23,7 @@ _CHEAP = frozenset((
     aten.select_scatter.default, aten.scalar_tensor.default, aten.native_layer_norm.default, aten.slice_backward.default,
     aten._log_softmax.default, aten._softmax.default, aten.nll_loss_forward.default, aten.gather.default, aten.logsumexp.default,
     torch.ops.prims.convert_element_type.default, torch.ops.prims.view_of.default, torch.ops.prims.iota.default,
-    *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []),
+    *(getattr(aten, name).default for name in ("_fused_rms_norm",) if hasattr(aten, name)),
 ))  # fmt: skip
 
 
@@ -129,14 +130,14 @@ def is_attention(node: fx.Node) -> bool:
 def is_cheap(node: fx.Node) -> bool:
     """Whether a call costs a pass over its operands, or nothing."""
     target = source_of(node).target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return node.target is operator.getitem
     return is_view(node) or torch.Tag.pointwise in target.tags or target in _CHEAP
 
 
 def _has_no_dropout(node: fx.Node) -> bool:
     """Whether a call that may drop out, as torch's attention kernels, does so with a probability of 0."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = schema_of(node.target).arguments
     given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
     found = [given.get(a.name, a.default_value) for a in schema if a.name == "dropout_p"]
     return found == [0.0]
@@ -145,9 +146,11 @@ def _has_no_dropout(node: fx.Node) -> bool:
 def may_run_again(node: fx.Node) -> bool:
     """Whether a call gives the same a second time, and does nothing else: no random numbers, nothing of other ranks."""
     target = source_of(node).target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return target is operator.getitem
     is_random = torch.Tag.nondeterministic_seeded in target.tags and not _has_no_dropout(source_of(node))
     return (
-        not is_random and not target._schema.is_mutable and not target.namespace.startswith(("_c10d", "c10d"))
+        not is_random
+        and not schema_of(target).is_mutable
+        and not target.namespace.startswith(("_c10d", "c10d"))
     )

@@ -12,7 +12,6 @@ from typing import Any
 import networkx
 from torch import fx
 
-from mst_fx.errors import Cause, Refusal
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, is_cheap, is_view, tensor_of
 
 _SINK = "sink"
@@ -36,14 +35,9 @@ class Layer:
 
 
 def layers_of(joint: JointGraph) -> list[Layer]:
-    """The layers of a graph, in order.
-
-    Raises:
-        Refusal: if there is no tensor through which all rows pass.
-    """
+    """The layers of a graph, in order, and what is behind the last; none if there are no two tensors through which all rows
+    pass."""
     starts = _starts(joint)
-    if not starts:
-        raise Refusal("there are no layers: no two tensors through which all rows pass", Cause.NO_LAYERS)
     place = {start: index for index, start in enumerate(starts)}
     layer_of: dict[fx.Node, int] = {}
     for node in joint.forward:
@@ -104,13 +98,7 @@ def _waists(joint: JointGraph) -> list[fx.Node]:
     flow = networkx.DiGraph()
     for node in forward:
         flow.add_edges_from((node, source) for source in node.all_input_nodes if source.op == "call_function")
-    scalars = [
-        out for out in joint.outputs if out in flow and (t := tensor_of(out)) is not None and not t.ndim
-    ]
-    results = [out for out in scalars if tensor_of(out).is_floating_point()] or [  # type: ignore[union-attr]
-        out for out in joint.outputs if out in flow and bytes_of(out)
-    ]
-    flow.add_edges_from((_SINK, out) for out in results)
+    flow.add_edges_from((_SINK, out) for out in _results(joint) if out in flow)
     if _SINK not in flow:
         return []
     above = networkx.immediate_dominators(flow, _SINK)
@@ -119,12 +107,17 @@ def _waists(joint: JointGraph) -> list[fx.Node]:
     while at is not None and at != _SINK:
         chain.append(at)
         at = above[at]
-    made = [n for n in chain if tensor_of(n) is not None and not is_view(n)]
-    sizes = collections.Counter(bytes_of(n) for n in made if bytes_of(n) > 0 and tensor_of(n).ndim > 1)  # type: ignore[union-attr]
-    if not sizes:
-        return []
-    widest = sizes.most_common(1)[0][0]
-    return [n for n in made if bytes_of(n) == widest]
+    made = [n for n in chain if (value := tensor_of(n)) is not None and value.ndim > 1 and not is_view(n)]
+    sizes = collections.Counter(bytes_of(n) for n in made if bytes_of(n))
+    most_common = sizes.most_common(1)[0][0] if sizes else 0
+    return [n for n in made if bytes_of(n) == most_common > 0]
+
+
+def _results(joint: JointGraph) -> list[fx.Node]:
+    """What the gradients start from: losses, or where there are none all that comes out."""
+    made = [(out, value) for out in joint.outputs if (value := tensor_of(out)) is not None]
+    losses = [out for out, value in made if not value.ndim and value.is_floating_point()]
+    return losses or [out for out, _ in made if bytes_of(out)]
 
 
 def _first_rows(forward: Sequence[fx.Node], above: dict[fx.Node, fx.Node]) -> fx.Node | None:

@@ -75,6 +75,13 @@ def _seconds(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> float:
     )
 
 
+def _bytes(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> int:
+    pairs = [
+        (n, o) for kind, of in zip(kinds, counts, strict=True) for n, o in zip(of, kind.options, strict=True)
+    ]
+    return sum(count * option.bytes for count, option in pairs)
+
+
 def _program(kinds: Sequence[Kind], room: int) -> list[list[int]] | None:
     flat = [(index, option) for index, kind in enumerate(kinds) for option in kind.options]
     most = max(option.seconds for _, option in flat) or 1.0
@@ -92,15 +99,9 @@ def _program(kinds: Sequence[Kind], room: int) -> list[list[int]] | None:
     found = milp(costs, constraints=limits, integrality=[1] * len(flat), bounds=Bounds(0, most_of))
     if found.x is None:
         return None
-    whole, result = iter(round(x) for x in found.x), []
-    for kind in kinds:
-        result.append([next(whole) for _ in kind.options])
-    used = sum(
-        count * option.bytes
-        for kind, counts_of in zip(kinds, result, strict=True)
-        for count, option in zip(counts_of, kind.options, strict=True)
-    )
-    return result if used <= room else None  # rounded up
+    whole = iter(round(x) for x in found.x)
+    result = [[next(whole) for _ in kind.options] for kind in kinds]
+    return result if _bytes(kinds, result) <= room else None  # rounded up
 
 
 def _ladder(kinds: Sequence[Kind], room: int) -> list[list[int]]:

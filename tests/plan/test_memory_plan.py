@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +14,16 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import mst_fx
 from mst_fx import backend
 from mst_fx.context import JointContext
-from mst_fx.errors import Cause
+from mst_fx.errors import Cause, OptionError
 from mst_fx.listeners import on_plan
-from mst_fx.options import bytes_in
+from mst_fx.options import bytes_in, make_options
 from mst_fx.plan import recompute
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.recompute import make_again
-from mst_fx.report import MemoryPlan
 from mst_fx.stage import Stage, When
+from mst_fx.torch_api.joint import must_save
 from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
 from tests.models import ACCEPTED, inputs_of
 from tools.meters.cpu import call_metered, is_available, malloc_meter
@@ -52,7 +51,10 @@ class Chosen:
     def __call__(self, context: JointContext) -> None:
         joint = JointGraph(context.graph)
         layers = layers_of(joint)[:-1]
-        every = [choices_of(layer) for layer in layers]
+        if not layers:  # the head, where Dynamo broke the model
+            return
+        wanted = {node for node in joint.forward if must_save(node)}
+        every = [choices_of(layer, wanted) for layer in layers]
         self.count = max(map(len, every))
         self.choices = [those[min(self.index, len(those) - 1)] for those in every]
         make_again(joint, self.choices)
@@ -111,6 +113,18 @@ def test_every_choice_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
     assert [s - saved[0] for s in saved] == [k - kept[0] for k in kept]
 
 
+@pytest.mark.parametrize("name", ["gemma2", "opt", "phi3", "t5"])
+def test_all_made_again_has_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of layers, biases, one product for queries, keys and values, and an encoder with a decoder behind it."""
+    model, batch = _model(name)
+    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
+    chosen = _with_choice(monkeypatch, 0)
+    found, gradients = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
+    assert sum(bool(choice.again) for choice in chosen.choices) >= (1 if name == "t5" else 2)
+    assert torch.equal(found, loss)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in truth.items())
+
+
 def test_a_gate_without_its_gradient_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What holds recomputation back is the operand of the gate: without it the forward pass's values are saved."""
     model, batch = _model()
@@ -136,31 +150,29 @@ def _keeps_attention() -> Any:
 
 
 @pytest.mark.parametrize("policy", [None, _keeps_attention])
-def test_with_checkpointing_in_the_model(policy: Callable[[], Any] | None) -> None:
+def test_with_checkpointing_in_the_model(
+    policy: Callable[[], Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan betters Hugging Face's flag, and keeps what a selective policy keeps."""
     model, batch = _model()
     arguments = {"use_reentrant": False, **({"context_fn": policy} if policy else {})}
     model.gradient_checkpointing_enable(arguments)
     _, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
-    plans: list[Any] = []
-    with on_plan.listening(plans.append):
+    with mst_fx.watch() as report:
         _, rich = step(model, compile_mst(model, {**SMALL_CHUNKS, "memory": "auto"}), batch)
-        least = _least_budget(model, batch)
-        _, poor = step(model, compile_mst(model, {**SMALL_CHUNKS, "memory": least}), batch)
+    chosen = _with_choice(monkeypatch, 0)
+    _, poor = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
     assert worst_error(rich, truth) < 1e-12 and worst_error(poor, truth) < 1e-12
-    assert {each.again for each in plans[0].layers} == {"nothing"}
-    assert all(isinstance(plan, MemoryPlan) for plan in plans), plans
-    made = [each.again for each in plans[-1].layers]
-    assert all(("attention" in again) == (policy is None) for again in made), made
+    assert {each.again for each in report.plans[0].layers} == {"nothing"}
+    assert chosen.attention == (_LAYERS if policy else 2 * _LAYERS)
 
 
-def _least_budget(model: nn.Module, batch: dict[str, Any]) -> int:
-    """The fewest bytes for which there is a plan, as the error says."""
-    with pytest.raises(Exception, match="BudgetError: no memory plan fits") as error:
-        compile_mst(model, {**SMALL_CHUNKS, "memory": 1})(**batch)
-    missing = re.search(r"needs ([\d.]+ [KM]iB) more", str(error.value))
-    assert missing is not None
-    return int(1.02 * (bytes_in(missing[1]) or 0))
+def test_too_little_memory_is_said_before_the_first_step() -> None:
+    model, batch = _model()
+    with pytest.raises(
+        Exception, match=r"no memory plan fits: .* needs [\d.]+ MiB more than the 1.0 KiB of the mst option"
+    ):
+        compile_mst(model, {**SMALL_CHUNKS, "memory": 1024})(**batch)
 
 
 class _Deep(nn.Module):
@@ -175,6 +187,40 @@ class _Deep(nn.Module):
         q = self.mix(x)[:, None]
         rows = F.scaled_dot_product_attention(q, q, q, is_causal=True)[:, 0]
         return F.cross_entropy(self.head(rows * x.flip(-1)).flatten(0, 1), labels.flatten())
+
+
+def test_explain_says_the_plan() -> None:
+    model, batch = _model()
+    report = mst_fx.explain(model, {**SMALL_CHUNKS, "memory": "auto"})(**batch)
+    (plan,) = report.plans
+    assert sum(each.layers for each in plan.layers) == _LAYERS and plan.taken < plan.peak <= plan.budget
+    assert "memory plan:" in str(report) and "make again: nothing" in str(report)
+    assert '"plans"' in report.to_json()
+
+
+@pytest.mark.parametrize(
+    ("memory", "size"),
+    [
+        ("70GiB", 70 * 2**30),
+        ("1.5 MiB", 3 * 2**19),
+        ("2GB", 2 * 10**9),
+        (4096, 4096),
+        ("70", None),
+        ("-1GiB", None),
+        (0, None),
+    ],
+)
+def test_bytes_of_the_option(memory: Any, size: int | None) -> None:
+    assert bytes_in(memory) == size
+    if size is None:
+        with pytest.raises(
+            OptionError, match=r"mst option 'memory' is .*; allowed: 'auto', bytes as in '70GiB'"
+        ):
+            make_options({"memory": memory})
+    else:
+        assert make_options({"memory": memory}).memory == memory
+    with pytest.raises(OptionError, match="inner='eager'"):
+        make_options({"memory": "auto", "inner": "eager"})
 
 
 def test_what_has_no_layers_is_refused_aloud(caplog: pytest.LogCaptureFixture) -> None:
@@ -193,15 +239,14 @@ def test_what_has_no_layers_is_refused_aloud(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler")
 @pytest.mark.parametrize("kept", ["much", "little"])
 def test_the_peak_is_as_promised(kept: str) -> None:
-    """With real Inductor, in float32: a step of a planned model stays in its budget, and takes what the plan says."""
-    found, promised, budget = call_metered(_metered, kept == "much")
-    assert found <= budget
+    """With real Inductor, in float32: a step of a planned model takes what the plan says (test_gpu_plan.py: never more than its budget)."""
+    found, promised = call_metered(_metered, kept == "much")
     # Above it on a CPU: scratch of its attention kernels, which is none on GPUs.
     assert 0.75 * promised <= found <= 1.2 * promised, (found, promised)
 
 
-def _metered(is_much: bool) -> tuple[int, int, int]:
-    """Bytes above the inputs at the peak of a step, those of the plan, and those of the budget."""
+def _metered(is_much: bool) -> tuple[int, int]:
+    """Bytes above the inputs at the peak of a step, and those of the plan."""
     torch.manual_seed(0)
     entry = ACCEPTED["llama"]
     model = entry.build(num_hidden_layers=4).float().train()
@@ -219,4 +264,4 @@ def _metered(is_much: bool) -> tuple[int, int, int]:
         meter.reset()
         run(**batch).loss.backward()
     (plan,) = plans
-    return meter.peak() - start, plan.peak - plan.taken, plan.budget - plan.taken
+    return meter.peak() - start, plan.peak - plan.taken
