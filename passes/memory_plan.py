@@ -51,7 +51,7 @@ def run(context: JointContext) -> bool:
             raise Refusal("there are no layers: no two tensors through which all rows pass", Cause.NO_LAYERS)
         return False
     memory = context.options.memory
-    wanted = {node for node in joint.forward if must_save(node)}
+    wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
     choices = [choices_of(layer, wanted) for layer in layers]
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
     taken, peak = _fastest(context.graph, choices, room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterable
 
@@ -60,6 +61,23 @@ class JointGraph:
     def forward(self) -> list[fx.Node]:
         """The calls that depend on no gradient, in order: what only gradients read is among them."""
         return [n for n in self.graph.nodes if n.op == "call_function" and n not in self.backward]
+
+    @functools.cached_property
+    def reads_written(self) -> set[fx.Node]:
+        """The calls of the forward pass that read an input which the step writes to (a buffer): a second time they give
+        something else. (torch's partitioner makes cheap ones again nonetheless, 2.13.)"""
+        written = {
+            node.args[0]
+            for node in self.graph.nodes
+            if node.op == "call_function"
+            and isinstance(node.target, OpOverload)
+            and schema_of(node.target).is_mutable
+        }
+        found = set()
+        for node in self.forward:
+            if not written.isdisjoint(node.all_input_nodes):
+                (written if is_view(node) else found).add(node)
+        return found
 
     @property
     def trained_bytes(self) -> int:

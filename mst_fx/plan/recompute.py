@@ -14,7 +14,7 @@ from torch import fx
 
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.joint_graph import JointGraph
-from mst_fx.torch_api.joint import CHECKPOINT_TAGS, is_backward_only
+from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, is_backward_only
 
 _ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
 
@@ -27,6 +27,8 @@ def make_again(joint: JointGraph, chosen: Iterable[Choice]) -> None:
     for node in joint.graph.nodes:
         for tag in CHECKPOINT_TAGS:
             node.meta.pop(tag, None)
+    for node in joint.reads_written:
+        always_save(node)
     for choice in chosen:
         if choice.again:
             _Again(joint, choice).run()

@@ -100,9 +100,9 @@ def must_save(node: fx.Node) -> bool:
     return node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE
 
 
-def must_recompute(node: fx.Node) -> bool:
-    """Whether a selective policy of the user's says that a node is made again. (Plain checkpointing prefers it.)"""
-    return node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE
+def always_save(node: fx.Node) -> None:
+    """Tells the partitioner that a node is not made again in the backward pass."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def is_backward_only(node: fx.Node) -> None:
