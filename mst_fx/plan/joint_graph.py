@@ -73,7 +73,7 @@ class JointGraph:
             and isinstance(node.target, OpOverload)
             and schema_of(node.target).is_mutable
         }
-        found = set()
+        found: set[fx.Node] = set()
         for node in self.forward:
             if not written.isdisjoint(node.all_input_nodes):
                 (written if is_view(node) else found).add(node)

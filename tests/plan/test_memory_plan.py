@@ -179,6 +179,8 @@ def test_too_little_memory_is_said_before_the_first_step() -> None:
 class _Counting(nn.Module):
     """A layer that reads a buffer, and then writes to it."""
 
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
