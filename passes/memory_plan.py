@@ -43,9 +43,8 @@ def run(context: JointContext) -> bool:
         BudgetError: if no plan fits.
     """
     joint = JointGraph(context.graph)
-    layers = layers_of(joint)[
-        :-1
-    ]  # behind the last waist is the head, whose loop has computed its gradient already
+    # Behind the last waist is the head, whose loop has computed its gradient already.
+    layers = layers_of(joint)[:-1]
     if not layers:
         if any(map(is_attention, joint.forward)):
             raise Refusal("there are no layers: no two tensors through which all rows pass", Cause.NO_LAYERS)

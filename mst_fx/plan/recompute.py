@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mst_fx.plan.choices import Choice
-from mst_fx.plan.joint_graph import JointGraph
+from mst_fx.plan.joint_graph import JointGraph, tensor_of
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, is_backward_only
 
 _ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
@@ -47,7 +47,9 @@ class _Again:
         self.clones: dict[fx.Node, fx.Node] = {}
         self.gates: dict[fx.Node, fx.Node] = {}
         first = self.choice.layer.readers[0][0]
-        self.after = next(node for node in first.all_input_nodes if node in self.joint.backward)
+        self.after = next(
+            n for n in first.all_input_nodes if n in self.joint.backward and tensor_of(n) is not None
+        )
 
     def run(self) -> None:
         for user, node in self.choice.layer.readers:
