@@ -20,7 +20,7 @@ from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.costs import Device, device_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
-from mst_fx.plan.peak import Peak, peak_of
+from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.plan.room import Room, room_for
 from mst_fx.plan.solve import Kind, Option, solve
@@ -60,7 +60,7 @@ def run(context: JointContext) -> bool:
     return True
 
 
-def _fastest(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room) -> tuple[Sequence[int], Peak]:
+def _fastest(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room) -> tuple[Sequence[int], int]:
     """The choice of each layer, and the peak of the graph with them.
 
     How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
@@ -72,13 +72,13 @@ def _fastest(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room) -
     high = sum(those[-1].bytes for those in options)
     found = [0] * len(choices)
     peak = _peak_with(graph, choices, found)
-    if peak.bytes > room.bytes:
-        raise BudgetError(_too_little(room, peak.bytes - room.bytes))
+    if peak > room.bytes:
+        raise BudgetError(_too_little(room, peak - room.bytes))
     middle = high
     for _ in range(_HALVINGS):
         taken = _solved(options, middle)
         looked_at = _peak_with(graph, choices, taken)
-        if looked_at.bytes <= room.bytes:
+        if looked_at <= room.bytes:
             found, peak, low = taken, looked_at, middle
         else:
             high = middle
@@ -88,7 +88,7 @@ def _fastest(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room) -
     return found, peak
 
 
-def _peak_with(graph: fx.Graph, choices: Sequence[Sequence[Choice]], taken: Sequence[int]) -> Peak:
+def _peak_with(graph: fx.Graph, choices: Sequence[Sequence[Choice]], taken: Sequence[int]) -> int:
     """The peak of a graph whose layers take the choices of these numbers."""
     trial = JointGraph(copied(graph))
     copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
@@ -118,7 +118,7 @@ def _too_little(room: Room, missing: int) -> str:
     )
 
 
-def _said(chosen: Sequence[Choice], room: Room, peak: Peak) -> MemoryPlan:
+def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
     device: Device = device_of(room.device)
     found: dict[Planned, int] = {}
     for choice in chosen:
@@ -128,4 +128,4 @@ def _said(chosen: Sequence[Choice], room: Room, peak: Peak) -> MemoryPlan:
         Planned(count, one.again, one.kept_bytes, one.flops, one.seconds) for one, count in found.items()
     ]
     ordered = sorted(layers, key=lambda one: one.kept_bytes)
-    return MemoryPlan(tuple(ordered), room.budget, room.taken, room.taken + peak.bytes)
+    return MemoryPlan(tuple(ordered), room.budget, room.taken, room.taken + peak)

@@ -12,11 +12,13 @@ from collections.abc import Collection, Mapping
 
 from torch import fx
 
+from mst_fx.graph.spelling import operation
 from mst_fx.plan.costs import Cost, cost_of
 from mst_fx.plan.joint_graph import (
     bytes_of,
     is_attention,
     is_cheap,
+    is_read_whole,
     may_run_again,
     source_of,
     storages,
@@ -58,12 +60,12 @@ class Choice:
     def __str__(self) -> str:
         """What is made again, in words."""
         made = collections.Counter(
-            "attention" if is_attention(node) else _operator(node)
+            "attention" if is_attention(node) else operation(node).rpartition("::")[2]
             for node in self.again
             if cost_of([node]).flops > 0
         )
         parts = [name if count == 1 else f"{count} {name}" for name, count in made.items()]
-        return " + ".join(parts) if parts else "norms" if any(map(_is_made, self.again)) else "nothing"
+        return " + ".join(parts) if parts else "norms" if any(map(is_read_whole, self.again)) else "nothing"
 
 
 def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:
@@ -116,13 +118,3 @@ def _choice(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
     size = sum(map(bytes_of, storages([layer.start, *kept])))
     in_order = tuple(node for node in layer.nodes if node in again)
     return Choice(layer, frozenset(kept), in_order, size, cost_of(in_order))
-
-
-def _is_made(node: fx.Node) -> bool:
-    """Whether a value is made for an operator that is not fused."""
-    return any(not is_cheap(user) for user in node.users)
-
-
-def _operator(node: fx.Node) -> str:
-    name = str(node.target).split(".")
-    return name[1] if len(name) > 1 else name[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -13,14 +12,12 @@ from torch.utils.flop_counter import flop_registry
 
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
-from mst_fx.plan.joint_graph import bytes_of, is_attention, is_cheap, is_view, tensor_of
+from mst_fx.graph.spelling import operation
+from mst_fx.plan.joint_graph import bytes_of, is_attention, is_read_whole, is_view, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
 
-_LOOPS = {
-    "mst_fx::loop": 1,
-    "mst_fx::loop_backward": 3,
-    "mst_fx::loop_with_grad": 3,
-}  # forward passes that one costs
+# Forward passes that a loop costs.
+_LOOPS = {"mst_fx::loop": 1, "mst_fx::loop_list": 1, "mst_fx::loop_backward": 3, "mst_fx::loop_with_grad": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ def cost_of(nodes: Iterable[fx.Node]) -> Cost:
             attention += flops
         else:
             products += flops
-        if not flops and not is_view(node) and any(not is_cheap(user) for user in node.users):
+        if not flops and not is_view(node) and is_read_whole(node):
             moved += bytes_of(node)
     return Cost(products, attention, moved)
 
@@ -101,8 +98,7 @@ def flops_of(node: fx.Node) -> float:
         return 0.0
     if is_attention(node):
         return _attention_flops(node)
-    packet = getattr(node.target, "overloadpacket", None)
-    passes = _LOOPS.get(str(packet).replace(".", "::"))
+    passes = _LOOPS.get(operation(node))
     if passes is not None:
         (key,) = [arg for arg in node.args if isinstance(arg, str)]
         rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
@@ -113,7 +109,7 @@ def flops_of(node: fx.Node) -> float:
             * _flops_a_row(run)
             * math.prod(map(hint, rows.shape[: rows.ndim - len(run.row_metas[0].shape)]))
         )
-    formula = flop_registry.get(packet)
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
     args: Any = fx.map_arg(node.args, lambda n: n.meta.get("val"))
@@ -121,7 +117,6 @@ def flops_of(node: fx.Node) -> float:
     return float(hint(formula(*args, **kwargs, out_val=node.meta.get("val"))))
 
 
-@functools.lru_cache(maxsize=64)
 def _flops_a_row(run: Body) -> float:
     count = next(node for node in run.forward.graph.nodes if node.op == "placeholder")
     rows = hint(count.meta["val"])
@@ -139,6 +134,6 @@ def _attention_flops(node: fx.Node) -> float:
 
 
 def _is_causal(node: fx.Node) -> bool:
-    if str(node.target) == "mst_fx.attention.default":
+    if operation(node) == "mst_fx::attention":
         return "'le'" in str(node.args[8]) or "'ge'" in str(node.args[8])
     return True in node.args[3:] or bool(node.kwargs.get("is_causal"))

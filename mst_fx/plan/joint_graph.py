@@ -12,6 +12,7 @@ from torch import fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.sizes import hint
+from mst_fx.graph.spelling import ATTENTION_KERNELS, operation
 from mst_fx.torch_api.ops import OpOverload, schema_of
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -141,8 +142,7 @@ def source_of(node: fx.Node) -> fx.Node:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether a call is attention, ours or torch's."""
-    name = str(node.target)
-    return name == "mst_fx.attention.default" or ("scaled_dot_product" in name and "backward" not in name)
+    return operation(node) in ATTENTION_KERNELS
 
 
 def is_cheap(node: fx.Node) -> bool:
@@ -151,6 +151,11 @@ def is_cheap(node: fx.Node) -> bool:
     if not isinstance(target, OpOverload):
         return node.target is operator.getitem
     return is_view(node) or torch.Tag.pointwise in target.tags or target in _CHEAP
+
+
+def is_read_whole(node: fx.Node) -> bool:
+    """Whether an operator that is not fused reads a value, so that it has to be made."""
+    return any(not is_cheap(user) for user in node.users)
 
 
 def _has_no_dropout(node: fx.Node) -> bool:

@@ -8,36 +8,22 @@ rounds, and what Inductor orders otherwise, is not seen: a meter knows.
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
+from typing import Any
 
 from torch import fx
 
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
+from mst_fx.graph.spelling import ATTENTION_KERNELS, operation
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_cheap, is_view, source_of, storage_of, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
 
-
-@dataclasses.dataclass(frozen=True)
-class Peak:
-    """Bytes beside the inputs.
-
-    Attributes:
-        bytes: alive at the highest moment.
-        node: what runs then.
-        kept: alive between the forward and the backward pass.
-        forward: the highest moment of the forward pass.
-    """
-
-    bytes: int
-    node: str
-    kept: int
-    forward: int
+_FORWARD_LOOPS = ("mst_fx::loop", "mst_fx::loop_list")
+_LOOP_BACKWARD, _LOOP_WITH_GRADIENT = "mst_fx::loop_backward", "mst_fx::loop_with_grad"
 
 
-def peak_of(joint: JointGraph) -> Peak:
-    """The bytes alive over a step, sizes by hint."""
+def peak_of(joint: JointGraph) -> int:
+    """The bytes, beside the inputs, that are alive at the highest moment of a step, sizes by hint."""
     calls = [n for n in _in_two_halves(joint) if n.op == "call_function"]
     place = {node: index for index, node in enumerate(calls)}
     end = len(calls)
@@ -50,43 +36,34 @@ def peak_of(joint: JointGraph) -> Peak:
         owner = storage_of(node)
         until[owner] = max(until[owner], end if owner in leaving else last[node])
     dies: dict[int, int] = collections.Counter()
-    alive, kept, forward, best, where = 0, 0, 0, 0, ""
-    began = False
+    alive, peak = 0, 0
     for index, node in enumerate(calls):
-        if not began and node in joint.backward:
-            began, kept, forward = True, alive, best
         if _is_made(node, joint):
             alive += bytes_of(node)
             dies[until[node]] += bytes_of(node)
-        now = alive + scratch_of(node)
-        if now > best:
-            best, where = now, node.name
+        peak = max(peak, alive + scratch_of(node))
         alive -= dies.pop(index, 0)
-    return Peak(best, where, kept, forward)
+    return peak
 
 
 def scratch_of(node: fx.Node) -> int:
     """Bytes that a call takes beside operands and results while it runs."""
-    name = str(node.target)
-    if name.startswith("mst_fx.loop"):
+    name = operation(node)
+    if name in (*_FORWARD_LOOPS, _LOOP_BACKWARD, _LOOP_WITH_GRADIENT):
         return _scratch_of_loop(node, name)
-    if "attention_backward" in name:
-        query = tensor_of(node.args[3]) if name.startswith("mst_fx") else tensor_of(node.args[1])  # type: ignore[arg-type]
-        return (
-            2 * hint(query.numel()) * query.element_size() if query is not None else 0
-        )  # its gradient in float32
+    if name.endswith("_backward") and name.removesuffix("_backward") in ATTENTION_KERNELS:
+        query: Any = node.args[3 if name.startswith("mst_fx") else 1]
+        return 2 * bytes_of(query)  # its gradient in float32
     return 0
 
 
 def _scratch_of_loop(node: fx.Node, name: str) -> int:
-    strings = [arg for arg in node.args if isinstance(arg, str)]
-    if not strings:
-        return 0
-    run = body_of(strings[0])
-    chunk = node.args[node.args.index(strings[0]) + 1]
+    (key,) = [arg for arg in node.args if isinstance(arg, str)]
+    run = body_of(key)
+    chunk = node.args[node.args.index(key) + 1]
     assert isinstance(chunk, int)
     inside = chunk * _made_a_row(run)
-    if name.startswith("mst_fx.loop.") or name.startswith("mst_fx.loop_list."):
+    if name in _FORWARD_LOOPS:
         return inside
     sums = 0
     for index, operand in enumerate(tree_leaves(node.args[1])):
@@ -94,10 +71,9 @@ def _scratch_of_loop(node: fx.Node, name: str) -> int:
         if value is not None and run.accumulator_dtype(index) != value.dtype:
             sums += hint(value.numel()) * run.accumulator_dtype(index).itemsize
     # The values and their gradients; of logits one becomes the other in place.
-    return (1 if name.startswith("mst_fx.loop_with_grad") else 2) * inside + sums
+    return (1 if name == _LOOP_WITH_GRADIENT else 2) * inside + sums
 
 
-@functools.lru_cache(maxsize=64)
 def _made_a_row(run: Body) -> int:
     """Bytes a row of the values inside of a loop's body that are not fused away."""
     nodes = run.forward.graph.nodes

@@ -7,8 +7,7 @@ import os
 
 import torch
 
-from mst_fx.graph.sizes import hint
-from mst_fx.plan.joint_graph import JointGraph, tensor_of
+from mst_fx.plan.joint_graph import JointGraph, bytes_of, tensor_of
 
 # Of what is free, for fragments.
 _MARGIN = 0.03
@@ -50,7 +49,7 @@ def room_for(memory: int | None, joint: JointGraph) -> Room:
     for node in inputs:
         value = tensor_of(node)
         if value is not None:
-            sizes[value.device] = sizes.get(value.device, 0) + hint(value.numel()) * value.element_size()
+            sizes[value.device] = sizes.get(value.device, 0) + bytes_of(node)
     device = max(sizes, key=lambda d: sizes[d], default=torch.device("cpu"))
     given = sizes.get(device, 0)
     if device.type != "cuda":

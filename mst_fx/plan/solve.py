@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 
 try:
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -67,19 +68,18 @@ def _is_worse(option: Option, other: Option) -> bool:
     return other.bytes < option.bytes and other.seconds <= option.seconds
 
 
+def _taken(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Option]]:
+    """How many layers take an option, of each."""
+    for kind, found in zip(kinds, counts, strict=True):
+        yield from zip(found, kind.options, strict=True)
+
+
 def _seconds(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> float:
-    return math.fsum(
-        count * option.seconds
-        for kind, found in zip(kinds, counts, strict=True)
-        for count, option in zip(found, kind.options, strict=True)
-    )
+    return math.fsum(count * option.seconds for count, option in _taken(kinds, counts))
 
 
 def _bytes(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> int:
-    pairs = [
-        (n, o) for kind, of in zip(kinds, counts, strict=True) for n, o in zip(of, kind.options, strict=True)
-    ]
-    return sum(count * option.bytes for count, option in pairs)
+    return sum(count * option.bytes for count, option in _taken(kinds, counts))
 
 
 def _program(kinds: Sequence[Kind], room: int) -> list[list[int]] | None:
@@ -113,15 +113,13 @@ def _ladder(kinds: Sequence[Kind], room: int) -> list[list[int]]:
         for index, kind in enumerate(kinds):
             for now, here in enumerate(kind.options):
                 for then in range(now + 1, len(kind.options)):
-                    more, saved = (
-                        kind.options[then].bytes - here.bytes,
-                        here.seconds - kind.options[then].seconds,
-                    )
+                    more = kind.options[then].bytes - here.bytes
+                    saved = here.seconds - kind.options[then].seconds
                     if found[index][now] and saved > 0 and more <= room:
-                        steps.append((saved / max(more, 1), -index, -now, -then, more))
+                        steps.append((saved / max(more, 1), index, now, then, more))
         if not steps:
             return found
-        _, index, now, then, more = max(steps)
-        found[-index][-now] -= 1
-        found[-index][-then] += 1
+        _, index, now, then, more = max(steps, key=operator.itemgetter(0))  # of equals the first
+        found[index][now] -= 1
+        found[index][then] += 1
         room -= more
