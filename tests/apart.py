@@ -240,8 +240,13 @@ def _run(request: dict[str, Any], outputs: Sequence[int]) -> int:
     os.environ.clear()
     os.environ.update({name: value for name, value in request["env"].items() if name not in _AT_START})
     sys.path[1:1] = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
+    return status_of(request["function"], *request["args"])
+
+
+def status_of(function: Callable[..., Any], *args: Any) -> int:
+    """Calls a function as a process does its program: its exit status, what it raises on stderr."""
     try:
-        request["function"](*request["args"])
+        function(*args)
         return 0
     except SystemExit as end:
         if not isinstance(end.code, (int, type(None))):

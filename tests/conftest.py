@@ -91,10 +91,8 @@ def _shared(file: Path, automatic_dynamic: bool = False) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported is here to stay: collections of garbage, which torch's compilers cause, need not look at it."""
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 10)
+    quick.collections()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ Nothing here changes a graph, a guard or a number.
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import torch
@@ -33,3 +34,9 @@ def trace() -> None:
     It is on as soon as its logger has a handler, and pytest gives one to each logger that does not propagate.
     """
     logging.getLogger("torch.__trace").propagate = True
+
+
+def collections() -> None:
+    """What was imported is here to stay: collections of garbage, which torch's compilers cause, need not look at it."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 10)

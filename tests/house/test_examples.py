@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ast
-import gc
 import importlib
 import importlib.util
 import os
 import re
-import sys
-import traceback
 from pathlib import Path
 
 import pytest
 
-from tests import apart
+from tests import apart, quick
 
 _FOLDER = Path(__file__).resolve().parents[2] / "examples"
 _NAMES = sorted(path.stem for path in _FOLDER.glob("[!_]*.py"))
@@ -66,8 +63,7 @@ def _run_all(folder: str) -> None:
     common = importlib.import_module("_common")
     config = common.LlamaConfig
     common.LlamaConfig = lambda **values: config(**{**values, "num_hidden_layers": 1})  # type: ignore[attr-defined]
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 10)
+    quick.collections()
     for path in programs:
         pid = os.fork()
         if pid == 0:
@@ -80,15 +76,7 @@ def _run(path: Path) -> int:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(path.parent / name, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(path.parent)
-    try:
-        apart.script(str(path))
-        return 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    return apart.status_of(apart.script, str(path))
 
 
 @pytest.mark.slow
