@@ -185,7 +185,7 @@ class Body:
         """
 
         def build(n: Any, *inputs: torch.Tensor) -> CompiledBody:
-            return self._compile(self._trace(self.forward, n, *inputs), None, n, *inputs)
+            return self._compile(self.trace(self.forward, n, *inputs), None, n, *inputs)
 
         return self._once("forward", chunks, build)
 
@@ -244,6 +244,34 @@ class Body:
 
     # Tracing
 
+    def with_gradients(
+        self,
+        needs: Sequence[bool],
+        has_tangent: Sequence[bool],
+        n: Any,
+        inputs: Sequence[torch.Tensor],
+        tangents: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Outputs of ``n`` rows, and the gradients of the inputs that need one, where gradients are enabled.
+
+        Args:
+            inputs: ``(*row_inputs, *shared)``.
+            tangents: of the outputs that have one.
+        """
+        leaves = as_leaves(inputs, needs)
+        outs = self.forward(n, *leaves)
+        found = gradients(leaves, needs, outs, has_tangent, tangents)
+        return [out.detach() for out in outs], found
+
+    def trace(self, function: Any, *inputs: Any) -> fx.GraphModule:
+        """Runs a function of the body's on fakes: the ATen operators that the body's compiler takes."""
+        with enable_python_dispatcher():
+            gm = make_fx(function, decomposition_table=body_decompositions(self.config.inner))(*inputs)
+        add_up_labels(gm.graph)
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return gm
+
     @contextlib.contextmanager
     def _fakes(self, hint: int | None = None) -> Iterator[list[Any]]:
         """Fake inputs in a mode of their own, which is active meanwhile: the number of rows comes first."""
@@ -260,9 +288,7 @@ class Body:
         self, needs: Sequence[bool], has_tangent: Sequence[bool], n: Any, *inputs: torch.Tensor
     ) -> list[torch.Tensor]:
         count = len(self.row_metas) + len(self.shared)
-        leaves, tangents = as_leaves(inputs[:count], needs), list(inputs[count:])
-        outs = self.forward(n, *leaves)
-        return gradients(leaves, needs, outs, has_tangent, tangents)
+        return self.with_gradients(needs, has_tangent, n, inputs[:count], inputs[count:])[1]
 
     def _forward_and_gradient(
         self, needs: Sequence[bool], output: int, n: Any, *inputs: torch.Tensor
@@ -272,14 +298,6 @@ class Body:
         has_tangent = [index == output for index in range(len(outs))]
         grads = gradients(leaves, needs, outs, has_tangent, [torch.ones_like(outs[output])])
         return [*(out.detach() for out in outs), *grads]
-
-    def _trace(self, function: Any, *inputs: Any) -> fx.GraphModule:
-        with enable_python_dispatcher():
-            gm = make_fx(function, decomposition_table=body_decompositions(self.config.inner))(*inputs)
-        add_up_labels(gm.graph)
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-        return gm
 
     def _compile(
         self, gm: fx.GraphModule, positions: GradientPositions | None, n: torch.SymInt, *inputs: torch.Tensor
@@ -291,7 +309,7 @@ class Body:
         self, function: Any, needs: Sequence[bool], first: int, *inputs: Any
     ) -> CompiledBody:
         with torch.enable_grad():
-            gm = self._trace(function, *inputs)
+            gm = self.trace(function, *inputs)
         row_grads = sum(needs[: len(self.row_metas)])
         wide = [
             self.accumulator_dtype(index) != meta.dtype

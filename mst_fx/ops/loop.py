@@ -338,6 +338,35 @@ def _(
     ]
 
 
+def whole(
+    body: Body,
+    lead: Sequence[int],
+    needs: Sequence[bool],
+    has_tangent: Sequence[bool],
+    row_inputs: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``loop_list`` gives, and ``loop_backward`` for it, of all rows at once: for who traces it.
+
+    ``shared`` has the strides with which the body was traced.
+    """
+    flat = [x.contiguous() for x in _flat(row_inputs, body.row_metas)]
+    present = [meta for meta, has in zip(body.outputs, has_tangent, strict=True) if has]
+    given = [
+        tangent if meta.is_sum else tangent.flatten(0, _rank(tangent, meta) - 1).contiguous()
+        for meta, tangent in zip(present, tangents, strict=True)
+    ]
+    count = _count(row_inputs, body)
+    outputs, gradients = body.with_gradients(needs, has_tangent, count, [*flat, *shared], given)
+    shapes = _output_shapes(body, row_inputs, lead)
+    needed = [x.shape for x, need in zip([*row_inputs, *shared], needs, strict=True) if need]
+    return (
+        [found.reshape(shape).contiguous() for found, shape in zip(outputs, shapes, strict=True)],
+        [found.reshape(shape).contiguous() for found, shape in zip(gradients, needed, strict=True)],
+    )
+
+
 def _setup_loop(ctx: Any, inputs: tuple[Any, ...], output: Tensor | list[Tensor]) -> None:
     row_inputs, shared, ctx.body_key, _, ctx.chunk_rows, _ = inputs
     # Where nobody compiled the graph, its autograd graph has its body alive.

@@ -53,6 +53,7 @@ class Choice:
             tuple(copies[node] for node in old.nodes),
             tuple((copies[user], copies[node]) for user, node in old.readers),
             old.kind,
+            old.unchunked,
         )
         kept, again = (tuple(copies[node] for node in nodes) for nodes in (self.kept, self.again))
         return Choice(layer, frozenset(kept), again, self.bytes, self.cost)
@@ -65,7 +66,8 @@ class Choice:
             if cost_of([node]).flops > 0
         )
         parts = [name if count == 1 else f"{count} {name}" for name, count in made.items()]
-        return " + ".join(parts) if parts else "norms" if any(map(is_read_whole, self.again)) else "nothing"
+        text = " + ".join(parts) if parts else "norms" if any(map(is_read_whole, self.again)) else "nothing"
+        return f"{text}, MLP un-chunked" if self.layer.unchunked else text
 
 
 def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:

@@ -13,6 +13,7 @@ import networkx
 from torch import fx
 
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, is_cheap, is_view, tensor_of
+from mst_fx.plan.loops import Loop
 
 _SINK = "sink"
 
@@ -26,12 +27,14 @@ class Layer:
         nodes: the forward pass behind it, up to the next layer's start, in order; with what only gradients read.
         readers: the nodes of the backward pass that read one of ``nodes``, and which.
         kind: the same for layers of equal operators and shapes.
+        unchunked: the loops in whose place their insides are (:mod:`mst_fx.plan.unchunk`).
     """
 
     start: fx.Node
     nodes: tuple[fx.Node, ...]
     readers: tuple[tuple[fx.Node, fx.Node], ...]
     kind: str
+    unchunked: tuple[Loop, ...] = ()
 
 
 def layers_of(joint: JointGraph) -> list[Layer]:

@@ -96,8 +96,15 @@ def _is_made(node: fx.Node, joint: JointGraph) -> bool:
         return False
     if not _is_fused(node):
         return True
-    is_saved = node not in joint.backward and any(user in joint.backward for user in node.users)
+    is_saved = node not in joint.backward and _is_read_backward(node, joint)
     return is_saved and bool(node.all_input_nodes)  # constants are filled in where they are read
+
+
+def _is_read_backward(node: fx.Node, joint: JointGraph) -> bool:
+    """Whether the backward pass reads a value, or a view of it."""
+    return any(
+        user in joint.backward or (is_view(user) and _is_read_backward(user, joint)) for user in node.users
+    )
 
 
 def _is_fused(node: fx.Node) -> bool:

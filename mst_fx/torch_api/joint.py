@@ -108,3 +108,9 @@ def always_save(node: fx.Node) -> None:
 def is_backward_only(node: fx.Node) -> None:
     """Tells the partitioner that a node is of the backward pass."""
     node.meta["partitioner_tag"] = "is_backward"
+
+
+def is_of_pass_of(node: fx.Node, other: fx.Node) -> None:
+    """Tells the partitioner that a node is of the pass, forward or backward, that another one is of."""
+    if "partitioner_tag" in other.meta:
+        node.meta["partitioner_tag"] = other.meta["partitioner_tag"]
