@@ -81,7 +81,8 @@ class Planned:
 
     Attributes:
         layers: how many.
-        again: what their backward passes make again, beside casts: "nothing", "norms", "3 mm + attention" (with the norms).
+        again: what their backward passes make again, beside casts: "nothing", "norms", "3 mm + attention" (with the norms); and
+            "MLP un-chunked" where there are no loops, which would make their inside again (that is not counted here).
         kept_bytes: that one layer keeps, its first rows included.
         flops: floating-point operations that one layer makes again.
         seconds: that they take, by the figures of the device.

@@ -2,7 +2,8 @@
 
 Before: the backward pass reads what the partitioner, or checkpointing in the model, lets it read. After: of each layer it reads what
 the plan keeps, and clones of forward nodes behind gates (:mod:`mst_fx.plan.recompute`). Loss and gradients are the same to
-the bit: the same operators run on the same numbers.
+the bit: the same operators run on the same numbers. Where everything fits that a graph with loops can keep, loops may be un-chunked too
+(:mod:`mst_fx.plan.unchunk`), and loss and gradients are the same to rounding.
 
 Left alone: graphs without tensors through which all rows pass (one graph a layer, where Dynamo broke it).
 """

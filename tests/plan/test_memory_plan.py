@@ -163,7 +163,9 @@ def test_with_checkpointing_in_the_model(
         _, rich = step(model, compile_mst(model, {**SMALL_CHUNKS, "memory": "auto"}), batch)
     chosen = _with_choice(monkeypatch, 0)
     _, poor = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
-    assert worst_error(rich, truth) < 1e-6 and worst_error(poor, truth) < 1e-12  # float32, and loops un-chunked
+    assert (
+        worst_error(rich, truth) < 1e-6 and worst_error(poor, truth) < 1e-12
+    )  # float32, and loops un-chunked
     assert {each.again for each in report.plans[0].layers} == {"nothing, MLP un-chunked"}
     assert chosen.attention == (_LAYERS if policy else 2 * _LAYERS)
 
