@@ -10,24 +10,29 @@ Left alone: graphs without tensors through which all rows pass (one graph a laye
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import dataclasses
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import fx
 
 from mst_fx.context import JointContext
 from mst_fx.errors import BudgetError, Cause, Refusal, defect
+from mst_fx.ops.arena import ARENA
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
-from mst_fx.plan.costs import Device, device_of
+from mst_fx.plan.costs import Device, cost_of, device_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import Layer, layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
-from mst_fx.plan.room import Room, room_for
-from mst_fx.plan.solve import Kind, Option, solve
+from mst_fx.plan.room import Room, host_bytes, room_for
+from mst_fx.plan.solve import Host, Kind, Option, TooLittle, solve
 from mst_fx.plan.unchunk import Unchunking
 from mst_fx.report import MemoryPlan, Planned, human_bytes
 from mst_fx.torch_api.joint import copied, must_save
+
+log = logging.getLogger("mst_fx")
 
 # Halvings of the bytes that all layers keep together: after these they are known to 2 %.
 _HALVINGS = 6
@@ -55,7 +60,7 @@ def run(context: JointContext) -> bool:
     wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
     choices = [choices_of(layer, wanted) for layer in layers[:-1]]
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
-    chosen, peak, is_all = _fastest(context.graph, choices, room)
+    chosen, peak, is_all = _planned(context, choices, room)
     unchunking = _unchunking(context, joint, layers, wanted) if is_all else None
     if unchunking is not None:
         chosen, peak = _faster(context.graph, choices, unchunking, room) or (chosen, peak)
@@ -64,18 +69,89 @@ def run(context: JointContext) -> bool:
     return True
 
 
-def _fastest(
-    graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room
+def _planned(
+    context: JointContext, choices: Sequence[Sequence[Choice]], room: Room
 ) -> tuple[list[Choice], int, bool]:
-    """The choice of each layer, the peak of the graph with them, and whether nothing would be faster: loops stay as they are."""
+    """The choice of each layer, the peak of the graph with them, and whether nothing would be faster, loops being as they are; the
+    host memory that they take is there."""
+    host = host_bytes(_host_option(context.options.host_memory), room)
+    while True:
+        placed = [_placed(those, host > 0 and not is_last) for those, is_last in _with_last(choices)]
+        chosen, peak, is_all = _fastest(context.graph, placed, room, _host_of(choices, room, host))
+        try:
+            ARENA.reserve(sum(choice.host_bytes for choice in chosen), room.is_gpu)
+        except MemoryError as error:
+            log.warning("mst-fx: the memory plan does without host memory: %s", error)
+            host = 0
+        else:
+            return chosen, peak, is_all
+
+
+def _host_option(value: str | int) -> int | None:
+    return None if value == "auto" else bytes_in(value) or 0
+
+
+def _host_of(choices: Sequence[Sequence[Choice]], room: Room, size: int) -> Host:
+    """The host's memory, beside forward passes that take what the layers' do."""
     device = device_of(room.device)
-    options = [tuple(Option(c.bytes, c.cost.seconds(device)) for c in those) for those in choices]
-    least = [those[0] for those in choices]
-    peak = _peak_with(graph, least)
-    if peak > room.bytes:
-        raise BudgetError(_too_little(room, peak - room.bytes))
-    low = sum(those[0].bytes for those in options)
-    return _searched(graph, choices, options, low, room) or (least, peak, False)
+    forward = sum(cost_of(those[0].layer.nodes).seconds(device) for those in choices)
+    return Host(size, device.link, forward)
+
+
+def _with_last(choices: Sequence[Sequence[Choice]]) -> Iterator[tuple[Sequence[Choice], bool]]:
+    for index, those in enumerate(choices):
+        yield those, index == len(choices) - 1
+
+
+def _placed(those: Sequence[Choice], has_host: bool) -> list[Choice]:
+    """The choices of a layer on the device, and on the host."""
+    if not has_host or not those[0].layer.readers:
+        return list(those)
+    return [*those, *(dataclasses.replace(each, is_on_host=True) for each in those)]
+
+
+def _fastest(
+    graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room, host: Host
+) -> tuple[list[Choice], int, bool]:
+    """The choice of each layer, the peak of the graph with them, and whether all that may be kept fits.
+
+    How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
+    are, or in the forward pass. So plans of several sizes are written and looked at.
+    """
+    device = device_of(room.device)
+    options = [
+        tuple(Option(c.device_bytes, c.cost.seconds(device), c.host_bytes) for c in those)
+        for those in choices
+    ]
+    low = sum(min(option.bytes for option in those) for those in options)
+    high = most = sum(max(option.bytes for option in those) for those in options)
+    found: list[Choice] | None = None
+    peak = 0
+    missing: dict[int, list[Choice]] = {}  # plans that take too much, by their peaks
+    # All that may be kept; with least kept and nothing on the host; and between.
+    first = [high, sum(those[0].bytes for those in options)]
+    for turn in range(len(first) + _HALVINGS):
+        middle = first[turn] if turn < len(first) else (low + high) // 2
+        try:
+            taken = _solved(options, middle, host)
+        except TooLittle:
+            low = middle
+        else:
+            chosen = _of(choices, taken)
+            looked_at = _peak_with(graph, chosen)
+            if looked_at <= room.bytes:
+                found, peak, low = chosen, looked_at, middle
+            else:
+                missing[looked_at] = chosen
+                high = middle
+        if low >= high:
+            break
+    if found is not None:
+        return found, peak, low == most
+    least = min(missing)
+    if least > room.most:
+        raise BudgetError(_too_little(room, host, least - room.most))
+    return missing[least], least, False
 
 
 def _unchunking(
@@ -110,8 +186,7 @@ def _faster(
             tuple(Option(c.bytes, c.cost.seconds(device) + (0 if c in better else loops)) for c in every[-1])
         )
     low = sum(those[-1].bytes for those in choices)
-    found = _searched(graph, every, options, low, room, unchunking)
-    return found[:2] if found is not None else None
+    return _searched(graph, every, options, low, room, unchunking)
 
 
 def _searched(
@@ -120,30 +195,31 @@ def _searched(
     options: Sequence[tuple[Option, ...]],
     low: int,
     room: Room,
-    unchunking: Unchunking | None = None,
-) -> tuple[list[Choice], int, bool] | None:
-    """The fastest choices whose peak fits, that peak, and whether they are the fastest of all; None if none was found.
-
-    How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
-    are, or in the forward pass. So plans of several sizes are written and looked at.
+    unchunking: Unchunking,
+) -> tuple[list[Choice], int] | None:
+    """The fastest choices whose peak fits, and that peak; None if none was found.
 
     Args:
         low: bytes for all that is kept, which are known to fit.
     """
     found = None
-    middle = high = most = sum(max(option.bytes for option in those) for those in options)
+    middle = high = sum(max(option.bytes for option in those) for those in options)
     for _ in range(_HALVINGS):
-        taken = _solved(options, middle)
-        chosen = [those[index] for those, index in zip(choices, taken, strict=True)]
+        chosen = _of(choices, _solved(options, middle, Host()))
         peak = _peak_with(graph, chosen, unchunking)
         if peak <= room.bytes:
-            found, low = (chosen, peak, middle == most), middle
+            found, low = (chosen, peak), middle
         else:
             high = middle
         if low == high:
             break
         middle = (low + high) // 2
     return found
+
+
+def _of(choices: Sequence[Sequence[Choice]], taken: Sequence[int]) -> list[Choice]:
+    """The choice of each layer, by its number."""
+    return [those[index] for those, index in zip(choices, taken, strict=True)]
 
 
 def _peak_with(graph: fx.Graph, chosen: Sequence[Choice], unchunking: Unchunking | None = None) -> int:
@@ -174,25 +250,29 @@ def _write(
     return joint
 
 
-def _solved(options: Sequence[tuple[Option, ...]], size: int) -> list[int]:
-    """Which option each layer takes; of equal layers the early ones, kept for longest, keep less.
+def _solved(options: Sequence[tuple[Option, ...]], size: int, host: Host) -> list[int]:
+    """Which option each layer takes; of equal layers the early ones, kept for longest, are on the host, or keep less.
 
     Args:
-        size: bytes for all that is kept.
+        size: bytes for all that is kept on the device.
     """
     kinds = list(dict.fromkeys(options))
-    found = solve([Kind(options.count(kind), kind) for kind in kinds], size)
-    turns = {
-        kind: iter([index for index, count in enumerate(counts) for _ in range(count)])
-        for kind, counts in zip(kinds, found, strict=True)
-    }
+    found = solve([Kind(options.count(kind), kind) for kind in kinds], size, host)
+    turns = {kind: iter(_turns(kind, counts)) for kind, counts in zip(kinds, found, strict=True)}
     return [next(turns[those]) for those in options]
 
 
-def _too_little(room: Room, missing: int) -> str:
+def _turns(kind: tuple[Option, ...], counts: Sequence[int]) -> list[int]:
+    """An option for each layer of a kind, in order of the layers."""
+    every = [index for index, count in enumerate(counts) for _ in range(count)]
+    return sorted(every, key=lambda index: not kind[index].host)
+
+
+def _too_little(room: Room, host: Host, missing: int) -> str:
+    there = f" and {human_bytes(host.bytes)} of the host's" if host.bytes else ""
     return (
         f"no memory plan fits: with least kept, a step needs {human_bytes(missing)} more than the"
-        f" {human_bytes(room.budget)} of the mst option 'memory', of which {human_bytes(room.taken)} are allocated"
+        f" {human_bytes(room.budget)} of the mst option 'memory', of which {human_bytes(room.taken)} are allocated{there}"
     )
 
 
@@ -200,10 +280,9 @@ def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
     device: Device = device_of(room.device)
     found: dict[Planned, int] = {}
     for choice in chosen:
-        one = Planned(1, str(choice), choice.bytes, choice.cost.flops, choice.cost.seconds(device))
+        cost = choice.cost
+        one = Planned(1, str(choice), choice.bytes, choice.host_bytes, cost.flops, cost.seconds(device))
         found[one] = found.get(one, 0) + 1
-    layers = [
-        Planned(count, one.again, one.kept_bytes, one.flops, one.seconds) for one, count in found.items()
-    ]
+    layers = [dataclasses.replace(one, layers=count) for one, count in found.items()]
     ordered = sorted(layers, key=lambda one: one.kept_bytes)
     return MemoryPlan(tuple(ordered), room.budget, room.taken, room.taken + peak)

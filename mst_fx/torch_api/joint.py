@@ -114,3 +114,8 @@ def is_of_pass_of(node: fx.Node, other: fx.Node) -> None:
     """Tells the partitioner that a node is of the pass, forward or backward, that another one is of."""
     if "partitioner_tag" in other.meta:
         node.meta["partitioner_tag"] = other.meta["partitioner_tag"]
+
+
+def is_forward_only(node: fx.Node) -> None:
+    """Tells the partitioner that a node is of the forward pass."""
+    node.meta["partitioner_tag"] = "is_forward"

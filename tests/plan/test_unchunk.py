@@ -17,6 +17,7 @@ from mst_fx.context import JointContext
 from mst_fx.errors import BudgetError
 from mst_fx.listeners import on_plan
 from mst_fx.passes import memory_plan
+from mst_fx.plan import room
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.costs import device_of
 from mst_fx.plan.joint_graph import JointGraph
@@ -33,6 +34,7 @@ from tests.models import OTHERS, inputs_of
 from tests.plan.test_memory_plan import _given, _saved
 
 _LAYERS = 3
+_SEEN = 1 - room._UNSEEN  # of a budget
 _PLENTY = {**SMALL_CHUNKS, "memory": "100GiB", "strict": True}
 
 
@@ -240,12 +242,12 @@ def test_more_memory_is_never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
         rich = planned(context, 10**9)
         monkeypatch.setattr(memory_plan, "_unchunking", lambda *_: None)
         chunked = planned(context, 10**9)
-        top = int(chunked.plan.peak / 0.96) + 1
+        top = int(chunked.plan.peak / _SEEN) + 1
         monkeypatch.setattr(memory_plan, "_unchunking", pytest.fail)
         tight = [planned(context, int(share * top)) for share in (0.9, 0.99)]
         monkeypatch.undo()
         monkeypatch.setattr(memory_plan, "_write", remembered)
-        most = int(rich.plan.peak / 0.96) + 1
+        most = int(rich.plan.peak / _SEEN) + 1
         budgets = [int(0.9 * top), int(0.99 * top), *(top + (most - top) * i // 6 for i in range(7))]
         found = [planned(context, budget) for budget in budgets]
         assert [each.graph for each in found[:2]] == [each.graph for each in tight]
@@ -265,7 +267,7 @@ def test_some_layers_in_chunks_and_some_not() -> None:
     with mst_fx.watch() as report:
         step(model, compile_mst(model, _PLENTY), batch)
     most = report.plans[0].peak
-    budget = int(0.85 * most / 0.96)
+    budget = int(0.85 * most / _SEEN)
     with mst_fx.watch() as report:
         found, gradients = step(model, compile_mst(model, {**_PLENTY, "memory": budget}), batch)
     kinds = {"un-chunked" in each.again for each in report.plans[0].layers}
