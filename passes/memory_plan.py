@@ -60,7 +60,8 @@ def run(context: JointContext) -> bool:
     wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
     choices = [choices_of(layer, wanted) for layer in layers[:-1]]
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
-    chosen, peak, is_all = _planned(context, choices, room)
+    chosen, peak = _planned(context, choices, room)
+    is_all = _are_fastest(chosen, choices, device_of(room.device))
     unchunking = _unchunking(context, joint, layers, wanted) if is_all else None
     if unchunking is not None:
         chosen, peak = _faster(context.graph, choices, unchunking, room) or (chosen, peak)
@@ -71,20 +72,20 @@ def run(context: JointContext) -> bool:
 
 def _planned(
     context: JointContext, choices: Sequence[Sequence[Choice]], room: Room
-) -> tuple[list[Choice], int, bool]:
-    """The choice of each layer, the peak of the graph with them, and whether nothing would be faster, loops being as they are; the
-    host memory that they take is there."""
+) -> tuple[list[Choice], int]:
+    """The choice of each layer, and the peak of the graph with them; the host memory that they take is there."""
     host = host_bytes(_host_option(context.options.host_memory), room)
     while True:
         placed = [_placed(those, host > 0 and not is_last) for those, is_last in _with_last(choices)]
-        chosen, peak, is_all = _fastest(context.graph, placed, room, _host_of(choices, room, host))
+        taken, peak = _fastest(context.graph, placed, room, _host_of(choices, room, host))
+        chosen = _of(placed, taken)
         try:
             ARENA.reserve(sum(choice.host_bytes for choice in chosen), room.is_gpu)
         except MemoryError as error:
             log.warning("mst-fx: the memory plan does without host memory: %s", error)
             host = 0
         else:
-            return chosen, peak, is_all
+            return chosen, peak
 
 
 def _host_option(value: str | int) -> int | None:
@@ -110,10 +111,51 @@ def _placed(those: Sequence[Choice], has_host: bool) -> list[Choice]:
     return [*those, *(dataclasses.replace(each, is_on_host=True) for each in those)]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Which choice each layer takes, by number, what that costs, and the peak of the graph with it."""
+
+    taken: Sequence[int]
+    seconds: float
+    peak: int
+
+
 def _fastest(
     graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room, host: Host
-) -> tuple[list[Choice], int, bool]:
-    """The choice of each layer, the peak of the graph with them, and whether all that may be kept fits.
+) -> tuple[Sequence[int], int]:
+    """The choice of each layer, and the peak of the graph with them.
+
+    What comes back from the host is on the device for two layers at a time. So plans are looked for that send at most so much of a
+    layer: from the most on, until one fits; and one that sends nothing.
+
+    Raises:
+        BudgetError: if none fits.
+    """
+    sizes = sorted({choice.host_bytes for those in choices for choice in those}, reverse=True)
+    fitting: list[_Plan] = []
+    missing: list[_Plan] = []
+    for most in sizes:
+        if most == 0 or not fitting:
+            allowed = [[c for c in those if c.host_bytes <= most] for those in choices]
+            plan = _fitting(graph, allowed, room, host)
+            plan = dataclasses.replace(
+                plan,
+                taken=[
+                    those.index(few[i]) for those, few, i in zip(choices, allowed, plan.taken, strict=True)
+                ],
+            )
+            (fitting if plan.peak <= room.bytes else missing).append(plan)
+    if fitting:
+        best = min(fitting, key=lambda plan: plan.seconds)
+        return best.taken, best.peak
+    least = min(missing, key=lambda plan: plan.peak)
+    if least.peak > room.most:
+        raise BudgetError(_too_little(room, host, least.peak - room.most))
+    return least.taken, least.peak
+
+
+def _fitting(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room, host: Host) -> _Plan:
+    """The fastest plan of some choices that fits, or the least one, if none does.
 
     How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
     are, or in the forward pass. So plans of several sizes are written and looked at.
@@ -123,35 +165,52 @@ def _fastest(
         tuple(Option(c.device_bytes, c.cost.seconds(device), c.host_bytes) for c in those)
         for those in choices
     ]
-    low = sum(min(option.bytes for option in those) for those in options)
-    high = most = sum(max(option.bytes for option in those) for those in options)
-    found: list[Choice] | None = None
-    peak = 0
-    missing: dict[int, list[Choice]] = {}  # plans that take too much, by their peaks
-    # All that may be kept; with least kept and nothing on the host; and between.
-    first = [high, sum(those[0].bytes for those in options)]
-    for turn in range(len(first) + _HALVINGS):
-        middle = first[turn] if turn < len(first) else (low + high) // 2
-        try:
-            taken = _solved(options, middle, host)
-        except TooLittle:
-            low = middle
+
+    def plan_of(size: int) -> _Plan:
+        taken = _solved(options, size, host)
+        found = [those[index] for those, index in zip(options, taken, strict=True)]
+        seconds = sum(each.seconds for each in found) + host.seconds(sum(each.host for each in found))
+        return _Plan(taken, seconds, _peak_with(graph, _of(choices, taken)))
+
+    low = _least_size(options, host)
+    found = plan_of(low)
+    if found.peak > room.bytes:
+        return found
+    high = middle = sum(max(option.bytes for option in those) for those in options)
+    for _ in range(_HALVINGS):
+        plan = plan_of(middle)
+        if plan.peak <= room.bytes:
+            found, low = plan, middle
         else:
-            chosen = _of(choices, taken)
-            looked_at = _peak_with(graph, chosen)
-            if looked_at <= room.bytes:
-                found, peak, low = chosen, looked_at, middle
-            else:
-                missing[looked_at] = chosen
-                high = middle
-        if low >= high:
+            high = middle
+        if low == high:
             break
-    if found is not None:
-        return found, peak, low == most
-    least = min(missing)
-    if least > room.most:
-        raise BudgetError(_too_little(room, host, least - room.most))
-    return missing[least], least, False
+        middle = (low + high) // 2
+    return found
+
+
+def _least_size(options: Sequence[tuple[Option, ...]], host: Host) -> int:
+    """The fewest bytes on the device, to a hundredth, with which there is a plan."""
+    low = sum(min(option.bytes for option in those) for those in options)
+    high = sum(those[0].bytes for those in options)  # with nothing on the host
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            _solved(options, middle, host)
+        except TooLittle:
+            low = middle + 1
+        else:
+            high = middle
+        if high - low < low // 100:
+            break
+    return high
+
+
+def _are_fastest(chosen: Sequence[Choice], choices: Sequence[Sequence[Choice]], device: Device) -> bool:
+    """Whether every layer keeps so much on the device that it makes nothing again that it need not."""
+    least = [min(each.cost.seconds(device) for each in those) for those in choices]
+    found = zip(chosen, least, strict=True)
+    return all(not choice.host_bytes and choice.cost.seconds(device) <= most for choice, most in found)
 
 
 def _unchunking(
