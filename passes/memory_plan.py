@@ -22,7 +22,7 @@ from mst_fx.ops.arena import ARENA
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.costs import Device, cost_of, device_of
-from mst_fx.plan.joint_graph import JointGraph, is_attention
+from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention
 from mst_fx.plan.layers import Layer, layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
@@ -80,7 +80,7 @@ def _planned(
         taken, peak = _fastest(context.graph, placed, room, _host_of(choices, room, host))
         chosen = _of(placed, taken)
         try:
-            ARENA.reserve(sum(choice.host_bytes for choice in chosen), room.is_gpu)
+            ARENA.reserve([bytes_of(node) for choice in chosen for node in choice.sent], room.is_gpu)
         except MemoryError as error:
             log.warning("mst-fx: the memory plan does without host memory: %s", error)
             host = 0

@@ -13,6 +13,7 @@ import logging
 import mmap
 import threading
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -67,14 +68,14 @@ class Arena(State):
             self._take_in()
             return self.size - sum(piece.size for piece in self._free)
 
-    def reserve(self, size: int, is_pinned: bool) -> None:
-        """Sees to it that buffers of ``size`` bytes together find place.
+    def reserve(self, sizes: Iterable[int], is_pinned: bool) -> None:
+        """Sees to it that buffers of these bytes find place together.
 
         Raises:
             MemoryError: if the system has no such memory to give, or to register.
         """
         with self._lock:
-            lacking = _rounded(size) - (self.size - self.used)
+            lacking = sum(map(_rounded, sizes)) - (self.size - self.used)
             while lacking > 0:
                 part = min(lacking, _MOST_AT_ONCE)
                 self._grow(part, is_pinned)

@@ -6,6 +6,7 @@ of ``torch.utils.checkpoint`` say an order, which rests on the partitioner and o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -51,13 +52,12 @@ def _in_two(joint: JointGraph, choice: Choice) -> tuple[Readers, Readers]:
     """What is read of a layer up to attention's backward pass, and what is cheap and read behind it: made a second time there, it is
     not held while attention has its scratch, which is where a layer's backward pass takes most."""
     again, readers = set(choice.again), [each for each in choice.layer.readers if each[1] in choice.again]
-    users = {user for user, _ in choice.layer.readers if is_attention_backward(user)}
-    order = [node for node in joint.graph.nodes if node in users or node in {user for user, _ in readers}]
-    last = max((index for index, node in enumerate(order) if node in users), default=len(order))
-    behind = set(order[last + 1 :])
-    late = [each for each in readers if each[0] in behind and _is_all_cheap(each[1], again)]
-    late.sort(key=lambda each: order.index(each[0]))
-    return [each for each in readers if each not in late], late
+    users = {user for user, _ in choice.layer.readers}
+    order = {node: index for index, node in enumerate(node for node in joint.graph.nodes if node in users)}
+    last = max((order[user] for user in users if is_attention_backward(user)), default=len(order))
+    is_late = [order[user] > last and _is_all_cheap(node, again) for user, node in readers]
+    late = sorted(itertools.compress(readers, is_late), key=lambda each: order[each[0]])
+    return [each for each, behind in zip(readers, is_late, strict=True) if not behind], late
 
 
 def _is_all_cheap(node: fx.Node, again: set[fx.Node]) -> bool:
