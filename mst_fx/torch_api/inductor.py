@@ -6,6 +6,7 @@
   ``torch._inductor.standalone_compile`` would serve, but takes a fake mode from 2.13 on only.
 - ``torch._guards.TracingContext``: a fresh one keeps a body's shape environment apart from that of
   the graph whose compilation, or backward pass, happens to be under way.
+- ``torch._inductor.lowering.make_fallback``: what Inductor does when it meets an operator that it does not know.
 - ``torch._inductor.choices.InductorChoices``, set with ``V.set_choices_handler``: one heuristic of ours.
 - ``torch._functorch.config.donated_buffer``: off while graphs of ours are compiled, so that ``retain_graph=True`` works;
   ``TracingContext.fw_metadata`` tells their backward pass (the same in torch 2.8 to 2.13, by their code). Of graphs
@@ -42,6 +43,12 @@ from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.lowering import (
+    get_layout_constraint_tag,  # type: ignore[attr-defined]
+    lowerings,
+    make_fallback,
+    tag_to_layout_constraint,
+)
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -134,9 +141,24 @@ def _is_loop(operator: Any) -> bool:
     return is_ours and any(part in operator.name() for part in ("loop", "attention"))
 
 
+def _know_operators(graph: fx.Graph) -> None:
+    """Tells Inductor of the operators of ours in a graph what it would find out when it meets them.
+
+    It would write the operands into a log as a text first (torch 2.11, whatever the level), and that of what an operand is made of,
+    and so on: of results that feed each other, as a plan's copies do, exponentially many.
+    """
+    for node in graph.nodes:
+        target = node.target
+        is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "mst_fx"
+        if is_ours and target not in lowerings:
+            constraint = tag_to_layout_constraint(get_layout_constraint_tag(target, with_default=True))
+            make_fallback(target, layout_constraint=constraint, warn=False)
+
+
 @functools.wraps(compile_fx_inner)
 def _compile_apart(*args: Any, **kwargs: Any) -> Any:
     _donate_nothing()
+    _know_operators(args[0].graph)
     with V.set_choices_handler(_Choices()):
         return compile_fx_inner(*args, **kwargs)
 
