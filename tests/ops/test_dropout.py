@@ -168,6 +168,7 @@ class Linear(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_recomputation_drops_the_same(inner: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +197,7 @@ def test_recomputation_drops_the_same(inner: str, checkpoint: bool, monkeypatch:
     assert losses[0] == losses[2] != losses[1]
 
 
+@pytest.mark.slow
 def test_masks_are_stored_nowhere() -> None:
     """Of what decides them, Inductor's code holds what was drawn and the keys of the rows, and nothing by chunk."""
     torch.manual_seed(0)
