@@ -53,21 +53,23 @@ class Device:
     Attributes:
         products, attention: operations a second.
         bandwidth: bytes a second that its memory takes.
+        link: bytes a second of copies to the host's memory and back, each way.
     """
 
     products: float
     attention: float
     bandwidth: float
+    link: float
 
 
 # By a part of the name. Measured here on H100 and H200 (benchmarks/); A100's from its data sheet, at the same share of its peak.
 _DEVICES = {
-    "H200": Device(700e12, 600e12, 3.8e12),
-    "H100": Device(700e12, 600e12, 2.8e12),
-    "A100": Device(240e12, 190e12, 1.5e12),
+    "H200": Device(700e12, 600e12, 3.8e12, 50e9),
+    "H100": Device(700e12, 600e12, 2.8e12, 50e9),
+    "A100": Device(240e12, 190e12, 1.5e12, 24e9),
 }
 # The ratios count: a plan is the same for a device that is slower in all of it.
-_OTHER = Device(100e12, 80e12, 0.8e12)
+_OTHER = Device(100e12, 80e12, 0.8e12, 12e9)
 
 
 def device_of(name: str) -> Device:

@@ -6,55 +6,99 @@ of ``torch.utils.checkpoint`` say an order, which rests on the partitioner and o
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
 from mst_fx.plan.choices import Choice
-from mst_fx.plan.joint_graph import JointGraph, tensor_of
+from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
+from mst_fx.plan.transfer import Begin, send
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, is_backward_only
 
 _ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
 
 
-def make_again(joint: JointGraph, chosen: Iterable[Choice]) -> None:
-    """Replaces what the backward pass reads of each layer, and does not find kept, by clones.
+def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
+    """Replaces what the backward pass reads of each layer, and does not find kept, by clones; what is kept on the host goes there
+    and back (:mod:`mst_fx.plan.transfer`).
 
     The tags of checkpointing go from the whole graph: the plan decides.
+
+    Args:
+        chosen: in order of the layers.
     """
     for node in joint.graph.nodes:
         for tag in CHECKPOINT_TAGS:
             node.meta.pop(tag, None)
     for node in joint.reads_written:
         always_save(node)
+    fetched = send(joint, chosen)
     for choice in chosen:
         if choice.again:
-            _Again(joint, choice).run()
+            early, late = _in_two(joint, choice)
+            _Again(joint, choice, Begin.of(joint, choice.layer), fetched).run(early)
+            if late:
+                user = late[0][0]
+                _Again(joint, choice, Begin(user, _result_before(joint, user)), fetched).run(late)
     joint.graph.eliminate_dead_code()
 
 
-@dataclasses.dataclass
+Readers = list[tuple[fx.Node, fx.Node]]
+
+
+def _in_two(joint: JointGraph, choice: Choice) -> tuple[Readers, Readers]:
+    """What is read of a layer up to attention's backward pass, and what is cheap and read behind it: made a second time there, it is
+    not held while attention has its scratch, which is where a layer's backward pass takes most."""
+    again, readers = set(choice.again), [each for each in choice.layer.readers if each[1] in choice.again]
+    users = {user for user, _ in choice.layer.readers if is_attention_backward(user)}
+    order = [node for node in joint.graph.nodes if node in users or node in {user for user, _ in readers}]
+    last = max((index for index, node in enumerate(order) if node in users), default=len(order))
+    behind = set(order[last + 1 :])
+    late = [each for each in readers if each[0] in behind and _is_all_cheap(each[1], again)]
+    late.sort(key=lambda each: order.index(each[0]))
+    return [each for each in readers if each not in late], late
+
+
+def _is_all_cheap(node: fx.Node, again: set[fx.Node]) -> bool:
+    """Whether a value is made of what is kept by cheap calls alone."""
+    waiting, seen = [node], {node}
+    while waiting:
+        last = waiting.pop()
+        if not is_cheap(last):
+            return False
+        new = [n for n in last.all_input_nodes if n in again and n not in seen]
+        seen.update(new)
+        waiting += new
+    return True
+
+
+def _result_before(joint: JointGraph, user: fx.Node) -> fx.Node:
+    """A result of the last attention backward before a node."""
+    found = None
+    for node in joint.graph.nodes:
+        if node is user:
+            break
+        if tensor_of(node) is not None and is_attention_backward(source_of(node)):
+            found = node
+    assert found is not None
+    return found
+
+
 class _Again:
-    """One layer, made again."""
+    """Calls of one layer, made again from a place in the backward pass on."""
 
-    joint: JointGraph
-    choice: Choice
-
-    def __post_init__(self) -> None:
-        self.again = set(self.choice.again)
+    def __init__(
+        self, joint: JointGraph, choice: Choice, begin: Begin, fetched: Mapping[fx.Node, fx.Node]
+    ) -> None:
+        self.joint, self.choice, self.begin, self.fetched = joint, choice, begin, fetched
+        self.again = set(choice.again)
         self.clones: dict[fx.Node, fx.Node] = {}
         self.gates: dict[fx.Node, fx.Node] = {}
-        first = self.choice.layer.readers[0][0]
-        self.after = next(
-            n for n in first.all_input_nodes if n in self.joint.backward and tensor_of(n) is not None
-        )
 
-    def run(self) -> None:
-        for user, node in self.choice.layer.readers:
-            if node in self.again:
-                user.replace_input_with(node, self._clone(node, user))
+    def run(self, readers: Readers) -> None:
+        for user, node in readers:
+            user.replace_input_with(node, self._clone(node, user))
 
     def _clone(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """A node, made again before another one. (Layers are deep: no recursion over their nodes.)"""
@@ -71,21 +115,23 @@ class _Again:
         return self.clones[node]
 
     def _copy(self, node: fx.Node, before: fx.Node) -> fx.Node:
-        operands: Mapping[fx.Node, fx.Node] = {n: self._operand(n, before) for n in node.all_input_nodes}
+        operands: Mapping[fx.Node, fx.Node] = {n: self._operand(n) for n in node.all_input_nodes}
         with self.joint.graph.inserting_before(before):
             new = self.joint.graph.node_copy(node, lambda n: operands[n])
         new.meta = dict(node.meta)
         self._is_backward(new)
         return new
 
-    def _operand(self, node: fx.Node, before: fx.Node) -> fx.Node:
+    def _operand(self, node: fx.Node) -> fx.Node:
         if node in self.clones:
             return self.clones[node]
         if node is not self.choice.layer.start and node not in self.choice.kept:
             return node  # of no layer: a weight, what all layers read
         if node not in self.gates:
-            with self.joint.graph.inserting_before(before):
-                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (node, self.after))
+            kept = self.fetched.get(node, node)
+            # All at the start: each holds the gradient that it waits for.
+            with self.joint.graph.inserting_before(self.begin.first):
+                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (kept, self.begin.after))
             gate.meta = {key: value for key, value in node.meta.items() if key in _ABOUT_VALUES}
             self._is_backward(gate)
             self.gates[node] = gate

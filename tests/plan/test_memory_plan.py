@@ -171,7 +171,7 @@ def test_a_gate_without_its_gradient_holds_nothing(monkeypatch: pytest.MonkeyPat
 
     def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
         yield _stages(Chosen(0)), _STRICT
-        monkeypatch.setattr(recompute._Again, "_operand", lambda self, node, _: self.clones.get(node, node))
+        monkeypatch.setattr(recompute._Again, "_operand", lambda self, node: self.clones.get(node, node))
         yield _stages(Chosen(0)), _STRICT
 
     compiled = Ways(monkeypatch, model, ways())
