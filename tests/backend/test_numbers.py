@@ -289,7 +289,8 @@ def test_numbers_outside_of_loops_stay_numbers() -> None:
     assert "torch.ones(" not in report.after[-1]
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_sixteen_bits_round_as_with_numbers(inner: str) -> None:
     """An error against the truth of at most 1.1 times eager's; under Inductor also no more graphs than plain."""
 

@@ -122,6 +122,7 @@ class Dropping(nn.Module):
 _P = (0.1, 0.5, 0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 20, 16), (1, 48, 16), (41, 16)], ids=["batch", "alone", "flat"])
 def test_masks_are_those_of_the_keys(shape: tuple[int, ...]) -> None:
     """Values and gradients are those of eager with the masks that the drawn keys stand for."""
