@@ -23,6 +23,7 @@ os.environ.setdefault("MST_FX_VERIFY", "1")  # each changed graph, against the s
 quick.compilers()
 quick.trace()
 
+settings.register_profile("shortest", max_examples=10)
 settings.register_profile("short", max_examples=50)
 settings.register_profile("long", max_examples=1000)
 settings.register_profile("longest", max_examples=10_000)
@@ -51,7 +52,11 @@ def _forks() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts with the same seed and with what the process says once still to be said."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if (
+        torch.cuda.is_available()
+    ):  # else torch.manual_seed would remember the stack for each kind of device, 1 ms
+        torch.cuda.manual_seed_all(0)
     process.reset()
     marker = request.node.get_closest_marker("shares_compiled")
     with _apart() if marker is None else _shared(request.node.path, **marker.kwargs):

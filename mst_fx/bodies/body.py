@@ -32,13 +32,14 @@ from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
 from mst_fx.process import Named
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
-from mst_fx.torch_api.fakes import make_fx
+from mst_fx.torch_api.fakes import fake_mode, make_fx
 from mst_fx.torch_api.inductor import Compiled, compile_body
 from mst_fx.torch_api.modes import enable_python_dispatcher, outside_of_kernels
 from mst_fx.torch_api.symbolic_rows import RowGuards, symbolic_rows
 from mst_fx.version import __version__
 
 aten = torch.ops.aten
+_SOME_ROWS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +157,17 @@ class Body:
 
     def differentiable_for(self, needs: Sequence[bool]) -> tuple[bool, ...]:
         """Which outputs depend differentiably on the inputs that need gradients."""
-        with self._fakes() as (n, *inputs), torch.enable_grad(), enable_python_dispatcher():
+        with self._some_rows() as inputs, torch.enable_grad(), enable_python_dispatcher():
             leaves = as_leaves(inputs, needs)
-            return tuple(out.requires_grad for out in self.forward(n, *leaves))
+            return tuple(out.requires_grad for out in self.forward(_SOME_ROWS, *leaves))
 
     def gets_gradient(self, needs: Sequence[bool]) -> list[bool]:
         """Which of the inputs that need gradients get some: not those that are read behind a ``detach`` alone."""
         if not any(node.target is aten.detach.default for node in self.forward.graph.nodes):
             return list(needs)
-        with self._fakes() as (n, *inputs), torch.enable_grad(), enable_python_dispatcher():
+        with self._some_rows() as inputs, torch.enable_grad(), enable_python_dispatcher():
             leaves = as_leaves(inputs, needs)
-            outs = [out for out in self.forward(n, *leaves) if out.requires_grad]
+            outs = [out for out in self.forward(_SOME_ROWS, *leaves) if out.requires_grad]
             found, queue = {id(out) for out in outs}, [out.grad_fn for out in outs]
             seen = set(queue)
             while queue:
@@ -277,8 +278,16 @@ class Body:
         """Fake inputs in a mode of their own, which is active meanwhile: the number of rows comes first."""
         mode, n = symbolic_rows(self._avoid, hint)
         with without_saved_tensors_hooks(), mode:
-            row_inputs = [meta.empty(n) for meta in self.row_metas]
-            yield [n, *row_inputs, *(meta.empty() for meta in self.shared)]
+            yield [n, *self._inputs(n)]
+
+    @contextlib.contextmanager
+    def _some_rows(self) -> Iterator[list[torch.Tensor]]:
+        """Fake inputs of a number of rows, where any will do, in a mode of their own."""
+        with without_saved_tensors_hooks(), fake_mode(is_symbolic=False):
+            yield self._inputs(_SOME_ROWS)
+
+    def _inputs(self, n: Any) -> list[torch.Tensor]:
+        return [*(meta.empty(n) for meta in self.row_metas), *(meta.empty() for meta in self.shared)]
 
     def _output_fake(self, meta: OutputMeta, n: Any) -> torch.Tensor:
         shape = meta.shape if meta.is_sum else (n, *meta.shape)

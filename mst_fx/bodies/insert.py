@@ -37,17 +37,13 @@ def scalar_with_gradient(region: Region, body: Body, needs: Sequence[bool]) -> i
     float16 is left out: gradients of a sum over all rows, not yet scaled, may overflow. So is a body with a
     ``torch.autograd.Function``: its backward need not be linear in the tangent (it may clip it, or round it).
     """
-    if body.formulas:
+    scalars = [index for index, meta in enumerate(body.outputs) if meta.is_sum and meta.shape == ()]
+    dtypes = {x.dtype for x in (*body.row_metas, *body.shared)}
+    if body.formulas or not scalars or torch.float16 in dtypes:
         return None
     differentiable = body.differentiable_for(needs)
     found = [index for index, is_differentiable in enumerate(differentiable) if is_differentiable]
-    if len(found) != 1:
-        return None
-    meta = body.outputs[found[0]]
-    dtypes = {x.dtype for x in (*body.row_metas, *body.shared)}
-    if not meta.is_sum or meta.shape != () or torch.float16 in dtypes:
-        return None
-    return found[0]
+    return found[0] if len(found) == 1 and found[0] in scalars else None
 
 
 def replace_region(

@@ -43,8 +43,8 @@ from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.lowering import (
-    get_layout_constraint_tag,  # type: ignore[attr-defined]
+from torch._inductor.lowering import (  # type: ignore[attr-defined]
+    get_layout_constraint_tag,
     lowerings,
     make_fallback,
     tag_to_layout_constraint,

@@ -90,6 +90,7 @@ def test_peak_is_that_of_a_fresh_process_at_each_length() -> None:
         assert peaks[length] <= 1.1 * fresh, length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["automatic", "dynamic=True", "mark_dynamic", "a promised range"])
 def test_short_batches_first_and_long_ones_after(first: str) -> None:
     model = Layer()
@@ -113,6 +114,7 @@ def test_short_batches_first_and_long_ones_after(first: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_each_bound_is_one_more_graph() -> None:
     """Attention in chunks from 17 queries on, the MLP from 25 rows, the head from 33."""
     model = Layer()
@@ -127,6 +129,7 @@ def test_each_bound_is_one_more_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 4
 
 
+@pytest.mark.slow
 def test_bounds_of_sizes_that_change_apart_do_not_multiply() -> None:
     """With batch and length dynamic, rows may be many where queries are few, and the other way round."""
     model, chunks = Layer(), {"attention_chunk_rows": 8, "chunk_rows": 24, "vocab_chunk_rows": 40}
@@ -139,6 +142,7 @@ def test_bounds_of_sizes_that_change_apart_do_not_multiply() -> None:
     assert counters["stats"]["unique_graphs"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logits", ["auto", "defer"])
 def test_deferred_logits_of_long_batches(logits: str) -> None:
     """A loss in the graph, or (with "defer") none: logits that were kept in a short batch are deferred in a long one."""
@@ -215,6 +219,7 @@ LABELLED: dict[str, Callable[[Layer, Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LABELLED)
 def test_labels_have_sizes_of_their_own(name: str) -> None:
     """Batch and length both change: tokens and labels are inputs with other symbols, and as many rows."""
@@ -230,6 +235,7 @@ def test_labels_have_sizes_of_their_own(name: str) -> None:
     assert not [refused for refused in report.refusals if refused.kind == "vocab"]
 
 
+@pytest.mark.slow
 def test_fewer_labels_than_rows() -> None:
     """``gather`` allows that: the guard that there is a label for each row compiles anew."""
     model = Layer()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,18 +16,19 @@ from torch.utils.checkpoint import checkpoint
 import mst_fx
 from mst_fx.listeners import on_graph
 from mst_fx.logits.tensor import DeferredLogits
-from tests.helpers import SMALL_CHUNKS, compile_mst, gradients, kinds, relative_error, step, worst_error
+from tests.helpers import (
+    SMALL_CHUNKS,
+    compile_mst,
+    gradients,
+    kinds,
+    relative_error,
+    step,
+    worst_error,
+)
+from tests.operators import widest_operand
 
 WIDTH, INNER, VOCAB, ROWS = 16, 64, 96, 80
 HALVES = {**SMALL_CHUNKS, "chunk_rows": 40, "vocab_chunk_rows": 40}
-
-
-def widest_operand(run: Callable[[], Any]) -> int:
-    """Elements of the largest operand of any operator, those inside of loops included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
-        run()
-    shapes = [shape for event in seen.events() for shape in event.input_shapes]
-    return max(math.prod(shape) for shape in shapes if shape and all(isinstance(d, int) for d in shape))
 
 
 class Net(nn.Module):
@@ -90,6 +90,7 @@ def _logits(x: Tensor, t: float) -> Tensor:
     return t * torch.tanh((x - t) / t)
 
 
+@pytest.mark.slow
 def test_a_schedule_of_fifty_values_is_as_many_graphs_as_without_mst() -> None:
     model = Net(_inside, _logits)
     numbers = [1.9 - 0.037 * index for index in range(50)]
@@ -101,6 +102,7 @@ def _powers(x: Tensor, t: float) -> Tensor:
     return (x * x + 0.5) ** t + (t - x)
 
 
+@pytest.mark.slow
 def test_slopes_are_as_many_graphs_as_with_inductor() -> None:
     def inside(x: Tensor, t: float) -> Tensor:
         with torch.no_grad():
@@ -110,10 +112,12 @@ def test_slopes_are_as_many_graphs_as_with_inductor() -> None:
     assert graphs(Net(inside, F.leaky_relu), "mst", [0.3, 0.2, -0.1, 0.0], options=HALVES) == 2
 
 
+@pytest.mark.slow
 def test_where_and_powers_are_fewer_graphs_than_without_mst() -> None:
     assert graphs(Net(_powers, _logits), "mst", [1.7, 1.3, 0.9, 0.5], options=HALVES) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [[0.5, -0.5, 0.0, -2.0], [3, 5, 4, -7, 12]], ids=["signs", "ints"])
 def test_signs_and_step_counters(numbers: list[Any]) -> None:
     model = Net(lambda x, t: F.silu(x * t) + x / (t * t + 2), lambda x, t: x * (t + 1) - t)
@@ -153,6 +157,7 @@ class Layers(nn.Module):
         return (each * weight).mean() * weight + weight, logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scales", [[0.5, 0.7, 0.9, -1.1], [3, 5, 4, -7]], ids=["floats", "ints, checkpointed"]
 )
@@ -218,6 +223,7 @@ class Capped(nn.Module):
         return torch.matmul(F.softmax(scores, dim=-1), v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spelling", "cap", "fires"),
     [
@@ -267,6 +273,7 @@ def test_negative_scales_of_fused_attention_are_left_alone() -> None:
     assert [r.kind for r in report.refusals] == ["attention"] and not report.rewrites
 
 
+@pytest.mark.slow
 def test_numbers_outside_of_loops_stay_numbers() -> None:
     class Weighed(Net):
         def forward(self, x: Tensor, labels: Tensor, number: Any) -> Tensor:
@@ -282,7 +289,8 @@ def test_numbers_outside_of_loops_stay_numbers() -> None:
     assert "torch.ones(" not in report.after[-1]
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_sixteen_bits_round_as_with_numbers(inner: str) -> None:
     """An error against the truth of at most 1.1 times eager's; under Inductor also no more graphs than plain."""
 

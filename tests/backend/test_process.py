@@ -57,6 +57,7 @@ def _thrice(model: nn.Module, run: Callable[..., Any], batch: dict[str, Any]) ->
     return gradients(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inner", "setting"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)]
 )
@@ -98,6 +99,7 @@ def _gone() -> bool:
     return not list(BODIES)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("inner", ["aot_eager", "eager"])
 def test_reset_frees_bodies_but_not_those_of_passes_to_come(inner: str) -> None:
@@ -119,6 +121,7 @@ def test_reset_frees_bodies_but_not_those_of_passes_to_come(inner: str) -> None:
         assert _gone() and not any(body() for body in bodies)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 def test_one_output_of_a_forgotten_graph_is_enough() -> None:
     model = _Small()
@@ -138,6 +141,7 @@ def test_one_output_of_a_forgotten_graph_is_enough() -> None:
         assert _gone()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 def test_rewritten_modules_keep_their_bodies() -> None:
     model, x = _Small(), torch.randn(1, 40, 8, dtype=torch.float64, requires_grad=True)
@@ -164,6 +168,7 @@ def test_rewritten_modules_keep_their_bodies() -> None:
         code(x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left")
 def test_a_compiled_function_that_is_alive_works_on() -> None:
     """Dynamo forgets it; whoever called the backend himself has it still."""

@@ -63,6 +63,7 @@ class _Log:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "scope"),
     [("numpy", "forward"), ("address", "both"), ("item", "forward"), ("save_on_cpu", "both")],
@@ -86,6 +87,7 @@ def test_hooks_in_the_step_that_compiles_and_in_later_ones(way: str, scope: str)
     assert way == "save_on_cpu" or (log.packed >= 6 <= log.unpacked), "what loops save goes by the hooks"
 
 
+@pytest.mark.slow
 def test_hooks_only_in_a_later_step() -> None:
     model, batch, log = ToyLM(layers=1), token_batch(2, 33), _Log()
     truth, compiled = step(model, model, batch)[1], compile_mst(model)
@@ -95,6 +97,7 @@ def test_hooks_only_in_a_later_step() -> None:
     assert log.packed >= 3
 
 
+@pytest.mark.slow
 def test_hooks_and_the_graph_as_it_was_rewritten() -> None:
     """No AOTAutograd that packs for the loops: they save what they save themselves."""
     model, batch, log = ToyLM(), token_batch(1, 48), _Log()
@@ -104,6 +107,7 @@ def test_hooks_and_the_graph_as_it_was_rewritten() -> None:
     assert worst_error(found, truth) <= _BAR and kinds(report) == {"mlp": 2, "vocab": 1} and log.packed >= 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_logits_are_computed_under_hooks(where: str) -> None:
     model, batch, log = ToyLM(layers=1), token_batch(1, 48), _Log()
@@ -134,6 +138,7 @@ def test_attention_in_chunks_under_hooks() -> None:
     assert worst_error(found, truth) <= 3e-6 and kinds(report) == {"attention": 2, "mlp": 2, "vocab": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_outside", [True, False])
 def test_a_checkpoint_with_hooks_of_its_own(is_outside: bool) -> None:
     """The non-reentrant checkpoint is made of such hooks."""
@@ -149,6 +154,7 @@ def test_a_checkpoint_with_hooks_of_its_own(is_outside: bool) -> None:
     assert worst_error(found, truth) <= _BAR
 
 
+@pytest.mark.slow
 def test_disabled_hooks() -> None:
     """Where somebody disabled hooks, we push none either: that would raise."""
     model, batch = ToyLM(layers=1), token_batch(1, 48)

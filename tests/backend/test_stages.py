@@ -290,6 +290,7 @@ def test_nothing_is_done_where_nothing_matches() -> None:
     assert "exp" in code and not report.refusals
 
 
+@pytest.mark.slow
 def test_stages_are_in_the_trace() -> None:
     found: list[str] = []
 
@@ -327,6 +328,7 @@ class _Net(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
 def test_joint_stages(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that changes nothing, one that fails half-way; both see the loops of forward and backward."""

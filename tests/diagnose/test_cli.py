@@ -45,6 +45,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_explain_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "explain", "LlamaForCausalLM", "--seq", "512", "--set", "num_hidden_layers=1")
     assert code == 0
@@ -57,6 +58,7 @@ def test_explain_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in out, "no colours in a pipe"
 
 
+@pytest.mark.slow
 def test_diff_shows_nodes_and_each_body_once(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(
         capsys, "diff", "LlamaConfig", "--set", "num_hidden_layers=3", "--seq", "512", "--checkpointing"
@@ -92,6 +94,7 @@ def test_own_function(own_module: str, capsys: pytest.CaptureFixture[str]) -> No
     assert "600" in out and "3 x 256" in out
 
 
+@pytest.mark.slow
 def test_no_labels_leaves_no_loss_to_chunk(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(
         capsys, "explain", "Qwen2ForCausalLM", "--no-labels", "--set", "num_hidden_layers=1", "--seq", "512"
@@ -109,6 +112,7 @@ def test_short_sequences_are_left_alone_and_said_to_be(
     assert "rewrote nothing" in out and "doctor says more about: short" in out
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_and_an_image_model(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "explain", "T5Config", "--seq", "300", "--set", "num_layers=1", "--no-labels")
     assert code == 0, out
@@ -188,6 +192,7 @@ def test_missing_rich_is_said(
     assert "pip install rich" in err
 
 
+@pytest.mark.slow
 def test_graph_diff_is_the_same_command(own_module: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "diff", f"{own_module}:build")
     script = apart.run_script(TOOLS / "graph_diff.py", f"{own_module}:build", cwd=".")

@@ -317,6 +317,7 @@ def test_trl_bypasses_a_wrapper(tmp_path: Path) -> None:
 # The estimate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_estimate_of_a_step(checkpoint: bool) -> None:
     """Near what eager takes; never less than what mst takes."""
@@ -405,6 +406,7 @@ def _doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_doctor_says_cause_and_fix(own_module: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = _doctor(capsys, f"{own_module}:gpt2", "--option", "chunk_rows=16")
     assert "loss-behind-a-break\n" in out and '  fix: model.loss_type = "ForCausalLM"' in out
@@ -416,6 +418,7 @@ def test_doctor_runs_a_program_as_it_is(own_module: str, capsys: pytest.CaptureF
     assert "nothing-compiled" in out and "0 graph(s)" in out
 
 
+@pytest.mark.slow
 def test_doctor_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     out = _doctor(capsys, "LlamaForCausalLM", "--seq", "512", "--set", "num_hidden_layers=1")
     assert "nothing in the way was found" in out

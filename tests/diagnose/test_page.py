@@ -67,6 +67,7 @@ def text(report: Diagnosis) -> str:
     return make_page("a toy <script>alert(1)</script>", report)
 
 
+@pytest.mark.slow
 def test_everything_is_in_it(report: Diagnosis, text: str) -> None:
     page = _Page(text)
     said = " ".join(page.text)
@@ -128,6 +129,7 @@ def test_memory_of_graphs_in_turn() -> None:
     assert first.then(second) == Memory((3, 2, 7), (8, 4), 3)
 
 
+@pytest.mark.slow
 def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.html"
     arguments = ["diff", "LlamaForCausalLM", "--seq", "512", "--checkpointing"]

@@ -175,6 +175,7 @@ class Around(nn.Module):
         return result
 
 
+@pytest.mark.slow
 def test_a_function_that_dynamo_skips(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     ids = _ids()
@@ -293,6 +294,7 @@ def test_a_mask_from_outside(caplog: pytest.LogCaptureFixture) -> None:
         assert _warnings(caplog) == [cause]
 
 
+@pytest.mark.slow
 def test_silence(caplog: pytest.LogCaptureFixture) -> None:
     """With the loss, without gradients, in one chunk, with logits that are kept or deferred on purpose, when asked."""
     model, ids = Model(), _ids()

@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_packages(wheel: zipfile.ZipFile) -> None:
     files = [Path(name) for name in wheel.namelist() if not name.endswith("/")]
     installed = {path.as_posix() for path in files if not path.parts[0].endswith(".dist-info")}

@@ -216,6 +216,7 @@ def _fast() -> tuple[ToyLM, Callable[..., Any]]:
     return model, mst_fx.rewrite(exported, inputs, SMALL_CHUNKS)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", [False, True])
 def test_every_member_of_a_tensor_without_arguments(rows: bool) -> None:
@@ -586,6 +587,7 @@ def test_without_a_port(shift: str) -> None:
     assert max(relative_error(f, t) for f, t in zip(found, truth, strict=True)) <= _BAR
 
 
+@pytest.mark.slow
 def test_frozen_rows_and_frozen_head() -> None:
     for frozen in ("head", "rows"):
         model, inputs = ToyLM(layers=1), token_batch(BATCH, LENGTH)
@@ -686,6 +688,7 @@ def test_pickle_of_deferred_logits() -> None:
     assert relative_error(found, model(**inputs)[1]) <= _BAR
 
 
+@pytest.mark.slow
 def test_keep() -> None:
     """``logits="keep"`` gives plain logits, and says why the head was left alone."""
     model, inputs = ToyLM(layers=1), token_batch(BATCH, LENGTH)
@@ -736,6 +739,7 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_no_tangent_for_logits_that_nobody_uses() -> None:
     """The backward pass makes no tensor of S×V elements; keeping the logits does."""
     model, inputs = ToyLM(layers=1), token_batch(4, 128)
@@ -752,6 +756,7 @@ def test_no_tangent_for_logits_that_nobody_uses() -> None:
     assert 0 < elements["auto"] < wide <= elements["keep"]
 
 
+@pytest.mark.slow
 def test_dynamic_lengths() -> None:
     """One compilation; rows of each length are computed alone, their gradient comes by the port."""
     model = ToyLM(layers=1)

@@ -122,6 +122,7 @@ class Dropping(nn.Module):
 _P = (0.1, 0.5, 0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 20, 16), (1, 48, 16), (41, 16)], ids=["batch", "alone", "flat"])
 def test_masks_are_those_of_the_keys(shape: tuple[int, ...]) -> None:
     """Values and gradients are those of eager with the masks that the drawn keys stand for."""
@@ -168,6 +169,7 @@ class Linear(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_recomputation_drops_the_same(inner: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +198,7 @@ def test_recomputation_drops_the_same(inner: str, checkpoint: bool, monkeypatch:
     assert losses[0] == losses[2] != losses[1]
 
 
+@pytest.mark.slow
 def test_masks_are_stored_nowhere() -> None:
     """Of what decides them, Inductor's code holds what was drawn and the keys of the rows, and nothing by chunk."""
     torch.manual_seed(0)

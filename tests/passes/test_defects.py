@@ -48,6 +48,7 @@ def _head_batch(batch: int, length: int) -> dict[str, Tensor]:
     return {"x": x, "labels": torch.randint(0, 96, (batch, length))}
 
 
+@pytest.mark.slow
 def test_head_gradient_is_not_doubled_nor_tripled_by_accumulation() -> None:
     model, inputs = ToyLM(), token_batch(1, 64)
     compiled = compile_mst(model)
@@ -65,20 +66,24 @@ def test_scale_does_not_depend_on_the_first_chunk() -> None:
     check_parity(ToyLM(), inputs, _LOSS, _GRAD)
 
 
+@pytest.mark.slow
 def test_tied_embeddings() -> None:
     model = ToyLM()
     model.head.weight = model.embed.weight
     check_parity(model, token_batch(2, 33), _LOSS, _GRAD)
 
 
+@pytest.mark.slow
 def test_tail_rows_are_not_dropped() -> None:
     check_parity(ToyLM(), token_batch(1, 67), _LOSS, _GRAD)
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_chunks() -> None:
     check_parity(ToyLM(), token_batch(1, 3), _LOSS, _GRAD)
 
 
+@pytest.mark.slow
 def test_chunks_of_one_row() -> None:
     report = check_parity(
         ToyLM(), token_batch(1, 5), _LOSS, _GRAD, {**SMALL_CHUNKS, "chunk_rows": 1, "vocab_chunk_rows": 1}
@@ -86,6 +91,7 @@ def test_chunks_of_one_row() -> None:
     assert [rewrite.chunks for rewrite in report.rewrites] == [5, 5, 5]
 
 
+@pytest.mark.slow
 def test_frozen_head_gets_no_gradient() -> None:
     model = ToyLM()
     model.head.weight.requires_grad_(False)
@@ -105,6 +111,7 @@ def test_num_items_in_batch() -> None:
     check_parity(entry.build().double(), inputs, 3e-6, 3e-6)
 
 
+@pytest.mark.slow
 def test_logits_are_there_when_wanted() -> None:
     model, inputs = ToyLM(), token_batch(1, 64)
     _, logits = compile_mst(model)(**inputs)
@@ -127,6 +134,7 @@ def test_class_weights_do_not_crash() -> None:
     check_parity(Head(weight=torch.rand(96, dtype=torch.float64)), _head_batch(2, 33), _LOSS, _GRAD)
 
 
+@pytest.mark.slow
 def test_two_heads() -> None:
     first, second = Head(), Head()
     both = nn.ModuleList([first, second])
@@ -146,6 +154,7 @@ def test_short_sequences_are_left_alone() -> None:
     assert not report.rewrites and not report.refusals
 
 
+@pytest.mark.slow
 def test_lora_around_frozen_weights() -> None:
     class Lora(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -166,6 +175,7 @@ def test_lora_around_frozen_weights() -> None:
     assert model.blocks[0].mlp.up.base.weight.grad is None  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(64, 2500), (2500, 64)])
 def test_code_for_small_chunks_is_not_run_on_large_ones(
     order: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -156,6 +156,7 @@ def test_mixing_inside_is_refused(name: str, shape: tuple[int, ...]) -> None:
         assert report.refusals and all(case.reason in refused.reason for refused in report.refusals)
 
 
+@pytest.mark.slow
 def test_square_batches_do_not_confuse_dimensions() -> None:
     """B = S = H: sizes that are equal say nothing about what lies along them."""
     for case in (MIXING["swap_batch_and_length"], MIXING["positions"], MIXING["gram"], MIXING["mean"]):
@@ -288,6 +289,7 @@ def test_strict_rewrite_raises() -> None:
         mst_fx.rewrite(gm, [_input(3, 20, 16)], {**DIRECT, "strict": True})
 
 
+@pytest.mark.slow
 def test_a_failure_while_deferring_leaves_the_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a defect")
@@ -327,6 +329,7 @@ def test_distributed_weight() -> None:
     assert relative_error(found, truth[0]) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_refusals_of_distributed_weights() -> None:
     """Places that would be loops, by name, once each; not the widening projection into attention."""

@@ -136,6 +136,7 @@ def test_a_loss_that_is_refused(name: str) -> None:
     assert not report.rewrites
 
 
+@pytest.mark.slow
 def test_heads_under_vmap_are_heads() -> None:
     """They are refused as what they are; an MLP there is one."""
     rows, labels, weight = torch.randn(3, 24, H), torch.randint(V, (3, 24)), nn.Parameter(torch.randn(V, H))
@@ -186,6 +187,7 @@ class Distillation(nn.Module):
         return F.kl_div(self.student(ids).log_softmax(-1), teacher, reduction="batchmean")
 
 
+@pytest.mark.slow
 def test_heads_of_two_models_have_both_names() -> None:
     ids = torch.randint(V, (2, 40))
 

@@ -21,8 +21,17 @@ from mst_fx.masks.formula import Compare
 from mst_fx.masks.tensor import DeferredMask, MaskForm, made_mask
 from mst_fx.passes import mask_breaks
 from tests import apart
-from tests.helpers import check_parity, compile_mst, gradients, kinds, relative_error, step, worst_error
+from tests.helpers import (
+    check_parity,
+    compile_mst,
+    gradients,
+    kinds,
+    relative_error,
+    step,
+    worst_error,
+)
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
+from tests.operators import operators
 
 SEQ = 41
 OPTIONS: dict[str, Any] = {
@@ -163,6 +172,7 @@ def test_a_defect_leaves_masks_to_the_compiler(monkeypatch: pytest.MonkeyPatch) 
         assert "attention" not in kinds(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["window", "padding", "documents", "added and padded"])
 def test_dynamic_lengths(name: str) -> None:
     model = Model(MASKS[name][0], layers=1)
@@ -177,15 +187,7 @@ def test_dynamic_lengths(name: str) -> None:
 
 def _square(run: Callable[[], Any], size: int) -> list[Any]:
     """The operators of a step with an operand of ``size`` x ``size`` elements."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as seen:
-        run()
-    return [
-        (event.name, shape)
-        for event in seen.events()
-        for shape in event.input_shapes or []
-        if isinstance(shape, (list, tuple)) and list(shape).count(size) > 1
-    ]
+    return [(name, shape) for name, shapes in operators(run) for shape in shapes if shape.count(size) > 1]
 
 
 def _parity(
@@ -232,6 +234,7 @@ def test_hugging_face(name: str, batch: int, variant: str, way: str) -> None:
     assert not _square(lambda: run(**inputs).loss.backward(), ATTENTION_SEQ)
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     for name in ("padding", "added"):
         model = Model(MASKS[name][0], layers=1)

@@ -88,10 +88,12 @@ def _transforms(model: _Model, x: Tensor) -> Tensor:
     return torch.func.vjp(lambda y: y.cos(), x)[1](x)[0]
 
 
+@pytest.mark.slow
 def test_everything_around_transforms_is_rewritten() -> None:
     assert kinds(check(_Model(_transforms), (_IDS,))) == _WHOLE
 
 
+@pytest.mark.slow
 def test_a_scan_keeps_its_levels_under_an_outer_compiler() -> None:
     """Mamba-1's: nothing reads the nodes that begin and end a level."""
     model = _Model(lambda m, x: associative_scan(lambda a, b: a * 0.5 + b, x, 1, combine_mode="generic"))
@@ -131,6 +133,7 @@ def test_nothing_inside_of_a_transform_is_touched(name: str) -> None:
     assert all("torch.func transform" in refused.reason for refused in report.refusals)
 
 
+@pytest.mark.slow
 def test_a_teacher_in_inference_mode() -> None:
     """It is chunked too; but autograd would not save what it made for the loop of what reads that."""
 

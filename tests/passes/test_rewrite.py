@@ -123,6 +123,7 @@ def test_short_graphs_are_returned_as_they_are(rows: int) -> None:
     assert new is gm and not report.rewrites
 
 
+@pytest.mark.slow
 def test_short_models_reach_the_inner_compiler_as_dynamo_gave_them() -> None:
     """With the defaults, no graph of less than the least chunk is touched."""
     model, seen = ToyLM(layers=1), []

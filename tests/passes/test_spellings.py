@@ -23,6 +23,7 @@ from mst_fx.options import make_options
 from mst_fx.passes import functional, sum_losses
 from tests.direct import results, rewritten, worst
 from tests.helpers import check_parity, kinds, report_of
+from tests.operators import widest_operand
 
 WIDTH, INNER, VOCAB, BATCH, LENGTH, PARTS = 16, 64, 48, 2, 32, 4
 F64 = torch.float64
@@ -58,16 +59,6 @@ def _batch() -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, LENGTH, WIDTH, dtype=F64, requires_grad=True), y
 
 
-def _widest(run: Callable[[], Any]) -> int:
-    """Elements of the largest operand of any operator, those inside of loops included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
-        run()
-    shapes = [
-        s for e in seen.events() or () for s in e.input_shapes if s and all(isinstance(d, int) for d in s)
-    ]
-    return max(math.prod(s) for s in shapes)
-
-
 def _check(step: Step, wide: int) -> mst_fx.Report:
     """Parity with eager; and no operand of ``wide`` elements, but for given ones, if something is rewritten."""
     model, batch = Toy(step), _batch()
@@ -75,7 +66,7 @@ def _check(step: Step, wide: int) -> mst_fx.Report:
     run, report = rewritten(model)
     assert worst(results(run, batch, model), truth) <= 1e-9
     if wide and report.rewrites:
-        assert _widest(lambda: results(run, batch, model)) < wide
+        assert widest_operand(lambda: results(run, batch, model)) < wide
     return report
 
 
@@ -491,6 +482,7 @@ def test_heads(name: str) -> None:
     assert not any(refused.kind == "vocab" for refused in report.refusals)
 
 
+@pytest.mark.slow
 def test_labels_edited_in_place() -> None:
     report = _check(
         lambda m, x, y: sum(_of_labels(edit)(m, x, y) for edit in LABELS.values()), LENGTH * VOCAB

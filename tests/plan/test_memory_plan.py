@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -16,14 +16,17 @@ import mst_fx
 from mst_fx import backend
 from mst_fx.context import JointContext
 from mst_fx.errors import Cause, OptionError
+from mst_fx.joint import hooked
 from mst_fx.listeners import on_plan
 from mst_fx.options import bytes_in, make_options
+from mst_fx.pipeline import JOINT_STAGES
 from mst_fx.plan import recompute
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
+from mst_fx.torch_api.inductor import compile_graph
 from mst_fx.torch_api.joint import must_save
 from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
 from tests.models import ACCEPTED, inputs_of
@@ -62,12 +65,41 @@ class Chosen:
         self.attention = sum(map(is_attention, context.graph.nodes))
 
 
-def _with_choice(monkeypatch: pytest.MonkeyPatch, index: int) -> Chosen:
-    chosen = Chosen(index)
-    stage = Stage("memory", chosen, when=When.JOINT)
-    monkeypatch.setattr(backend, "JOINT_STAGES", (stage,))
-    monkeypatch.setattr("mst_fx.joint._key", lambda *_: str(index))
-    return chosen
+def _stages(chosen: Chosen) -> tuple[Stage, ...]:
+    return (Stage("memory", chosen.__call__, when=When.JOINT),)
+
+
+class Ways:
+    """A model under mst, captured and rewritten once, its graphs compiled with the joint stages of each of several ways.
+
+    Args:
+        ways: stages and options of each; asked for the next when a graph is compiled.
+
+    Attributes:
+        now: the way that runs.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        model: nn.Module,
+        ways: Iterable[tuple[Sequence[Stage], dict[str, Any]]],
+    ) -> None:
+        self.now, alone = 0, compile_graph
+
+        def compiled_in_each(*args: Any) -> Callable[..., Any]:
+            compiled = []
+            for stages, more in ways:
+                with hooked(stages, make_options({**SMALL_CHUNKS, **more})):
+                    compiled.append(alone(*args))
+            return lambda *args: compiled[self.now](*args)
+
+        monkeypatch.setattr(backend, "compile_graph", compiled_in_each)
+        self.run = compile_mst(model, SMALL_CHUNKS)
+
+
+_PLAIN: tuple[Sequence[Stage], dict[str, Any]] = ((), {})
+_STRICT = {"strict": True}
 
 
 def _saved(loss: Tensor, given: set[int]) -> int:
@@ -90,15 +122,20 @@ def _given(model: nn.Module, batch: dict[str, Any]) -> set[int]:
 def test_every_choice_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients; attention runs as often as the choice says; what is saved differs by what is kept, exactly."""
     model, batch = _model()
-    plain = compile_mst(model, SMALL_CHUNKS)
-    loss, truth = step(model, plain, batch)
+    every: list[Chosen] = []
+
+    def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
+        yield _PLAIN
+        while not every or len(every) < every[-1].count:
+            every.append(Chosen(len(every)))
+            yield _stages(every[-1]), _STRICT
+
+    compiled = Ways(monkeypatch, model, ways())
+    loss, truth = step(model, compiled.run, batch)
     given = _given(model, batch)
     counts, saved, kept = [], [], []
-    index = count = 0
-    while index <= count:
-        chosen = _with_choice(monkeypatch, index)
-        run = compile_mst(model, {**SMALL_CHUNKS, "strict": True})
-        found = run(**batch)
+    for compiled.now, chosen in enumerate(every, start=1):
+        found = compiled.run(**batch)
         saved.append(_saved(found.loss, given))
         model.zero_grad(set_to_none=True)
         found.loss.backward()
@@ -107,8 +144,7 @@ def test_every_choice_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
         assert len(chosen.choices) == _LAYERS and len({str(choice) for choice in chosen.choices[:-1]}) == 1
         counts.append(chosen.attention)
         kept.append(sum(choice.bytes for choice in chosen.choices))
-        index, count = index + 1, chosen.count - 1
-    assert count >= 4
+    assert len(every) >= 5
     assert counts[0] == 2 * _LAYERS and set(counts[1:]) == {_LAYERS}
     assert kept == sorted(kept)
     assert [s - saved[0] for s in saved] == [k - kept[0] for k in kept]
@@ -118,9 +154,11 @@ def test_every_choice_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
 def test_all_made_again_has_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kinds of layers, biases, one product for queries, keys and values, and an encoder with a decoder behind it."""
     model, batch = _model(name)
-    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
-    chosen = _with_choice(monkeypatch, 0)
-    found, gradients = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
+    chosen = Chosen(0)
+    compiled = Ways(monkeypatch, model, [_PLAIN, (_stages(chosen), _STRICT)])
+    loss, truth = step(model, compiled.run, batch)
+    compiled.now = 1
+    found, gradients = step(model, compiled.run, batch)
     assert sum(bool(choice.again) for choice in chosen.choices) >= (1 if name == "t5" else 2)
     assert torch.equal(found, loss)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in truth.items())
@@ -131,13 +169,15 @@ def test_a_gate_without_its_gradient_holds_nothing(monkeypatch: pytest.MonkeyPat
     model, batch = _model()
     given = _given(model, batch)
 
-    def saved() -> int:
-        _with_choice(monkeypatch, 0)
-        return _saved(compile_mst(model, {**SMALL_CHUNKS, "strict": True})(**batch).loss, given)
+    def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
+        yield _stages(Chosen(0)), _STRICT
+        monkeypatch.setattr(recompute._Again, "_operand", lambda self, node: self.clones.get(node, node))
+        yield _stages(Chosen(0)), _STRICT
 
-    gated = saved()
-    monkeypatch.setattr(recompute._Again, "_operand", lambda self, node: self.clones.get(node, node))
-    assert saved() > 1.5 * gated
+    compiled = Ways(monkeypatch, model, ways())
+    gated = _saved(compiled.run(**batch).loss, given)
+    compiled.now = 1
+    assert _saved(compiled.run(**batch).loss, given) > 1.5 * gated
 
 
 def _keeps_attention() -> Any:
@@ -158,14 +198,17 @@ def test_with_checkpointing_in_the_model(
     model, batch = _model()
     arguments = {"use_reentrant": False, **({"context_fn": policy} if policy else {})}
     model.gradient_checkpointing_enable(arguments)
-    _, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
+    chosen = Chosen(0)
+    planned = (JOINT_STAGES, {"memory": "auto"})
+    compiled = Ways(monkeypatch, model, [_PLAIN, planned, (_stages(chosen), _STRICT)])
     with mst_fx.watch() as report:
-        _, rich = step(model, compile_mst(model, {**SMALL_CHUNKS, "memory": "auto"}), batch)
-    chosen = _with_choice(monkeypatch, 0)
-    _, poor = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
-    assert (
-        worst_error(rich, truth) < 1e-6 and worst_error(poor, truth) < 1e-12
-    )  # float32, and loops un-chunked
+        _, truth = step(model, compiled.run, batch)
+    compiled.now = 1
+    _, rich = step(model, compiled.run, batch)
+    compiled.now = 2
+    _, poor = step(model, compiled.run, batch)
+    assert worst_error(rich, truth) < 1e-6  # float32, and loops un-chunked
+    assert worst_error(poor, truth) < 1e-12
     assert {each.again for each in report.plans[0].layers} == {"nothing, MLP un-chunked"}
     assert chosen.attention == (_LAYERS if policy else 2 * _LAYERS)
 
@@ -215,8 +258,8 @@ def test_what_reads_a_buffer_that_is_written_is_kept(monkeypatch: pytest.MonkeyP
     batch = {"ids": torch.randint(96, (2, 40))}
     eager = deepcopy(model)
     _, truth = step(eager, eager, batch)
-    chosen = _with_choice(monkeypatch, 0)
-    _, found = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
+    chosen = Chosen(0)
+    _, found = step(model, Ways(monkeypatch, model, [(_stages(chosen), _STRICT)]).run, batch)
     assert all(choice.again for choice in chosen.choices)
     assert worst_error(found, truth) < 1e-12
 
@@ -281,28 +324,41 @@ def test_what_has_no_layers_is_refused_aloud(caplog: pytest.LogCaptureFixture) -
     assert "no memory plan for a graph: there are no layers" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = call_metered(_metered, {"much": "auto", "little": 10.5})
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler")
 @pytest.mark.parametrize("kept", ["much", "little"])
-def test_the_peak_is_as_promised(kept: str) -> None:
+def test_the_peak_is_as_promised(kept: str, peaks: dict[str, tuple[int, int]]) -> None:
     """With real Inductor, in float32: a step of a planned model takes what the plan says (test_gpu_plan.py: never more than its budget)."""
-    found, promised = call_metered(_metered, kept == "much")
+    found, promised = peaks[kept]
     # Above it on a CPU: scratch of its attention kernels, which is none on GPUs.
     assert 0.75 * promised <= found <= 1.2 * promised, (found, promised)
 
 
-def _metered(is_much: bool) -> tuple[int, int]:
-    """Bytes above the inputs at the peak of a step, and those of the plan."""
+def test_the_plans_differ(peaks: dict[str, tuple[int, int]]) -> None:
+    assert peaks["little"][1] < 0.85 * peaks["much"][1]
+
+
+def _metered(budgets: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """For each budget, "auto" or MiB above the parameters: bytes above the inputs at the peak of a step, and those of the plan."""
+    return {name: _peak_and_plan(budget) for name, budget in budgets.items()}
+
+
+def _peak_and_plan(budget: Any) -> tuple[int, int]:
     torch.manual_seed(0)
     entry = ACCEPTED["llama"]
-    model = entry.build(num_hidden_layers=4).float().train()
+    model = entry.build(num_hidden_layers=3).float().train()
     batch = inputs_of(entry, 1, 2048, torch.float32)
-    options = {"chunk_rows": 256, "vocab_chunk_rows": 256}
     given = sum(p.numel() * p.element_size() for p in model.parameters()) + 2048 * 16
+    memory = budget if budget == "auto" else int(given + budget * 2**20)
     plans: list[Any] = []
-    memory = "auto" if is_much else int(given + 11.5 * 2**20)
     with on_plan.listening(plans.append):
-        run = compile_mst(model, {**options, "memory": memory})
+        run = compile_mst(model, {"chunk_rows": 256, "vocab_chunk_rows": 256, "memory": memory})
         step(model, run, batch)
         meter = malloc_meter()
         model.zero_grad(set_to_none=True)

@@ -373,6 +373,7 @@ class _Model(ToyLM):
         return (loss, logits) if with_logits else loss
 
 
+@pytest.mark.slow
 def test_in_a_model() -> None:
     """With one body for equal layers and a dynamic length. A clip is not linear: the loss's tangent comes before it."""
     model, batch = _Model("pre", _GeluMLP), {**token_batch(3, 37), "with_logits": False}

@@ -12,6 +12,7 @@ from tools.bench.chunks import Point, auto_rows, draw, read, sweep, table
 from tools.bench.runner import Case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["mlp", "head"])
 def test_sweep(level: str, tmp_path: Path) -> None:
     case = Case(level=level, model="tiny", layers=1, seq=600, device="cpu")

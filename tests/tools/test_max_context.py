@@ -193,6 +193,7 @@ def test_tables() -> None:
     assert {line.count(" | ") for line in runs if "---" not in line} == {13} and len(runs) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "in-backward"])
 def test_a_step_trains_and_runs_out_of_memory(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "_collect_log", list)  # its handler would stay

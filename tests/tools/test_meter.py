@@ -123,6 +123,7 @@ class Counter:
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_worker_keeps_what_it_made(tmp_path: Path) -> None:
     """And its log; both requests may be asked before the first answer is read."""
     with Worker(Counter, 5, way="up", log=tmp_path / "log.txt") as worker:
@@ -136,6 +137,7 @@ def test_a_worker_keeps_what_it_made(tmp_path: Path) -> None:
     assert (tmp_path / "log.txt").read_text() == "counts up\nso long\n"
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_late_is_stopped() -> None:
     worker = Worker(Counter, 0, way="down")
     worker.ask("add", 1)

@@ -87,6 +87,7 @@ def test_a_sweep_goes_on_where_it_was(
     assert "| `fine` |" in (tmp_path / "models.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_tiny_model_is_compared_with_eager() -> None:
     outcome = trial.attempt("llama", "causal")
     assert outcome.status == "right" and outcome.is_whole and outcome.error < 1e-6

@@ -29,6 +29,7 @@ from tests.helpers import (
     worst_error,
 )
 from tests.models import ACCEPTED, inputs_of
+from tests.operators import operators
 
 _LLAMA = ACCEPTED["llama"]
 Wrap = Callable[[nn.Module], nn.Module]
@@ -82,9 +83,7 @@ _LOOPS = ("mst_fx::loop", "mst_fx::loop_backward", "mst_fx::loop_with_grad")
 
 def _loops(run: Callable[[], Any]) -> collections.Counter[str]:
     """How often each kind of loop runs."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        run()
-    return collections.Counter(event.name for event in seen.events() or () if event.name in _LOOPS)
+    return collections.Counter(name for name, _ in operators(run) if name in _LOOPS)
 
 
 def _check(model: nn.Module, batch: dict[str, Tensor], layers: int, again: int = 0) -> None:
@@ -100,6 +99,7 @@ def _check(model: nn.Module, batch: dict[str, Tensor], layers: int, again: int =
     assert found_loops == dict(zip(_LOOPS, (layers + again, layers, 1), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_recomputed_once(way: str) -> None:
     torch.manual_seed(0)

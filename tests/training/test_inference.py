@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -251,33 +252,37 @@ def test_two_forwards_of_perturbed_weights() -> None:
 _WRITES_BAD_CHECKS = torch.__version__ < "2.12"
 
 
-def _example(path: str, *arguments: str) -> None:
+def _example(inner: str, path: str, *arguments: str) -> None:
+    """Runs it with one layer."""
     if _WRITES_BAD_CHECKS:
         torch._inductor.config.assert_indirect_indexing = False
+    config: Any = transformers.LlamaConfig
+    transformers.LlamaConfig = lambda **values: config(**{**values, "num_hidden_layers": 1})  # type: ignore[misc, assignment]
+    nn.Module.compile = functools.partialmethod(nn.Module.compile, options={"inner": inner})  # type: ignore[assignment]
     apart.script(path, *arguments)
 
 
-def _run_example(name: str, *arguments: str) -> str:
+def _run_example(inner: str, name: str, *arguments: str) -> str:
     path = ROOT / "examples" / name
     assert len(path.read_text().splitlines()) <= 40
-    done = apart.call(_example, str(path), *arguments)
+    done = apart.call(_example, inner, str(path), *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.mark.slow
 def test_example_prefill() -> None:
-    assert "prompt of 1,000 tokens" in _run_example("prefill.py", "1000")
+    assert "prompt of 1,000 tokens" in _run_example("inductor", "prefill.py", "1000")
 
 
 @pytest.mark.slow
 def test_example_perplexity() -> None:
-    out = _run_example("perplexity.py", "1000")
+    out = _run_example("eager", "perplexity.py", "1000")
     assert "perplexity of 1,000 tokens: 2" in out
     assert "DeferredLogits(shape=(1, 1000, 256)" in out and "computed" not in out
 
 
 @pytest.mark.slow
 def test_example_zeroth_order() -> None:
-    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", _run_example("zeroth_order.py", "40"))]
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", _run_example("eager", "zeroth_order.py", "40"))]
     assert len(losses) == 40 and losses[-1] < losses[0] - 0.05

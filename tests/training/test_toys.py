@@ -25,6 +25,7 @@ def test_short_sequences(length: int) -> None:
     check_parity(ToyLM(layers=1), inputs, 1e-10, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_rows", [1, 2, 5, 63, 64])
 def test_any_chunk_size(chunk_rows: int) -> None:
     options = {"inner": "aot_eager", "chunk_rows": chunk_rows, "vocab_chunk_rows": chunk_rows}
@@ -39,6 +40,7 @@ def test_regions_absorb_the_norm_before_and_the_add_after() -> None:
     assert "rms_norm" in text and "add" in text
 
 
+@pytest.mark.slow
 def test_frozen_weights_get_no_gradient() -> None:
     model = ToyLM()
     model.head.weight.requires_grad_(False)
@@ -47,6 +49,7 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert model.head.weight.grad is None
 
 
+@pytest.mark.slow
 def test_only_the_inputs_need_a_gradient() -> None:
     """All weights frozen: no weight gradient is computed, and rows still get theirs."""
     model = ToyLM(layers=1)
