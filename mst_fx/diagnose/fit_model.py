@@ -49,7 +49,8 @@ def subject_of(name: str, shape: Shape, lora: int = 0) -> Subject:
 
     @functools.cache
     def inputs(seq: int) -> Mapping[str, Tensor]:
-        made = make_inputs(build(1, False), Shape(batch=shape.batch, seq=seq, dtype=shape.dtype))
+        plain = random_model(model_class, _cut(config, 1), device="meta", dtype=shape.dtype)
+        made = make_inputs(plain, Shape(batch=shape.batch, seq=seq, dtype=shape.dtype))
         if "labels" not in made:
             raise SubjectError(f"{model_class.__name__} takes no labels, so that it has no loss to train on")
         return {key: value.to("meta") for key, value in made.items()}
