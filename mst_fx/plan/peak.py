@@ -8,42 +8,79 @@ rounds, and what Inductor orders otherwise, is not seen: a meter knows.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import itertools
 from typing import Any
 
 from torch import fx
 
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
-from mst_fx.graph.spelling import ATTENTION_KERNELS, operation
+from mst_fx.graph.spelling import ATTENTION_KERNELS, argument, operation
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_cheap, is_view, source_of, storage_of, tensor_of
+from mst_fx.torch_api.attention import groups_at_once
 from mst_fx.torch_api.tensors import tree_leaves
 
 _FORWARD_LOOPS = ("mst_fx::loop", "mst_fx::loop_list")
 _LOOP_BACKWARD, _LOOP_WITH_GRADIENT = "mst_fx::loop_backward", "mst_fx::loop_with_grad"
 
 
-def peak_of(joint: JointGraph) -> int:
-    """The bytes, beside the inputs, that are alive at the highest moment of a step, sizes by hint."""
-    calls = [n for n in _in_two_halves(joint) if n.op == "call_function"]
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The memory of one value.
+
+    Attributes:
+        node: what makes it, or is one of the results of what makes it.
+        bytes: sizes by hint.
+        first, last: the calls, counted in the order in which they run, while which it is held.
+    """
+
+    node: fx.Node
+    bytes: int
+    first: int
+    last: int
+
+
+def calls_of(joint: JointGraph) -> list[fx.Node]:
+    """The calls of both passes in the order in which they run: what no gradient is needed for, and then the rest."""
+    calls = [node for node in joint.graph.nodes if node.op == "call_function"]
+    return [n for n in calls if n not in joint.backward] + [n for n in calls if n in joint.backward]
+
+
+def held_by(joint: JointGraph) -> list[Held]:
+    """The memory that a step makes, inputs and scratch excepted; what it returns is held to its end."""
+    calls = calls_of(joint)
     place = {node: index for index, node in enumerate(calls)}
-    end = len(calls)
+    end = len(calls) - 1
     leaving = {storage_of(n) for n in joint.graph.output_node().all_input_nodes}
     last: dict[fx.Node, int] = {}
     for node in reversed(calls):
-        last[node] = max((_read_at(user, place, last, end) for user in node.users), default=place[node])
+        last[node] = max((_read_at(user, node, place, last, end) for user in node.users), default=place[node])
     until: dict[fx.Node, int] = collections.defaultdict(int)  # of memory
     for node in calls:
         owner = storage_of(node)
         until[owner] = max(until[owner], end if owner in leaving else last[node])
-    dies: dict[int, int] = collections.Counter()
-    alive, peak = 0, 0
-    for index, node in enumerate(calls):
-        if _is_made(node, joint):
-            alive += bytes_of(node)
-            dies[until[node]] += bytes_of(node)
-        peak = max(peak, alive + scratch_of(node))
-        alive -= dies.pop(index, 0)
-    return peak
+    return [
+        Held(node, bytes_of(node), place[source_of(node)], until[node])
+        for node in calls
+        if bytes_of(node) and _is_made(node, joint)
+    ]
+
+
+def curve_of(joint: JointGraph) -> list[int]:
+    """The bytes, beside the inputs, that are alive while each call runs (:func:`calls_of`), its scratch included."""
+    calls = calls_of(joint)
+    changes = [0] * (len(calls) + 1)
+    for held in held_by(joint):
+        changes[held.first] += held.bytes
+        changes[held.last + 1] -= held.bytes
+    alive = itertools.accumulate(changes[:-1])
+    return [now + scratch_of(node) for now, node in zip(alive, calls, strict=True)]
+
+
+def peak_of(joint: JointGraph) -> int:
+    """The bytes, beside the inputs, that are alive at the highest moment of a step, sizes by hint."""
+    return max(curve_of(joint), default=0)
 
 
 def scratch_of(node: fx.Node) -> int:
@@ -52,26 +89,56 @@ def scratch_of(node: fx.Node) -> int:
     if name in (*_FORWARD_LOOPS, _LOOP_BACKWARD, _LOOP_WITH_GRADIENT):
         return _scratch_of_loop(node, name)
     if name.endswith("_backward") and name.removesuffix("_backward") in ATTENTION_KERNELS:
-        query: Any = node.args[3 if name.startswith("mst_fx") else 1]
-        return 2 * bytes_of(query)  # its gradient in float32
+        return _scratch_of_attention(node)
     return 0
 
 
+def _scratch_of_attention(node: fx.Node) -> int:
+    """What cuDNN's and FlashAttention's backward kernels take: the gradient of the queries in float32, a sum a query, and where
+    several heads share keys and values, gradients of these for each head. All of it for the heads of one call."""
+    query, key, value = (tensor_of(argument(node, name)) for name in ("query", "key", "value"))
+    assert query is not None and key is not None and value is not None
+    batch, heads, queries, width = map(hint, query.shape)
+    groups, keys, out_width = hint(key.shape[1]), hint(key.shape[2]), hint(value.shape[3])
+    found = batch * heads * queries * (width + 1) * 4
+    if groups < heads:
+        found += batch * heads * keys * (width + out_width) * key.element_size()
+    at_once = groups_at_once(batch, heads, queries, groups)
+    if at_once == groups:
+        return found
+    results = sum(hint(each.numel()) * each.element_size() for each in (query, key, value))
+    return (found + results) * at_once // groups
+
+
 def _scratch_of_loop(node: fx.Node, name: str) -> int:
-    (key,) = [arg for arg in node.args if isinstance(arg, str)]
+    key, chunk = argument(node, "body_key"), argument(node, "chunk_rows")
+    assert isinstance(key, str) and isinstance(chunk, int)
     run = body_of(key)
-    chunk = node.args[node.args.index(key) + 1]
-    assert isinstance(chunk, int)
     inside = chunk * _made_a_row(run)
     if name in _FORWARD_LOOPS:
         return inside
-    sums = 0
-    for index, operand in enumerate(tree_leaves(node.args[1])):
-        value = tensor_of(operand) if isinstance(operand, fx.Node) else None
-        if value is not None and run.accumulator_dtype(index) != value.dtype:
-            sums += hint(value.numel()) * run.accumulator_dtype(index).itemsize
-    # The values and their gradients; of logits one becomes the other in place.
-    return (1 if name == _LOOP_WITH_GRADIENT else 2) * inside + sums
+    inside *= (
+        1 if name == _LOOP_WITH_GRADIENT else 2
+    )  # gradients too; of logits they are written in their place
+    sums, results, largest = _sums_of_weights(node, run)
+    # The sums are there beside the inside of a chunk; at the end each is rounded and goes.
+    return max(inside, largest) + sums - results
+
+
+def _sums_of_weights(node: fx.Node, run: Body) -> tuple[int, int, int]:
+    """Bytes of the accumulators of a loop's weights, of what they are rounded to, and of the largest that is not there already."""
+    needs: Any = argument(node, "needs")
+    sums = results = largest = 0
+    needed = itertools.compress(enumerate(tree_leaves(node.args[1])), needs[len(run.row_metas) :])
+    for index, operand in needed:
+        assert isinstance(operand, fx.Node)
+        rounded, wide = bytes_of(operand), run.accumulator_dtype(index)
+        value: Any = tensor_of(operand)
+        sums += hint(value.numel()) * wide.itemsize
+        results += rounded
+        if wide != value.dtype:
+            largest = max(largest, rounded)
+    return sums, results, largest
 
 
 def _made_a_row(run: Body) -> int:
@@ -82,12 +149,6 @@ def _made_a_row(run: Body) -> int:
     inner = [n for n in nodes if n.op == "call_function" and n not in leaving and tensor_of(n) is not None]
     made = [n for n in inner if not is_view(n) and not _is_fused(n)]
     return sum(map(bytes_of, made)) // hint(count.meta["val"])
-
-
-def _in_two_halves(joint: JointGraph) -> list[fx.Node]:
-    """The nodes in the order in which they run: what no gradient is needed for, and then the rest."""
-    nodes = list(joint.graph.nodes)
-    return [n for n in nodes if n not in joint.backward] + [n for n in nodes if n in joint.backward]
 
 
 def _is_made(node: fx.Node, joint: JointGraph) -> bool:
@@ -114,8 +175,11 @@ def _is_fused(node: fx.Node) -> bool:
     return True
 
 
-def _read_at(user: fx.Node, place: dict[fx.Node, int], last: dict[fx.Node, int], end: int) -> int:
-    """When what a node reads is read for the last time by it."""
+def _read_at(
+    user: fx.Node, node: fx.Node, place: dict[fx.Node, int], last: dict[fx.Node, int], end: int
+) -> int:
+    """When a node is read for the last time by one of its users, or by what shows its memory or computes it there."""
     if user not in place:
         return end
-    return last[user] if is_view(user) or _is_fused(user) else place[user]
+    lives_on = user.args[0] is node if is_view(user) else _is_fused(user)  # a gate shows its first operand
+    return last[user] if lives_on else place[user]

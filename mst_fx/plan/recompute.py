@@ -46,9 +46,9 @@ class _Again:
         self.again = set(self.choice.again)
         self.clones: dict[fx.Node, fx.Node] = {}
         self.gates: dict[fx.Node, fx.Node] = {}
-        first = self.choice.layer.readers[0][0]
+        self.first = self.choice.layer.readers[0][0]
         self.after = next(
-            n for n in first.all_input_nodes if n in self.joint.backward and tensor_of(n) is not None
+            n for n in self.first.all_input_nodes if n in self.joint.backward and tensor_of(n) is not None
         )
 
     def run(self) -> None:
@@ -71,20 +71,21 @@ class _Again:
         return self.clones[node]
 
     def _copy(self, node: fx.Node, before: fx.Node) -> fx.Node:
-        operands: Mapping[fx.Node, fx.Node] = {n: self._operand(n, before) for n in node.all_input_nodes}
+        operands: Mapping[fx.Node, fx.Node] = {n: self._operand(n) for n in node.all_input_nodes}
         with self.joint.graph.inserting_before(before):
             new = self.joint.graph.node_copy(node, lambda n: operands[n])
         new.meta = dict(node.meta)
         self._is_backward(new)
         return new
 
-    def _operand(self, node: fx.Node, before: fx.Node) -> fx.Node:
+    def _operand(self, node: fx.Node) -> fx.Node:
         if node in self.clones:
             return self.clones[node]
         if node is not self.choice.layer.start and node not in self.choice.kept:
             return node  # of no layer: a weight, what all layers read
         if node not in self.gates:
-            with self.joint.graph.inserting_before(before):
+            # All at the start: each holds the gradient that it waits for.
+            with self.joint.graph.inserting_before(self.first):
                 gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (node, self.after))
             gate.meta = {key: value for key, value in node.meta.items() if key in _ABOUT_VALUES}
             self._is_backward(gate)

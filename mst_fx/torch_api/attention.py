@@ -219,6 +219,11 @@ def _unpacked(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
+def groups_at_once(batch: int, heads: int, queries: int, groups: int) -> int:
+    """How many of the ``groups`` of heads that share keys and values one call of a backward kernel takes."""
+    return min(groups, max(1, -(-_BUSY // (batch * queries * (heads // groups)))))
+
+
 def _by_heads(
     run: _Backward, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
 ) -> Gradients:
@@ -227,10 +232,9 @@ def _by_heads(
     The kernels hold the query's gradient in float32, and the keys' and values' for each query head: for all
     heads together that is the highest point of a checkpointed layer's backward pass.
     """
-    batch, heads, queries, _ = query.shape
     groups = key.shape[1]
-    each = heads // groups
-    step = min(groups, max(1, -(-_BUSY // (batch * queries * each))))
+    each = query.shape[1] // groups
+    step = groups_at_once(query.shape[0], query.shape[1], query.shape[2], groups)
     if step == groups:
         return run(tangent, query, key, value, out, sums)
     grads = tuple(empty_output(x) for x in (query, key, value))
