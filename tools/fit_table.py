@@ -1,6 +1,6 @@
 """What ``mst-fx fit`` says of some models and sizes of devices, as tables (benchmarks/fit.md); no device is needed.
 
-    python -m tools.fit_table --out benchmarks/fit
+python -m tools.fit_table --out benchmarks/fit
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def choices(model: str) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """A line a model and card: the longest of each way, and the plan's step there."""
-    lines: list[Any] = [("model", "trained", "card, GiB", "given, GiB", *WAYS, "the plan's step there, s", "of")]
+    lines: list[Any] = [
+        ("model", "trained", "card, GiB", "given, GiB", *WAYS, "the plan's step there, s", "of")
+    ]
     for r in results:
         planned = r["ways"][-1]
         step = next((p["seconds"] for p in planned["points"] if p["seq"] == planned["longest"]), None)
@@ -84,7 +86,9 @@ def main() -> None:
         for card in CARDS:
             results.append(predict(model, lora, card))
             print(results[-1], flush=True)
-            text = f"{table(results)}\n\n## What a layer of llama3-8b may keep\n\n{table_of_choices(of_layer)}"
+            text = (
+                f"{table(results)}\n\n## What a layer of llama3-8b may keep\n\n{table_of_choices(of_layer)}"
+            )
             write_results(arguments.out.parent, arguments.out.name, [*results, *of_layer], text)
 
 

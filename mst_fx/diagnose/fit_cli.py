@@ -7,14 +7,14 @@ import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from mst_fx.diagnose.fit_model import subject_of
 from mst_fx.diagnose.model_of import Shape, SubjectError
-from mst_fx.fit.forecast import OPTIMIZERS, Forecast, Point, Setting, Subject, Way, forecast
+from mst_fx.fit.forecast import LEAST, OPTIMIZERS, Forecast, Point, Setting, Subject, Way, forecast
 from mst_fx.fit.traced import CannotTell
 from mst_fx.options import bytes_in
 from mst_fx.plan.costs import known_devices
@@ -45,13 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser, pair: str) -> None:
     parser.add_argument("--host", metavar="BYTES", help="of the host that may be used, as 128GiB")
     parser.add_argument("--device", default="h100", help="whose seconds are said: h200, h100, a100 (h100)")
     parser.add_argument("--optimizer", default="adamw", help=f"{', '.join(OPTIMIZERS)} (adamw)")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="PEFT's LoRA on all linear layers")
-    parser.add_argument("--dtype", default="bf16", help=f"of parameters and states: {', '.join(DTYPES)} (bf16)")
+    parser.add_argument(
+        "--lora", type=int, default=0, metavar="RANK", help="PEFT's LoRA on all linear layers"
+    )
+    parser.add_argument(
+        "--dtype", default="bf16", help=f"of parameters and states: {', '.join(DTYPES)} (bf16)"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences a batch (1)")
     parser.add_argument(
         "--seq", default="", metavar="N,…", help="tokens a sequence; without it the longest are searched"
     )
-    parser.add_argument("--set", action="append", default=[], metavar=pair, help="a field of the model's config")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar=pair, help="a field of the model's config"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verbose", action="store_true", help="log what the passes do; show tracebacks")
 
@@ -66,7 +72,9 @@ def fit_lines(arguments: argparse.Namespace, overrides: dict[str, Any]) -> list[
     if arguments.dtype not in DTYPES:
         raise SubjectError(f"--dtype is {arguments.dtype!r}; allowed: {', '.join(DTYPES)}")
     if arguments.batch < 1 or arguments.lora < 0:
-        raise SubjectError(f"--batch is at least 1 and --lora at least 0, not {arguments.batch} and {arguments.lora}")
+        raise SubjectError(
+            f"--batch is at least 1 and --lora at least 0, not {arguments.batch} and {arguments.lora}"
+        )
     shape = Shape(overrides=overrides, batch=arguments.batch, dtype=DTYPES[arguments.dtype])
     with warnings.catch_warnings(), _quiet(arguments.verbose):
         warnings.simplefilter("ignore")
@@ -107,8 +115,10 @@ def _lengths(text: str) -> list[int]:
         lengths = [int(part) for part in text.split(",") if part]
     except ValueError:
         lengths = [0]
-    if any(length < 2 for length in lengths):
-        raise SubjectError(f"--seq is {text!r}; allowed: tokens, with commas, as in 16384,65536")
+    if any(length < LEAST for length in lengths):
+        raise SubjectError(
+            f"--seq is {text!r}; allowed: tokens, {LEAST:,} or more, with commas, as in 16384,65536"
+        )
     return lengths
 
 

@@ -92,7 +92,7 @@ def _config_of(transformers: Any, name: str, overrides: dict[str, Any]) -> tuple
             if kind is None:
                 raise SubjectError(f"{name} has no field 'model_type', which says what model it is")
             return transformers.AutoConfig.for_model(kind, **{**given, **overrides}), None
-        named = getattr(transformers, name, None) if name.isidentifier() else None
+        named: Any = getattr(transformers, name, None) if name.isidentifier() else None
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return _made(named.config_class, overrides), named
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedConfig):
@@ -110,7 +110,9 @@ def _config_of(transformers: Any, name: str, overrides: dict[str, Any]) -> tuple
 
 
 def _made(config_class: Any, given: Mapping[str, Any]) -> Any:
-    known = {name for name in vars(config_class()) if not name.startswith("_")} | set(config_class.attribute_map)
+    known = {name for name in vars(config_class()) if not name.startswith("_")} | set(
+        config_class.attribute_map
+    )
     for name in given:
         if name not in known:
             raise SubjectError(f"{config_class.__name__} has no field {name!r}{did_you_mean(name, known)}")
@@ -128,7 +130,9 @@ def _kinds_of(config: Any) -> tuple[Hashable, ...]:
 
 
 def _lists(text: Any, count: int) -> list[str]:
-    return [n for n, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == count > 1]
+    return [
+        n for n, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == count > 1
+    ]
 
 
 def _cut(config: Any, layers: int) -> Any:

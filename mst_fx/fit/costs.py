@@ -58,7 +58,11 @@ def _attention_flops(node: fx.Node) -> float:
     """Of the two products of a forward kernel of attention, or of the one that a backward kernel belongs to."""
     query, key, value = (tensor_of(argument(node, name)) for name in ("query", "key", "value"))
     assert query is not None and key is not None and value is not None
-    batch_heads, queries, keys = math.prod(map(hint, query.shape[:2])), hint(query.shape[2]), hint(key.shape[2])
+    batch_heads, queries, keys = (
+        math.prod(map(hint, query.shape[:2])),
+        hint(query.shape[2]),
+        hint(key.shape[2]),
+    )
     mask = argument(node, "mask")
     if isinstance(mask, str):
         seen = _seen(formula.parse(mask), queries, keys)
@@ -108,9 +112,7 @@ def _moved_inside(node: fx.Node) -> int:
     return moved * total // count
 
 
-def cost_of_call(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, makes: bool
-) -> Cost:
+def cost_of_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, makes: bool) -> Cost:
     """What a call of an eager program costs.
 
     Args:

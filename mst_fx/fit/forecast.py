@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from mst_fx.fit.costs import plus
-from mst_fx.fit.eager import eager_step
+from mst_fx.fit.eager import EagerStep, eager_step
 from mst_fx.fit.traced import CannotTell, Planned, TracedStep, traced_step
 from mst_fx.plan.costs import Cost, device_of
 from mst_fx.plan.room import Room
@@ -21,8 +20,9 @@ EAGER, EAGER_CHECKPOINTED = "eager", "eager, checkpointed"
 MST, MST_PLANNED = "mst, checkpointed", "mst with a plan"
 WAYS = (EAGER, EAGER_CHECKPOINTED, MST, MST_PLANNED)
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
-# Lengths are multiples of it.
+# Lengths are multiples of it, and none is shorter than the least: below it attention stays as it was, and so no plan is made.
 _MULTIPLE = 1024
+LEAST = 2 * _MULTIPLE
 _LONGEST = 2**24
 _TRIES = 6
 
@@ -154,6 +154,7 @@ class _Forecaster:
         self.resident = sum(p.nbytes for p in parameters) + buffers + self.states
         self.traced, self.stands_for = stand_ins(subject.kinds)
         self._steps: dict[int, TracedStep] = {}
+        self._eager_steps: dict[tuple[str, int], EagerStep] = {}
 
     def run(self, lengths: Sequence[int]) -> Forecast:
         asked = sorted(set(lengths))
@@ -172,12 +173,9 @@ class _Forecaster:
         )
 
     def _longest(self, way: str, start: int) -> int:
-        if way in (EAGER, EAGER_CHECKPOINTED):
-            limit = self.setting.memory
-        else:
-            limit = self._room(way, 0)
-        starts = list(self._steps) if way == MST_PLANNED else [start, 2 * start]  # what was traced costs nothing
-        return longest_below(lambda seq: self._peak(way, seq), limit, starts)
+        # What was traced costs nothing.
+        starts = list(self._steps) if way == MST_PLANNED else [start, 2 * start]
+        return longest_below(lambda seq: self._peak(way, seq), self._room(way, 0), starts)
 
     def _taken(self, seq: int) -> int:
         """Bytes that are there when a step begins."""
@@ -192,7 +190,7 @@ class _Forecaster:
     def _peak(self, way: str, seq: int) -> int:
         """With least kept."""
         if way in (EAGER, EAGER_CHECKPOINTED):
-            made = self._eager(way, seq)[0]
+            made = self._eager(way, seq).peak
         else:
             step = self._step(seq)
             made = step.every(0).peak + (step.outputs if way == MST_PLANNED else 0)
@@ -205,7 +203,8 @@ class _Forecaster:
     def _point(self, way: str, seq: int) -> Point | None:
         plan: Planned | None = None
         if way in (EAGER, EAGER_CHECKPOINTED):
-            made, cost = self._eager(way, seq)
+            step = self._eager(way, seq)
+            made, cost = step.peak, step.cost
         elif way == MST:
             whole = self._step(seq).every(0)
             made, cost = whole.peak, whole.cost
@@ -225,10 +224,10 @@ class _Forecaster:
         weights = self.gradients
         return Cost(moved=3 * weights + 2 * self.states)
 
-    @functools.cache  # noqa: B019
-    def _eager(self, way: str, seq: int) -> tuple[int, Cost]:
-        step = eager_step(self.models[way], self.subject.inputs(seq))
-        return step.peak, step.cost
+    def _eager(self, way: str, seq: int) -> EagerStep:
+        if (way, seq) not in self._eager_steps:
+            self._eager_steps[way, seq] = eager_step(self.models[way], self.subject.inputs(seq))
+        return self._eager_steps[way, seq]
 
     def _step(self, seq: int) -> TracedStep:
         if seq not in self._steps:
@@ -272,7 +271,7 @@ def stand_ins(kinds: Sequence[Hashable]) -> tuple[int, tuple[int, ...]]:
 
 
 def longest_below(peak: Callable[[int], int], limit: int, starts: Sequence[int]) -> int:
-    """The longest sequence, in multiples of 1,024 tokens, whose peak is at most ``limit``; 0 if there is none.
+    """The longest sequence, in multiples of 1,024 tokens, whose peak is at most ``limit``; 0 if not even 2,048 tokens fit.
 
     Peaks grow almost linearly with the length: a line through the two nearest lengths that were tried leads to the next.
 
@@ -283,7 +282,7 @@ def longest_below(peak: Callable[[int], int], limit: int, starts: Sequence[int])
     for _ in range(_TRIES):
         fits = max((seq for seq, size in tried.items() if size <= limit), default=0)
         fails = min((seq for seq, size in tried.items() if size > limit), default=_LONGEST)
-        if fails - fits <= _MULTIPLE:
+        if fails - fits <= _MULTIPLE or fails <= LEAST:
             break
         near = sorted(tried, key=lambda seq: abs(tried[seq] - limit))[:2]
         slope = (tried[near[1]] - tried[near[0]]) / (near[1] - near[0])
@@ -292,7 +291,7 @@ def longest_below(peak: Callable[[int], int], limit: int, starts: Sequence[int])
         seq = int(guess // _MULTIPLE) * _MULTIPLE
         if seq == fits:  # what the line says, but for one step
             break
-        seq = min(max(seq, fits + _MULTIPLE), fails - _MULTIPLE)
+        seq = min(max(seq, fits + _MULTIPLE, LEAST), fails - _MULTIPLE)
         tried[seq] = peak(seq)
     return max((seq for seq, size in tried.items() if size <= limit), default=0)
 
@@ -303,7 +302,9 @@ def _check_sizes(whole: nn.Module, few: nn.Module, stands_for: Sequence[int]) ->
     Raises:
         CannotTell: if not.
     """
-    of_all, of_few = (_layer_sizes(each, count) for each, count in ((whole, len(stands_for)), (few, max(stands_for) + 1)))
+    of_all, of_few = (
+        _layer_sizes(each, count) for each, count in ((whole, len(stands_for)), (few, max(stands_for) + 1))
+    )
     if of_all != [of_few[like] for like in stands_for] if of_few else of_all:
         raise CannotTell("the layers differ by more than the config's lists of their kinds say")
 

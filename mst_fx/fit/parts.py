@@ -110,12 +110,7 @@ def _drop_outputs(joint: JointGraph) -> None:
 def _first_read_backward(joint: JointGraph, layer: Layer, place: dict[fx.Node, int]) -> int:
     """The first call of the backward pass that reads what belongs to a layer."""
     own = {layer.start, *layer.nodes}
-    return min(
-        place[user]
-        for node in own
-        for user in node.users
-        if user in joint.backward and user in place
-    )
+    return min(place[user] for node in own for user in node.users if user in joint.backward and user in place)
 
 
 def _cut(joint: JointGraph, calls: Sequence[fx.Node], cuts: Sequence[int]) -> Iterator[Part]:
@@ -149,7 +144,8 @@ def together(known: Sequence[Parts], stands_for: Sequence[int], taken: Sequence[
     order.append(known[0].head)
     between = len(order) - 1
     order += [
-        known[choice].backward[like] for like, choice in zip(reversed(stands_for), reversed(taken), strict=True)
+        known[choice].backward[like]
+        for like, choice in zip(reversed(stands_for), reversed(taken), strict=True)
     ]
     alive = list(itertools.accumulate((part.change for part in order), initial=0))
     peak = max(before + part.rise for before, part in zip(alive, order, strict=False))

@@ -181,14 +181,15 @@ def traced_step(
     """
     graph, bodies = trace(model, inputs)
     joint = JointGraph(graph)
-    *layers, head = layers_of(joint) or [None]
-    if head is None or len(layers) != traced:
+    found = layers_of(joint)
+    layers = found[:-1]
+    if len(layers) != traced:
         raise CannotTell(f"{len(layers)} layers were found in the graph of a model of {traced}")
     wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
-    choices = [choices_of(layer, wanted) for layer in layers if layer is not None]
+    choices = [choices_of(layer, wanted) for layer in layers]
     most = max(map(len, choices))
     known = [
-        parts_with(graph, [those[min(number, len(those) - 1)] for those in choices], head.start)
+        parts_with(graph, [those[min(number, len(those) - 1)] for those in choices], found[-1].start)
         for number in range(most)
     ]
     del bodies  # named by the graph up to here

@@ -2,6 +2,9 @@
 
 ``scaled_dot_product_attention`` asks for its kernel in C++, by the device. :class:`GpuAttention` answers as CUDA does:
 FlashAttention for 16-bit operands without a mask, the memory-efficient kernel with one, or with 32 bits, and the formula where neither can.
+
+``aten._scaled_dot_product_flash_attention`` and ``_efficient_attention``: the public function calls one of them by the device alone. Tried
+with torch 2.11.0 (CPU) and 2.13.0 (CPU).
 """
 
 from __future__ import annotations
@@ -56,7 +59,9 @@ def _by_kernel(
     if attn_mask is None and is_half and width <= _WIDEST and value.shape[-1] == width:
         operands = [_padded(x) for x in (query, key, value)]
         scale = width**-0.5 if scale is None else scale
-        found = aten._scaled_dot_product_flash_attention(*operands, dropout_p, is_causal, False, scale=scale)[0]
+        found = aten._scaled_dot_product_flash_attention(*operands, dropout_p, is_causal, False, scale=scale)[
+            0
+        ]
         return found[..., :width] if found.shape[-1] != width else found  # type: ignore[no-any-return]
     if query.shape[1] != key.shape[1] or query.dtype == torch.float64 or width % _ALIGNED:
         return None

@@ -22,7 +22,8 @@ class _Blocks(nn.Module):
     def __init__(self, checkpointed: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(3)
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+            for _ in range(3)
         )
         self.head = nn.Linear(64, 500)
         self.checkpointed = checkpointed
@@ -67,12 +68,16 @@ def test_operations_are_counted() -> None:
         (torch.float32, False, 2, ""),  # the formula, which repeats keys
     ],
 )
-def test_attention_takes_the_kernel_of_a_gpu(dtype: torch.dtype, masked: bool, heads: int, kernel: str) -> None:
+def test_attention_takes_the_kernel_of_a_gpu(
+    dtype: torch.dtype, masked: bool, heads: int, kernel: str
+) -> None:
     query = torch.empty(2, 4, 96, 20, dtype=dtype, device="meta", requires_grad=True)[..., :16]
     key, value = (torch.empty(2, heads, 96, 16, dtype=dtype, device="meta", requires_grad=True) for _ in "kv")
     mask = torch.ones(96, 96, dtype=torch.bool, device="meta") if masked else None
     with GpuAttention():
-        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=not masked, enable_gqa=heads < 4)
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=not masked, enable_gqa=heads < 4
+        )
     assert out.shape == (2, 4, 96, 16) and out.dtype == dtype
     name = type(out.grad_fn).__name__
     assert kernel in name if kernel else "DotProduct" not in name

@@ -59,7 +59,9 @@ def _point(asked: _Forecaster, way: str, seq: int) -> Point:
 def test_eager_peaks_are_those_measured(model: str) -> None:
     """To 1 %: of whole models and parts of them. (Gemma 2's attention is another one since these runs.)"""
     cases = [key for key in _measured() if key[0] == model and key[1] in (EAGER, EAGER_CHECKPOINTED)]
-    longest = {(way, layers): max(k[3] for k in cases if k[1:3] == (way, layers)) for _, way, layers, _ in cases}
+    longest = {
+        (way, layers): max(k[3] for k in cases if k[1:3] == (way, layers)) for _, way, layers, _ in cases
+    }
     assert longest
     for (way, layers), seq in longest.items():
         found = _point(_asked(model, layers), way, seq)
@@ -101,7 +103,7 @@ def test_eight_layers_are_as_measured(seq: int) -> None:
             assert point.peak / _GIB == pytest.approx(float(eager[name][2]), rel=0.01), name
 
 
-@pytest.mark.parametrize("limit", [1, 10, 17.3, 40, 1000])
+@pytest.mark.parametrize("limit", [1, 2.02, 2.03, 10, 17.3, 40, 1000])
 def test_longest_below(limit: float) -> None:
     """Whatever the curve: the highest of two lines, as peaks are of gradients and of what is kept."""
 
@@ -117,7 +119,7 @@ def test_longest_below(limit: float) -> None:
     found = longest_below(asked, int(limit * 1e9), [8192, 16384])
     assert found % 1024 == 0 and len(tried) <= 8
     assert found == 0 or peak(found) <= limit * 1e9
-    assert peak(found + 1024) > limit * 1e9
+    assert peak(max(found + 1024, 2048)) > limit * 1e9
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

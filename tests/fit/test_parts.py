@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 
@@ -79,5 +78,3 @@ def test_stand_ins() -> None:
     assert stand_ins(["a", "a", "b", "b"]) == (4, (0, 1, 2, 3))
     assert stand_ins(["a", "b", "b", "b", "b"]) == (3, (0, 1, 1, 1, 2))
     assert stand_ins(["a"]) == (1, (0,))
-
-

@@ -18,6 +18,7 @@ from mst_fx.diagnose.model_of import random_model
 from mst_fx.diagnose.shapes import CLASSES as CLASSES
 from mst_fx.diagnose.shapes import MODELS as MODELS
 
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """A Llama."""
