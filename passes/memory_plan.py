@@ -9,6 +9,7 @@ Left alone: graphs without tensors through which all rows pass (one graph a laye
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import fx
@@ -24,6 +25,7 @@ from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.plan.room import Room, room_for
 from mst_fx.plan.solve import Kind, Option, solve
+from mst_fx.plan.timeline import timeline_of, with_most_kept
 from mst_fx.report import MemoryPlan, Planned, human_bytes
 from mst_fx.torch_api.joint import copied, must_save
 
@@ -55,8 +57,10 @@ def run(context: JointContext) -> bool:
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
     taken, peak = _fastest(context.graph, choices, room)
     chosen = [those[index] for those, index in zip(choices, taken, strict=True)]
+    before = timeline_of(with_most_kept(context.graph))
     make_again(joint, chosen)
-    context.tell(_said(chosen, room, peak))
+    said = _said(chosen, room, peak)
+    context.tell(dataclasses.replace(said, before=before, after=timeline_of(joint)))
     return True
 
 

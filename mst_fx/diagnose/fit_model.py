@@ -93,9 +93,9 @@ def _config_of(transformers: Any, name: str, overrides: dict[str, Any]) -> tuple
                 raise SubjectError(f"{name} has no field 'model_type', which says what model it is")
             return transformers.AutoConfig.for_model(kind, **{**given, **overrides}), None
         named: Any = getattr(transformers, name, None) if name.isidentifier() else None
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        if _is_class(named, transformers.PreTrainedModel):
             return _made(named.config_class, overrides), named
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedConfig):
+        if _is_class(named, transformers.PreTrainedConfig):
             return _made(named, overrides), None
         if name.isidentifier() and not path.exists():
             raise SubjectError(
@@ -107,6 +107,10 @@ def _config_of(transformers: Any, name: str, overrides: dict[str, Any]) -> tuple
         raise
     except Exception as error:
         raise SubjectError(f"there is no config of {name!r}: {one_line(error)}") from error
+
+
+def _is_class(named: Any, base: Any) -> bool:
+    return isinstance(named, type) and issubclass(named, base)
 
 
 def _made(config_class: Any, given: Mapping[str, Any]) -> Any:

@@ -5,6 +5,7 @@ The model is made of memory that is never written to or read, so that nothing of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,8 +38,35 @@ class CannotTell(ValueError):
     """Of this model nothing can be said; the message is one sentence."""
 
 
+class NoBackward(CannotTell):
+    """Nothing needs a gradient."""
+
+
 class _Traced(Exception):
     """Ends a compilation: what was wanted is there."""
+
+
+def joint_graph_of(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> fx.Graph:
+    """The joint graph of a Dynamo graph as ``inner`` would get it; nothing is compiled.
+
+    Args:
+        inner: "inductor" or "aot_eager".
+
+    Raises:
+        NoBackward: if there is none.
+    """
+    found: list[fx.Graph] = []
+
+    def keep(graph: fx.Graph) -> None:
+        if has_backward(graph):
+            found.append(copied(graph))
+            raise _Traced
+
+    with contextlib.suppress(_Traced), changed_joint_graphs(keep, "fit", inner):
+        compile_graph(gm, example_inputs, inner, {})
+    if not found:
+        raise NoBackward("the model has no backward pass")
+    return found[0]
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[fx.Graph, tuple[Body, ...]]:
@@ -53,13 +81,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[fx.Graph, tup
     """
     model.to_empty(device="cpu")
     arguments = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in inputs.items()}
-    found: list[fx.Graph] = []
+    graphs: list[fx.Graph] = []
     bodies: list[Body] = []
-
-    def keep(graph: fx.Graph) -> None:
-        if has_backward(graph):
-            found.append(copied(graph))
-            raise _Traced
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         options = Options()
@@ -67,8 +90,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[fx.Graph, tup
         crossing = cross_masks(gm, example_inputs, options)
         result = run_passes(gm, crossing.inputs, options, None, crossing)
         bodies.extend(result.bodies)
-        with GpuAttention(), changed_joint_graphs(keep, "fit", "inductor"):
-            return compile_graph(result.gm, crossing.inputs, "inductor", {})
+        with GpuAttention():
+            graphs.append(joint_graph_of(result.gm, crossing.inputs, "inductor"))
+        raise _Traced
 
     torch.compiler.reset()
     try:
@@ -76,14 +100,10 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[fx.Graph, tup
             torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**arguments)
     except BackendCompilerFailed as error:
         if not isinstance(error.inner_exception, _Traced):
-            raise
-    except _Traced:
-        pass
+            raise error.inner_exception from None
     finally:
         torch.compiler.reset()
-    if not found:
-        raise CannotTell("the model has no backward pass")
-    return found[0], tuple(bodies)
+    return graphs[0], tuple(bodies)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A meter of the memory of a program that runs on ``meta`` tensors: no device, no bytes, but the sizes and the lives of all storages.
 
-``torch.utils._python_dispatch.TorchDispatchMode``: what public code calls so, too (``torch.utils.flop_counter``). Tried with torch 2.11.0 and
-2.13.0.
+``torch.utils._python_dispatch.TorchDispatchMode``: what public code calls so, too (``torch.utils.flop_counter``).
+Tried with torch 2.11.0 (CPU) and 2.13.0 (CPU).
 """
 
 from __future__ import annotations
