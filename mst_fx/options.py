@@ -32,6 +32,9 @@ class Options:
         memory: plans what is kept for the backward pass and what is made again, so that the step is the fastest that
             fits: bytes that may be allocated on the device at the peak of a step, as ``"70GiB"`` or an int, or ``"auto"``: what is
             free when the step is compiled, less an optimizer's states. None: no plan; the checkpointing in the model decides.
+        host_memory: bytes of the host's memory that a plan may send to what it keeps, as ``"100GiB"`` or an int; ``"auto"``: four
+            fifths of what is free when the step is compiled, shared by the processes of this machine, and none for a model on a CPU;
+            ``"0"``: none.
         strict: raise on a refusal or a failure of a pass instead of leaving the graph as it was.
         inductor: patches of ``torch._inductor.config``.
     """
@@ -44,6 +47,7 @@ class Options:
     logits: Literal["auto", "keep", "defer"] = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     memory: str | int | None = None
+    host_memory: str | int = "auto"
     strict: bool = False
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -58,6 +62,9 @@ class Options:
             if not isinstance(value, str) or value not in allowed:
                 raise _bad(name, value, "one of " + ", ".join(map(repr, allowed)))
         _check_memory(self.memory, self.inner)
+        host = self.host_memory
+        if (host not in ("auto", "0", 0) and bytes_in(host) is None) or isinstance(host, bool):
+            raise _bad("host_memory", host, "'auto', '0', bytes as in '100GiB' or an int ≥ 0")
         if not isinstance(self.strict, bool):
             raise _bad("strict", self.strict, "True or False")
         if not isinstance(self.inductor, Mapping):

@@ -83,6 +83,7 @@ class Planned:
         layers: how many.
         again: what their backward passes make again, beside casts: "nothing", "norms", "3 mm + attention" (with the norms).
         kept_bytes: that one layer keeps, its first rows included.
+        host_bytes: how many of them in the host's memory.
         flops: floating-point operations that one layer makes again.
         seconds: that they take, by the figures of the device.
     """
@@ -90,8 +91,19 @@ class Planned:
     layers: int
     again: str
     kept_bytes: int
+    host_bytes: int
     flops: float
     seconds: float
+
+    def __str__(self) -> str:
+        there = ""
+        if self.host_bytes:
+            is_all = self.host_bytes == self.kept_bytes
+            there = " on the host" if is_all else f", {human_bytes(self.host_bytes)} of it on the host"
+        return (
+            f"{self.layers} layers keep {human_bytes(self.kept_bytes)}{there}, make again: {self.again}"
+            f" ({self.flops / 1e9:.3g} GFLOP, {self.seconds * 1e3:.3g} ms)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +166,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         lines = [f"memory plan: {human_bytes(self.peak)} at the peak, of {human_bytes(self.budget)}"]
-        lines += [
-            f"  {each.layers} layers keep {human_bytes(each.kept_bytes)}, make again: {each.again}"
-            f" ({each.flops / 1e9:.3g} GFLOP, {each.seconds * 1e3:.3g} ms)"
-            for each in self.layers
-        ]
+        lines += [f"  {each}" for each in self.layers]
         return "\n".join(lines)
 
 

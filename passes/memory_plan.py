@@ -10,24 +10,29 @@ Left alone: graphs without tensors through which all rows pass (one graph a laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
 from mst_fx.context import JointContext
 from mst_fx.errors import BudgetError, Cause, Refusal
+from mst_fx.ops.arena import ARENA
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
-from mst_fx.plan.costs import Device, device_of
+from mst_fx.plan.costs import Device, cost_of, device_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
-from mst_fx.plan.room import Room, room_for
-from mst_fx.plan.solve import Kind, Option, solve
+from mst_fx.plan.room import Room, host_bytes, room_for
+from mst_fx.plan.solve import Host, Kind, Option, TooLittle, solve
 from mst_fx.plan.timeline import timeline_of, with_most_kept
 from mst_fx.report import MemoryPlan, Planned, human_bytes
 from mst_fx.torch_api.joint import copied, must_save
+
+log = logging.getLogger("mst_fx")
 
 # Halvings of the bytes that all layers keep together: after these they are known to 2 %.
 _HALVINGS = 6
@@ -55,41 +60,103 @@ def run(context: JointContext) -> bool:
     wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
     choices = [choices_of(layer, wanted) for layer in layers]
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
-    taken, peak = _fastest(context.graph, choices, room)
-    chosen = [those[index] for those, index in zip(choices, taken, strict=True)]
     before = timeline_of(with_most_kept(context.graph))
+    chosen, peak = _planned(context, choices, room)
     make_again(joint, chosen)
     said = _said(chosen, room, peak)
     context.tell(dataclasses.replace(said, before=before, after=timeline_of(joint)))
     return True
 
 
-def _fastest(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room) -> tuple[Sequence[int], int]:
+def _planned(
+    context: JointContext, choices: Sequence[Sequence[Choice]], room: Room
+) -> tuple[list[Choice], int]:
+    """The choice of each layer, and the peak of the graph with them; the host memory that they take is there."""
+    host = host_bytes(_host_option(context.options.host_memory), room)
+    while True:
+        placed = [placed_choices(those, host > 0 and not is_last) for those, is_last in _with_last(choices)]
+        peak_with = functools.partial(_peak_with, context.graph, placed)
+        taken, peak = fastest(placed, room, host_beside(choices, room, host), peak_with)
+        chosen = [those[index] for those, index in zip(placed, taken, strict=True)]
+        try:
+            ARENA.reserve(sum(choice.host_bytes for choice in chosen), room.is_gpu)
+        except MemoryError as error:
+            log.warning("mst-fx: the memory plan does without host memory: %s", error)
+            host = 0
+        else:
+            return chosen, peak
+
+
+def _host_option(value: str | int) -> int | None:
+    return None if value == "auto" else bytes_in(value) or 0
+
+
+def host_beside(choices: Sequence[Sequence[Choice]], room: Room, size: int) -> Host:
+    """The host's memory, beside forward passes that take what the layers' do."""
+    device = device_of(room.device)
+    forward = sum(cost_of(those[0].layer.nodes).seconds(device) for those in choices)
+    return Host(size, device.link, forward)
+
+
+def _with_last(choices: Sequence[Sequence[Choice]]) -> Iterator[tuple[Sequence[Choice], bool]]:
+    for index, those in enumerate(choices):
+        yield those, index == len(choices) - 1
+
+
+def placed_choices(those: Sequence[Choice], has_host: bool) -> list[Choice]:
+    """The choices of a layer on the device, and on the host."""
+    if not has_host or not those[0].layer.readers:
+        return list(those)
+    return [*those, *(dataclasses.replace(each, is_on_host=True) for each in those)]
+
+
+def fastest(
+    choices: Sequence[Sequence[Choice]], room: Room, host: Host, peak_with: Callable[[Sequence[int]], int]
+) -> tuple[Sequence[int], int]:
     """The choice of each layer, and the peak of the graph with them.
 
     How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
     are, or in the forward pass. So plans of several sizes are written and looked at.
+
+    Args:
+        peak_with: the peak of the graph whose layers take the choices of these numbers.
+
+    Raises:
+        BudgetError: if no plan fits.
     """
     device = device_of(room.device)
-    options = [tuple(Option(c.bytes, c.cost.seconds(device)) for c in those) for those in choices]
-    low = sum(those[0].bytes for those in options)
-    high = sum(those[-1].bytes for those in options)
-    found = [0] * len(choices)
-    peak = _peak_with(graph, choices, found)
-    if peak > room.bytes:
-        raise BudgetError(_too_little(room, peak - room.bytes))
-    middle = high
-    for _ in range(_HALVINGS):
-        taken = _solved(options, middle)
-        looked_at = _peak_with(graph, choices, taken)
-        if looked_at <= room.bytes:
-            found, peak, low = taken, looked_at, middle
+    options = [
+        tuple(Option(c.device_bytes, c.cost.seconds(device), c.host_bytes) for c in those)
+        for those in choices
+    ]
+    low = sum(min(option.bytes for option in those) for those in options)
+    high = sum(max(option.bytes for option in those) for those in options)
+    found: Sequence[int] | None = None
+    peak = 0
+    missing: dict[int, Sequence[int]] = {}  # plans that take too much, by their peaks
+    # All that may be kept; with least kept and nothing on the host; and between.
+    first = [high, sum(those[0].bytes for those in options)]
+    for turn in range(len(first) + _HALVINGS):
+        middle = first[turn] if turn < len(first) else (low + high) // 2
+        try:
+            taken = _solved(options, middle, host)
+        except TooLittle:
+            low = middle
         else:
-            high = middle
-        if low == high:
+            looked_at = peak_with(taken)
+            if looked_at <= room.bytes:
+                found, peak, low = taken, looked_at, middle
+            else:
+                missing[looked_at] = taken
+                high = middle
+        if low >= high:
             break
-        middle = (low + high) // 2
-    return found, peak
+    if found is not None:
+        return found, peak
+    least = min(missing)
+    if least > room.most:
+        raise BudgetError(_too_little(room, host, least - room.most))
+    return missing[least], least
 
 
 def _peak_with(graph: fx.Graph, choices: Sequence[Sequence[Choice]], taken: Sequence[int]) -> int:
@@ -100,25 +167,29 @@ def _peak_with(graph: fx.Graph, choices: Sequence[Sequence[Choice]], taken: Sequ
     return peak_of(trial)
 
 
-def _solved(options: Sequence[tuple[Option, ...]], size: int) -> list[int]:
-    """Which option each layer takes; of equal layers the early ones, kept for longest, keep less.
+def _solved(options: Sequence[tuple[Option, ...]], size: int, host: Host) -> list[int]:
+    """Which option each layer takes; of equal layers the early ones, kept for longest, are on the host, or keep less.
 
     Args:
-        size: bytes for all that is kept.
+        size: bytes for all that is kept on the device.
     """
     kinds = list(dict.fromkeys(options))
-    found = solve([Kind(options.count(kind), kind) for kind in kinds], size)
-    turns = {
-        kind: iter([index for index, count in enumerate(counts) for _ in range(count)])
-        for kind, counts in zip(kinds, found, strict=True)
-    }
+    found = solve([Kind(options.count(kind), kind) for kind in kinds], size, host)
+    turns = {kind: iter(_turns(kind, counts)) for kind, counts in zip(kinds, found, strict=True)}
     return [next(turns[those]) for those in options]
 
 
-def _too_little(room: Room, missing: int) -> str:
+def _turns(kind: tuple[Option, ...], counts: Sequence[int]) -> list[int]:
+    """An option for each layer of a kind, in order of the layers."""
+    every = [index for index, count in enumerate(counts) for _ in range(count)]
+    return sorted(every, key=lambda index: not kind[index].host)
+
+
+def _too_little(room: Room, host: Host, missing: int) -> str:
+    there = f" and {human_bytes(host.bytes)} of the host's" if host.bytes else ""
     return (
         f"no memory plan fits: with least kept, a step needs {human_bytes(missing)} more than the"
-        f" {human_bytes(room.budget)} of the mst option 'memory', of which {human_bytes(room.taken)} are allocated"
+        f" {human_bytes(room.budget)} of the mst option 'memory', of which {human_bytes(room.taken)} are allocated{there}"
     )
 
 
@@ -126,10 +197,9 @@ def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
     device: Device = device_of(room.device)
     found: dict[Planned, int] = {}
     for choice in chosen:
-        one = Planned(1, str(choice), choice.bytes, choice.cost.flops, choice.cost.seconds(device))
+        cost = choice.cost
+        one = Planned(1, str(choice), choice.bytes, choice.host_bytes, cost.flops, cost.seconds(device))
         found[one] = found.get(one, 0) + 1
-    layers = [
-        Planned(count, one.again, one.kept_bytes, one.flops, one.seconds) for one, count in found.items()
-    ]
+    layers = [dataclasses.replace(one, layers=count) for one, count in found.items()]
     ordered = sorted(layers, key=lambda one: one.kept_bytes)
     return MemoryPlan(tuple(ordered), room.budget, room.taken, room.taken + peak)

@@ -181,9 +181,6 @@ def notes(setting: Setting) -> Iterator[str]:
     yield (
         "Not seen: fragments of the allocator, and what the driver takes beside it (about 1 GiB): give --memory less than the device has."
     )
-    yield (
-        "A plan leaves 4 % of the memory free for that, and so ends before a checkpointed model that is sailed closer to the wind."
-    )
     yield "adamw is the fused one; foreach=True needs one more copy of what is trained while it steps."
     if setting.device == "A100":
         yield "Seconds on an A100 are from its data sheet, and were not measured."

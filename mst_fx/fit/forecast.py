@@ -175,17 +175,11 @@ class _Forecaster:
     def _longest(self, way: str, start: int) -> int:
         # What was traced costs nothing.
         starts = list(self._steps) if way == MST_PLANNED else [start, 2 * start]
-        return longest_below(lambda seq: self._peak(way, seq), self._room(way, 0), starts)
+        return longest_below(lambda seq: self._peak(way, seq), self.setting.memory, starts)
 
     def _taken(self, seq: int) -> int:
         """Bytes that are there when a step begins."""
         return self.resident + sum(x.nbytes for x in dict.fromkeys(self.subject.inputs(seq).values()))
-
-    def _room(self, way: str, taken: int) -> int:
-        """Bytes for what a step makes: of a plan as it counts them."""
-        if way == MST_PLANNED:
-            return Room(self.setting.device, self.setting.memory, taken).bytes
-        return self.setting.memory - taken
 
     def _peak(self, way: str, seq: int) -> int:
         """With least kept."""
@@ -209,7 +203,7 @@ class _Forecaster:
             whole = self._step(seq).every(0)
             made, cost = whole.peak, whole.cost
         else:
-            plan = self._step(seq).plan(self._room(way, self._taken(seq)), self.device)
+            plan = self._step(seq).plan(Room(self.setting.device, self.setting.memory, self._taken(seq)))
             if plan is None:
                 return None
             made, cost = plan.whole.peak, plan.whole.cost

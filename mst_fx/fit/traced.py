@@ -15,23 +15,21 @@ from torch import Tensor, fx, nn
 
 from mst_fx.bodies.body import Body
 from mst_fx.chunk_rows import as_on
+from mst_fx.errors import BudgetError
 from mst_fx.fit.parts import Parts, Whole, outputs_of, parts_with, together
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.options import Options
 from mst_fx.passes.mask_breaks import cross_masks
+from mst_fx.passes.memory_plan import fastest, host_beside
 from mst_fx.pipeline import run_passes
 from mst_fx.plan.choices import Choice, choices_of
-from mst_fx.plan.costs import Device
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, storages
 from mst_fx.plan.layers import layers_of
-from mst_fx.plan.solve import Kind, Option, solve
+from mst_fx.plan.room import Room
 from mst_fx.torch_api.dynamo import BackendCompilerFailed, settle_floats
 from mst_fx.torch_api.gpu_attention import GpuAttention
 from mst_fx.torch_api.inductor import compile_graph
 from mst_fx.torch_api.joint import changed_joint_graphs, copied, has_backward, must_save
-
-# Halvings of the bytes that all layers keep together, as of a plan (mst_fx.passes.memory_plan).
-_HALVINGS = 6
 
 
 class CannotTell(ValueError):
@@ -140,32 +138,19 @@ class TracedStep:
         """What a step takes all of whose layers take one choice: of 0 each is checkpointed."""
         return self._with([choice] * len(self.stands_for))
 
-    def plan(self, room: int, device: Device) -> Planned | None:
+    def plan(self, room: Room) -> Planned | None:
         """The fastest that fits, as :mod:`mst_fx.passes.memory_plan` finds it; None if none does.
 
         Args:
-            room: bytes beside inputs.
+            room: of which inputs, parameters and states are taken.
         """
-        options = [tuple(Option(c.bytes, c.cost.seconds(device)) for c in those) for those in self.choices]
-        of_all = [options[like] for like in self.stands_for]
-        taken = [0] * len(of_all)
-        whole = self._with(taken)
-        room -= self.outputs
-        if whole.peak > room:
+        of_all = [self.choices[like] for like in self.stands_for]
+        host = host_beside(of_all, room, 0)
+        try:
+            taken, _ = fastest(of_all, room, host, lambda trial: self._with(trial).peak + self.outputs)
+        except BudgetError:
             return None
-        low, high = (sum(those[end].bytes for those in of_all) for end in (0, -1))
-        middle = high
-        for _ in range(_HALVINGS):
-            trial = _solved(of_all, middle)
-            looked_at = self._with(trial)
-            if looked_at.peak <= room:
-                taken, whole, low = trial, looked_at, middle
-            else:
-                high = middle
-            if low == high:
-                break
-            middle = (low + high) // 2
-        return Planned(whole, self._said(taken))
+        return Planned(self._with(taken), self._said(taken))
 
     def _with(self, taken: Sequence[int]) -> Whole:
         return together(self.known, self.stands_for, taken)
@@ -174,17 +159,6 @@ class TracedStep:
         chosen = [self.choices[like][index] for like, index in zip(self.stands_for, taken, strict=True)]
         words = [(str(choice), choice.bytes) for choice in chosen]
         return tuple((words.count(each), *each) for each in sorted(dict.fromkeys(words), key=lambda w: w[1]))
-
-
-def _solved(options: Sequence[tuple[Option, ...]], size: int) -> list[int]:
-    """Which option each layer takes; of equal layers the early ones keep less."""
-    kinds = list(dict.fromkeys(options))
-    counts = solve([Kind(options.count(kind), kind) for kind in kinds], size)
-    turns = {
-        kind: iter([index for index, count in enumerate(found) for _ in range(count)])
-        for kind, found in zip(kinds, counts, strict=True)
-    }
-    return [next(turns[those]) for those in options]
 
 
 def traced_step(

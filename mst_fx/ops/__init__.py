@@ -4,6 +4,8 @@ A step never reaches the proof: nothing here imports ``rows``, edits a graph or 
 is a pass. Importing this package registers all of them, and ``mst_fx/__init__`` does.
 """
 
-from mst_fx.ops import attention, buffer, chunks, dropout, embedding, gate, loop, port, scaled
+from mst_fx.ops import arena, attention, buffer, chunks, dropout, embedding, gate, loop, offload, port, scaled
 
-__all__ = ["attention", "buffer", "chunks", "dropout", "embedding", "gate", "loop", "port", "scaled"]
+__all__ = [
+    "arena", "attention", "buffer", "chunks", "dropout", "embedding", "gate", "loop", "offload", "port", "scaled",
+]  # fmt: skip

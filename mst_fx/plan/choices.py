@@ -19,12 +19,17 @@ from mst_fx.plan.joint_graph import (
     is_attention,
     is_cheap,
     is_read_whole,
+    is_view,
     may_run_again,
     source_of,
+    storage_of,
     storages,
     tensor_of,
 )
 from mst_fx.plan.layers import Layer
+
+# Bytes of a tensor below which a copy to the host is not worth its launch.
+_SENT = 2**10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +42,7 @@ class Choice:
         again: what is made again, in order.
         bytes: of ``kept`` and the start, by storage.
         cost: of ``again``.
+        is_on_host: whether they are sent to the host's memory.
     """
 
     layer: Layer
@@ -44,6 +50,23 @@ class Choice:
     again: tuple[fx.Node, ...]
     bytes: int
     cost: Cost
+    is_on_host: bool = False
+
+    @property
+    def sent(self) -> list[fx.Node]:
+        """What goes to the host's memory, in order; what is small stays."""
+        if not self.is_on_host:
+            return []
+        kept = [self.layer.start, *(node for node in self.layer.nodes if node in self.kept)]
+        return [node for node in kept if bytes_of(node) >= _SENT]
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(map(bytes_of, self.sent))
+
+    @property
+    def device_bytes(self) -> int:
+        return self.bytes - self.host_bytes
 
     def of_copies(self, copies: Mapping[fx.Node, fx.Node]) -> Choice:
         """The same of a copy of the graph."""
@@ -55,7 +78,7 @@ class Choice:
             old.kind,
         )
         kept, again = (tuple(copies[node] for node in nodes) for nodes in (self.kept, self.again))
-        return Choice(layer, frozenset(kept), again, self.bytes, self.cost)
+        return Choice(layer, frozenset(kept), again, self.bytes, self.cost, self.is_on_host)
 
     def __str__(self) -> str:
         """What is made again, in words."""
@@ -65,7 +88,11 @@ class Choice:
             if cost_of([node]).flops > 0
         )
         parts = [name if count == 1 else f"{count} {name}" for name, count in made.items()]
-        return " + ".join(parts) if parts else "norms" if any(map(is_read_whole, self.again)) else "nothing"
+        return " + ".join(parts) if parts else "norms" if any(map(_is_made, self.again)) else "nothing"
+
+
+def _is_made(node: fx.Node) -> bool:
+    return is_read_whole(node) and not is_view(node)
 
 
 def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:
@@ -100,7 +127,8 @@ def _operands(layer: Layer) -> set[fx.Node]:
 
 
 def _choice(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
-    """A layer of which some calls, or some results of them, are kept."""
+    """A layer of which some calls, or some results of them, are kept: of a view its memory is, and the view made again."""
+    wanted = {*wanted, *map(storage_of, wanted)}
     inside = set(layer.nodes)
     kept: dict[fx.Node, None] = {}
     again: set[fx.Node] = set()
@@ -110,7 +138,7 @@ def _choice(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
         if node not in inside or node in again or node in kept:
             continue
         is_kept = node in wanted or source_of(node) in wanted or not may_run_again(node)
-        if is_kept and tensor_of(node) is not None:  # of several results each is kept by itself
+        if is_kept and tensor_of(node) is not None and not is_view(node):  # of several results each by itself
             kept[node] = None
         else:
             again.add(node)

@@ -53,22 +53,24 @@ class Device:
     Attributes:
         products, attention: operations a second.
         bandwidth: bytes a second that its memory takes.
+        link: bytes a second of copies to the host's memory and back, each way.
     """
 
     products: float
     attention: float
     bandwidth: float
+    link: float
 
 
 # By a part of the name. H200's as measured in whole steps of 8 layers (benchmarks/h200.md); H100's and A100's from their data sheets, at the
 # same shares of their peaks.
 _DEVICES = {
-    "H200": Device(740e12, 520e12, 3.2e12),
-    "H100": Device(740e12, 520e12, 2.2e12),
-    "A100": Device(235e12, 165e12, 1.3e12),
+    "H200": Device(740e12, 520e12, 3.2e12, 50e9),
+    "H100": Device(740e12, 520e12, 2.2e12, 50e9),
+    "A100": Device(235e12, 165e12, 1.3e12, 24e9),
 }
 # The ratios count: a plan is the same for a device that is slower in all of it.
-_OTHER = Device(100e12, 80e12, 0.8e12)
+_OTHER = Device(100e12, 80e12, 0.8e12, 12e9)
 
 
 def known_devices() -> list[str]:

@@ -145,6 +145,21 @@ def is_attention(node: fx.Node) -> bool:
     return operation(node) in ATTENTION_KERNELS
 
 
+# Operators of mst_fx.ops.offload whose results are in the host's memory, and those that bring them back.
+_TO_HOST = ("mst_fx::stash", "mst_fx::settle", "mst_fx::start_fetch")
+_FROM_HOST = ("mst_fx::fetch", "mst_fx::start_fetch")
+
+
+def is_of_host(node: fx.Node) -> bool:
+    """Whether a value is in the host's memory because a plan sends it there."""
+    return operation(source_of(node)) in _TO_HOST
+
+
+def is_transfer(node: fx.Node) -> bool:
+    """Whether a call brings back what a plan has sent to the host."""
+    return operation(node) in _FROM_HOST
+
+
 def is_cheap(node: fx.Node) -> bool:
     """Whether a call costs a pass over its operands, or nothing."""
     target = source_of(node).target

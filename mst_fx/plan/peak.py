@@ -17,7 +17,17 @@ from torch import fx
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import ATTENTION_KERNELS, argument, operation
-from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_cheap, is_view, source_of, storage_of, tensor_of
+from mst_fx.plan.joint_graph import (
+    JointGraph,
+    bytes_of,
+    is_cheap,
+    is_of_host,
+    is_transfer,
+    is_view,
+    source_of,
+    storage_of,
+    tensor_of,
+)
 from mst_fx.torch_api.attention import groups_at_once
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -60,11 +70,23 @@ def held_by(joint: JointGraph) -> list[Held]:
     for node in calls:
         owner = storage_of(node)
         until[owner] = max(until[owner], end if owner in leaving else last[node])
+    started = {
+        host: place[call] for call in calls for host in argument(call, "ahead", ()) if is_transfer(call)
+    }
     return [
-        Held(node, bytes_of(node), place[source_of(node)], until[node])
+        Held(node, bytes_of(node), _made_at(node, place, started), until[node])
         for node in calls
         if bytes_of(node) and _is_made(node, joint)
     ]
+
+
+def _made_at(node: fx.Node, place: dict[fx.Node, int], started: dict[fx.Node, int]) -> int:
+    """When there is memory for a value: what comes back from the host has it from the start of its copy on."""
+    source = source_of(node)
+    if is_transfer(source) and source is not node:
+        host = argument(source, "hosts")[node.args[1]]
+        return started.get(host, place[source])
+    return place[source]
 
 
 def curve_of(joint: JointGraph) -> list[int]:
@@ -153,7 +175,7 @@ def _made_a_row(run: Body) -> int:
 
 def _is_made(node: fx.Node, joint: JointGraph) -> bool:
     """Whether a call makes memory of its own: no view, and none that is fused into all that read it."""
-    if is_view(node) or tensor_of(node) is None:
+    if is_view(node) or tensor_of(node) is None or is_of_host(node):
         return False
     if not _is_fused(node):
         return True

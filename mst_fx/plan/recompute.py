@@ -6,50 +6,49 @@ of ``torch.utils.checkpoint`` say an order, which rests on the partitioner and o
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
 from mst_fx.plan.choices import Choice
-from mst_fx.plan.joint_graph import JointGraph, tensor_of
+from mst_fx.plan.joint_graph import JointGraph
+from mst_fx.plan.transfer import Begin, send
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, is_backward_only
 
 _ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
 
 
-def make_again(joint: JointGraph, chosen: Iterable[Choice]) -> None:
-    """Replaces what the backward pass reads of each layer, and does not find kept, by clones.
+def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
+    """Replaces what the backward pass reads of each layer, and does not find kept, by clones; what is kept on the host goes there
+    and back (:mod:`mst_fx.plan.transfer`).
 
     The tags of checkpointing go from the whole graph: the plan decides.
+
+    Args:
+        chosen: in order of the layers.
     """
     for node in joint.graph.nodes:
         for tag in CHECKPOINT_TAGS:
             node.meta.pop(tag, None)
     for node in joint.reads_written:
         always_save(node)
+    fetched = send(joint, chosen)
     for choice in chosen:
         if choice.again:
-            _Again(joint, choice).run()
+            _Again(joint, choice, fetched).run()
     joint.graph.eliminate_dead_code()
 
 
-@dataclasses.dataclass
 class _Again:
     """One layer, made again."""
 
-    joint: JointGraph
-    choice: Choice
-
-    def __post_init__(self) -> None:
-        self.again = set(self.choice.again)
+    def __init__(self, joint: JointGraph, choice: Choice, fetched: Mapping[fx.Node, fx.Node]) -> None:
+        self.joint, self.choice, self.fetched = joint, choice, fetched
+        self.begin = Begin.of(joint, choice.layer)
+        self.again = set(choice.again)
         self.clones: dict[fx.Node, fx.Node] = {}
         self.gates: dict[fx.Node, fx.Node] = {}
-        self.first = self.choice.layer.readers[0][0]
-        self.after = next(
-            n for n in self.first.all_input_nodes if n in self.joint.backward and tensor_of(n) is not None
-        )
 
     def run(self) -> None:
         for user, node in self.choice.layer.readers:
@@ -83,10 +82,12 @@ class _Again:
             return self.clones[node]
         if node is not self.choice.layer.start and node not in self.choice.kept:
             return node  # of no layer: a weight, what all layers read
+        if node in self.fetched:
+            return self.fetched[node]
         if node not in self.gates:
             # All at the start: each holds the gradient that it waits for.
-            with self.joint.graph.inserting_before(self.first):
-                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (node, self.after))
+            with self.joint.graph.inserting_before(self.begin.first):
+                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (node, self.begin.after))
             gate.meta = {key: value for key, value in node.meta.items() if key in _ABOUT_VALUES}
             self._is_backward(gate)
             self.gates[node] = gate

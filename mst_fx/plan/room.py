@@ -1,18 +1,22 @@
-"""How many bytes a step may take beside what is there already."""
+"""How many bytes a step may take beside what is there already, on the device and in the host's memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import torch
 
+from mst_fx.ops.arena import ARENA
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, tensor_of
 
 # Of what is free, for fragments.
 _MARGIN = 0.03
 # Of any budget: measured peaks are that much above those that :mod:`mst_fx.plan.peak` sees.
 _UNSEEN = 0.01
+# Of the host's memory that is free, what a plan may take by itself.
+_HOST_SHARE = 0.8
 # Bytes of optimizer states for a byte of what is trained, until they are there: the two moments of Adam.
 _STATES = 2
 
@@ -25,16 +29,23 @@ class Room:
         device: its name.
         budget: bytes that may be allocated at the peak.
         taken: bytes that are: parameters, inputs, optimizer states, gradients that are accumulated.
+        is_gpu: whether it has memory of its own, to which host memory is registered.
     """
 
     device: str
     budget: int
     taken: int
+    is_gpu: bool = False
 
     @property
     def bytes(self) -> int:
-        """For what a step makes, the gradients that come out of it included."""
+        """For what a step makes, the gradients that come out of it included, and what is not seen left out."""
         return int(self.budget * (1 - _UNSEEN)) - self.taken
+
+    @property
+    def most(self) -> int:
+        """The same without a margin."""
+        return self.budget - self.taken
 
 
 def room_for(memory: int | None, joint: JointGraph) -> Room:
@@ -58,8 +69,40 @@ def room_for(memory: int | None, joint: JointGraph) -> Room:
     taken = torch.cuda.memory_allocated(device)
     name = torch.cuda.get_device_name(device)
     if memory is not None:
-        return Room(name, memory, taken)
+        return Room(name, memory, taken, is_gpu=True)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - taken
     states = max(0, _STATES * joint.trained_bytes - max(0, taken - given))
-    return Room(name, int(taken + free * (1 - _MARGIN)) - states, taken)
+    return Room(name, int(taken + free * (1 - _MARGIN)) - states, taken, is_gpu=True)
+
+
+def host_bytes(memory: int | None, room: Room) -> int:
+    """What a plan may keep in the host's memory.
+
+    Args:
+        memory: bytes of the user's; None: a share of what is free there, for each process of this machine, and none for a model
+            that is in the host's memory itself.
+    """
+    if memory is not None:
+        return memory
+    if not room.is_gpu:
+        return 0
+    free = _free_on_host() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return int(_HOST_SHARE * free) + ARENA.size - ARENA.used
+
+
+def _free_on_host() -> int:
+    """By the system's count and, in a container, by the limit of its control group (version 2, or 1)."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    found = [int(meminfo["MemAvailable"].split()[0]) * 1024]
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            cached = int(stat.get("inactive_file", 0))
+            found.append(int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text()) + cached)
+        except (OSError, ValueError):  # no such version; "max": no limit
+            continue
+    return max(0, min(found))

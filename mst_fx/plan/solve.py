@@ -15,10 +15,11 @@ except ImportError:  # an extra: mst-fx[plan]
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What one layer of a kind may take: bytes that it keeps, and seconds that it makes again."""
+    """What one layer of a kind may take: bytes that it keeps on the device and on the host, and seconds that it makes again."""
 
     bytes: int
     seconds: float
+    host: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,34 @@ class Kind:
 
     Attributes:
         count: how many.
-        options: what each may take; the first keeps least.
+        options: what each may take; the first is of the least bytes of those that keep nothing on the host.
     """
 
     count: int
     options: tuple[Option, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """The host's memory.
+
+    Attributes:
+        bytes: for all that is kept there.
+        bandwidth: bytes a second, each way.
+        hides: seconds of computation, beside which copies cost nothing.
+    """
+
+    bytes: int = 0
+    bandwidth: float = 1.0
+    hides: float = 0.0
+
+    def seconds(self, size: float) -> float:
+        """What copies of some bytes cost: where they end later than the computation beside them, the rest. (A ten-thousandth of
+        the others, so that of equals the plan of fewer copies is taken.)"""
+        return max(0.0, size / self.bandwidth - self.hides) + _TIE * size / self.bandwidth
+
+
+_TIE = 1e-4
 
 
 class TooLittle(Exception):
@@ -42,30 +66,28 @@ class TooLittle(Exception):
         self.missing = missing
 
 
-def solve(kinds: Sequence[Kind], room: int) -> list[list[int]]:
+def solve(kinds: Sequence[Kind], room: int, host: Host = Host()) -> list[list[int]]:
     """How many layers of each kind take each of its options, so that what is made again takes the fewest seconds.
 
     Exact with scipy (HiGHS, a mixed-integer program); without it a ladder, which takes steps by seconds a byte and
     may leave less than one step's bytes free. Of plans with equal seconds the one of fewest bytes.
 
     Args:
-        room: bytes for all that is kept.
+        room: bytes for all that is kept on the device.
 
     Raises:
         TooLittle: if not even the least of every layer fits.
     """
-    least = sum(kind.count * kind.options[0].bytes for kind in kinds)
-    if least > room:
-        raise TooLittle(least - room)
-    ladder = _ladder(kinds, room)
-    if milp is None:
-        return ladder
-    exact = _program(kinds, room)
-    return exact if exact is not None and _seconds(kinds, exact) <= _seconds(kinds, ladder) else ladder
+    ladder = _ladder(kinds, room, host)
+    exact = None if milp is None else _program(kinds, room, host)
+    found = [plan for plan in (exact, ladder) if plan is not None]
+    if not found:
+        raise TooLittle(sum(kind.count * min(o.bytes for o in kind.options) for kind in kinds) - room)
+    return min(found, key=lambda plan: _seconds(kinds, plan, host))
 
 
 def _is_worse(option: Option, other: Option) -> bool:
-    return other.bytes < option.bytes and other.seconds <= option.seconds
+    return other.bytes < option.bytes and other.seconds <= option.seconds and other.host <= option.host
 
 
 def _taken(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Option]]:
@@ -74,52 +96,87 @@ def _taken(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> Iterator[t
         yield from zip(found, kind.options, strict=True)
 
 
-def _seconds(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> float:
-    return math.fsum(count * option.seconds for count, option in _taken(kinds, counts))
+def _seconds(kinds: Sequence[Kind], counts: Sequence[Sequence[int]], host: Host) -> float:
+    made = math.fsum(count * option.seconds for count, option in _taken(kinds, counts))
+    return made + host.seconds(sum(count * option.host for count, option in _taken(kinds, counts)))
 
 
-def _bytes(kinds: Sequence[Kind], counts: Sequence[Sequence[int]]) -> int:
-    return sum(count * option.bytes for count, option in _taken(kinds, counts))
+def _fits(kinds: Sequence[Kind], counts: Sequence[Sequence[int]], room: int, host: Host) -> bool:
+    device = sum(count * option.bytes for count, option in _taken(kinds, counts))
+    return (
+        device <= room and sum(count * option.host for count, option in _taken(kinds, counts)) <= host.bytes
+    )
 
 
-def _program(kinds: Sequence[Kind], room: int) -> list[list[int]] | None:
+def _program(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | None:
+    """The variables: how many layers take each option, and the seconds of copies that nothing hides."""
     flat = [(index, option) for index, kind in enumerate(kinds) for option in kind.options]
     most = max(option.seconds for _, option in flat) or 1.0
-    size = max(option.bytes for _, option in flat) or 1
-    costs = [option.seconds / most for _, option in flat]
+    size = max(max(option.bytes, option.host) for _, option in flat) or 1
+    costs = [(option.seconds + _TIE * option.host / host.bandwidth) / most for _, option in flat]
     # Of equals the one that keeps less: what keeps more for nothing is not taken.
     most_of = [
         0.0 if any(_is_worse(option, other) for other in kinds[index].options) else float(kinds[index].count)
         for index, option in flat
     ]
-    rows = [[float(index == row) for index, _ in flat] for row in range(len(kinds))]
+    rows = [[float(index == row) for index, _ in flat] + [0.0] for row in range(len(kinds))]
+    rows.append([option.bytes / size for _, option in flat] + [0.0])
+    rows.append([option.host / size for _, option in flat] + [0.0])
+    rows.append([option.host / host.bandwidth / most for _, option in flat] + [-1.0])
     counts = [float(kind.count) for kind in kinds]
-    rows.append([option.bytes / size for _, option in flat])
-    limits = LinearConstraint(rows, [*counts, -math.inf], [*counts, room / size])
-    found = milp(costs, constraints=limits, integrality=[1] * len(flat), bounds=Bounds(0, most_of))
+    limits = LinearConstraint(
+        rows,
+        [*counts, -math.inf, -math.inf, -math.inf],
+        [*counts, room / size, host.bytes / size, host.hides / most],
+    )
+    bounds = Bounds(0, [*most_of, math.inf])
+    found = milp([*costs, 1.0], constraints=limits, integrality=[1] * len(flat) + [0], bounds=bounds)
     if found.x is None:
         return None
     whole = iter(round(x) for x in found.x)
     result = [[next(whole) for _ in kind.options] for kind in kinds]
-    return result if _bytes(kinds, result) <= room else None  # rounded up
+    return result if _fits(kinds, result, room, host) else None  # rounded up
 
 
-def _ladder(kinds: Sequence[Kind], room: int) -> list[list[int]]:
-    """Each step lets one layer keep more; the step that saves most seconds a byte goes first."""
+def _ladder(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | None:
+    """Where the least does not fit, layers go to the host one by one; then each step lets one layer keep more: the step that
+    saves most seconds a byte goes first."""
     found = [[kind.count, *[0] * (len(kind.options) - 1)] for kind in kinds]
     room -= sum(kind.count * kind.options[0].bytes for kind in kinds)
+    left = host.bytes
+    while room < 0:
+        ways = [
+            (kind.options[0].bytes - option.bytes, -option.host, index, then)
+            for index, kind in enumerate(kinds)
+            for then, option in enumerate(kind.options)
+            if found[index][0] and option.bytes < kind.options[0].bytes and option.host <= left
+        ]
+        if not ways:
+            return None
+        freed, taken, index, then = max(ways)
+        found[index][0] -= 1
+        found[index][then] += 1
+        room, left = room + freed, left + taken
     while True:
-        steps = []
-        for index, kind in enumerate(kinds):
-            for now, here in enumerate(kind.options):
-                for then in range(now + 1, len(kind.options)):
-                    more = kind.options[then].bytes - here.bytes
-                    saved = here.seconds - kind.options[then].seconds
-                    if found[index][now] and saved > 0 and more <= room:
-                        steps.append((saved / max(more, 1), index, now, then, more))
+        steps = [
+            (
+                (here.seconds - there.seconds) / max(there.bytes - here.bytes + there.host - here.host, 1),
+                index,
+                now,
+                then,
+            )
+            for index, kind in enumerate(kinds)
+            for now, here in enumerate(kind.options)
+            for then, there in enumerate(kind.options)
+            if found[index][now]
+            and there.seconds < here.seconds
+            and there.bytes - here.bytes <= room
+            and there.host - here.host <= left
+        ]
         if not steps:
             return found
-        _, index, now, then, more = max(steps, key=operator.itemgetter(0))  # of equals the first
+        _, index, now, then = max(steps, key=operator.itemgetter(0))  # of equals the first
+        here, there = kinds[index].options[now], kinds[index].options[then]
         found[index][now] -= 1
         found[index][then] += 1
-        room -= more
+        room, left = room - there.bytes + here.bytes, left - there.host + here.host

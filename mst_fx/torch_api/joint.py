@@ -108,3 +108,8 @@ def always_save(node: fx.Node) -> None:
 def is_backward_only(node: fx.Node) -> None:
     """Tells the partitioner that a node is of the backward pass."""
     node.meta["partitioner_tag"] = "is_backward"
+
+
+def is_forward_only(node: fx.Node) -> None:
+    """Tells the partitioner that a node is of the forward pass."""
+    node.meta["partitioner_tag"] = "is_forward"

@@ -16,6 +16,7 @@ from mst_fx.plan.joint_graph import JointGraph
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
+from mst_fx.plan.room import Room
 from mst_fx.torch_api.joint import copied
 
 _SEQ, _LAYERS = 16384, 6
@@ -60,11 +61,11 @@ def test_a_plan_is_the_fastest_of_those_that_fit() -> None:
     few = _from_few(_subject("mistral-7b"))
     device = device_of("H200")
     least, most = few.every(0), few.every(len(few.known) - 1)
-    assert few.plan(least.peak - 1, device) is None
+    assert few.plan(Room("H200", least.peak + few.outputs - 1, 0)) is None
     seconds = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         room = int(least.peak + share * (most.peak - least.peak)) + few.outputs
-        plan = few.plan(room, device)
+        plan = few.plan(Room("H200", int(room / 0.99) + 1, 0))
         assert plan is not None and plan.whole.peak <= room
         assert sum(count for count, _, _ in plan.again) == _LAYERS
         seconds.append(plan.whole.cost.seconds(device))

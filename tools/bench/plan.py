@@ -5,7 +5,7 @@
 
 Each way is a process of its own: ``checkpoint`` is mst with every layer checkpointed, ``attention`` the same with a policy that keeps
 attention's results (docs/memory.md), ``none`` mst without checkpointing; everything else is a value of the mst option ``memory``, with
-no checkpointing in the model. Forward and backward pass with fresh gradients, no optimizer; medians of the steps behind the first two.
+no checkpointing in the model; ``14GiB+auto`` and ``14GiB+64GiB`` give it memory of the host too. Forward and backward pass with fresh gradients, no optimizer; medians of the steps behind the first two.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import mst_fx
 from mst_fx.diagnose.model_of import random_model
+from mst_fx.ops.arena import ARENA
 from tools.bench.models import CLASSES, MODELS, config_of, text_tokens
 from tools.bench.tables import GIB, markdown_table, write_results
 from tools.meters.apart import call_apart
@@ -44,8 +45,8 @@ def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str
     if way in _BY_FLAG:
         more = {"context_fn": keep_attention} if way == "attention" else {}
         net.gradient_checkpointing_enable({"use_reentrant": False, **more})
-    memory = None if way in (*_BY_FLAG, "none") else way
-    net.compile(backend="mst", options={"memory": memory})
+    memory, _, host = ("", "", "") if way in (*_BY_FLAG, "none") else way.partition("+")
+    net.compile(backend="mst", options={"memory": memory or None, "host_memory": host or "0"})
     ids = text_tokens(seq, config.vocab_size).view(1, seq).cuda()
     seconds = []
     with mst_fx.watch() as report:
@@ -71,14 +72,26 @@ def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str
         "promised": report.plans[0].peak if report.plans else None,
         "kept": kept,
         "loss": float(loss.detach()),
-        "plan": [f"{each.layers} x {each.again}" for each in report.plans[0].layers] if report.plans else [],
+        "host": ARENA.size,
+        "plan": [str(each) for each in report.plans[0].layers] if report.plans else [],
     }
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """A line a way; ratios against ``checkpoint`` at the same length."""
     lines: list[Any] = [
-        ("layers", "tokens", "memory", "s", "of checkpoint", "peak GiB", "promised", "kept GiB", "made again")
+        (
+            "layers",
+            "tokens",
+            "memory",
+            "s",
+            "of checkpoint",
+            "peak GiB",
+            "promised",
+            "kept GiB",
+            "on the host",
+            "made again",
+        )
     ]
     for r in results:
         base = next(
@@ -100,6 +113,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['peak'] / GIB:.2f}",
                 promised,
                 f"{r['kept'] / GIB:.2f}",
+                f"{r['host'] / GIB:.2f}",
                 "; ".join(r["plan"]),
             )
         )
