@@ -74,7 +74,7 @@ def _planned(
     """The choice of each layer, and the peak of the graph with them; the host memory that they take is there."""
     host = host_bytes(_host_option(context.options.host_memory), room)
     while True:
-        placed = [placed_choices(those, host > 0 and not is_last) for those, is_last in _with_last(choices)]
+        placed = [_placed(those, host > 0 and not is_last) for those, is_last in _with_last(choices)]
         peak_with = functools.partial(_peak_with, context.graph, placed)
         taken, peak = fastest(placed, room, host_beside(choices, room, host), peak_with)
         chosen = [those[index] for those, index in zip(placed, taken, strict=True)]
@@ -103,7 +103,7 @@ def _with_last(choices: Sequence[Sequence[Choice]]) -> Iterator[tuple[Sequence[C
         yield those, index == len(choices) - 1
 
 
-def placed_choices(those: Sequence[Choice], has_host: bool) -> list[Choice]:
+def _placed(those: Sequence[Choice], has_host: bool) -> list[Choice]:
     """The choices of a layer on the device, and on the host."""
     if not has_host or not those[0].layer.readers:
         return list(those)
@@ -193,7 +193,8 @@ def _too_little(room: Room, host: Host, missing: int) -> str:
     )
 
 
-def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
+def planned_layers(chosen: Sequence[Choice], room: Room) -> tuple[Planned, ...]:
+    """What layers do, those together that do the same, the least kept first."""
     device: Device = device_of(room.device)
     found: dict[Planned, int] = {}
     for choice in chosen:
@@ -201,5 +202,8 @@ def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
         one = Planned(1, str(choice), choice.bytes, choice.host_bytes, cost.flops, cost.seconds(device))
         found[one] = found.get(one, 0) + 1
     layers = [dataclasses.replace(one, layers=count) for one, count in found.items()]
-    ordered = sorted(layers, key=lambda one: one.kept_bytes)
-    return MemoryPlan(tuple(ordered), room.budget, room.taken, room.taken + peak)
+    return tuple(sorted(layers, key=lambda one: one.kept_bytes))
+
+
+def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
+    return MemoryPlan(planned_layers(chosen, room), room.budget, room.taken, room.taken + peak)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from tools.bench.tables import GIB, markdown_table, write_results
 # What a card has for tensors, GiB, and the device whose seconds are said.
 CARDS = {"24": (23.0, "H100"), "48": (47.0, "H100"), "80": (79.0, "H100"), "141": (138.8, "H200")}
 SUBJECTS = (("llama3.2-1b", 0), ("llama3-8b", 0), ("llama3-8b", 16))
+HOSTS = (0, 128)  # GiB; with some, of the largest cards alone
 CHOICES_AT = 65536
 
 
-def predict(model: str, lora: int, card: str) -> dict[str, Any]:
+def predict(model: str, lora: int, card: str, host: int) -> dict[str, Any]:
     """A line of the first table."""
     memory, device = CARDS[card]
     subject = subject_of(model, Shape(dtype=torch.bfloat16), lora)
-    found = forecast(subject, Setting(device, int(memory * GIB)))
-    return {"model": model, "lora": lora, "card": card, "memory": memory, "device": device, **_parts(found)}
+    found = forecast(subject, Setting(device, int(memory * GIB), host * GIB))
+    given = {"card": card, "memory": memory, "device": device, "host": host}
+    return {"model": model, "lora": lora, **given, **_parts(found)}
 
 
 def _parts(found: Forecast) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def choices(model: str) -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """A line a model and card: the longest of each way, and the plan's step there."""
     lines: list[Any] = [
-        ("model", "trained", "card, GiB", "given, GiB", *WAYS, "the plan's step there, s", "of")
+        ("model", "trained", "card, GiB", "given", "host, GiB", *WAYS, "the plan's step there, s", "of")
     ]
     for r in results:
         planned = r["ways"][-1]
@@ -55,7 +58,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 r["model"],
                 f"LoRA, rank {r['lora']}" if r["lora"] else "all, AdamW",
                 r["card"],
-                r["memory"],
+                f"{r['memory']:.1f}",
+                r["host"] or "–",
                 *(f"{way['longest']:,}" if way["longest"] else "–" for way in r["ways"]),
                 "–" if step is None else f"{step:.3g}",
                 r["device"],
@@ -83,8 +87,10 @@ def main() -> None:
     of_layer = choices("llama3-8b")
     results: list[dict[str, Any]] = []
     for model, lora in SUBJECTS:
-        for card in CARDS:
-            results.append(predict(model, lora, card))
+        for card, host in itertools.product(CARDS, HOSTS):
+            if host and card not in ("80", "141"):
+                continue
+            results.append(predict(model, lora, card, host))
             print(results[-1], flush=True)
             text = (
                 f"{table(results)}\n\n## What a layer of llama3-8b may keep\n\n{table_of_choices(of_layer)}"

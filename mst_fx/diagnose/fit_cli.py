@@ -153,7 +153,7 @@ def _lines(subject: Subject, setting: Setting, found: Forecast) -> Iterator[tupl
         yield style, "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield "", ""
     for point in found.ways[-1].points:
-        yield "", f"the plan at {point.seq:,} tokens: " + "; ".join(_group(*each) for each in point.plan)
+        yield "", f"the plan at {point.seq:,} tokens: " + "; ".join(map(str, point.plan))
     yield "", ""
     yield from (("dim", line) for line in notes(setting))
 
@@ -168,11 +168,8 @@ def _cell(way: Way, length: int) -> str:
 
 
 def cell_of(point: Point) -> str:
-    return f"{point.seconds:.3g} s, {point.peak / 2**30:.1f} GiB"
-
-
-def _group(count: int, again: str, kept: int) -> str:
-    return f"{count} layers keep {human_bytes(kept)}, make again: {again}"
+    host = f" + {point.host / 2**30:.1f} on the host" if point.host else ""
+    return f"{point.seconds:.3g} s, {point.peak / 2**30:.1f} GiB{host}"
 
 
 def notes(setting: Setting) -> Iterator[str]:
@@ -184,5 +181,5 @@ def notes(setting: Setting) -> Iterator[str]:
     yield "adamw is the fused one; foreach=True needs one more copy of what is trained while it steps."
     if setting.device == "A100":
         yield "Seconds on an A100 are from its data sheet, and were not measured."
-    if setting.host is not None:
-        yield "--host: host memory is not used yet by this version."
+    if setting.host:
+        yield "Copies to the host and back are taken to run at the link's rate beside the rest, and to cost time only where they outlast it."

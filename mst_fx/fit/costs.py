@@ -15,7 +15,15 @@ from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import ATTENTION_KERNELS, argument, operation
 from mst_fx.masks import formula
 from mst_fx.plan.costs import Cost, flops_of
-from mst_fx.plan.joint_graph import bytes_of, is_attention, is_cheap, is_view, tensor_of
+from mst_fx.plan.joint_graph import (
+    bytes_of,
+    is_attention,
+    is_cheap,
+    is_transfer,
+    is_view,
+    source_of,
+    tensor_of,
+)
 from mst_fx.torch_api.ops import schema_of
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -49,7 +57,9 @@ def cost_of_node(node: fx.Node, made: set[fx.Node]) -> Cost:
     if name in _PASSES:
         return Cost(products=flops_of(node), moved=_PASSES[name] * _moved_inside(node))
     flops = flops_of(node)
-    if flops or is_view(node) or node not in made:
+    if (
+        flops or is_view(node) or node not in made or is_transfer(source_of(node))
+    ):  # copies run beside the rest
         return Cost(products=flops)
     return Cost(moved=bytes_of(node) + sum(map(bytes_of, _sources(node, made))))
 

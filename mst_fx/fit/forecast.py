@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mst_fx.fit.costs import plus
 from mst_fx.fit.eager import EagerStep, eager_step
-from mst_fx.fit.traced import CannotTell, Planned, TracedStep, traced_step
+from mst_fx.fit.traced import CannotTell, TracedStep, traced_step
 from mst_fx.plan.costs import Cost, device_of
 from mst_fx.plan.room import Room
+from mst_fx.report import Planned
 
 # Elements that share one scale, in states of 8 bits (bitsandbytes); smaller parameters keep 32 bits.
 _BLOCK_OF_STATES, _LEAST_8BIT = 256, 4096
@@ -51,7 +52,7 @@ class Setting:
     Attributes:
         device: a name that :func:`~mst_fx.plan.costs.device_of` knows.
         memory: bytes that may be allocated on it.
-        host: bytes of the host's memory that a plan may use; None: not said.
+        host: bytes of the host's memory that a plan may use; None: none.
         optimizer: one of :data:`OPTIMIZERS`.
     """
 
@@ -68,13 +69,18 @@ class Point:
     Attributes:
         peak: bytes allocated at its highest moment.
         seconds: of forward and backward pass and the optimizer's step.
-        plan: how many layers make what again, in words, and the bytes that each keeps; of a plan.
+        plan: what its layers do, and make again; of a plan.
     """
 
     seq: int
     peak: int
     seconds: float
-    plan: tuple[tuple[int, str, int], ...] = ()
+    plan: tuple[Planned, ...] = ()
+
+    @property
+    def host(self) -> int:
+        """Bytes that are kept on the host."""
+        return sum(each.layers * each.host_bytes for each in self.plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +122,6 @@ class Forecast:
         resident: bytes of parameters, buffers and optimizer states.
         gradients: bytes of all gradients.
         choices: of a layer in the middle, at the longest of the lengths that were asked, the least first.
-        host_used: bytes on the host.
     """
 
     parameters: int
@@ -125,7 +130,6 @@ class Forecast:
     gradients: int
     ways: tuple[Way, ...]
     choices: tuple[Kept, ...]
-    host_used: int
 
 
 def forecast(subject: Subject, setting: Setting, lengths: Sequence[int] = ()) -> Forecast:
@@ -152,7 +156,7 @@ class _Forecaster:
         buffers = sum(b.nbytes for b in self.models[EAGER].buffers())
         self.states = sum(state_bytes(p, setting.optimizer) for p in trained)
         self.resident = sum(p.nbytes for p in parameters) + buffers + self.states
-        self.traced, self.stands_for = stand_ins(subject.kinds)
+        self.traced, self.stands_for = stand_ins(subject.kinds, spare=int(bool(setting.host)))
         self._steps: dict[int, TracedStep] = {}
         self._eager_steps: dict[tuple[str, int], EagerStep] = {}
 
@@ -168,9 +172,7 @@ class _Forecaster:
             for way in WAYS
         ]
         choices = self._choices(asked[-1]) if asked else ()
-        return Forecast(
-            self.parameters, self.trained, self.resident, self.gradients, tuple(ways), choices, host_used=0
-        )
+        return Forecast(self.parameters, self.trained, self.resident, self.gradients, tuple(ways), choices)
 
     def _longest(self, way: str, start: int) -> int:
         # What was traced costs nothing.
@@ -187,7 +189,7 @@ class _Forecaster:
             made = self._eager(way, seq).peak
         else:
             step = self._step(seq)
-            made = step.every(0).peak + (step.outputs if way == MST_PLANNED else 0)
+            made = step.least(self.setting.host or 0) if way == MST_PLANNED else step.every(0).peak
         return self._at_most(seq, made)
 
     def _at_most(self, seq: int, made: int) -> int:
@@ -195,7 +197,8 @@ class _Forecaster:
         return max(self._taken(seq) + made, self.resident + self.gradients)
 
     def _point(self, way: str, seq: int) -> Point | None:
-        plan: Planned | None = None
+        layers: tuple[Planned, ...] = ()
+        copies = 0.0
         if way in (EAGER, EAGER_CHECKPOINTED):
             step = self._eager(way, seq)
             made, cost = step.peak, step.cost
@@ -203,15 +206,16 @@ class _Forecaster:
             whole = self._step(seq).every(0)
             made, cost = whole.peak, whole.cost
         else:
-            plan = self._step(seq).plan(Room(self.setting.device, self.setting.memory, self._taken(seq)))
+            room = Room(self.setting.device, self.setting.memory, self._taken(seq))
+            plan = self._step(seq).plan(room, self.setting.host or 0)
             if plan is None:
                 return None
-            made, cost = plan.whole.peak, plan.whole.cost
+            made, cost, layers, copies = plan.whole.peak, plan.whole.cost, plan.layers, plan.seconds
         peak = self._at_most(seq, made)
         if peak > self.setting.memory:
             return None
-        seconds = plus([cost, self._optimizer_cost()]).seconds(self.device)
-        return Point(seq, peak, seconds, plan.again if plan is not None else ())
+        seconds = plus([cost, self._optimizer_cost()]).seconds(self.device) + copies
+        return Point(seq, peak, seconds, layers)
 
     def _optimizer_cost(self) -> Cost:
         """Everything is read, and all but gradients written."""
@@ -227,13 +231,19 @@ class _Forecaster:
         if seq not in self._steps:
             model = self.subject.build(self.traced, False)
             _check_sizes(self.models[EAGER], model, self.stands_for)
-            self._steps[seq] = traced_step(model, self.subject.inputs(seq), self.traced, self.stands_for)
+            self._steps[seq] = traced_step(
+                model, self.subject.inputs(seq), self.traced, self.stands_for, bool(self.setting.host)
+            )
         return self._steps[seq]
 
     def _choices(self, seq: int) -> tuple[Kept, ...]:
         step = self._step(seq)
         middle = step.choices[self.stands_for[len(self.stands_for) // 2]]
-        return tuple(Kept(seq, str(choice), choice.bytes, choice.cost.flops) for choice in middle)
+        return tuple(
+            Kept(seq, str(choice), choice.bytes, choice.cost.flops)
+            for choice in middle.values()
+            if not choice.is_on_host
+        )
 
 
 def state_bytes(parameter: Tensor, optimizer: str) -> int:
@@ -253,11 +263,16 @@ def state_bytes(parameter: Tensor, optimizer: str) -> int:
     return 2 * (count + scales if count >= _LEAST_8BIT else count * 4)
 
 
-def stand_ins(kinds: Sequence[Hashable]) -> tuple[int, tuple[int, ...]]:
-    """How many layers are traced, and which of them each layer is like: the first, the last, and those between by their kind."""
+def stand_ins(kinds: Sequence[Hashable], spare: int = 0) -> tuple[int, tuple[int, ...]]:
+    """How many layers are traced, and which of them each layer is like: the first, the last, and those between by their kind.
+
+    Args:
+        spare: layers before the last that stand for none.
+    """
     count = len(kinds)
-    for traced in range(3, count):
-        between = {kind: index for index, kind in reversed(list(enumerate(kinds[1 : traced - 1], 1)))}
+    for traced in range(3 + spare, count):
+        inside = list(enumerate(kinds))[1 : traced - 1 - spare]
+        between = {kind: index for index, kind in reversed(inside)}
         if set(kinds[1 : count - 1]) <= between.keys() and kinds[traced - 1] == kinds[-1]:
             inner = [between[kind] for kind in kinds[1 : count - 1]]
             return traced, (0, *inner, traced - 1)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
 from mst_fx.fit.costs import cost_of_node, plus
+from mst_fx.graph.spelling import argument, operation
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.costs import Cost
 from mst_fx.plan.joint_graph import JointGraph, tensor_of
@@ -20,6 +21,9 @@ from mst_fx.plan.layers import Layer
 from mst_fx.plan.peak import calls_of, held_by, scratch_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.torch_api.joint import copied
+
+# The number of a choice, and whether it is kept on the host.
+Key = tuple[int, bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +111,19 @@ def _drop_outputs(joint: JointGraph) -> None:
     output.args = fx.map_arg(output.args, lambda node: None if node in dropped else node)
 
 
-def _first_read_backward(joint: JointGraph, layer: Layer, place: dict[fx.Node, int]) -> int:
-    """The first call of the backward pass that reads what belongs to a layer."""
+def _first_read_backward(joint: JointGraph, layer: Layer, place: Mapping[fx.Node, int]) -> int:
+    """The first call of the backward pass that reads what belongs to a layer, or brings it back from the host."""
     own = {layer.start, *layer.nodes}
-    return min(place[user] for node in own for user in node.users if user in joint.backward and user in place)
+    hosts = {
+        result
+        for node in own
+        for call in node.users
+        if operation(call) == "mst_fx::stash" and not own.isdisjoint(argument(call, "kept"))
+        for result in call.users
+    }
+    reads = [user for node in own for user in node.users if user in joint.backward]
+    reads += [user for host in hosts for user in host.users if host in (argument(user, "hosts") or ())]
+    return min(place[user] for user in reads if user in joint.backward and user in place)
 
 
 def _cut(joint: JointGraph, calls: Sequence[fx.Node], cuts: Sequence[int]) -> Iterator[Part]:
@@ -131,21 +144,22 @@ def _cut(joint: JointGraph, calls: Sequence[fx.Node], cuts: Sequence[int]) -> It
         yield Part(highest - before, alive - before, plus(costs[start:end]))
 
 
-def together(known: Sequence[Parts], stands_for: Sequence[int], taken: Sequence[int]) -> Whole:
-    """What many layers take.
+def together(known: Mapping[Key, Parts], stands_for: Sequence[int], taken: Sequence[Key]) -> Whole:
+    """What many layers take. Where a layer that keeps on the device follows one that keeps on the host, what the latter sends counts
+    until it is back: one layer's bytes too many at most.
 
     Args:
-        known: by the number of the choice.
+        known: by what all layers keep.
         stands_for: which of the known layers each layer is like.
-        taken: the choice of each layer.
+        taken: what each layer keeps.
     """
-    order = [known[0].before]
-    order += [known[choice].forward[like] for like, choice in zip(stands_for, taken, strict=True)]
-    order.append(known[0].head)
+    ends = known[0, False]
+    order = [ends.before]
+    order += [known[key].forward[like] for like, key in zip(stands_for, taken, strict=True)]
+    order.append(ends.head)
     between = len(order) - 1
     order += [
-        known[choice].backward[like]
-        for like, choice in zip(reversed(stands_for), reversed(taken), strict=True)
+        known[key].backward[like] for like, key in zip(reversed(stands_for), reversed(taken), strict=True)
     ]
     alive = list(itertools.accumulate((part.change for part in order), initial=0))
     peak = max(before + part.rise for before, part in zip(alive, order, strict=False))

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from mst_fx import report
 from mst_fx.bodies.body import Body
 from mst_fx.chunk_rows import as_on
 from mst_fx.errors import BudgetError
-from mst_fx.fit.parts import Parts, Whole, outputs_of, parts_with, together
+from mst_fx.fit.parts import Key, Parts, Whole, outputs_of, parts_with, together
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.options import Options
 from mst_fx.passes.mask_breaks import cross_masks
-from mst_fx.passes.memory_plan import fastest, host_beside
+from mst_fx.passes.memory_plan import fastest, host_beside, planned_layers
 from mst_fx.pipeline import run_passes
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, storages
@@ -110,12 +112,13 @@ class Planned:
 
     Attributes:
         whole: what it takes.
-        again: how many layers make what again, in words, the layers that keep least first.
-        kept: bytes that each of them keeps.
+        layers: that do the same, the layers that keep least first.
+        seconds: of copies to the host and back that nothing hides.
     """
 
     whole: Whole
-    again: tuple[tuple[int, str, int], ...]
+    layers: tuple[report.Planned, ...]
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,52 +126,67 @@ class TracedStep:
     """A step of one length.
 
     Attributes:
-        known: the parts of the traced layers, by the number of the choice that they take.
-        choices: of each traced layer.
+        known: the parts of the traced layers, by what they keep.
+        choices: of each traced layer, by the same: on the device, and then on the host.
         stands_for: which traced layer each layer of the model is like.
         outputs: bytes of what the forward pass returns beside its losses: a plan expects that somebody holds it.
     """
 
-    known: tuple[Parts, ...]
-    choices: tuple[tuple[Choice, ...], ...]
+    known: Mapping[Key, Parts]
+    choices: tuple[Mapping[Key, Choice], ...]
     stands_for: tuple[int, ...]
     outputs: int
 
     def every(self, choice: int) -> Whole:
-        """What a step takes all of whose layers take one choice: of 0 each is checkpointed."""
-        return self._with([choice] * len(self.stands_for))
+        """What a step takes all of whose layers take one choice, on the device: of 0 each is checkpointed."""
+        return together(self.known, self.stands_for, [(choice, False)] * len(self.stands_for))
 
-    def plan(self, room: Room) -> Planned | None:
+    def least(self, host: int) -> int:
+        """The bytes of a step's peak that no plan is below: each layer checkpointed, and on the host while there is room.
+
+        Args:
+            host: bytes that may be kept there.
+        """
+        keys: list[Key] = []
+        for like in self.stands_for:
+            sent = self.choices[like].get((0, True))
+            is_sent = sent is not None and sent.host_bytes <= host
+            host -= sent.host_bytes if sent is not None and is_sent else 0
+            keys.append((0, is_sent))
+        return together(self.known, self.stands_for, keys).peak + self.outputs
+
+    def plan(self, room: Room, host_size: int = 0) -> Planned | None:
         """The fastest that fits, as :mod:`mst_fx.passes.memory_plan` finds it; None if none does.
 
         Args:
             room: of which inputs, parameters and states are taken.
+            host_size: bytes that may be kept on the host.
         """
-        of_all = [self.choices[like] for like in self.stands_for]
-        host = host_beside(of_all, room, 0)
+        every = [tuple(self.choices[like].values()) for like in self.stands_for]
+        host = host_beside(every, room, host_size)
         try:
-            taken, _ = fastest(of_all, room, host, lambda trial: self._with(trial).peak + self.outputs)
+            taken, _ = fastest(every, room, host, lambda trial: self.whole(trial).peak + self.outputs)
         except BudgetError:
             return None
-        return Planned(self._with(taken), self._said(taken))
+        chosen = [those[index] for those, index in zip(every, taken, strict=True)]
+        seconds = host.seconds(sum(choice.host_bytes for choice in chosen))
+        return Planned(self.whole(taken), planned_layers(chosen, room), seconds)
 
-    def _with(self, taken: Sequence[int]) -> Whole:
-        return together(self.known, self.stands_for, taken)
-
-    def _said(self, taken: Sequence[int]) -> tuple[tuple[int, str, int], ...]:
-        chosen = [self.choices[like][index] for like, index in zip(self.stands_for, taken, strict=True)]
-        words = [(str(choice), choice.bytes) for choice in chosen]
-        return tuple((words.count(each), *each) for each in sorted(dict.fromkeys(words), key=lambda w: w[1]))
+    def whole(self, taken: Sequence[int]) -> Whole:
+        """What a step takes whose layers take the choices of these places in the order of their keys."""
+        keys = [list(self.choices[like])[index] for like, index in zip(self.stands_for, taken, strict=True)]
+        return together(self.known, self.stands_for, keys)
 
 
 def traced_step(
-    model: nn.Module, inputs: Mapping[str, Tensor], traced: int, stands_for: Sequence[int]
+    model: nn.Module, inputs: Mapping[str, Tensor], traced: int, stands_for: Sequence[int], has_host: bool
 ) -> TracedStep:
     """A step of a model, from few of its layers.
 
     Args:
         model: of ``traced`` layers, on ``meta``.
         stands_for: which of these each layer of the whole model is like.
+        has_host: whether layers may keep on the host.
 
     Raises:
         CannotTell: if the layers are not found in the graph.
@@ -180,12 +198,42 @@ def traced_step(
     if len(layers) != traced:
         raise CannotTell(f"{len(layers)} layers were found in the graph of a model of {traced}")
     wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
-    choices = [choices_of(layer, wanted) for layer in layers]
-    most = max(map(len, choices))
-    known = [
-        parts_with(graph, [those[min(number, len(those) - 1)] for those in choices], found[-1].start)
-        for number in range(most)
+    every = [choices_of(layer, wanted) for layer in layers]
+    # What the last layer keeps is read at once, and the one before it is there for the copies of others to end beside it.
+    may_send = [has_host and index < traced - 2 for index in range(traced)]
+    levels = range(max(map(len, every)))
+    keys: list[Key] = [(level, False) for level in levels]
+    if any(may_send):
+        sending = [those for those, sends in zip(every, may_send, strict=True) if sends]
+        keys += [
+            (level, True) for level in levels if all(_can_send(joint, _nth(x, level, True)) for x in sending)
+        ]
+    known = {
+        (level, on_host): parts_with(
+            graph,
+            [_nth(those, level, on_host and sends) for those, sends in zip(every, may_send, strict=True)],
+            found[-1].start,
+        )
+        for level, on_host in keys
+    }
+    placed = [
+        {key: _nth(those, *key) for key in keys if key[0] < len(those) and (sends or not key[1])}
+        for those, sends in zip(every, may_send, strict=True)
     ]
-    del bodies  # named by the graph up to here
     outputs = sum(bytes_of(node) for node in storages(outputs_of(joint)))
-    return TracedStep(tuple(known), tuple(map(tuple, choices)), tuple(stands_for), outputs)
+    del bodies  # named by the graph up to here
+    return TracedStep(known, tuple(placed), tuple(stands_for), outputs)
+
+
+def _can_send(joint: JointGraph, choice: Choice) -> bool:
+    """Whether all that is sent is made before the backward pass begins."""
+    behind = itertools.dropwhile(lambda node: node not in joint.backward, _calls(joint))
+    return set(choice.sent).isdisjoint(behind)
+
+
+def _calls(joint: JointGraph) -> list[fx.Node]:
+    return [node for node in joint.graph.nodes if node.op == "call_function"]
+
+
+def _nth(those: Sequence[Choice], number: int, on_host: bool) -> Choice:
+    return dataclasses.replace(those[min(number, len(those) - 1)], is_on_host=on_host)

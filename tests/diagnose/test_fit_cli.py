@@ -76,7 +76,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["fit", "llama3-8b", "--memory", "2GiB", "--host", "8GiB", "--device", "h200", *_SMALL]
     assert cli.main([*arguments, "--seq", "16384"]) == 0
     out = capsys.readouterr().out
-    assert "host memory is not used yet by this version" in out
+    assert "Copies to the host and back" in out
     assert "All of it is predicted" in out and "the plan at 16,384 tokens: " in out
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
