@@ -26,6 +26,7 @@ _MULTIPLE = 1024
 LEAST = 2 * _MULTIPLE
 _LONGEST = 2**24
 _TRIES = 6
+_SHRINKS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,13 @@ class _Forecaster:
     def _longest(self, way: str, start: int) -> int:
         # What was traced costs nothing.
         starts = list(self._steps) if way == MST_PLANNED else [start, 2 * start]
-        return longest_below(lambda seq: self._peak(way, seq), self.setting.memory, starts)
+        found = longest_below(lambda seq: self._peak(way, seq), self.setting.memory, starts)
+        # A plan is one of several that are looked at, and the very last that fits need not be among them.
+        for share in _SHRINKS if way == MST_PLANNED else ():
+            seq = int(found * share // _MULTIPLE) * _MULTIPLE
+            if seq < LEAST or self._point(way, seq) is not None:
+                return seq if seq >= LEAST else 0
+        return 0 if way == MST_PLANNED else found
 
     def _taken(self, seq: int) -> int:
         """Bytes that are there when a step begins."""

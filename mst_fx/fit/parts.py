@@ -49,12 +49,14 @@ class Parts:
         before: up to the first layer.
         forward, backward: of each layer, in the order of the forward pass; the last one's backward part includes the embedding's.
         head: between the two passes.
+        sent: bytes that each layer sends to the host.
     """
 
     before: Part
     forward: tuple[Part, ...]
     head: Part
     backward: tuple[Part, ...]
+    sent: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,7 @@ def parts_with(graph: fx.Graph, chosen: Sequence[Choice], head: fx.Node) -> Part
         forward=tuple(found[1 : count + 1]),
         head=found[count + 1],
         backward=tuple(reversed(found[count + 2 :])),
+        sent=tuple(choice.host_bytes for choice in chosen),
     )
 
 
@@ -145,22 +148,28 @@ def _cut(joint: JointGraph, calls: Sequence[fx.Node], cuts: Sequence[int]) -> It
 
 
 def together(known: Mapping[Key, Parts], stands_for: Sequence[int], taken: Sequence[Key]) -> Whole:
-    """What many layers take. Where a layer that keeps on the device follows one that keeps on the host, what the latter sends counts
-    until it is back: one layer's bytes too many at most.
+    """What many layers take.
 
     Args:
         known: by what all layers keep.
         stands_for: which of the known layers each layer is like.
-        taken: what each layer keeps.
+        taken: what each layer keeps; those that keep on the host come first.
     """
     ends = known[0, False]
-    order = [ends.before]
-    order += [known[key].forward[like] for like, key in zip(stands_for, taken, strict=True)]
-    order.append(ends.head)
-    between = len(order) - 1
-    order += [
-        known[key].backward[like] for like, key in zip(reversed(stands_for), reversed(taken), strict=True)
-    ]
+    layers = list(zip(stands_for, taken, strict=True))
+    forward = [known[key].forward[like] for like, key in layers]
+    backward = [known[key].backward[like] for like, key in layers]
+    sent = [known[key].sent[like] for like, key in layers]
+    last = max((index for index, size in enumerate(sent) if size), default=len(layers))
+    if last + 2 < len(layers):
+        # What the last of them sends is gone when the next layer has run, and comes back beside its backward pass.
+        gone, back = _then(forward[last + 1], -sent[last]), _then(backward[last + 2], sent[last])
+        forward[last + 1], backward[last + 2] = gone, back
+    order = [ends.before, *forward, ends.head, *reversed(backward)]
     alive = list(itertools.accumulate((part.change for part in order), initial=0))
     peak = max(before + part.rise for before, part in zip(alive, order, strict=False))
-    return Whole(peak, alive[between], plus(part.cost for part in order))
+    return Whole(peak, alive[len(forward) + 1], plus(part.cost for part in order))
+
+
+def _then(part: Part, change: int) -> Part:
+    return dataclasses.replace(part, change=part.change + change)

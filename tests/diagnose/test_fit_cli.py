@@ -73,8 +73,8 @@ def test_layers_are_told_apart_by_the_config() -> None:
 
 @pytest.mark.slow
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["fit", "llama3-8b", "--memory", "2GiB", "--host", "8GiB", "--device", "h200", *_SMALL]
-    assert cli.main([*arguments, "--seq", "16384"]) == 0
+    arguments = ["fit", "llama3-8b", "--memory", "2GiB", "--device", "h200", *_SMALL]
+    assert cli.main([*arguments, "--host", "8GiB", "--seq", "16384"]) == 0
     out = capsys.readouterr().out
     assert "Copies to the host and back" in out
     assert "All of it is predicted" in out and "the plan at 16,384 tokens: " in out
