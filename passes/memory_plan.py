@@ -75,7 +75,7 @@ def _planned(
     host = host_bytes(_host_option(context.options.host_memory), room)
     while True:
         placed = [_placed(those, host > 0 and not is_last) for those, is_last in _with_last(choices)]
-        peak_with = functools.partial(_peak_with, context.graph, placed)
+        peak_with = functools.partial(_peak_with, context.graph)
         taken, peak = fastest(placed, room, host_beside(choices, room, host), peak_with)
         chosen = [those[index] for those, index in zip(placed, taken, strict=True)]
         try:
@@ -110,60 +110,112 @@ def _placed(those: Sequence[Choice], has_host: bool) -> list[Choice]:
     return [*those, *(dataclasses.replace(each, is_on_host=True) for each in those)]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Which choice each layer takes, by number, what that costs, and the peak of the graph with it."""
+
+    taken: Sequence[int]
+    seconds: float
+    peak: int
+
+
+PeakWith = Callable[[Sequence[Choice]], int]
+
+
 def fastest(
-    choices: Sequence[Sequence[Choice]], room: Room, host: Host, peak_with: Callable[[Sequence[int]], int]
+    choices: Sequence[Sequence[Choice]], room: Room, host: Host, peak_with: PeakWith
 ) -> tuple[Sequence[int], int]:
     """The choice of each layer, and the peak of the graph with them.
 
-    How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
-    are, or in the forward pass. So plans of several sizes are written and looked at.
+    What comes back from the host is on the device for two layers at a time. So plans are looked for that send at most so much of a
+    layer: from the most on, until one fits; and one that sends nothing.
 
     Args:
-        peak_with: the peak of the graph whose layers take the choices of these numbers.
+        peak_with: the peak of the graph whose layers take these choices.
 
     Raises:
-        BudgetError: if no plan fits.
+        BudgetError: if none fits.
+    """
+    sizes = sorted({choice.host_bytes for those in choices for choice in those}, reverse=True)
+    fitting: list[_Plan] = []
+    missing: list[_Plan] = []
+    for most in sizes:
+        if most == 0 or not fitting:
+            allowed = [[c for c in those if c.host_bytes <= most] for those in choices]
+            plan = _fitting(allowed, room, host, peak_with)
+            plan = dataclasses.replace(
+                plan,
+                taken=[
+                    those.index(few[i]) for those, few, i in zip(choices, allowed, plan.taken, strict=True)
+                ],
+            )
+            (fitting if plan.peak <= room.bytes else missing).append(plan)
+    if fitting:
+        best = min(fitting, key=lambda plan: plan.seconds)
+        return best.taken, best.peak
+    least = min(missing, key=lambda plan: plan.peak)
+    if least.peak > room.most:
+        raise BudgetError(_too_little(room, host, least.peak - room.most))
+    return least.taken, least.peak
+
+
+def _fitting(choices: Sequence[Sequence[Choice]], room: Room, host: Host, peak_with: PeakWith) -> _Plan:
+    """The fastest plan of some choices that fits, or the least one, if none does.
+
+    How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
+    are, or in the forward pass. So plans of several sizes are written and looked at.
     """
     device = device_of(room.device)
     options = [
         tuple(Option(c.device_bytes, c.cost.seconds(device), c.host_bytes) for c in those)
         for those in choices
     ]
-    low = sum(min(option.bytes for option in those) for those in options)
-    high = sum(max(option.bytes for option in those) for those in options)
-    found: Sequence[int] | None = None
-    peak = 0
-    missing: dict[int, Sequence[int]] = {}  # plans that take too much, by their peaks
-    # All that may be kept; with least kept and nothing on the host; and between.
-    first = [high, sum(those[0].bytes for those in options)]
-    for turn in range(len(first) + _HALVINGS):
-        middle = first[turn] if turn < len(first) else (low + high) // 2
-        try:
-            taken = _solved(options, middle, host)
-        except TooLittle:
-            low = middle
+
+    def plan_of(size: int) -> _Plan:
+        taken = _solved(options, size, host)
+        found = [those[index] for those, index in zip(options, taken, strict=True)]
+        seconds = sum(each.seconds for each in found) + host.seconds(sum(each.host for each in found))
+        return _Plan(taken, seconds, peak_with([those[i] for those, i in zip(choices, taken, strict=True)]))
+
+    low = _least_size(options, host)
+    found = plan_of(low)
+    if found.peak > room.bytes:
+        return found
+    high = middle = sum(max(option.bytes for option in those) for those in options)
+    for _ in range(_HALVINGS):
+        plan = plan_of(middle)
+        if plan.peak <= room.bytes:
+            found, low = plan, middle
         else:
-            looked_at = peak_with(taken)
-            if looked_at <= room.bytes:
-                found, peak, low = taken, looked_at, middle
-            else:
-                missing[looked_at] = taken
-                high = middle
-        if low >= high:
+            high = middle
+        if low == high:
             break
-    if found is not None:
-        return found, peak
-    least = min(missing)
-    if least > room.most:
-        raise BudgetError(_too_little(room, host, least - room.most))
-    return missing[least], least
+        middle = (low + high) // 2
+    return found
 
 
-def _peak_with(graph: fx.Graph, choices: Sequence[Sequence[Choice]], taken: Sequence[int]) -> int:
-    """The peak of a graph whose layers take the choices of these numbers."""
+def _least_size(options: Sequence[tuple[Option, ...]], host: Host) -> int:
+    """The fewest bytes on the device, to a hundredth, with which there is a plan."""
+    low = sum(min(option.bytes for option in those) for those in options)
+    high = sum(those[0].bytes for those in options)  # with nothing on the host
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            _solved(options, middle, host)
+        except TooLittle:
+            low = middle + 1
+        else:
+            high = middle
+        if high - low < low // 100:
+            break
+    return high
+
+
+def _peak_with(graph: fx.Graph, chosen: Sequence[Choice]) -> int:
+    """The peak of a graph whose layers take these choices."""
     trial = JointGraph(copied(graph))
     copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
-    make_again(trial, [those[index].of_copies(copies) for those, index in zip(choices, taken, strict=True)])
+    make_again(trial, [choice.of_copies(copies) for choice in chosen])
     return peak_of(trial)
 
 

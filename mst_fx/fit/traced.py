@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -165,17 +164,16 @@ class TracedStep:
         every = [tuple(self.choices[like].values()) for like in self.stands_for]
         host = host_beside(every, room, host_size)
         try:
-            taken, _ = fastest(every, room, host, lambda trial: self.whole(trial).peak + self.outputs)
+            taken, _ = fastest(every, room, host, lambda those: self._with(those).peak + self.outputs)
         except BudgetError:
             return None
         chosen = [those[index] for those, index in zip(every, taken, strict=True)]
         seconds = host.seconds(sum(choice.host_bytes for choice in chosen))
-        return Planned(self.whole(taken), planned_layers(chosen, room), seconds)
+        return Planned(self._with(chosen), planned_layers(chosen, room), seconds)
 
-    def whole(self, taken: Sequence[int]) -> Whole:
-        """What a step takes whose layers take the choices of these places in the order of their keys."""
-        keys = [list(self.choices[like])[index] for like, index in zip(self.stands_for, taken, strict=True)]
-        return together(self.known, self.stands_for, keys)
+    def _with(self, chosen: Sequence[Choice]) -> Whole:
+        key_of = {choice: key for choices in self.choices for key, choice in choices.items()}
+        return together(self.known, self.stands_for, [key_of[choice] for choice in chosen])
 
 
 def traced_step(
@@ -203,11 +201,7 @@ def traced_step(
     may_send = [has_host and index < traced - 2 for index in range(traced)]
     levels = range(max(map(len, every)))
     keys: list[Key] = [(level, False) for level in levels]
-    if any(may_send):
-        sending = [those for those, sends in zip(every, may_send, strict=True) if sends]
-        keys += [
-            (level, True) for level in levels if all(_can_send(joint, _nth(x, level, True)) for x in sending)
-        ]
+    keys += [(level, True) for level in levels if any(may_send)]
     known = {
         (level, on_host): parts_with(
             graph,
@@ -223,16 +217,6 @@ def traced_step(
     outputs = sum(bytes_of(node) for node in storages(outputs_of(joint)))
     del bodies  # named by the graph up to here
     return TracedStep(known, tuple(placed), tuple(stands_for), outputs)
-
-
-def _can_send(joint: JointGraph, choice: Choice) -> bool:
-    """Whether all that is sent is made before the backward pass begins."""
-    behind = itertools.dropwhile(lambda node: node not in joint.backward, _calls(joint))
-    return set(choice.sent).isdisjoint(behind)
-
-
-def _calls(joint: JointGraph) -> list[fx.Node]:
-    return [node for node in joint.graph.nodes if node.op == "call_function"]
 
 
 def _nth(those: Sequence[Choice], number: int, on_host: bool) -> Choice:

@@ -28,8 +28,8 @@ from mst_fx.plan.joint_graph import (
 )
 from mst_fx.plan.layers import Layer
 
-# Bytes of a tensor below which a copy to the host is not worth its launch.
-_SENT = 2**10
+# Of the bytes of a layer's first rows: smaller tensors are not worth a copy to the host, nor a call of their own.
+_SMALL = 0.01
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Choice:
         if not self.is_on_host:
             return []
         kept = [self.layer.start, *(node for node in self.layer.nodes if node in self.kept)]
-        return [node for node in kept if bytes_of(node) >= _SENT]
+        return [node for node in kept if bytes_of(node) > _SMALL * bytes_of(self.layer.start)]
 
     @property
     def host_bytes(self) -> int:
@@ -118,7 +118,7 @@ def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:
 
 def _operands(layer: Layer) -> set[fx.Node]:
     """What products, loops and attention read backward, and what is small: the rest is casts and factors of fused kernels."""
-    small = bytes_of(layer.start) // 100
+    small = _SMALL * bytes_of(layer.start)
     return {
         node
         for user, node in layer.readers

@@ -145,6 +145,12 @@ def is_attention(node: fx.Node) -> bool:
     return operation(node) in ATTENTION_KERNELS
 
 
+def is_attention_backward(node: fx.Node) -> bool:
+    """Whether a call is the backward pass of attention."""
+    name = operation(node)
+    return name.endswith("_backward") and name.removesuffix("_backward") in ATTENTION_KERNELS
+
+
 # Operators of mst_fx.ops.offload whose results are in the host's memory, and those that bring them back.
 _TO_HOST = ("mst_fx::stash", "mst_fx::settle", "mst_fx::start_fetch")
 _FROM_HOST = ("mst_fx::fetch", "mst_fx::start_fetch")

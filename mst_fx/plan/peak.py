@@ -16,10 +16,11 @@ from torch import fx
 
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
-from mst_fx.graph.spelling import ATTENTION_KERNELS, argument, operation
+from mst_fx.graph.spelling import argument, operation
 from mst_fx.plan.joint_graph import (
     JointGraph,
     bytes_of,
+    is_attention_backward,
     is_cheap,
     is_of_host,
     is_transfer,
@@ -58,14 +59,16 @@ def calls_of(joint: JointGraph) -> list[fx.Node]:
 
 
 def held_by(joint: JointGraph) -> list[Held]:
-    """The memory that a step makes, inputs and scratch excepted; what it returns is held to its end."""
+    """The memory that a step makes, inputs and scratch excepted; gradients are held to its end. (Other results are as long as the
+    caller holds them: of a loss nothing to speak of, of logits that are deferred the last rows.)"""
     calls = calls_of(joint)
     place = {node: index for index, node in enumerate(calls)}
     end = len(calls) - 1
-    leaving = {storage_of(n) for n in joint.graph.output_node().all_input_nodes}
+    leaving = {storage_of(n) for n in joint.gradients if n is not None}
     last: dict[fx.Node, int] = {}
     for node in reversed(calls):
-        last[node] = max((_read_at(user, node, place, last, end) for user in node.users), default=place[node])
+        readers = [user for user in node.users if user.op != "output"]
+        last[node] = max((_read_at(user, node, place, last) for user in readers), default=place[node])
     until: dict[fx.Node, int] = collections.defaultdict(int)  # of memory
     for node in calls:
         owner = storage_of(node)
@@ -110,7 +113,7 @@ def scratch_of(node: fx.Node) -> int:
     name = operation(node)
     if name in (*_FORWARD_LOOPS, _LOOP_BACKWARD, _LOOP_WITH_GRADIENT):
         return _scratch_of_loop(node, name)
-    if name.endswith("_backward") and name.removesuffix("_backward") in ATTENTION_KERNELS:
+    if is_attention_backward(node):
         return _scratch_of_attention(node)
     return 0
 
@@ -197,11 +200,7 @@ def _is_fused(node: fx.Node) -> bool:
     return True
 
 
-def _read_at(
-    user: fx.Node, node: fx.Node, place: dict[fx.Node, int], last: dict[fx.Node, int], end: int
-) -> int:
+def _read_at(user: fx.Node, node: fx.Node, place: dict[fx.Node, int], last: dict[fx.Node, int]) -> int:
     """When a node is read for the last time by one of its users, or by what shows its memory or computes it there."""
-    if user not in place:
-        return end
     lives_on = user.args[0] is node if is_view(user) else _is_fused(user)  # a gate shows its first operand
     return last[user] if lives_on else place[user]

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from mst_fx.plan.choices import Choice
-from mst_fx.plan.joint_graph import JointGraph
+from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
 from mst_fx.plan.transfer import Begin, send
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, is_backward_only
 
@@ -36,24 +36,69 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
     fetched = send(joint, chosen)
     for choice in chosen:
         if choice.again:
-            _Again(joint, choice, fetched).run()
+            early, late = _in_two(joint, choice)
+            _Again(joint, choice, Begin.of(joint, choice.layer), fetched).run(early)
+            if late:
+                user = late[0][0]
+                _Again(joint, choice, Begin(user, _result_before(joint, user)), fetched).run(late)
     joint.graph.eliminate_dead_code()
 
 
-class _Again:
-    """One layer, made again."""
+Readers = list[tuple[fx.Node, fx.Node]]
 
-    def __init__(self, joint: JointGraph, choice: Choice, fetched: Mapping[fx.Node, fx.Node]) -> None:
-        self.joint, self.choice, self.fetched = joint, choice, fetched
-        self.begin = Begin.of(joint, choice.layer)
+
+def _in_two(joint: JointGraph, choice: Choice) -> tuple[Readers, Readers]:
+    """What is read of a layer up to attention's backward pass, and what is cheap and read behind it: made a second time there, it is
+    not held while attention has its scratch, which is where a layer's backward pass takes most."""
+    again, readers = set(choice.again), [each for each in choice.layer.readers if each[1] in choice.again]
+    users = {user for user, _ in choice.layer.readers if is_attention_backward(user)}
+    order = [node for node in joint.graph.nodes if node in users or node in {user for user, _ in readers}]
+    last = max((index for index, node in enumerate(order) if node in users), default=len(order))
+    behind = set(order[last + 1 :])
+    late = [each for each in readers if each[0] in behind and _is_all_cheap(each[1], again)]
+    late.sort(key=lambda each: order.index(each[0]))
+    return [each for each in readers if each not in late], late
+
+
+def _is_all_cheap(node: fx.Node, again: set[fx.Node]) -> bool:
+    """Whether a value is made of what is kept by cheap calls alone."""
+    waiting, seen = [node], {node}
+    while waiting:
+        last = waiting.pop()
+        if not is_cheap(last):
+            return False
+        new = [n for n in last.all_input_nodes if n in again and n not in seen]
+        seen.update(new)
+        waiting += new
+    return True
+
+
+def _result_before(joint: JointGraph, user: fx.Node) -> fx.Node:
+    """A result of the last attention backward before a node."""
+    found = None
+    for node in joint.graph.nodes:
+        if node is user:
+            break
+        if tensor_of(node) is not None and is_attention_backward(source_of(node)):
+            found = node
+    assert found is not None
+    return found
+
+
+class _Again:
+    """Calls of one layer, made again from a place in the backward pass on."""
+
+    def __init__(
+        self, joint: JointGraph, choice: Choice, begin: Begin, fetched: Mapping[fx.Node, fx.Node]
+    ) -> None:
+        self.joint, self.choice, self.begin, self.fetched = joint, choice, begin, fetched
         self.again = set(choice.again)
         self.clones: dict[fx.Node, fx.Node] = {}
         self.gates: dict[fx.Node, fx.Node] = {}
 
-    def run(self) -> None:
-        for user, node in self.choice.layer.readers:
-            if node in self.again:
-                user.replace_input_with(node, self._clone(node, user))
+    def run(self, readers: Readers) -> None:
+        for user, node in readers:
+            user.replace_input_with(node, self._clone(node, user))
 
     def _clone(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """A node, made again before another one. (Layers are deep: no recursion over their nodes.)"""
@@ -82,12 +127,11 @@ class _Again:
             return self.clones[node]
         if node is not self.choice.layer.start and node not in self.choice.kept:
             return node  # of no layer: a weight, what all layers read
-        if node in self.fetched:
-            return self.fetched[node]
         if node not in self.gates:
+            kept = self.fetched.get(node, node)
             # All at the start: each holds the gradient that it waits for.
             with self.joint.graph.inserting_before(self.begin.first):
-                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (node, self.begin.after))
+                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (kept, self.begin.after))
             gate.meta = {key: value for key, value in node.meta.items() if key in _ABOUT_VALUES}
             self._is_backward(gate)
             self.gates[node] = gate

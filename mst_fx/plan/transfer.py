@@ -68,6 +68,7 @@ def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, fx.Nod
     if not sending:
         return {}
     assert sending[-1] + 1 < len(chosen), "the backward pass of the last layer comes at once"
+    _forward_first(joint)
     stashes = _stashes(joint, {index: chosen[index].sent for index in sending})
     last = stashes[sending[-1]]
     # The last copy has the next layer's forward pass to end in.
@@ -102,6 +103,15 @@ def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, fx.Nod
             for user in [user for user in node.users if user in joint.backward]:
                 user.replace_input_with(node, result)
     return fetched
+
+
+def _forward_first(joint: JointGraph) -> None:
+    """Moves what only gradients read, and autograd traced among them, before the first node that depends on one."""
+    nodes = [node for node in joint.graph.nodes if node.op == "call_function"]
+    first = next(node for node in nodes if node in joint.backward)
+    for node in nodes[nodes.index(first) :]:
+        if node not in joint.backward:
+            first.prepend(node)
 
 
 def _stashes(joint: JointGraph, sent: Mapping[int, list[fx.Node]]) -> dict[int, _Stash]:

@@ -30,9 +30,9 @@ aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
 _Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]
 
-# Queries x heads of one call of a backward kernel. 2^18 would keep an H200 busy (64 rows a block of cuDNN's,
-# 132 multiprocessors), but the results of several calls are copied together: 0.5 ms a layer at 32K tokens.
-_BUSY = 2**20
+# Queries x heads of one call of a backward kernel. 2^18 keep an H200 busy (64 rows a block of cuDNN's, 132 multiprocessors).
+# The results of several calls are copied together: 0.5 ms a layer at 32K tokens.
+_BUSY = 2**19
 
 
 def is_fused(query: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> bool:
