@@ -86,10 +86,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     of_layer = choices("llama3-8b")
     results: list[dict[str, Any]] = []
-    for model, lora in SUBJECTS:
-        for card, host in itertools.product(CARDS, HOSTS):
-            if host and (lora or card not in ("80", "141")):
-                continue
+    for host, (model, lora), card in itertools.product(HOSTS, SUBJECTS, CARDS):
+        if not host or (not lora and card in ("80", "141")):
             results.append(predict(model, lora, card, host))
             print(results[-1], flush=True)
             text = (
