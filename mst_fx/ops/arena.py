@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mst_fx.process import State
+from mst_fx.torch_api.fakes import real_tensors
 
 log = logging.getLogger("mst_fx")
 
@@ -141,7 +142,8 @@ class Arena(State):
         except OSError as error:
             raise MemoryError(f"the system has no {size} bytes of host memory: {error}") from error
         if is_pinned:
-            _register(memory, size)
+            with real_tensors():  # also while a graph is compiled
+                _register(memory, size)
         slab = _Slab(memory, size, is_pinned)
         self._slabs.append(slab)
         self._free.append(_Piece(slab, 0, size))
