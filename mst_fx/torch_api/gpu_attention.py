@@ -3,8 +3,8 @@
 ``scaled_dot_product_attention`` asks for its kernel in C++, by the device. :class:`GpuAttention` answers as CUDA does:
 FlashAttention for 16-bit operands without a mask, the memory-efficient kernel with one, or with 32 bits, and the formula where neither can.
 
-``aten._scaled_dot_product_flash_attention`` and ``_efficient_attention``: the public function calls one of them by the device alone. Tried
-with torch 2.11.0 (CPU) and 2.13.0 (CPU).
+``aten._scaled_dot_product_flash_attention`` and ``_efficient_attention``: the public function calls one of them by the device alone.
+Tried with torch 2.11.0 (CPU) and 2.13.0 (CPU).
 """
 
 from __future__ import annotations
