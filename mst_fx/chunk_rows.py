@@ -24,7 +24,10 @@ C·I, not three), so it gets half the rows, unless those are fewer than the floo
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 
 from mst_fx.options import ChunkRows
 
@@ -33,8 +36,21 @@ _LEAST_VOCAB_ROWS = {"cuda": 2048, "cpu": 256}
 _QUERIES = {"cuda": 1024, "cpu": 256}
 
 
+_AS_ON: contextvars.ContextVar[str] = contextvars.ContextVar("as_on")
+
+
+@contextlib.contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Inside of the block chunks are as on another type of device: what a step takes there is asked here."""
+    token = _AS_ON.set(device)
+    try:
+        yield
+    finally:
+        _AS_ON.reset(token)
+
+
 def _least(known: dict[str, int], device: str) -> int:
-    return known.get(device, known["cuda"])
+    return known.get(_AS_ON.get(device), known["cuda"])
 
 
 @dataclasses.dataclass(frozen=True)

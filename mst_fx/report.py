@@ -108,6 +108,38 @@ class Planned:
 
 
 @dataclasses.dataclass(frozen=True)
+class Alive:
+    """Values of the same name that are alive together.
+
+    Attributes:
+        name: of the nodes that made them, without a number.
+        module: path of their modules, a ``*`` for the number of a layer; "" if unknown.
+        count, bytes: of all of them.
+    """
+
+    name: str
+    module: str
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The bytes alive over a step, beside its inputs, from a walk over the graph of both passes.
+
+    Attributes:
+        forward, backward: while each call runs.
+        kept: between the two passes.
+        largest: what is most at the highest moment, the most first.
+    """
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    kept: int
+    largest: tuple[Alive, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class MemoryPlan:
     """What the backward pass of one graph finds kept, and what it makes again.
 
@@ -116,12 +148,22 @@ class MemoryPlan:
         budget: bytes that may be allocated at the peak of a step.
         taken: bytes that were when it was planned.
         peak: bytes that will be, as far as the plan sees.
+        before, after: the step without it, all kept that is worth keeping, and with it.
     """
 
     layers: tuple[Planned, ...]
     budget: int
     taken: int
     peak: int
+    before: Timeline | None = dataclasses.field(default=None, repr=False)
+    after: Timeline | None = dataclasses.field(default=None, repr=False)
+
+    def parts(self) -> dict[str, Any]:
+        """For JSON: of the step over time what is alive at its peak."""
+        found = dataclasses.asdict(dataclasses.replace(self, before=None, after=None))
+        if self.after is not None:
+            found["alive_at_peak"] = [dataclasses.asdict(each) for each in self.after.largest]
+        return {name: value for name, value in found.items() if name not in ("before", "after")}
 
     def __str__(self) -> str:
         lines = [f"memory plan: {human_bytes(self.peak)} at the peak, of {human_bytes(self.budget)}"]
@@ -193,7 +235,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "rewrites": [dataclasses.asdict(rewrite) for rewrite in self.rewrites],
             "refusals": [dataclasses.asdict(refused) for refused in self.refusals],
-            **({"plans": [dataclasses.asdict(plan) for plan in self.plans]} if self.plans else {}),
+            **({"plans": [plan.parts() for plan in self.plans]} if self.plans else {}),
         }
 
     def summary(self) -> str:

@@ -11,8 +11,9 @@ Left alone: graphs without tensors through which all rows pass (one graph a laye
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -28,6 +29,7 @@ from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.plan.room import Room, host_bytes, room_for
 from mst_fx.plan.solve import Host, Kind, Option, TooLittle, solve
+from mst_fx.plan.timeline import timeline_of, with_most_kept
 from mst_fx.plan.unchunk import Unchunking
 from mst_fx.report import MemoryPlan, Planned, human_bytes
 from mst_fx.torch_api.joint import copied, must_save
@@ -60,13 +62,16 @@ def run(context: JointContext) -> bool:
     wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
     choices = [choices_of(layer, wanted) for layer in layers[:-1]]
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
+    before = timeline_of(with_most_kept(context.graph))
     chosen, peak = _planned(context, choices, room)
     is_all = _are_fastest(chosen, choices, device_of(room.device))
     unchunking = _unchunking(context, joint, layers, wanted) if is_all else None
     if unchunking is not None:
         chosen, peak = _faster(context.graph, choices, unchunking, room) or (chosen, peak)
-    _write(context.graph, {node: node for node in context.graph.nodes}, chosen, unchunking, is_trial=False)
-    context.tell(_said(chosen, room, peak))
+    same = {node: node for node in context.graph.nodes}
+    written = _write(context.graph, same, chosen, unchunking, is_trial=False)
+    said = _said(chosen, room, peak)
+    context.tell(dataclasses.replace(said, before=before, after=timeline_of(written)))
     return True
 
 
@@ -77,7 +82,8 @@ def _planned(
     host = host_bytes(_host_option(context.options.host_memory), room)
     while True:
         placed = [_placed(those, host > 0 and not is_last) for those, is_last in _with_last(choices)]
-        taken, peak = _fastest(context.graph, placed, room, _host_of(choices, room, host))
+        peak_with = functools.partial(_peak_with, context.graph)
+        taken, peak = fastest(placed, room, host_beside(choices, room, host), peak_with)
         chosen = _of(placed, taken)
         try:
             ARENA.reserve([bytes_of(node) for choice in chosen for node in choice.sent], room.is_gpu)
@@ -92,7 +98,7 @@ def _host_option(value: str | int) -> int | None:
     return None if value == "auto" else bytes_in(value) or 0
 
 
-def _host_of(choices: Sequence[Sequence[Choice]], room: Room, size: int) -> Host:
+def host_beside(choices: Sequence[Sequence[Choice]], room: Room, size: int) -> Host:
     """The host's memory, beside forward passes that take what the layers' do."""
     device = device_of(room.device)
     forward = sum(cost_of(those[0].layer.nodes).seconds(device) for those in choices)
@@ -120,13 +126,19 @@ class _Plan:
     peak: int
 
 
-def _fastest(
-    graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room, host: Host
+PeakWith = Callable[[Sequence[Choice]], int]
+
+
+def fastest(
+    choices: Sequence[Sequence[Choice]], room: Room, host: Host, peak_with: PeakWith
 ) -> tuple[Sequence[int], int]:
     """The choice of each layer, and the peak of the graph with them.
 
     What comes back from the host is on the device for two layers at a time. So plans are looked for that send at most so much of a
     layer: from the most on, until one fits; and one that sends nothing.
+
+    Args:
+        peak_with: the peak of the graph whose layers take these choices.
 
     Raises:
         BudgetError: if none fits.
@@ -137,7 +149,7 @@ def _fastest(
     for most in sizes:
         if most == 0 or not fitting:
             allowed = [[c for c in those if c.host_bytes <= most] for those in choices]
-            plan = _fitting(graph, allowed, room, host)
+            plan = _fitting(allowed, room, host, peak_with)
             plan = dataclasses.replace(
                 plan,
                 taken=[
@@ -154,7 +166,7 @@ def _fastest(
     return least.taken, least.peak
 
 
-def _fitting(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room, host: Host) -> _Plan:
+def _fitting(choices: Sequence[Sequence[Choice]], room: Room, host: Host, peak_with: PeakWith) -> _Plan:
     """The fastest plan of some choices that fits, or the least one, if none does.
 
     How many bytes fit between the two passes follows from no sum: the peak may be at either end of the backward pass, where gradients
@@ -170,7 +182,7 @@ def _fitting(graph: fx.Graph, choices: Sequence[Sequence[Choice]], room: Room, h
         taken = _solved(options, size, host)
         found = [those[index] for those, index in zip(options, taken, strict=True)]
         seconds = sum(each.seconds for each in found) + host.seconds(sum(each.host for each in found))
-        return _Plan(taken, seconds, _peak_with(graph, _of(choices, taken)))
+        return _Plan(taken, seconds, peak_with(_of(choices, taken)))
 
     low = _least_size(options, host)
     found = plan_of(low)
@@ -335,7 +347,8 @@ def _too_little(room: Room, host: Host, missing: int) -> str:
     )
 
 
-def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
+def planned_layers(chosen: Sequence[Choice], room: Room) -> tuple[Planned, ...]:
+    """What layers do, those together that do the same, the least kept first."""
     device: Device = device_of(room.device)
     found: dict[Planned, int] = {}
     for choice in chosen:
@@ -343,5 +356,8 @@ def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
         one = Planned(1, str(choice), choice.bytes, choice.host_bytes, cost.flops, cost.seconds(device))
         found[one] = found.get(one, 0) + 1
     layers = [dataclasses.replace(one, layers=count) for one, count in found.items()]
-    ordered = sorted(layers, key=lambda one: one.kept_bytes)
-    return MemoryPlan(tuple(ordered), room.budget, room.taken, room.taken + peak)
+    return tuple(sorted(layers, key=lambda one: one.kept_bytes))
+
+
+def _said(chosen: Sequence[Choice], room: Room, peak: int) -> MemoryPlan:
+    return MemoryPlan(planned_layers(chosen, room), room.budget, room.taken, room.taken + peak)

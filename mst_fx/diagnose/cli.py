@@ -1,7 +1,8 @@
 """The console script ``mst-fx``: what the backend would do to a model.
 
 ``mst-fx explain MODEL`` prints the report as a table; ``mst-fx diff MODEL`` prints the nodes that went
-and those that came, and the bodies of the loops; ``mst-fx doctor MODEL`` says why little was saved.
+and those that came, and the bodies of the loops; ``mst-fx doctor MODEL`` says why little was saved; ``mst-fx fit MODEL`` says what
+would fit on a device.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mst_fx.diagnose import fit_cli
 from mst_fx.diagnose.explain import explain
 from mst_fx.diagnose.findings import Diagnosis
 from mst_fx.diagnose.model_of import Shape, Subject, SubjectError, build_subject
@@ -61,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         logging.getLogger("mst_fx").setLevel(logging.DEBUG)
     try:
+        if arguments.command == "fit":
+            _write(fit_cli.fit_lines(arguments, _pairs(arguments.set, "--set")))
+            return 0
         subject, report = _run(arguments)
         if getattr(arguments, "html", None):
             arguments.html.write_text(make_page(subject.title, report), encoding="utf-8")
@@ -139,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mst-fx {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{explain,diff,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{explain,diff,doctor,fit}")
     for name, text in (
         ("explain", "print a table of what is rewritten and what is refused, and why"),
         ("diff", "print the rewritten nodes, before and after, and the bodies of the loops"),
@@ -161,6 +166,15 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--as-is", action="store_true", help="run it as it is, a function that compiles by itself"
             )
+    text = "say what would fit on a device, and how long a step would take"
+    fit = commands.add_parser(
+        "fit",
+        help=text,
+        description=f"{text.capitalize()}; no device is needed.",
+        epilog=fit_cli.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    fit_cli.add_arguments(fit, "NAME=VALUE")
     return parser
 
 

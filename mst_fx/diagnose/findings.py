@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mst_fx.report import Report, human_bytes
+from mst_fx.report import Report, Timeline, human_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,7 @@ class Diagnosis(Report):
         facts: of each graph.
         memory_before, memory_after: an estimate.
         lines_before, lines_after: the nodes of each graph.
+        captured: where there is a memory plan, the step of each graph as it was captured, without mst-fx.
         logits_used: where deferred logits were computed: "file:line in function".
         uncalled: classes of modules that ``torch.compile`` wrapped, where no graph was captured at all.
         eager_checkpoints: where a graph breaks inside of a checkpointed layer, which then runs eagerly: "file:line
@@ -126,6 +127,7 @@ class Diagnosis(Report):
     memory_after: Memory = Memory()
     lines_before: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
     lines_after: list[tuple[Line, ...]] = dataclasses.field(default_factory=list)
+    captured: list[Timeline] = dataclasses.field(default_factory=list)
     logits_used: list[str] = dataclasses.field(default_factory=list)
     uncalled: list[str] = dataclasses.field(default_factory=list)
     eager_checkpoints: list[str] = dataclasses.field(default_factory=list)

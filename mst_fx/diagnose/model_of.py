@@ -131,7 +131,7 @@ def _from_transformers(name: str, shape: Shape) -> Subject:
     except AttributeError:
         raise SubjectError(
             f"transformers {transformers.__version__} has no class {name!r}"
-            + _did_you_mean(name, dir(transformers))
+            + did_you_mean(name, dir(transformers))
         ) from None
     model_class: Any = None
     config_class: Any = None
@@ -139,15 +139,15 @@ def _from_transformers(name: str, shape: Shape) -> Subject:
     if is_class and issubclass(named, transformers.PreTrainedModel):
         model_class, config_class = named, named.config_class
     elif is_class and issubclass(named, transformers.PreTrainedConfig):
-        model_class, config_class = _model_of(transformers, named), named
+        model_class, config_class = model_class_of(transformers, named), named
     if config_class is None:
         raise SubjectError(f"{name!r} of transformers is neither the class of one model nor that of a config")
     config, shrunk = _make_config(config_class, shape)
     try:
         model = random_model(model_class, config, checkpointing=shape.checkpointing).to(shape.dtype)
     except Exception as error:
-        raise SubjectError(f"cannot build {model_class.__name__}: {_one_line(error)}") from error
-    kwargs = _make_inputs(model, shape)
+        raise SubjectError(f"cannot build {model_class.__name__}: {one_line(error)}") from error
+    kwargs = make_inputs(model, shape)
     count = sum(parameter.numel() for parameter in model.parameters())
     inputs = ", ".join(f"{key} {list(value.shape)}" for key, value in kwargs.items())
     dtype = str(shape.dtype).removeprefix("torch.")
@@ -184,7 +184,7 @@ def random_model(
     return model.train()
 
 
-def _model_of(transformers: Any, config_class: Any) -> Any:
+def model_class_of(transformers: Any, config_class: Any) -> Any:
     """The model class of a config: with a language-model head, if there is one."""
     for auto in _AUTO_CLASSES:
         found = getattr(transformers, auto)._model_mapping.get(config_class, None)
@@ -202,7 +202,7 @@ def _make_config(config_class: Any, shape: Shape) -> tuple[Any, dict[str, tuple[
         known = default.to_dict().keys() | {name for name in vars(default) if not name.startswith("_")}
         for name in overrides:
             if name not in known:
-                hint = _did_you_mean(name, [*known, *aliases])
+                hint = did_you_mean(name, [*known, *aliases])
                 raise SubjectError(f"{config_class.__name__} has no field {name!r}{hint}")
         small, shrunk = ({}, {}) if shape.full_size else _small_sizes(default, overrides)
         required = {**_positions(default, shape.seq), **_decoder_start(default)}
@@ -210,7 +210,7 @@ def _make_config(config_class: Any, shape: Shape) -> tuple[Any, dict[str, tuple[
     except SubjectError:
         raise
     except Exception as error:
-        raise SubjectError(f"cannot build {config_class.__name__}: {_one_line(error)}") from error
+        raise SubjectError(f"cannot build {config_class.__name__}: {one_line(error)}") from error
 
 
 def _small_sizes(
@@ -270,7 +270,7 @@ def _decoder_start(config: Any) -> dict[str, int]:
     return {"decoder_start_token_id": config.pad_token_id or 0}
 
 
-def _make_inputs(model: Any, shape: Shape) -> dict[str, torch.Tensor]:
+def make_inputs(model: Any, shape: Shape) -> dict[str, torch.Tensor]:
     """Random arguments for a model's forward.
 
     Raises:
@@ -312,11 +312,11 @@ def _make_inputs(model: Any, shape: Shape) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 
 from jinja2 import Environment, StrictUndefined
 
 from mst_fx.diagnose.findings import Diagnosis, Line, Memory
-from mst_fx.report import Rewrite, human_bytes
+from mst_fx.report import Alive, Rewrite, human_bytes
 
 _SHOWN = 4  # unchanged nodes in a row that are not worth folding
+_MOMENTS = 400  # of a pass, that are drawn
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 880, 300, 78, 26, 34  # of the chart, and its margins
 
 
@@ -40,9 +42,43 @@ def make_page(title: str, report: Diagnosis) -> str:
         title=title,
         report=report,
         tiles=list(_tiles(report)),
-        chart=_chart(report.memory_before, report.memory_after),
+        chart=_chart(_curves(report)),
+        alive=_alive(report),
         graphs=list(_graphs(report)),
     )
+
+
+def _curves(report: Diagnosis) -> dict[str, Memory]:
+    """The curves of the chart: by the walk over the graph of both passes where a memory plan has made one."""
+    if not any(plan.after for plan in report.plans):
+        before, after = report.memory_before, report.memory_after
+        return {"before": before, "after": after} if max(before.peak, after.peak) else {}
+    found = {"before": report.captured} if len(report.captured) >= len(report.plans) else {}
+    found["after"] = [plan.before for plan in report.plans if plan.before is not None]
+    found["planned"] = [plan.after for plan in report.plans if plan.after is not None]
+    return {
+        name: functools.reduce(
+            Memory.then, (Memory(_thinned(x.forward), _thinned(x.backward), x.kept) for x in lines)
+        )
+        for name, lines in found.items()
+    }
+
+
+def _thinned(curve: Sequence[int]) -> tuple[int, ...]:
+    """A curve of a few hundred moments at most, each the highest of several."""
+    width = -(-len(curve) // _MOMENTS) or 1
+    return tuple(max(curve[start : start + width]) for start in range(0, len(curve), width))
+
+
+def _alive(report: Diagnosis) -> list[tuple[str, tuple[Alive, ...]]]:
+    """What is alive at the peak, of each curve that knows it: of the graph that takes most, beside each other."""
+    by_peak = functools.partial(max, key=lambda line: max((*line.forward, *line.backward), default=0))
+    known = {
+        "before": report.captured,
+        "after": [plan.before for plan in report.plans if plan.before is not None],
+        "planned": [plan.after for plan in report.plans if plan.after is not None],
+    }
+    return [(name, by_peak(lines).largest) for name, lines in known.items() if lines]
 
 
 def _nodes(lines: Sequence[object]) -> str:
@@ -112,16 +148,15 @@ class _Chart:
     top: int = _TOP
 
 
-def _chart(before: Memory, after: Memory) -> _Chart | None:
-    top = max(before.peak, after.peak)
-    if not top:
+def _chart(memories: Mapping[str, Memory]) -> _Chart | None:
+    if not memories:
         return None
-    ticks = _ticks(top)
+    ticks = _ticks(max(memory.peak for memory in memories.values()))
     full = ticks[-1]
-    has_backward = bool(before.backward or after.backward)
-    points = {"before": _points(before, has_backward), "after": _points(after, has_backward)}
+    has_backward = any(memory.backward for memory in memories.values())
+    points = {name: _points(memory, has_backward) for name, memory in memories.items()}
     curves = []
-    for name, memory in (("before", before), ("after", after)):
+    for name, memory in memories.items():
         x, y = max(points[name], key=lambda point: point[1])
         curves.append(_Curve(name, _path(points[name], full), _x(x), _y(y, full), x > 0.7, memory.peak))
     return _Chart(

@@ -62,14 +62,20 @@ class Device:
     link: float
 
 
-# By a part of the name. Measured here on H100 and H200 (benchmarks/); A100's from its data sheet, at the same share of its peak.
+# By a part of the name. H200's as measured in whole steps of 8 layers (benchmarks/h200.md); H100's and A100's from their data sheets, at the
+# same shares of their peaks.
 _DEVICES = {
-    "H200": Device(700e12, 600e12, 3.8e12, 50e9),
-    "H100": Device(700e12, 600e12, 2.8e12, 50e9),
-    "A100": Device(240e12, 190e12, 1.5e12, 24e9),
+    "H200": Device(740e12, 520e12, 3.2e12, 50e9),
+    "H100": Device(740e12, 520e12, 2.2e12, 50e9),
+    "A100": Device(235e12, 165e12, 1.3e12, 24e9),
 }
 # The ratios count: a plan is the same for a device that is slower in all of it.
 _OTHER = Device(100e12, 80e12, 0.8e12, 12e9)
+
+
+def known_devices() -> list[str]:
+    """The devices whose figures are known."""
+    return list(_DEVICES)
 
 
 def device_of(name: str) -> Device:

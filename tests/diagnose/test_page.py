@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.image import imread
+from torch import nn
 
+import mst_fx
 from mst_fx.diagnose import cli
 from mst_fx.diagnose.findings import Diagnosis, Line, Memory
 from mst_fx.diagnose.page import make_page
 from mst_fx.report import Refused, human_bytes
-from tests.helpers import ToyLM, report_of, token_batch
+from tests.helpers import SMALL_CHUNKS, ToyLM, report_of, token_batch
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _VOID = ("meta", "br", "line", "circle", "path")
@@ -55,6 +59,28 @@ class _Page(HTMLParser):
         return [
             attributes for _, attributes in self.found if wanted <= set(attributes.get("class", "").split())
         ]
+
+
+class ToyAttention(nn.Module):
+    """Layers with attention and MLPs, and a head with its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry = nn.Embedding(96, 32)
+        self.mixes = nn.ModuleList(nn.Linear(32, 96) for _ in range(4))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(4)
+        )
+        self.head = nn.Linear(32, 96)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        x = self.entry(labels)
+        for mix, mlp in zip(self.mixes, self.mlps, strict=True):
+            q, k, v = mix(x).view(*x.shape[:2], 3, 2, 16).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + y.transpose(1, 2).flatten(2)
+            x = x + mlp(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +153,51 @@ def test_no_gradient_no_backward() -> None:
 def test_memory_of_graphs_in_turn() -> None:
     first, second = Memory((3, 2), (4,), 2), Memory((5,), (6,), 1)
     assert first.then(second) == Memory((3, 2, 7), (8, 4), 3)
+
+
+@pytest.fixture(scope="module")
+def planned() -> Diagnosis:
+    model = ToyAttention()
+    labels = torch.randint(96, (2, 256))
+    roomy = mst_fx.explain(model, {**SMALL_CHUNKS, "memory": "8GiB"})(labels)
+    (plan,) = roomy.plans
+    assert plan.after is not None
+    # Less than all that is worth keeping, by a quarter.
+    budget = plan.taken + int(0.8 * max(*plan.after.forward, *plan.after.backward) / 0.96)
+    return mst_fx.explain(model, {**SMALL_CHUNKS, "memory": budget})(labels)
+
+
+def test_a_plan_has_a_curve_and_what_is_alive_at_its_peak(planned: Diagnosis) -> None:
+    text = make_page("planned", planned)
+    page = _Page(text)
+    (plan,) = planned.plans
+    assert plan.before is not None and plan.after is not None and len(planned.captured) == 1
+    heights = {}
+    for name in ("before", "after", "planned"):
+        (path,) = re.findall(rf'<path class="{name}" d="([^"]+)"', text)
+        heights[name] = min(float(y) for _, y in re.findall(r"([\d.]+),([\d.]+)", path))
+    assert heights["before"] < heights["after"] < heights["planned"], "y grows downwards"
+    peak = max(*plan.after.forward, *plan.after.backward)
+    assert plan.taken + peak == plan.peak
+    assert f"planned {human_bytes(peak)}" in text
+    shown = page.having("alive")
+    assert len(shown) == 3 and ["open" in each for each in shown] == [False, False, True]
+    said = " ".join(page.text)
+    for one in plan.after.largest:
+        assert one.name in said and human_bytes(one.bytes) in said
+
+
+def test_what_is_alive_adds_up(planned: Diagnosis) -> None:
+    (plan,) = planned.plans
+    for line in (plan.before, plan.after, *planned.captured):
+        assert line is not None
+        peak = max(*line.forward, *line.backward)
+        sizes = [one.bytes for one in line.largest]
+        assert sizes == sorted(sizes, reverse=True) and 0 < len(sizes) <= 5
+        assert peak / 3 < sum(sizes) <= peak
+        assert 0 < line.kept <= peak
+    said = json.loads(planned.to_json())["plans"][0]
+    assert {"before", "after"}.isdisjoint(said) and len(said["alive_at_peak"]) <= 5
 
 
 @pytest.mark.slow

@@ -340,6 +340,8 @@ def test_the_peak_is_as_promised(kept: str, peaks: dict[str, tuple[int, int]]) -
     assert 0.75 * promised <= found <= 1.2 * promised, (found, promised)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler")
 def test_the_plans_differ(peaks: dict[str, tuple[int, int]]) -> None:
     assert peaks["little"][1] < 0.85 * peaks["much"][1]
 

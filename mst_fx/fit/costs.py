@@ -1,0 +1,147 @@
+"""What the calls of a whole step cost: beside products of matrices and attention, the memory that kernels read and write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
+
+from mst_fx.bodies.body import Body, body_of
+from mst_fx.graph.sizes import hint
+from mst_fx.graph.spelling import ATTENTION_KERNELS, argument, operation
+from mst_fx.masks import formula
+from mst_fx.plan.costs import Cost, flops_of
+from mst_fx.plan.joint_graph import (
+    bytes_of,
+    is_attention,
+    is_cheap,
+    is_transfer,
+    is_view,
+    source_of,
+    tensor_of,
+)
+from mst_fx.torch_api.ops import schema_of
+from mst_fx.torch_api.tensors import tree_leaves
+
+# Products of a backward kernel of attention, against those of the forward one: five for two.
+_BACKWARD = 2.5
+# Passes over the values inside of a loop's body: forward, and backward with the inside made again.
+_PASSES = {"mst_fx::loop": 1, "mst_fx::loop_list": 1, "mst_fx::loop_backward": 3, "mst_fx::loop_with_grad": 2}
+
+
+def plus(costs: Iterable[Cost]) -> Cost:
+    """What calls cost one after the other."""
+    costs = list(costs)
+    return Cost(
+        math.fsum(cost.products for cost in costs),
+        math.fsum(cost.attention for cost in costs),
+        sum(cost.moved for cost in costs),
+    )
+
+
+def cost_of_node(node: fx.Node, made: set[fx.Node]) -> Cost:
+    """What a call of a joint graph costs on its own, sizes by hint.
+
+    Args:
+        made: the nodes whose values are made; others are computed where they are read.
+    """
+    name = operation(node)
+    if is_attention(node):
+        return Cost(attention=_attention_flops(node))
+    if name.endswith("_backward") and name.removesuffix("_backward") in ATTENTION_KERNELS:
+        return Cost(attention=_BACKWARD * _attention_flops(node))
+    if name in _PASSES:
+        return Cost(products=flops_of(node), moved=_PASSES[name] * _moved_inside(node))
+    flops = flops_of(node)
+    if (
+        flops or is_view(node) or node not in made or is_transfer(source_of(node))
+    ):  # copies run beside the rest
+        return Cost(products=flops)
+    return Cost(moved=bytes_of(node) + sum(map(bytes_of, _sources(node, made))))
+
+
+def _attention_flops(node: fx.Node) -> float:
+    """Of the two products of a forward kernel of attention, or of the one that a backward kernel belongs to."""
+    query, key, value = (tensor_of(argument(node, name)) for name in ("query", "key", "value"))
+    assert query is not None and key is not None and value is not None
+    batch_heads, queries, keys = (
+        math.prod(map(hint, query.shape[:2])),
+        hint(query.shape[2]),
+        hint(key.shape[2]),
+    )
+    mask = argument(node, "mask")
+    if isinstance(mask, str):
+        seen = _seen(formula.parse(mask), queries, keys)
+    else:
+        seen = queries * keys * (0.5 if argument(node, "is_causal") else 1.0)
+    return 2.0 * batch_heads * seen * (hint(query.shape[3]) + hint(value.shape[3]))
+
+
+def _seen(mask: formula.Mask, queries: int, keys: int) -> float:
+    """How many pairs of a query and a key a mask lets through, by its comparisons of positions: what depends on data counts as seen."""
+    compared = [part for part in formula.conjuncts(mask) if isinstance(part, formula.Compare)]
+    is_causal = any(part.op in ("le", "lt") and part.offset == 0 for part in compared)
+    widths = [-part.offset for part in compared if part.op in ("gt", "ge") and part.offset < 0]
+    seen = queries * keys * (0.5 if is_causal else 1.0)
+    if is_causal and widths and min(widths) < keys:
+        width = min(widths)
+        seen = queries * width - width * width / 2
+    return seen
+
+
+def _sources(node: fx.Node, made: set[fx.Node]) -> set[fx.Node]:
+    """The values in memory that a kernel reads to compute one."""
+    found: set[fx.Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        source = waiting.pop()
+        if source in made or source.op != "call_function":
+            found.add(source)
+        elif is_cheap(source):
+            waiting += source.all_input_nodes
+    return found
+
+
+def _moved_inside(node: fx.Node) -> int:
+    """Bytes that the kernels between the products of a loop's body read and write, over all rows."""
+    run: Body = body_of(str(argument(node, "body_key")))
+    rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
+    assert rows is not None
+    count = hint(next(n for n in run.forward.graph.nodes if n.op == "placeholder").meta["val"])
+    calls = [n for n in run.forward.graph.nodes if n.op == "call_function" and tensor_of(n) is not None]
+    products = [n for n in calls if flops_of(n)]
+    # Each product is read by what is pointwise behind it, which writes the operand of the next one.
+    moved = sum(bytes_of(n) for n in products) + sum(
+        bytes_of(n.all_input_nodes[0]) for n in products if n.all_input_nodes[0].op == "call_function"
+    )
+    total = math.prod(map(hint, rows.shape[: rows.ndim - len(run.row_metas[0].shape)]))
+    return moved * total // count
+
+
+def cost_of_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, makes: bool) -> Cost:
+    """What a call of an eager program costs.
+
+    Args:
+        makes: whether it made memory; a view costs nothing.
+    """
+    of_flops = flop_registry.get(func.overloadpacket)
+    if of_flops is not None:
+        flops = float(of_flops(*args, **kwargs, out_val=result))
+        if "attention" not in func.name():
+            return Cost(products=flops)
+        names = [each.name for each in schema_of(func).arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return Cost(attention=flops * (0.5 if given.get("is_causal") else 1.0))
+    if not makes and not schema_of(func).is_mutable:
+        return Cost()
+    read = [x for x in tree_leaves([list(args), dict(kwargs)]) if isinstance(x, Tensor)]
+    written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+    return Cost(moved=sum(map(_bytes, read)) + sum(map(_bytes, written)))
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
