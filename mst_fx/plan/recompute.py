@@ -37,11 +37,11 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
     fetched = send(joint, chosen)
     for choice in chosen:
         if choice.again:
-            early, late = _in_two(joint, choice)
-            _Again(joint, choice, Begin.of(joint, choice.layer), fetched).run(early)
-            if late:
-                user = late[0][0]
-                _Again(joint, choice, Begin(user, _result_before(joint, user)), fetched).run(late)
+            before, behind = _in_two(joint, choice)
+            _Again(joint, choice, Begin.of(joint, choice.layer), fetched).run(before)
+            if behind:
+                user = behind[0][0]
+                _Again(joint, choice, Begin(user, _result_before(joint, user)), fetched).run(behind)
     joint.graph.eliminate_dead_code()
 
 
@@ -55,9 +55,9 @@ def _in_two(joint: JointGraph, choice: Choice) -> tuple[Readers, Readers]:
     users = {user for user, _ in choice.layer.readers}
     order = {node: index for index, node in enumerate(node for node in joint.graph.nodes if node in users)}
     last = max((order[user] for user in users if is_attention_backward(user)), default=len(order))
-    is_late = [order[user] > last and _is_all_cheap(node, again) for user, node in readers]
-    late = sorted(itertools.compress(readers, is_late), key=lambda each: order[each[0]])
-    return [each for each, behind in zip(readers, is_late, strict=True) if not behind], late
+    is_behind = [order[user] > last and _is_all_cheap(node, again) for user, node in readers]
+    behind = sorted(itertools.compress(readers, is_behind), key=lambda each: order[each[0]])
+    return [each for each, moves in zip(readers, is_behind, strict=True) if not moves], behind
 
 
 def _is_all_cheap(node: fx.Node, again: set[fx.Node]) -> bool:

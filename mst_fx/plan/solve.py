@@ -114,28 +114,34 @@ def _program(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | 
     most = max(option.seconds for _, option in flat) or 1.0
     size = max(max(option.bytes, option.host) for _, option in flat) or 1
     costs = [(option.seconds + _TIE * option.host / host.bandwidth) / most for _, option in flat]
-    # Of equals the one that keeps less: what keeps more for nothing is not taken.
-    most_of = [
-        0.0 if any(_is_worse(option, other) for other in kinds[index].options) else float(kinds[index].count)
-        for index, option in flat
+    rows = [
+        *([float(index == row) for index, _ in flat] + [0.0] for row in range(len(kinds))),
+        [option.bytes / size for _, option in flat] + [0.0],
+        [option.host / size for _, option in flat] + [0.0],
+        [option.host / host.bandwidth / most for _, option in flat] + [-1.0],
     ]
-    rows = [[float(index == row) for index, _ in flat] + [0.0] for row in range(len(kinds))]
-    rows.append([option.bytes / size for _, option in flat] + [0.0])
-    rows.append([option.host / size for _, option in flat] + [0.0])
-    rows.append([option.host / host.bandwidth / most for _, option in flat] + [-1.0])
     counts = [float(kind.count) for kind in kinds]
     limits = LinearConstraint(
         rows,
         [*counts, -math.inf, -math.inf, -math.inf],
         [*counts, room / size, host.bytes / size, host.hides / most],
     )
-    bounds = Bounds(0, [*most_of, math.inf])
+    bounds = Bounds(0, [*_most_of(kinds), math.inf])
     found = milp([*costs, 1.0], constraints=limits, integrality=[1] * len(flat) + [0], bounds=bounds)
     if found.x is None:
         return None
     whole = iter(round(x) for x in found.x)
     result = [[next(whole) for _ in kind.options] for kind in kinds]
     return result if _fits(kinds, result, room, host) else None  # rounded up
+
+
+def _most_of(kinds: Sequence[Kind]) -> list[float]:
+    """How many layers may take each option: of equals the one that keeps less, so what keeps more for nothing is not taken."""
+    return [
+        0.0 if any(_is_worse(option, other) for other in kind.options) else float(kind.count)
+        for kind in kinds
+        for option in kind.options
+    ]
 
 
 def _ladder(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | None:

@@ -81,28 +81,39 @@ def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, fx.Nod
     fetched: dict[fx.Node, fx.Node] = {}
     started: list[fx.Node] = []
     for index in reversed(range(sending[-1] + 2)):
-        layer, own, ahead = chosen[index].layer, stashes.get(index), stashes.get(index - 1)
-        if not layer.readers or not (own or ahead):
-            continue
-        begin = Begin.of(joint, layer)
-        ahead_args: tuple[Any, ...] = (ahead.hosts, ahead.orders) if ahead else ([], [])
-        waits = [begin.after, settled, *started]
-        started = []
-        with joint.graph.inserting_before(begin.first):
-            if own:
-                call = _call(joint, mst.fetch.default, (own.hosts, own.orders, waits, *ahead_args))
-                results = _results(joint, call)
-            else:
-                call, results = _call(joint, mst.start_fetch.default, (waits, *ahead_args)), []
-                started = [call]
-        for node in (call, *results):
-            is_backward_only(node)
-            joint.backward.add(node)
-        for node, result in zip(own.kept if own else [], results, strict=True):
-            fetched[node] = result
-            for user in [user for user in node.users if user in joint.backward]:
-                user.replace_input_with(node, result)
+        own, ahead = stashes.get(index), stashes.get(index - 1)
+        if chosen[index].layer.readers and (own or ahead):
+            begin = Begin.of(joint, chosen[index].layer)
+            call, results = _bring(joint, begin, own, ahead, [begin.after, settled, *started])
+            started = [] if own else [call]
+            fetched |= zip(own.kept if own else (), results, strict=True)
+    for node, result in fetched.items():
+        for user in [user for user in node.users if user in joint.backward]:
+            user.replace_input_with(node, result)
     return fetched
+
+
+def _bring(
+    joint: JointGraph, begin: Begin, own: _Stash | None, ahead: _Stash | None, waits: list[fx.Node]
+) -> tuple[fx.Node, list[fx.Node]]:
+    """The call with which the backward pass of a layer begins, and what it gives.
+
+    Args:
+        own: what the layer has on the host, if anything.
+        ahead: what the next layer of the backward pass has there.
+        waits: what must be there before.
+    """
+    ahead_args: tuple[Any, ...] = (ahead.hosts, ahead.orders) if ahead else ([], [])
+    with joint.graph.inserting_before(begin.first):
+        if own:
+            call = _call(joint, mst.fetch.default, (own.hosts, own.orders, waits, *ahead_args))
+        else:
+            call = _call(joint, mst.start_fetch.default, (waits, *ahead_args))
+    results = _results(joint, call) if own else []
+    for node in (call, *results):
+        is_backward_only(node)
+        joint.backward.add(node)
+    return call, results
 
 
 def _forward_first(joint: JointGraph) -> None:
