@@ -85,8 +85,11 @@ def _planned(
         peak_with = functools.partial(_peak_with, context.graph)
         taken, peak = fastest(placed, room, host_beside(choices, room, host), peak_with)
         chosen = _of(placed, taken)
+        sizes = [bytes_of(node) for choice in chosen for node in choice.sent]
+        if not sizes:
+            return chosen, peak
         try:
-            ARENA.reserve([bytes_of(node) for choice in chosen for node in choice.sent], room.is_gpu)
+            ARENA.reserve(sizes, room.is_gpu)
         except MemoryError as error:
             log.warning("mst-fx: the memory plan does without host memory: %s", error)
             host = 0

@@ -127,11 +127,13 @@ def _program(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | 
         [*counts, room / size, host.bytes / size, host.hides / most],
     )
     bounds = Bounds(0, [*_most_of(kinds), math.inf])
-    found = milp([*costs, 1.0], constraints=limits, integrality=[1] * len(flat) + [0], bounds=bounds)
+    whole = [1] * len(flat) + [0]
+    exact = {"mip_rel_gap": 0.0}
+    found = milp([*costs, 1.0], constraints=limits, integrality=whole, bounds=bounds, options=exact)
     if found.x is None:
         return None
-    whole = iter(round(x) for x in found.x)
-    result = [[next(whole) for _ in kind.options] for kind in kinds]
+    counted = iter(round(x) for x in found.x)
+    result = [[next(counted) for _ in kind.options] for kind in kinds]
     return result if _fits(kinds, result, room, host) else None  # rounded up
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from mst_fx.plan import solve as solver
-from mst_fx.plan.solve import Kind, Option, TooLittle, solve
+from mst_fx.plan.solve import Host, Kind, Option, TooLittle, solve
 
 
 def _instances(count: int) -> Iterator[tuple[list[Kind], int]]:
@@ -86,3 +86,52 @@ def test_more_memory_is_never_slower(has_scipy: bool, monkeypatch: pytest.Monkey
 def test_of_equal_plans_the_one_of_fewest_bytes() -> None:
     kind = Kind(4, (Option(1, 2.0), Option(5, 1.0), Option(9, 1.0)))
     assert solve([kind], 10**6) == [[0, 4, 0]]
+
+
+@pytest.mark.parametrize("has_scipy", [True, False])
+def test_the_host_against_all_plans(has_scipy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option on the device or on the host, whose bytes and bandwidth are limited too."""
+    if not has_scipy:
+        monkeypatch.setattr(solver, "milp", None)
+    chance = random.Random(1)
+    solved = sent = worse = 0
+    for kinds, room in _instances(60):
+        host = Host(chance.randint(0, 120), bandwidth=20.0, hides=chance.choice((0.0, 2.0, 10.0)))
+        both = [
+            Kind(kind.count, (*kind.options, *(Option(0, o.seconds, o.bytes) for o in kind.options)))
+            for kind in (Kind(min(k.count, 3), k.options[:2]) for k in kinds[:2])
+        ]
+        every = itertools.product(*(list(_spread(kind.count, len(kind.options))) for kind in both))
+        plans = [list(counts) for counts in every]
+        fitting = [
+            _cost(both, p, host) for p in plans if _of(both, p)[0] <= room and _sent(both, p) <= host.bytes
+        ]
+        if not fitting:
+            with pytest.raises(TooLittle):
+                solve(both, room, host)
+            continue
+        try:
+            found = solve(both, room, host)
+        except TooLittle:
+            assert not has_scipy
+            continue
+        assert _of(both, found)[0] <= room and _sent(both, found) <= host.bytes
+        solved += 1
+        sent += bool(_sent(both, found))
+        if has_scipy:
+            assert _cost(both, found, host) == pytest.approx(min(fitting), rel=1e-6, abs=1e-9)
+        worse += _cost(both, found, host) > min(fitting) * (1 + 1e-6) + 1e-9
+    assert solved > 30 and sent > 10
+    assert has_scipy == (worse == 0)
+
+
+def _sent(kinds: list[Kind], counts: list[list[int]]) -> int:
+    return sum(
+        n * o.host
+        for kind, found in zip(kinds, counts, strict=True)
+        for n, o in zip(found, kind.options, strict=True)
+    )
+
+
+def _cost(kinds: list[Kind], counts: list[list[int]], host: Host) -> float:
+    return _of(kinds, counts)[1] + host.seconds(_sent(kinds, counts))
