@@ -19,11 +19,12 @@ from torch import fx
 
 from mst_fx.context import JointContext
 from mst_fx.errors import BudgetError, Cause, Refusal, defect
+from mst_fx.graph.sizes import hint
 from mst_fx.ops.arena import ARENA
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.costs import Device, cost_of, device_of
-from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention
+from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, tensor_of
 from mst_fx.plan.layers import Layer, layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
@@ -32,6 +33,7 @@ from mst_fx.plan.solve import Host, Kind, Option, TooLittle, solve
 from mst_fx.plan.timeline import timeline_of, with_most_kept
 from mst_fx.plan.unchunk import Unchunking
 from mst_fx.report import MemoryPlan, Planned, human_bytes
+from mst_fx.torch_api.guards import guard_at_most
 from mst_fx.torch_api.joint import copied, must_save
 
 log = logging.getLogger("mst_fx")
@@ -70,9 +72,17 @@ def run(context: JointContext) -> bool:
         chosen, peak = _faster(context.graph, choices, unchunking, room) or (chosen, peak)
     same = {node: node for node in context.graph.nodes}
     written = _write(context.graph, same, chosen, unchunking, is_trial=False)
+    _hold_up_to(layers[0], room, peak)
     said = _said(chosen, room, peak)
     context.tell(dataclasses.replace(said, before=before, after=timeline_of(written)))
     return True
+
+
+def _hold_up_to(layer: Layer, room: Room, peak: int) -> None:
+    """The plan is for as many rows as it holds: what a step makes grows no faster than they do."""
+    rows = tensor_of(layer.start)
+    assert rows is not None
+    guard_at_most(rows.numel(), hint(rows.numel()) * room.most // peak)
 
 
 def _planned(

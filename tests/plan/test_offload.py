@@ -14,6 +14,7 @@ import torch
 import mst_fx
 from mst_fx import backend
 from mst_fx.context import JointContext
+from mst_fx.listeners import on_plan
 from mst_fx.ops.arena import ARENA, Arena
 from mst_fx.options import bytes_in
 from mst_fx.plan import costs
@@ -223,3 +224,20 @@ def test_the_arena_uses_its_memory_again() -> None:
     del whole
     arena.release()
     assert arena.size == 0
+
+
+@pytest.mark.slow
+def test_a_longer_sequence_than_the_plan_holds_is_planned_anew() -> None:
+    """One graph of all lengths, as far as its plan's budget goes."""
+    model, _ = _model(layers=2)
+    found: list[Any] = []
+    compiled = compile_mst(model, {**SMALL_CHUNKS, "memory": 4_000_000}, dynamic=True)
+    counts = []
+    with on_plan.listening(found.append):
+        for length in (300, 200, 280, 700):
+            ids = torch.randint(0, 50, (1, length))
+            loss, gradients = step(model, compiled, {"input_ids": ids, "labels": ids})
+            counts.append(len(found))
+    assert counts == [1, 1, 1, 2] and all(plan.peak <= plan.budget for plan in found)
+    expected, truth = step(model, model, {"input_ids": ids, "labels": ids})
+    assert float((loss - expected).abs()) < 1e-5 and worst_error(gradients, truth) < 1e-5
