@@ -1,4 +1,4 @@
-"""The memory plan: what of the forward pass is kept for the backward pass, and what is made again.
+"""The memory plan: what of the forward pass is kept for the backward pass, on the device or on the host, and what is made again.
 
 It reads and changes the joint graph of both passes, of which it finds the layers (``joint_graph``, ``layers``), what each may keep and
 what that costs (``choices``, ``costs``), which choice each takes (``solve``), and writes that down (``recompute``, ``unchunk``).
