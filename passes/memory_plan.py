@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import fx
 
@@ -27,14 +27,14 @@ from mst_fx.plan.costs import Device, cost_of, device_of
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, tensor_of
 from mst_fx.plan.layers import Layer, layers_of
 from mst_fx.plan.peak import peak_of
-from mst_fx.plan.recompute import make_again
+from mst_fx.plan.recompute import make_again, on_trial
 from mst_fx.plan.room import Room, host_bytes, room_for
 from mst_fx.plan.solve import Host, Kind, Option, TooLittle, solve
-from mst_fx.plan.timeline import timeline_of, with_most_kept
+from mst_fx.plan.timeline import timeline_of
 from mst_fx.plan.unchunk import Unchunking
 from mst_fx.report import MemoryPlan, Planned, human_bytes
 from mst_fx.torch_api.guards import guard_at_most
-from mst_fx.torch_api.joint import copied, must_save
+from mst_fx.torch_api.joint import copied
 
 log = logging.getLogger("mst_fx")
 
@@ -61,10 +61,10 @@ def run(context: JointContext) -> bool:
             raise Refusal("there are no layers: no two tensors through which all rows pass", Cause.NO_LAYERS)
         return False
     memory = context.options.memory
-    wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
+    wanted = joint.kept_anyway
     choices = [choices_of(layer, wanted) for layer in layers[:-1]]
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
-    before = timeline_of(with_most_kept(context.graph))
+    before = timeline_of(on_trial(context.graph, [those[-1] for those in choices])[0])
     chosen, peak = _planned(context, choices, room)
     is_all = _are_fastest(chosen, choices, device_of(room.device))
     unchunking = _unchunking(context, joint, layers, wanted) if is_all else None
@@ -91,7 +91,7 @@ def _planned(
     """The choice of each layer, and the peak of the graph with them; the host memory that they take is there."""
     host = host_bytes(_host_option(context.options.host_memory), room)
     while True:
-        placed = [_placed(those, host > 0 and not is_last) for those, is_last in _with_last(choices)]
+        placed = [*(_placed(those, host > 0) for those in choices[:-1]), list(choices[-1])]
         peak_with = functools.partial(_peak_with, context.graph)
         taken, peak = fastest(placed, room, host_beside(choices, room, host), peak_with)
         chosen = _of(placed, taken)
@@ -116,11 +116,6 @@ def host_beside(choices: Sequence[Sequence[Choice]], room: Room, size: int) -> H
     device = device_of(room.device)
     forward = sum(cost_of(those[0].layer.nodes).seconds(device) for those in choices)
     return Host(size, device.link, forward)
-
-
-def _with_last(choices: Sequence[Sequence[Choice]]) -> Iterator[tuple[Sequence[Choice], bool]]:
-    for index, those in enumerate(choices):
-        yield those, index == len(choices) - 1
 
 
 def _placed(those: Sequence[Choice], has_host: bool) -> list[Choice]:
@@ -201,6 +196,19 @@ def _fitting(choices: Sequence[Sequence[Choice]], room: Room, host: Host, peak_w
     found = plan_of(low)
     if found.peak > room.bytes:
         return found
+    return _largest(plan_of, low, options, room) or found
+
+
+def _largest(
+    plan_of: Callable[[int], _Plan], low: int, options: Sequence[tuple[Option, ...]], room: Room
+) -> _Plan | None:
+    """The plan of most bytes on the device whose peak fits; None if none was found.
+
+    Args:
+        plan_of: the fastest plan that keeps so many bytes on the device.
+        low: bytes that are known to fit.
+    """
+    found = None
     high = middle = sum(max(option.bytes for option in those) for those in options)
     for _ in range(_HALVINGS):
         plan = plan_of(middle)
@@ -269,36 +277,14 @@ def _faster(
         options.append(
             tuple(Option(c.bytes, c.cost.seconds(device) + (0 if c in better else loops)) for c in every[-1])
         )
-    low = sum(those[-1].bytes for those in choices)
-    return _searched(graph, every, options, low, room, unchunking)
 
+    def plan_of(size: int) -> _Plan:
+        taken = _solved(options, size, Host())
+        seconds = sum(those[index].seconds for those, index in zip(options, taken, strict=True))
+        return _Plan(taken, seconds, _peak_with(graph, _of(every, taken), unchunking))
 
-def _searched(
-    graph: fx.Graph,
-    choices: Sequence[Sequence[Choice]],
-    options: Sequence[tuple[Option, ...]],
-    low: int,
-    room: Room,
-    unchunking: Unchunking,
-) -> tuple[list[Choice], int] | None:
-    """The fastest choices whose peak fits, and that peak; None if none was found.
-
-    Args:
-        low: bytes for all that is kept, which are known to fit.
-    """
-    found = None
-    middle = high = sum(max(option.bytes for option in those) for those in options)
-    for _ in range(_HALVINGS):
-        chosen = _of(choices, _solved(options, middle, Host()))
-        peak = _peak_with(graph, chosen, unchunking)
-        if peak <= room.bytes:
-            found, low = (chosen, peak), middle
-        else:
-            high = middle
-        if low == high:
-            break
-        middle = (low + high) // 2
-    return found
+    found = _largest(plan_of, sum(those[-1].bytes for those in choices), options, room)
+    return None if found is None else (_of(every, found.taken), found.peak)
 
 
 def _of(choices: Sequence[Sequence[Choice]], taken: Sequence[int]) -> list[Choice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch.utils.flop_counter import flop_registry
 
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
-from mst_fx.graph.spelling import ATTENTION_KERNELS, argument, operation
+from mst_fx.graph.spelling import argument, operation
 from mst_fx.masks import formula
 from mst_fx.plan.costs import Cost, flops_of
 from mst_fx.plan.joint_graph import (
     bytes_of,
     is_attention,
+    is_attention_backward,
     is_cheap,
     is_transfer,
     is_view,
@@ -33,16 +34,6 @@ _BACKWARD = 2.5
 _PASSES = {"mst_fx::loop": 1, "mst_fx::loop_list": 1, "mst_fx::loop_backward": 3, "mst_fx::loop_with_grad": 2}
 
 
-def plus(costs: Iterable[Cost]) -> Cost:
-    """What calls cost one after the other."""
-    costs = list(costs)
-    return Cost(
-        math.fsum(cost.products for cost in costs),
-        math.fsum(cost.attention for cost in costs),
-        sum(cost.moved for cost in costs),
-    )
-
-
 def cost_of_node(node: fx.Node, made: set[fx.Node]) -> Cost:
     """What a call of a joint graph costs on its own, sizes by hint.
 
@@ -52,7 +43,7 @@ def cost_of_node(node: fx.Node, made: set[fx.Node]) -> Cost:
     name = operation(node)
     if is_attention(node):
         return Cost(attention=_attention_flops(node))
-    if name.endswith("_backward") and name.removesuffix("_backward") in ATTENTION_KERNELS:
+    if is_attention_backward(node):
         return Cost(attention=_BACKWARD * _attention_flops(node))
     if name in _PASSES:
         return Cost(products=flops_of(node), moved=_PASSES[name] * _moved_inside(node))

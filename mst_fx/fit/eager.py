@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mst_fx.fit.costs import cost_of_call, plus
-from mst_fx.plan.costs import Cost
+from mst_fx.fit.costs import cost_of_call
+from mst_fx.plan.costs import Cost, plus
 from mst_fx.torch_api.gpu_attention import GpuAttention
 from mst_fx.torch_api.storages import StorageMeter
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from mst_fx.fit.costs import plus
 from mst_fx.fit.eager import EagerStep, eager_step
 from mst_fx.fit.traced import CannotTell, TracedStep, traced_step
-from mst_fx.plan.costs import Cost, device_of
+from mst_fx.plan.costs import Cost, device_of, plus
 from mst_fx.plan.room import Room
 from mst_fx.report import Planned
 

@@ -12,15 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
-from mst_fx.fit.costs import cost_of_node, plus
+from mst_fx.fit.costs import cost_of_node
 from mst_fx.graph.spelling import argument, operation
 from mst_fx.plan.choices import Choice
-from mst_fx.plan.costs import Cost
+from mst_fx.plan.costs import Cost, plus
 from mst_fx.plan.joint_graph import JointGraph, tensor_of
 from mst_fx.plan.layers import Layer
 from mst_fx.plan.peak import calls_of, held_by, scratch_of
-from mst_fx.plan.recompute import make_again
-from mst_fx.torch_api.joint import copied
+from mst_fx.plan.recompute import on_trial
 
 # The number of a choice, and whether it is kept on the host.
 Key = tuple[int, bool]
@@ -80,11 +79,8 @@ def parts_with(graph: fx.Graph, chosen: Sequence[Choice], head: fx.Node) -> Part
     Args:
         head: the waist behind the last layer.
     """
-    trial = JointGraph(copied(graph))
-    copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
+    trial, copies = on_trial(graph, chosen)
     moved = [choice.of_copies(copies) for choice in chosen]
-    make_again(trial, moved)
-    _drop_outputs(trial)
     calls = calls_of(trial)
     place = {node: index for index, node in enumerate(calls)}
     starts = [place[start] + 1 for start in (*(choice.layer.start for choice in moved), copies[head])]
@@ -105,13 +101,6 @@ def parts_with(graph: fx.Graph, chosen: Sequence[Choice], head: fx.Node) -> Part
 def outputs_of(joint: JointGraph) -> list[fx.Node]:
     """What the forward pass returns beside losses: the rows of deferred logits, above all."""
     return [node for node in joint.outputs if (value := tensor_of(node)) is not None and value.ndim > 0]
-
-
-def _drop_outputs(joint: JointGraph) -> None:
-    """Whoever trains takes the loss alone, so that other outputs are gone before the backward pass."""
-    dropped = set(outputs_of(joint))
-    output = joint.graph.output_node()
-    output.args = fx.map_arg(output.args, lambda node: None if node in dropped else node)
 
 
 def _first_read_backward(joint: JointGraph, layer: Layer, place: Mapping[fx.Node, int]) -> int:

@@ -30,7 +30,7 @@ from mst_fx.plan.room import Room
 from mst_fx.torch_api.dynamo import BackendCompilerFailed, settle_floats
 from mst_fx.torch_api.gpu_attention import GpuAttention
 from mst_fx.torch_api.inductor import compile_graph
-from mst_fx.torch_api.joint import changed_joint_graphs, copied, has_backward, must_save
+from mst_fx.torch_api.joint import changed_joint_graphs, copied, has_backward
 
 
 class CannotTell(ValueError):
@@ -195,7 +195,7 @@ def traced_step(
     layers = found[:-1]
     if len(layers) != traced:
         raise CannotTell(f"{len(layers)} layers were found in the graph of a model of {traced}")
-    wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
+    wanted = joint.kept_anyway
     every = [choices_of(layer, wanted) for layer in layers]
     # What the last layer keeps is read at once, and the one before it is there for the copies of others to end beside it.
     may_send = [has_host and index < traced - 2 for index in range(traced)]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
-from mst_fx.graph.spelling import operation
+from mst_fx.graph.spelling import argument, operation
 from mst_fx.plan.joint_graph import bytes_of, is_attention, is_read_whole, is_view, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -83,6 +83,16 @@ def device_of(name: str) -> Device:
     return next((found for known, found in _DEVICES.items() if known in name), _OTHER)
 
 
+def plus(costs: Iterable[Cost]) -> Cost:
+    """What calls cost one after the other."""
+    costs = list(costs)
+    return Cost(
+        math.fsum(cost.products for cost in costs),
+        math.fsum(cost.attention for cost in costs),
+        sum(cost.moved for cost in costs),
+    )
+
+
 def cost_of(nodes: Iterable[fx.Node]) -> Cost:
     """What some calls cost together, sizes by hint."""
     products, attention, moved = 0.0, 0.0, 0
@@ -108,10 +118,9 @@ def flops_of(node: fx.Node) -> float:
         return _attention_flops(node)
     passes = _LOOPS.get(operation(node))
     if passes is not None:
-        (key,) = [arg for arg in node.args if isinstance(arg, str)]
         rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
         assert rows is not None
-        run = body_of(key)
+        run = body_of(str(argument(node, "body_key")))
         return (
             passes
             * _flops_a_row(run)

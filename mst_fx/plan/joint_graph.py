@@ -13,6 +13,7 @@ from torch import fx
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import ATTENTION_KERNELS, operation
+from mst_fx.torch_api.joint import must_save
 from mst_fx.torch_api.ops import OpOverload, schema_of
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -79,6 +80,12 @@ class JointGraph:
             if not written.isdisjoint(node.all_input_nodes):
                 (written if is_view(node) else found).add(node)
         return found
+
+    @property
+    def kept_anyway(self) -> set[fx.Node]:
+        """The calls of the forward pass that no plan makes again: what a selective policy of the user's keeps, and what reads a buffer
+        that the step writes to."""
+        return {node for node in self.forward if must_save(node)} | self.reads_written
 
     @property
     def trained_bytes(self) -> int:

@@ -16,7 +16,7 @@ from torch import fx
 
 from mst_fx.bodies.body import body_of
 from mst_fx.graph.fill import fake_mode_of
-from mst_fx.graph.spelling import operation
+from mst_fx.graph.spelling import argument, operation
 from mst_fx.graph.values import is_plain
 from mst_fx.ops.loop import whole
 from mst_fx.plan.costs import Cost, cost_of
@@ -83,8 +83,9 @@ def loops_of(joint: JointGraph, left: Collection[fx.Node] = ()) -> list[Loop]:
     calls: dict[Any, list[fx.Node]] = {}
     for node in joint.graph.nodes:
         if operation(node) in ("mst_fx::loop", "mst_fx::loop_list", "mst_fx::loop_backward"):
-            key = next(arg for arg in node.args if isinstance(arg, str))
-            calls.setdefault((key, tuple(node.args[0]), tuple(node.args[1])), []).append(node)
+            calls.setdefault(
+                (argument(node, "body_key"), tuple(node.args[0]), tuple(node.args[1])), []
+            ).append(node)
     found = []
     for nodes in calls.values():
         if len(nodes) == 2 and nodes[0] not in left:

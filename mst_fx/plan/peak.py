@@ -73,9 +73,7 @@ def held_by(joint: JointGraph) -> list[Held]:
     for node in calls:
         owner = storage_of(node)
         until[owner] = max(until[owner], end if owner in leaving else last[node])
-    started = {
-        host: place[call] for call in calls for host in argument(call, "ahead", ()) if is_transfer(call)
-    }
+    started = {host: place[call] for call in filter(is_transfer, calls) for host in argument(call, "ahead")}
     return [
         Held(node, bytes_of(node), _made_at(node, place, started), until[node])
         for node in calls

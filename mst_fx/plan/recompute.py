@@ -15,7 +15,7 @@ from torch import fx
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
 from mst_fx.plan.transfer import Begin, send
-from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, is_backward_only
+from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, copied, is_backward_only
 
 _ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
 
@@ -43,6 +43,14 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
                 user = behind[0][0]
                 _Again(joint, choice, Begin(user, _result_before(joint, user)), fetched).run(behind)
     joint.graph.eliminate_dead_code()
+
+
+def on_trial(graph: fx.Graph, chosen: Sequence[Choice]) -> tuple[JointGraph, dict[fx.Node, fx.Node]]:
+    """A copy of a joint graph whose layers take these choices, and what each node of the graph is there."""
+    trial = JointGraph(copied(graph))
+    copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
+    make_again(trial, [choice.of_copies(copies) for choice in chosen])
+    return trial, copies
 
 
 Readers = list[tuple[fx.Node, fx.Node]]

@@ -12,9 +12,8 @@ from mst_fx.plan.choices import choices_of
 from mst_fx.plan.joint_graph import JointGraph, source_of, storage_of
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.peak import Held, calls_of, curve_of, held_by, scratch_of
-from mst_fx.plan.recompute import make_again
+from mst_fx.plan.recompute import on_trial
 from mst_fx.report import Alive, Timeline
-from mst_fx.torch_api.joint import copied, must_save
 
 _SHOWN = 5  # of what is alive at the peak
 
@@ -41,12 +40,9 @@ def timeline_of(joint: JointGraph) -> Timeline:
 def with_most_kept(graph: fx.Graph) -> JointGraph:
     """A joint graph, copied, whose layers keep all that is worth keeping, as torch's partitioner cuts it: casts are made again."""
     joint = JointGraph(graph)
-    trial = JointGraph(copied(graph))
-    copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
-    wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
+    wanted = joint.kept_anyway
     chosen = [choices_of(layer, wanted)[-1] for layer in layers_of(joint)[:-1]]
-    make_again(trial, [choice.of_copies(copies) for choice in chosen])
-    return trial
+    return on_trial(graph, chosen)[0]
 
 
 def _name_of(held: Held, gradients: set[fx.Node]) -> tuple[str, str]:

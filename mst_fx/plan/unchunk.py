@@ -18,7 +18,7 @@ from torch import fx
 from mst_fx.graph.edit import copy_provenance
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.plan.choices import Choice, choices_of
-from mst_fx.plan.costs import Cost
+from mst_fx.plan.costs import plus
 from mst_fx.plan.joint_graph import JointGraph, source_of
 from mst_fx.plan.layers import Layer
 from mst_fx.plan.loops import Inside, Insides, Loop, loops_of
@@ -44,7 +44,7 @@ class Unchunking:
         self._insides = Insides()
         loops = loops_of(joint, wanted)
         by_layer = [_loops_in(layer, after, loops) for layer, after in itertools.pairwise(layers)]
-        self.again = [_cost(map(self._insides.of, loops)) for loops in by_layer]
+        self.again = [plus(self._insides.of(loop).again for loop in loops) for loops in by_layer]
         graph = copied(joint.graph)
         copies = dict(zip(joint.graph.nodes, graph.nodes, strict=True))
         self._all = self._inlined(graph, copies, itertools.chain(*by_layer), is_trial=True)
@@ -116,15 +116,6 @@ def _loops_in(layer: Layer, after: Layer, loops: Sequence[Loop]) -> list[Loop]:
     """Those that run between the start of one layer and that of the next, which may be what a loop gives."""
     nodes = {*layer.nodes, source_of(after.start)}
     return [loop for loop in loops if loop.forward in nodes]
-
-
-def _cost(insides: Iterable[Inside]) -> Cost:
-    found = [inside.again for inside in insides]
-    return Cost(
-        sum(cost.products for cost in found),
-        sum(cost.attention for cost in found),
-        sum(cost.moved for cost in found),
-    )
 
 
 @dataclasses.dataclass

@@ -10,16 +10,15 @@ import torch
 from mst_fx.diagnose.fit_model import subject_of
 from mst_fx.diagnose.model_of import Shape
 from mst_fx.fit.forecast import Subject, stand_ins
-from mst_fx.fit.parts import Key, _drop_outputs, together
+from mst_fx.fit.parts import Key, together
 from mst_fx.fit.traced import TracedStep, trace, traced_step
 from mst_fx.plan.choices import choices_of
 from mst_fx.plan.costs import device_of
 from mst_fx.plan.joint_graph import JointGraph
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.peak import peak_of
-from mst_fx.plan.recompute import make_again
+from mst_fx.plan.recompute import on_trial
 from mst_fx.plan.room import Room
-from mst_fx.torch_api.joint import copied
 
 _SEQ, _LAYERS = 16384, 6
 
@@ -34,15 +33,11 @@ def _peak_of_all(subject: Subject, taken: list[Key]) -> int:
     graph, bodies = trace(subject.build(_LAYERS, False), subject.inputs(_SEQ))
     *layers, _ = layers_of(JointGraph(graph))
     assert len(layers) == _LAYERS and bodies
-    trial = JointGraph(copied(graph))
-    copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
     chosen = [
         dataclasses.replace(choices_of(layer)[level], is_on_host=on_host)
         for layer, (level, on_host) in zip(layers, taken, strict=True)
     ]
-    make_again(trial, [choice.of_copies(copies) for choice in chosen])
-    _drop_outputs(trial)
-    return peak_of(trial)
+    return peak_of(on_trial(graph, chosen)[0])
 
 
 def _from_few(subject: Subject, has_host: bool = False) -> TracedStep:

@@ -19,12 +19,11 @@ from mst_fx.ops.arena import ARENA, Arena
 from mst_fx.options import bytes_in
 from mst_fx.plan import costs
 from mst_fx.plan.choices import choices_of
-from mst_fx.plan.joint_graph import JointGraph
+from mst_fx.plan.joint_graph import JointGraph, bytes_of
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
-from mst_fx.torch_api.joint import must_save
 from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
 from tests.models import ACCEPTED, inputs_of
 
@@ -49,8 +48,7 @@ class Sending:
     def __call__(self, context: JointContext) -> None:
         joint = JointGraph(context.graph)
         layers = layers_of(joint)[:-1]
-        wanted = {node for node in joint.forward if must_save(node)} | joint.reads_written
-        every = [choices_of(layer, wanted) for layer in layers]
+        every = [choices_of(layer, joint.kept_anyway) for layer in layers]
         sent = range(len(layers) - 1) if self.sent is None else self.sent
         chosen = [
             dataclasses.replace(those[min(self.index, len(those) - 1)], is_on_host=index in sent)
@@ -58,13 +56,8 @@ class Sending:
         ]
         make_again(joint, chosen)
         self.count = max(map(len, every))
-        self.host = sum(-(-x // 4096) * 4096 for c in chosen for x in map(_bytes, c.sent))
+        self.host = sum(-(-x // 4096) * 4096 for c in chosen for x in map(bytes_of, c.sent))
         self.peak = peak_of(joint)
-
-
-def _bytes(node: Any) -> int:
-    value = node.meta["val"]
-    return int(value.numel()) * int(value.element_size())
 
 
 def _sending(monkeypatch: pytest.MonkeyPatch, index: int, sent: tuple[int, ...] | None = None) -> Sending:
