@@ -14,7 +14,11 @@ from tests.models import VOCAB
 from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 pytest.importorskip("accelerate")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("no_collections"),
+]
 
 OPTIONS = {"chunk_rows": 16, "vocab_chunk_rows": 20}
 LENGTH, BATCH = 48, 2
