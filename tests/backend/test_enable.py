@@ -105,6 +105,7 @@ def test_undone_after_an_error() -> None:
         mst_fx.enable({"chunk_row": 3})
 
 
+@pytest.mark.slow
 def test_what_was_compiled_stays_compiled() -> None:
     """Dynamo does not ask again: as documented, and right either way."""
     model, inputs = ToyLM(layers=1), token_batch(3, 35)

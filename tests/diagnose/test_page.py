@@ -167,6 +167,7 @@ def planned() -> Diagnosis:
     return mst_fx.explain(model, {**SMALL_CHUNKS, "memory": budget})(labels)
 
 
+@pytest.mark.slow
 def test_a_plan_has_a_curve_and_what_is_alive_at_its_peak(planned: Diagnosis) -> None:
     text = make_page("planned", planned)
     page = _Page(text)
@@ -187,6 +188,7 @@ def test_a_plan_has_a_curve_and_what_is_alive_at_its_peak(planned: Diagnosis) ->
         assert one.name in said and human_bytes(one.bytes) in said
 
 
+@pytest.mark.slow
 def test_what_is_alive_adds_up(planned: Diagnosis) -> None:
     (plan,) = planned.plans
     for line in (plan.before, plan.after, *planned.captured):

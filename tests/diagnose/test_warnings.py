@@ -63,6 +63,7 @@ def test_the_loss_outside(caplog: pytest.LogCaptureFixture) -> None:
     assert _warnings(caplog) == ["loss-not-compiled"]
 
 
+@pytest.mark.slow
 def test_with_the_logging_of_python_as_it_is(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

@@ -60,6 +60,7 @@ def test_head_gradient_is_not_doubled_nor_tripled_by_accumulation() -> None:
     )
 
 
+@pytest.mark.slow
 def test_scale_does_not_depend_on_the_first_chunk() -> None:
     inputs = token_batch(1, 64)
     inputs["labels"][:, :45] = -100

@@ -85,6 +85,7 @@ class _Unchunked:
         make_again(JointGraph(context.graph), here)
 
 
+@pytest.mark.slow
 def test_every_choice_saves_what_it_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved bytes differ by what is kept, exactly, and no product of an MLP that is kept runs twice.
 
@@ -155,6 +156,7 @@ def _frozen(model: ToyLM) -> ToyLM:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["post", "parallel", "frozen", "dropout", "two loops", "two results"])
 def test_gradients_agree(case: str) -> None:
     """Where a loop was that drops out: with those that it drops, of which each row has its key."""
@@ -174,6 +176,7 @@ def test_gradients_agree(case: str) -> None:
     assert abs(float(found - loss)) < 1e-12 and worst_error(gradients, truth) < 1e-12
 
 
+@pytest.mark.slow
 def test_lengths_that_change() -> None:
     """The second length is compiled for all lengths."""
     model, batch = _toy()
@@ -208,6 +211,7 @@ class _Planned:
     graph: str
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph under many budgets. Those of which the best chunked plan is too much have the plan that they had."""
     model, batch = _toy(layers=_LAYERS)
@@ -261,6 +265,7 @@ def test_more_memory_is_never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     loss_of(compile_mst(model, {**SMALL_CHUNKS, "strict": True})(**batch)).backward()
 
 
+@pytest.mark.slow
 def test_some_layers_in_chunks_and_some_not() -> None:
     model, batch = _toy(layers=_LAYERS)
     loss, truth = step(model, model, batch)
@@ -291,6 +296,7 @@ def test_loops_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [(2, 1)]
 
 
+@pytest.mark.slow
 def test_a_defect_leaves_the_plan_with_loops(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -54,6 +54,7 @@ def _malloc_pattern() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @needs_malloc_meter
 def test_malloc_meter_knows_a_pattern() -> None:
     found = call_metered(_malloc_pattern, timeout=120)
@@ -98,6 +99,7 @@ def _preload() -> str | None:
     return os.environ.get("LD_PRELOAD")
 
 
+@pytest.mark.slow
 def test_call_apart_reports_a_failure() -> None:
     with pytest.raises(RuntimeError, match="no such luck") as raised:
         call_apart(_fail, timeout=120)
@@ -172,6 +174,7 @@ def test_a_function_of_the_program_that_runs(how: str, tmp_path: Path) -> None:
 
 
 @needs_malloc_meter
+@pytest.mark.slow
 def test_the_meter_is_not_handed_on() -> None:
     assert call_metered(_preload, timeout=120) is None
 
