@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 SEQ = 2048
-SHAPE = Shape(hidden=64, intermediate=512, heads=4, kv_heads=4, vocabulary=4000, layers=2)
+SHAPE = Shape(hidden=64, intermediate=512, heads=4, kv_heads=4, vocabulary=4000, layers=1)
 CHUNKS: dict[str, Any] = {"chunk_rows": 64, "vocab_chunk_rows": 33}
 SLACK = MIB // 16  # blocks count with their usable size, and small ones are many here
 
