@@ -19,6 +19,7 @@ from tools.meters.cpu import measure_cpu
 
 WIDTH, INNER, VOCAB = 16, 64, 96
 CHUNKS = {"inner": "aot_eager", "chunk_rows": 24, "vocab_chunk_rows": 32, "attention_chunk_rows": 16}
+EAGER_CHUNKS = {**CHUNKS, "inner": "eager"}  # where another case of the test goes through AOTAutograd
 LENGTHS = (64, 4096, 100, 8192)
 
 
@@ -85,7 +86,7 @@ def test_peak_is_that_of_a_fresh_process_at_each_length() -> None:
     counters.clear()
     peaks = {length: _peak(model, compiled, length) for length in LENGTHS}
     assert counters["stats"]["unique_graphs"] == 2
-    for length in LENGTHS:
+    for length in LENGTHS[1:]:  # the first is what a fresh process compiles
         fresh = _peak(model, compile_mst(model, options, dynamic=False), length)
         assert peaks[length] <= 1.1 * fresh, length
 
@@ -94,7 +95,8 @@ def test_peak_is_that_of_a_fresh_process_at_each_length() -> None:
 @pytest.mark.parametrize("first", ["automatic", "dynamic=True", "mark_dynamic", "a promised range"])
 def test_short_batches_first_and_long_ones_after(first: str) -> None:
     model = Layer()
-    compiled = compile_mst(model, CHUNKS, dynamic=True if first == "dynamic=True" else None)
+    options = CHUNKS if first in ("mark_dynamic", "a promised range") else EAGER_CHUNKS  # no guard may narrow those
+    compiled = compile_mst(model, options, dynamic=True if first == "dynamic=True" else None)
     run = {
         "mark_dynamic": functools.partial(marked, compiled),
         "a promised range": functools.partial(marked, compiled, min=2, max=512),
@@ -118,7 +120,7 @@ def test_short_batches_first_and_long_ones_after(first: str) -> None:
 def test_each_bound_is_one_more_graph() -> None:
     """Attention in chunks from 17 queries on, the MLP from 25 rows, the head from 33."""
     model = Layer()
-    compiled = compile_mst(model, {**CHUNKS, "inner": "eager"}, dynamic=True)
+    compiled = compile_mst(model, EAGER_CHUNKS, dynamic=True)
     counters.clear()
     found = []
     for length in (12, 15, 20, 22, 30, 28, 40, 200, 13, 18, 26, 50):
@@ -226,7 +228,7 @@ def test_labels_have_sizes_of_their_own(name: str) -> None:
     model = Layer()
     run = functools.partial(LABELLED[name], model)
     with mst_fx.watch() as report:
-        compiled = compile_mst(run, CHUNKS)
+        compiled = compile_mst(run, CHUNKS if name == "shifted" else EAGER_CHUNKS)
         for batch, length in ((2, 5), (3, 50), (4, 40), (1, 90)):
             tokens = torch.randint(0, VOCAB, (2, batch, length)).unbind(0)
             truth, found = (_loss_and_gradients(call, model, *tokens) for call in (run, compiled))
@@ -240,7 +242,7 @@ def test_fewer_labels_than_rows() -> None:
     """``gather`` allows that: the guard that there is a label for each row compiles anew."""
     model = Layer()
     run = functools.partial(LABELLED["log_probabilities"], model)
-    compiled = compile_mst(run, CHUNKS)
+    compiled = compile_mst(run, EAGER_CHUNKS)
     for rows, picked in ((50, 50), (60, 60), (70, 64)):
         ids, labels = torch.randint(0, VOCAB, (2, rows)), torch.randint(0, VOCAB, (2, picked))
         truth, found = (_loss_and_gradients(call, model, ids, labels) for call in (run, compiled))
