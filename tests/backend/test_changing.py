@@ -95,7 +95,11 @@ def test_peak_is_that_of_a_fresh_process_at_each_length() -> None:
 @pytest.mark.parametrize("first", ["automatic", "dynamic=True", "mark_dynamic", "a promised range"])
 def test_short_batches_first_and_long_ones_after(first: str) -> None:
     model = Layer()
-    options = CHUNKS if first in ("mark_dynamic", "a promised range") else EAGER_CHUNKS  # no guard may narrow those
+    is_marked = first in (
+        "mark_dynamic",
+        "a promised range",
+    )  # there no guard of a compiler may narrow anything
+    options = CHUNKS if is_marked else EAGER_CHUNKS
     compiled = compile_mst(model, options, dynamic=True if first == "dynamic=True" else None)
     run = {
         "mark_dynamic": functools.partial(marked, compiled),

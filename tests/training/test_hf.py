@@ -66,11 +66,9 @@ def test_llama() -> None:
     assert [r.name for r in report.rewrites] == ["model.layers.0.mlp", "model.layers.1.mlp", "lm_head"]
 
 
-@pytest.mark.parametrize(
-    ("name", "batch", "length"), [("llama", 1, 32), ("t5", 1, 32), ("llama", 3, 5), ("gpt2", 3, 5)]
-)
+@pytest.mark.parametrize(("name", "batch", "length"), [("llama", 1, 32), ("gpt2", 3, 5)])
 def test_lengths(name: str, batch: int, length: int) -> None:
-    """Rows that chunks divide, and fewer than a chunk: what becomes of them is no model's matter."""
+    """Rows that chunks divide, and fewer than a chunk: what becomes of them is no model's matter (``test_toys``)."""
     _check(_of_one_layer(name, ACCEPTED[name]), batch, length)
 
 
