@@ -76,7 +76,7 @@ def fastest(
             plan = search.sending(most)
             (fitting if plan.peak <= room.bytes else missing).append(plan)
     if fitting:
-        best = search.with_better_late_layers(min(fitting, key=lambda plan: plan.seconds))
+        best = search.with_faster_choices(min(fitting, key=lambda plan: plan.seconds))
         return best.taken, best.peak
     least = min(missing, key=lambda plan: plan.peak)
     if least.peak > room.most:
@@ -161,7 +161,7 @@ class _Search:
             return found
         return largest(plan_of, low, options, self.room) or found
 
-    def with_better_late_layers(self, plan: Plan) -> Plan:
+    def with_faster_choices(self, plan: Plan) -> Plan:
         """A plan that fits, with faster choices from some layer on.
 
         The same bytes for every layer are what the end of the backward pass leaves, where the gradients of all weights are there. The
