@@ -28,7 +28,7 @@ class Kind:
 
     Attributes:
         count: how many.
-        options: what each may take; the first is of the least bytes of those that keep nothing on the host.
+        options: what each may take; the first is of the least bytes of those that keep no more than they must on the host.
     """
 
     count: int
@@ -151,13 +151,17 @@ def _ladder(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | N
     saves most seconds a byte goes first."""
     found = [[kind.count, *[0] * (len(kind.options) - 1)] for kind in kinds]
     room -= sum(kind.count * kind.options[0].bytes for kind in kinds)
-    left = host.bytes
+    left = host.bytes - sum(kind.count * kind.options[0].host for kind in kinds)
+    if left < 0:
+        return None
     while room < 0:
         ways = [
-            (kind.options[0].bytes - option.bytes, -option.host, index, then)
+            (kind.options[0].bytes - option.bytes, kind.options[0].host - option.host, index, then)
             for index, kind in enumerate(kinds)
             for then, option in enumerate(kind.options)
-            if found[index][0] and option.bytes < kind.options[0].bytes and option.host <= left
+            if found[index][0]
+            and option.bytes < kind.options[0].bytes
+            and option.host - kind.options[0].host <= left
         ]
         if not ways:
             return None
