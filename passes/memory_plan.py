@@ -89,7 +89,7 @@ def _planned(
     """The choice of each layer, and the peak of the graph with them; the host memory that they take is there."""
     host = host_bytes(_host_option(context.options.host_memory), room)
     while True:
-        placed = [*(with_host(those, host > 0) for those in choices[:-1]), list(choices[-1])]
+        placed = with_host(choices, host)
         peak_with = functools.partial(_peak_with, context.graph)
         taken, peak = fastest(placed, room, host_beside(choices, room, host), peak_with)
         chosen = by_number(placed, taken)

@@ -221,4 +221,5 @@ def traced_step(
 
 
 def _nth(those: Sequence[Choice], number: int, on_host: bool) -> Choice:
-    return dataclasses.replace(those[min(number, len(those) - 1)], is_on_host=on_host)
+    found = those[min(number, len(those) - 1)]
+    return found.on_host() if on_host else found

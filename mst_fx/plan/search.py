@@ -32,11 +32,21 @@ def host_beside(choices: Sequence[Sequence[Choice]], room: Room, size: int) -> H
     return Host(size, device.link, forward)
 
 
-def with_host(those: Sequence[Choice], has_host: bool) -> list[Choice]:
-    """The choices of a layer on the device, and on the host."""
+def with_host(choices: Sequence[Sequence[Choice]], size: int) -> list[list[Choice]]:
+    """The choices of each layer on the device and, but for the last layer, whose backward pass comes at once, on the host.
+
+    Args:
+        size: bytes of the host's memory.
+    """
+    asked = sum(those[0].as_asked().host_bytes for those in choices[:-1])
+    has_host = 0 < size >= asked
+    return [*(_placed(those, has_host) for those in choices[:-1]), list(choices[-1])]
+
+
+def _placed(those: Sequence[Choice], has_host: bool) -> list[Choice]:
     if not has_host or not those[0].layer.readers:
         return list(those)
-    return [*those, *(dataclasses.replace(each, is_on_host=True) for each in those)]
+    return [*(each.as_asked() for each in those), *(each.on_host() for each in those)]
 
 
 def by_number(choices: Sequence[Sequence[Choice]], taken: Sequence[int]) -> list[Choice]:
@@ -59,7 +69,7 @@ def fastest(
     """The choice of each layer, and the peak of the graph with them.
 
     What comes back from the host is on the device for two layers at a time. So plans are looked for that send at most so much of a
-    layer: from the most on, until one fits; and one that sends nothing. Of the best of them, late layers then do better as far as
+    layer: from the most on, until one fits; and one that sends as little as can be. Of the best of them, late layers then do better as far as
     that fits.
 
     Args:
@@ -71,12 +81,14 @@ def fastest(
     search = _Search(choices, room, host, peak_with)
     fitting: list[Plan] = []
     missing: list[Plan] = []
-    for most in sorted({choice.host_bytes for those in choices for choice in those}, reverse=True):
-        if most == 0 or not fitting:
+    least_sent = max(min(choice.host_bytes for choice in those) for those in choices)
+    sizes = {choice.host_bytes for those in choices for choice in those}
+    for most in sorted((size for size in sizes if size >= least_sent), reverse=True):
+        if most == least_sent or not fitting:
             plan = search.sending(most)
             (fitting if plan.peak <= room.bytes else missing).append(plan)
     if fitting:
-        best = search.with_better_late_layers(min(fitting, key=lambda plan: plan.seconds))
+        best = search.with_faster_choices(min(fitting, key=lambda plan: plan.seconds))
         return best.taken, best.peak
     least = min(missing, key=lambda plan: plan.peak)
     if least.peak > room.most:
@@ -161,7 +173,7 @@ class _Search:
             return found
         return largest(plan_of, low, options, self.room) or found
 
-    def with_better_late_layers(self, plan: Plan) -> Plan:
+    def with_faster_choices(self, plan: Plan) -> Plan:
         """A plan that fits, with faster choices from some layer on.
 
         The same bytes for every layer are what the end of the backward pass leaves, where the gradients of all weights are there. The

@@ -110,16 +110,16 @@ def _error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
 
 
 def test_what_is_on_the_host_is_right_however_long_copies_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama(_SHAPE, _LENGTH, "cuda", torch.bfloat16, checkpoint=False)
+    ids = text_tokens(_LENGTH, _SHAPE.vocabulary).view(1, _LENGTH).cuda()
+    compile_mst(model, {"memory": None})(input_ids=ids, labels=ids).loss.backward()
+    truth = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
     planned = _Planned()
     assert sum(each.layers for each in planned.plans[0].layers if each.host_bytes) >= 2
     loss, peak = planned.step()
-    assert peak <= planned.plans[0].budget - planned.plans[0].taken
-    found = planned.gradients()
-    plain = compile_mst(planned.model, {})
-    planned.model.zero_grad(set_to_none=True)
-    plain(input_ids=planned.ids, labels=planned.ids).loss.backward()
-    truth = planned.gradients()
-    assert 0 <= _error(found, truth) < 1e-2
+    assert peak <= _ROOM
+    assert 0 < _error(planned.gradients(), truth) < 1e-2
     streams_of = offload._Copies.streams_of
 
     def slow(self: Any, device: torch.device) -> Any:
@@ -151,10 +151,16 @@ def _out_of_memory(planned: _Planned) -> None:
 
 def _interrupted(planned: _Planned) -> None:
     """By Ctrl-C, wherever the step is."""
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # it may be ignored: a background process
     threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        for _ in range(10_000):
-            planned.step()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(200):
+                planned.step()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _dropped(planned: _Planned) -> None:
