@@ -80,6 +80,7 @@ def _search(choices: list[list[_Choice]], gradient: int, budget: int) -> list[_C
     return chosen
 
 
+@pytest.mark.slow
 def test_plans_are_near_the_best_of_all() -> None:
     best, found, slower = 0.0, 0.0, 0
     for choices, gradient in _instances(10):
