@@ -18,6 +18,7 @@ from torch import Tensor
 from mst_fx.ops.arena import Arena, free_on_host
 from mst_fx.ops.offload import dense_order, streams_of
 from mst_fx.report import human_bytes
+from mst_fx.torch_api.shards import are_cut_alike, around, local_of
 
 log = logging.getLogger("mst_fx")
 
@@ -60,14 +61,15 @@ class Coming:
     """States on their way to the device, whose entries are their homes still."""
 
     states: list[_State]
+    values: list[Tensor]
     copies: _Copies
 
     def arrive(self) -> None:
         """The entries are on the device for what runs from here on."""
         for device, event in self.copies.events.items():
             torch.cuda.current_stream(device).wait_event(event)
-        for state, found in zip(self.states, self.copies.tensors, strict=True):
-            state.entry[state.key] = found
+        for state, value in zip(self.states, self.values, strict=True):
+            state.entry[state.key] = value
 
 
 class Homes:
@@ -86,14 +88,14 @@ class Homes:
     @property
     def bytes(self) -> int:
         """That they have."""
-        return sum(home.nbytes for homes in self._homes.values() for home in homes.values())
+        return sum(bytes_of(home) for homes in self._homes.values() for home in homes.values())
 
     def has(self, parameter: Tensor) -> bool:
         return bool(self._homes.get(parameter))
 
     def bytes_of(self, states: States, parameter: Tensor) -> int:
         """Of the states of a parameter that are parked."""
-        return sum(state.value.nbytes for state in self._parked(states, [parameter]))
+        return sum(bytes_of(state.value) for state in self._parked(states, [parameter]))
 
     @torch.no_grad()
     def fetch(self, states: States, parameters: Iterable[Tensor]) -> Coming:
@@ -103,12 +105,15 @@ class Homes:
             torch.OutOfMemoryError: of the device; nothing was started.
         """
         found = list(self._parked(states, parameters))
-        homes = [state.value for state in found]
+        homes = [local_of(state.value) for state in found]
         new = [
-            torch.empty_strided(home.shape, home.stride(), dtype=home.dtype, device=state.parameter.device)
+            torch.empty_strided(
+                home.shape, home.stride(), dtype=home.dtype, device=local_of(state.parameter).device
+            )
             for state, home in zip(found, homes, strict=True)
         ]
-        return Coming(found, _started(new, homes, to_host=False))
+        values = [around(local, state.value) for state, local in zip(found, new, strict=True)]
+        return Coming(found, values, _started(new, homes, to_host=False))
 
     @torch.no_grad()
     def send(self, states: States, parameters: Iterable[Tensor]) -> None:
@@ -117,8 +122,8 @@ class Homes:
         homes = self._homes_for([(state, state.value) for state in found])
         sent = [(state, home) for state, home in zip(found, homes, strict=True) if home is not None]
         if sent:
-            values = [state.value for state, _ in sent]
-            self._leaving.append(_started([home for _, home in sent], values, to_host=True))
+            values = [local_of(state.value) for state, _ in sent]
+            self._leaving.append(_started([local_of(home) for _, home in sent], values, to_host=True))
             for state, home in sent:
                 self._homes.setdefault(state.parameter, {})[state.key] = home
                 state.entry[state.key] = home
@@ -141,7 +146,7 @@ class Homes:
     def owners(self) -> dict[int, tuple[Tensor, Any]]:
         """Whose home is at an address: parameter and key."""
         return {
-            home.untyped_storage().data_ptr(): (parameter, key)
+            address_of(home): (parameter, key)
             for parameter, homes in self._homes.items()
             for key, home in homes.items()
         }
@@ -172,9 +177,11 @@ class Homes:
                 continue
             homes = self._homes.get(parameter, {})
             for key, value in entry.items():
-                if not can_be_parked(value) or value.device != parameter.device or homes.get(key) is value:
+                if not can_be_parked(value) or homes.get(key) is value:
                     continue
-                where = value.untyped_storage().data_ptr()
+                if local_of(value).device != local_of(parameter).device:
+                    continue
+                where = address_of(value)
                 if not _is_at(where, parameter) and not _is_at(where, parameter.grad):
                     found.setdefault(where, []).append(_State(parameter, entry, key))
         # Two that share their memory would not share it afterwards.
@@ -188,8 +195,8 @@ class Homes:
         new = [index for index, home in enumerate(found) if home is None]
         if not new or self.is_full:
             return found
-        likes = [wanted[index][1] for index in new]
-        is_pinned = [wanted[index][0].parameter.device.type == "cuda" for index in new]
+        likes = [local_of(wanted[index][1]) for index in new]
+        is_pinned = [local_of(wanted[index][0].parameter).device.type == "cuda" for index in new]
         try:
             self._make_place(sum(like.nbytes for like in likes))
             for pinned in set(is_pinned):
@@ -197,7 +204,8 @@ class Homes:
                     [x.nbytes for x, p in zip(likes, is_pinned, strict=True) if p == pinned], pinned
                 )
             for index, like, pinned in zip(new, likes, is_pinned, strict=True):
-                found[index] = ARENA.buffer(like, pinned).as_strided(like.shape, like.stride())
+                local = ARENA.buffer(like, pinned).as_strided(like.shape, like.stride())
+                found[index] = around(local, wanted[index][1])
         except MemoryError as error:
             self.is_full = True
             log.warning(
@@ -222,13 +230,10 @@ class Homes:
 
 
 def _fitting(home: Tensor | None, like: Tensor) -> Tensor | None:
-    is_same = (
-        home is not None
-        and home.shape == like.shape
-        and home.stride() == like.stride()
-        and home.dtype == like.dtype
-    )
-    return home if is_same else None
+    """The home, if it fits."""
+    if home is None or home.shape != like.shape or home.dtype != like.dtype or not are_cut_alike(home, like):
+        return None
+    return home if local_of(home).stride() == local_of(like).stride() else None
 
 
 def _started(targets: list[Tensor], sources: list[Tensor], to_host: bool) -> _Copies:
@@ -256,27 +261,36 @@ def _started(targets: list[Tensor], sources: list[Tensor], to_host: bool) -> _Co
 
 
 def _is_at(where: int, x: Tensor | None) -> bool:
-    return (
-        x is not None
-        and is_plain(x)
-        and x.layout == torch.strided
-        and x.untyped_storage().data_ptr() == where
-    )
+    return x is not None and is_plain(local_of(x)) and x.layout == torch.strided and address_of(x) == where
+
+
+def address_of(x: Tensor) -> int:
+    """Where its storage is, or that of what this process has of it."""
+    return local_of(x).untyped_storage().data_ptr()
+
+
+def bytes_of(x: Tensor) -> int:
+    """Of what this process has of it."""
+    return local_of(x).nbytes
 
 
 def is_plain(value: Any) -> bool:
+    """Whether it is a tensor of no other class."""
     return type(value) in _PLAIN
 
 
 def can_be_parked(value: Any) -> bool:
-    """Whether it is a plain tensor of several elements that has a storage for itself, without holes."""
+    """Whether it is a tensor, or DTensor, of several elements here that has a storage for itself, without holes."""
+    if not isinstance(value, Tensor):
+        return False
+    local = local_of(value)
     return (
-        is_plain(value)
-        and value.layout == torch.strided
-        and value.numel() > 1
-        and value.storage_offset() == 0
-        and value.untyped_storage().nbytes() == value.nbytes
-        and value.permute(dense_order(value)).is_contiguous()
-        and not value.is_conj()
-        and not value.is_neg()
+        is_plain(local)
+        and local.layout == torch.strided
+        and local.numel() > 1
+        and local.storage_offset() == 0
+        and local.untyped_storage().nbytes() == local.nbytes
+        and local.permute(dense_order(local)).is_contiguous()
+        and not local.is_conj()
+        and not local.is_neg()
     )

@@ -26,9 +26,10 @@ from torch.optim import Optimizer
 from mst_fx.errors import OptionError
 from mst_fx.ops.arena import free_on_host
 from mst_fx.options import bytes_in
-from mst_fx.parking.homes import ARENA, Coming, Homes, can_be_parked, is_plain
+from mst_fx.parking.homes import ARENA, Coming, Homes, address_of, bytes_of, can_be_parked, is_plain
 from mst_fx.process import State
 from mst_fx.torch_api.dynamo import runs_under_dynamo
+from mst_fx.torch_api.shards import is_shard, local_of
 
 log = logging.getLogger("mst_fx")
 
@@ -101,12 +102,16 @@ class Parking:
 
     def trained_bytes(self, device: torch.device) -> int:
         """Bytes of the device's parameters whose states are, or will be, on the host."""
-        return sum(p.nbytes for p in self._trained() if p.device == device and self._finds_place(p))
+        return sum(
+            bytes_of(p) for p in self._trained() if local_of(p).device == device and self._finds_place(p)
+        )
 
     def host_bytes_to_come(self) -> int:
         """Bytes of the host for states that are not there yet."""
         states = self._of().state
-        return sum(STATES * p.nbytes for p in self._trained() if self._finds_place(p) and not states.get(p))
+        return sum(
+            STATES * bytes_of(p) for p in self._trained() if self._finds_place(p) and not states.get(p)
+        )
 
     def park(self) -> None:
         """Sends home what there is."""
@@ -135,7 +140,7 @@ class Parking:
         for parameter in parameters:
             entry: dict[Any, Any] = optimizer.state.get(parameter, {})
             for key, value in list(entry.items()) if parameter.device.type == "cuda" else ():
-                if can_be_parked(value) and value.device.type == "cpu":
+                if can_be_parked(value) and is_plain(value) and value.device.type == "cpu":
                     self._homes.take_in(entry, parameter, key, value, value.dtype)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -213,7 +218,9 @@ class Parking:
         return [parameters]
 
     def _bytes_for(self, optimizer: Optimizer, parameter: Tensor) -> int:
-        """Of states on the device when a parameter is updated."""
+        """Of states on the device when a parameter is updated; of DTensors as if they were whole, for the same buckets everywhere."""
+        if is_shard(parameter):
+            return STATES * parameter.nbytes
         if not optimizer.state.get(parameter):
             return STATES * parameter.nbytes if parameter.grad is not None else 0
         return self._homes.bytes_of(optimizer.state, parameter)
@@ -229,9 +236,11 @@ class Parking:
         def sample(parameter: Tensor, key: Any, value: Any) -> Any:
             if not can_be_parked(value):
                 return value
-            owner = owners.get(value.untyped_storage().data_ptr())
+            owner = owners.get(address_of(value))
             if owner is not None and (owner[0] is not parameter or owner[1] != key):
                 value = value.clone()  # is written over before it is read
+            if is_shard(value):
+                return value
             self._loaded.append((parameter, key, value))
             return value.detach().as_strided((1,), (1,))
 
@@ -256,6 +265,9 @@ class Parking:
 
 class _StandIn:
     """An optimizer in its step, but for its groups: whoever goes through them gets them in buckets."""
+
+    _parking: Parking
+    _optimizer: Optimizer
 
     def __init__(self, parking: Parking, optimizer: Optimizer) -> None:
         vars(self).update(_parking=parking, _optimizer=optimizer)
@@ -362,14 +374,14 @@ def _check(optimizer: Any) -> None:
                     f"mst_fx.park: a step with {flag}=True cannot have its states moved; allowed: {flag}=False"
                 )
         for parameter in group["params"]:
-            if parameter.device.type not in ("cpu", "cuda"):
+            if local_of(parameter).device.type not in ("cpu", "cuda"):
                 raise ValueError(
                     f"mst_fx.park: a parameter is on {parameter.device}; allowed: CUDA devices, or the CPU"
                 )
-            if parameter.requires_grad and not is_plain(parameter):
+            if parameter.requires_grad and not is_plain(local_of(parameter)):
                 raise ValueError(
-                    f"mst_fx.park: a parameter is a {type(parameter).__name__}, whose states are such too, and nothing public of "
-                    "torch puts these on the host; FSDP2 has a CPUOffloadPolicy"
+                    f"mst_fx.park: a parameter is a {type(parameter).__name__}, whose states are such too; allowed: plain tensors "
+                    "and DTensors of these"
                 )
 
 
@@ -387,7 +399,9 @@ def _are_alike(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
     for parameter in _stepped(parameters):
         gradient, entry = parameter.grad, optimizer.state.get(parameter) or {}
         assert gradient is not None
-        beside = [x for x in (gradient, *entry.values()) if isinstance(x, Tensor) and x.shape == parameter.shape]
+        beside = [
+            x for x in (gradient, *entry.values()) if isinstance(x, Tensor) and x.shape == parameter.shape
+        ]
         is_even = gradient.layout == torch.strided and all(
             x.stride() == parameter.stride() and x.dtype == parameter.dtype for x in beside
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import lr_scheduler
 
 import mst_fx
@@ -19,31 +19,32 @@ from mst_fx.parking.homes import ARENA
 from tests.parking.twins import BUCKET, WIDTH, Layers, Twins, backward, on_device
 from tools.meters.cpu import measure_cpu
 
-O = torch.optim
 _EACH: list[tuple[Any, dict[str, Any]]] = [
-    (O.AdamW, {}),
-    (O.AdamW, {"foreach": True}),
-    (O.AdamW, {"foreach": False, "amsgrad": True}),
-    (O.AdamW, {"fused": True}),
-    (O.Adam, {"weight_decay": 0.1, "maximize": True}),
-    (O.SGD, {"momentum": 0.9, "nesterov": True}),
-    (O.SGD, {"momentum": 0.9, "foreach": True}),
-    (O.SGD, {}),
-    (O.Adafactor, {}),
-    (O.Adafactor, {"foreach": True}),
-    (O.RMSprop, {"momentum": 0.5, "centered": True, "foreach": True}),
-    (O.Adadelta, {"foreach": True}),
-    (O.Adagrad, {}),
-    (O.Adamax, {}),
-    (O.ASGD, {"foreach": True}),
-    (O.NAdam, {}),
-    (O.RAdam, {}),
-    (O.Rprop, {}),
+    (optim.AdamW, {}),
+    (optim.AdamW, {"foreach": True}),
+    (optim.AdamW, {"foreach": False, "amsgrad": True}),
+    (optim.AdamW, {"fused": True}),
+    (optim.Adam, {"weight_decay": 0.1, "maximize": True}),
+    (optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    (optim.SGD, {"momentum": 0.9, "foreach": True}),
+    (optim.SGD, {}),
+    (optim.Adafactor, {}),
+    (optim.Adafactor, {"foreach": True}),
+    (optim.RMSprop, {"momentum": 0.5, "centered": True, "foreach": True}),
+    (optim.Adadelta, {"foreach": True}),
+    (optim.Adagrad, {}),
+    (optim.Adamax, {}),
+    (optim.ASGD, {"foreach": True}),
+    (optim.NAdam, {}),
+    (optim.RAdam, {}),
+    (optim.Rprop, {}),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "options"), _EACH, ids=lambda x: x.__name__ if isinstance(x, type) else str(x))
+@pytest.mark.parametrize(
+    ("kind", "options"), _EACH, ids=lambda x: x.__name__ if isinstance(x, type) else str(x)
+)
 def test_every_optimizer_of_torch(kind: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Two groups, and parameters that have no gradients at first."""
 
@@ -59,13 +60,13 @@ def test_every_optimizer_of_torch(kind: Any, options: dict[str, Any], dtype: tor
 
 
 def test_muon() -> None:
-    twins = Twins(lambda ps: O.Muon([p for p in ps if p.ndim == 2]), bucket=BUCKET // 2)
+    twins = Twins(lambda ps: optim.Muon([p for p in ps if p.ndim == 2]), bucket=BUCKET // 2)
     twins.steps(0, 4)
     twins.check()
     assert twins.parking.bytes == 5 * WIDTH * WIDTH * 4
 
 
-def _watch_parts(monkeypatch: pytest.MonkeyPatch, of: Any = O.Adam) -> list[int]:
+def _watch_parts(monkeypatch: pytest.MonkeyPatch, of: Any = optim.Adam) -> list[int]:
     """The numbers of parameters that ``_init_group`` sees."""
     found: list[int] = []
     real = of._init_group
@@ -79,7 +80,7 @@ def _watch_parts(monkeypatch: pytest.MonkeyPatch, of: Any = O.Adam) -> list[int]
 
 
 def test_an_optimizer_sees_a_bucket_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    twins = Twins(O.AdamW)
+    twins = Twins(optim.AdamW)
     twins.steps(0, 3)
     parts = _watch_parts(monkeypatch)
     backward(twins.parked[0], 3)
@@ -96,7 +97,7 @@ def test_an_optimizer_sees_a_bucket_after_another(monkeypatch: pytest.MonkeyPatc
 def test_three_buckets_are_on_the_device(options: dict[str, Any]) -> None:
     """From the first step on, which makes the states: by the meter of torch's allocator, which does not see the arena."""
     model = Layers(count=24)
-    optimizer = O.AdamW(model.parameters(), **options)
+    optimizer = optim.AdamW(model.parameters(), **options)
     parking = mst_fx.park(optimizer, bucket=2 * BUCKET)
     backward(model, 0)
     peaks = []
@@ -119,7 +120,7 @@ def test_three_buckets_are_on_the_device(options: dict[str, Any]) -> None:
 
 def test_states_that_are_there_are_parked() -> None:
     plain, parked = Layers(), Layers()
-    optimizers = [O.AdamW(model.parameters()) for model in (plain, parked)]
+    optimizers = [optim.AdamW(model.parameters()) for model in (plain, parked)]
     for index in range(4):
         if index == 2:
             mst_fx.park(optimizers[1], bucket=BUCKET)
@@ -134,7 +135,7 @@ def test_states_that_are_there_are_parked() -> None:
 def test_strides_are_kept_and_what_shares_memory_stays() -> None:
     """A weight in another order; states that are views, shared, the parameter's own, expanded or of one element."""
     weight = nn.Parameter(torch.randn(6, 5, 4).permute(2, 0, 1))
-    optimizer = O.AdamW([weight])
+    optimizer = optim.AdamW([weight])
     weight.grad = torch.randn_like(weight)
     optimizer.step()
     state = optimizer.state[weight]
@@ -158,7 +159,7 @@ def test_strides_are_kept_and_what_shares_memory_stays() -> None:
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_scheduler_before_or_behind(is_first: bool) -> None:
     plain, parked = Layers(), Layers()
-    optimizers = [O.AdamW(model.parameters()) for model in (plain, parked)]
+    optimizers = [optim.AdamW(model.parameters()) for model in (plain, parked)]
     if not is_first:
         mst_fx.park(optimizers[1], bucket=BUCKET)
     schedulers = [lr_scheduler.LinearLR(each, 0.1, total_iters=5) for each in optimizers]
@@ -178,7 +179,7 @@ def test_a_scheduler_before_or_behind(is_first: bool) -> None:
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
 def test_a_grad_scaler_skips_and_unscales(options: dict[str, Any]) -> None:
     """Fused optimizers get the scale and what was found as attributes."""
-    twins = Twins(lambda ps: O.AdamW(ps, **options))
+    twins = Twins(lambda ps: optim.AdamW(ps, **options))
     scalers = [torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2) for _ in range(2)]
     for index in range(5):
         for (model, optimizer), scaler in zip(twins.both(), scalers, strict=True):
@@ -186,7 +187,7 @@ def test_a_grad_scaler_skips_and_unscales(options: dict[str, Any]) -> None:
             loss = model(torch.full((2, WIDTH), float(index + 1))).square().sum()
             scaler.scale(loss).backward()
             if index == 2:
-                model.layers[1].weight.grad[0, 0] = torch.inf
+                next(model.layers[1].parameters()).grad[0, 0] = torch.inf  # type: ignore[index]
             scaler.step(optimizer)
             scaler.update()
         twins.check()
@@ -194,7 +195,7 @@ def test_a_grad_scaler_skips_and_unscales(options: dict[str, Any]) -> None:
 
 
 def test_gradients_that_accumulate_and_a_closure() -> None:
-    twins = Twins(O.AdamW)
+    twins = Twins(optim.AdamW)
     for index in range(3):
         losses = []
         for model, optimizer in twins.both():
@@ -211,7 +212,7 @@ def test_gradients_that_accumulate_and_a_closure() -> None:
 
 def test_hooks_see_one_step_of_the_optimizer_itself() -> None:
     """Also one that changes gradients, and was registered behind."""
-    twins = Twins(O.AdamW)
+    twins = Twins(optim.AdamW)
     seen: list[Any] = []
     for model, optimizer in twins.both():
 
@@ -220,16 +221,18 @@ def test_hooks_see_one_step_of_the_optimizer_itself() -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
 
         optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(lambda one, *_: seen.append(("behind", type(one), on_device(one) == [])))
+        optimizer.register_step_post_hook(
+            lambda one, *_: seen.append(("behind", type(one), on_device(one) == []))
+        )
     twins.steps(2, 4)
     twins.check()
-    assert seen[2:4] == seen[6:8] == [("before", O.AdamW, 10), ("behind", O.AdamW, True)]
+    assert seen[2:4] == seen[6:8] == [("before", optim.AdamW, 10), ("behind", optim.AdamW, True)]
 
 
 def test_groups_that_come_behind_and_parameters_of_several_types() -> None:
     """Adafactor's epsilon is that of the first parameter's type, for all of its group: then the group is one bucket."""
     plain, parked = ([nn.Parameter(x.clone()) for x in _tensors()] for _ in range(2))
-    optimizers = [O.Adafactor(parameters[:3]) for parameters in (plain, parked)]
+    optimizers = [optim.Adafactor(parameters[:3]) for parameters in (plain, parked)]
     mst_fx.park(optimizers[1], bucket=1)
     for parameters, optimizer in zip((plain, parked), optimizers, strict=True):
         optimizer.add_param_group({"params": parameters[3:], "lr": 0.5})
@@ -246,7 +249,7 @@ def _tensors() -> Iterator[Tensor]:
         yield torch.randn(8, 8, generator=generator).to(dtype)
 
 
-class _Coupled(torch.optim.Optimizer):
+class _Coupled(optim.Optimizer):
     """As D-adaptation does: all parameters' states decide the step of each, over two loops."""
 
     def __init__(self, parameters: Any) -> None:
@@ -265,7 +268,7 @@ class _Coupled(torch.optim.Optimizer):
 
 
 def test_an_optimizer_that_is_not_known_has_all_of_its_states() -> None:
-    class Own(O.AdamW):
+    class Own(optim.AdamW):
         def step(self, closure: Any = None) -> Any:  # type: ignore[override]
             found = super().step(closure)
             self.steps = getattr(self, "steps", 0) + 1
@@ -282,7 +285,7 @@ def test_an_optimizer_for_each_parameter_steps_in_the_backward_pass() -> None:
     models = [Layers(), Layers()]
     for index, model in enumerate(models):
         for p in model.parameters():
-            optimizer = O.AdamW([p])
+            optimizer = optim.AdamW([p])
             if index:
                 mst_fx.park(optimizer)
 
@@ -300,7 +303,7 @@ def test_an_optimizer_for_each_parameter_steps_in_the_backward_pass() -> None:
 
 def test_state_dicts_have_values_and_are_loaded_parked() -> None:
     """From a plain optimizer to a parked one and back, and of a parked one into itself, over later steps."""
-    twins = Twins(O.AdamW)
+    twins = Twins(optim.AdamW)
     twins.steps(0, 3)
     plain, parked = (optimizer.state_dict() for _, optimizer in twins.both())
     assert differences(plain["state"], parked["state"]) == []
@@ -328,14 +331,14 @@ def differences(one: dict[int, Any], other: dict[int, Any]) -> list[tuple[int, s
 
 
 def test_a_file_a_copy_and_a_pickled_one() -> None:
-    twins = Twins(O.AdamW)
+    twins = Twins(optim.AdamW)
     twins.steps(0, 3)
     file = io.BytesIO()
     torch.save(twins.parked[1].state_dict(), file)
     assert len(file.getvalue()) < 1.5 * twins.parking.bytes, "buffers, and not the arena"
     file.seek(0)
     fresh = copy.deepcopy(twins.parked[0])
-    optimizer = O.AdamW(fresh.parameters())
+    optimizer = optim.AdamW(fresh.parameters())
     mst_fx.park(optimizer, bucket=BUCKET)
     optimizer.load_state_dict(torch.load(file))
     other, again = copy.deepcopy((twins.parked[0], twins.parked[1]))
@@ -356,7 +359,7 @@ def test_a_file_a_copy_and_a_pickled_one() -> None:
 
 def test_loading_states_in_another_order_and_of_another_type() -> None:
     """What is loaded may lie where the homes of others are."""
-    twins = Twins(O.AdamW)
+    twins = Twins(optim.AdamW)
     twins.steps(2, 4)
     for _, optimizer in twins.both():
         saved = optimizer.state_dict()
@@ -372,7 +375,7 @@ def test_loading_states_in_another_order_and_of_another_type() -> None:
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing() -> None:
-    twins = Twins(O.AdamW)
+    twins = Twins(optim.AdamW)
     twins.steps(0, 2)
     saved = copy.deepcopy(twins.parked[1].state_dict())
     saved["param_groups"][0]["params"].pop()
@@ -388,7 +391,7 @@ def test_a_wrapper_of_accelerate() -> None:
 
     accelerator = Accelerator(cpu=True)
     twins = [Layers(), Layers()]
-    wrapped = [accelerator.prepare(O.AdamW(model.parameters())) for model in twins]
+    wrapped = [accelerator.prepare(optim.AdamW(model.parameters())) for model in twins]
     mst_fx.park(wrapped[1], bucket=BUCKET)
     for index in range(3):
         for model, optimizer in zip(twins, wrapped, strict=True):
@@ -403,7 +406,7 @@ def test_a_wrapper_of_accelerate() -> None:
 
 def test_undone_at_the_end_and_nothing_left() -> None:
     gc.collect()
-    twins = Twins(O.AdamW)
+    twins = Twins(optim.AdamW)
     with twins.parking as parking:
         twins.steps(0, 3)
         assert ARENA.used >= parking.bytes > 0

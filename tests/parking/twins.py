@@ -36,7 +36,7 @@ class Layers(nn.Module):
 def backward(model: Layers, index: int, is_all: bool = True) -> Tensor:
     """Gradients of step ``index``."""
     made = torch.Generator().manual_seed(index)
-    x = torch.randn(7, WIDTH, generator=made).to(model.layers[0].weight)
+    x = torch.randn(7, WIDTH, generator=made).to(next(model.parameters()).dtype)
     loss = model(x, is_all).float().square().sum()
     loss.backward()
     return loss.detach()
@@ -45,7 +45,9 @@ def backward(model: Layers, index: int, is_all: bool = True) -> Tensor:
 class Twins:
     """``plain`` and ``parked``: (model, optimizer); ``parking`` of the second."""
 
-    def __init__(self, make: Make, dtype: torch.dtype = torch.float32, bucket: int = BUCKET, **options: Any) -> None:
+    def __init__(
+        self, make: Make, dtype: torch.dtype = torch.float32, bucket: int = BUCKET, **options: Any
+    ) -> None:
         models = [Layers(dtype=dtype), Layers(dtype=dtype)]
         self.plain, self.parked = [(model, make(list(model.parameters()))) for model in models]
         self.parking = mst_fx.park(self.parked[1], bucket=bucket, **options)
