@@ -154,7 +154,9 @@ def test_strides_are_kept_and_what_shares_memory_stays() -> None:
     mst_fx.park(optimizer)
     assert state["exp_avg"].stride() == weight.stride() == (1, 20, 4)
     assert all(state[key] is value for key, value in stays.items())
-    assert on_device(optimizer) == [(0, key) for key in ("view", "one", "other", "own", "expanded", "overlapping")]
+    assert on_device(optimizer) == [
+        (0, key) for key in ("view", "one", "other", "own", "expanded", "overlapping")
+    ]
 
 
 @pytest.mark.parametrize("is_first", [True, False])
@@ -313,6 +315,8 @@ def test_state_dicts_have_values_and_are_loaded_parked() -> None:
         state.update({key: value.double() for key, value in state.items() if key != "step"})
     as_it_was = copy.deepcopy(saved)
     twins.steps(3, 5)
+    live = twins.parked[1].state_dict()["state"]
+    assert all(live[n][key] is value for n, state in parked["state"].items() for key, value in state.items())
     with measure_cpu() as measured:
         twins.parked[1].load_state_dict(saved)
     assert measured.peak_bytes < BUCKET

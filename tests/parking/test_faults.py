@@ -66,7 +66,7 @@ def test_a_step_that_raises_loses_nothing(
     The parameters that were not stepped are stepped then, alone: the bits are those of a step that has not raised.
     """
     owner, name = _PLACES[place]
-    for call in range(1, 13):
+    for call in (1, 2, 5, 10, 11):
         twins = Twins(optim.AdamW)
         twins.steps(0, 3)
         for model, optimizer in twins.both():
