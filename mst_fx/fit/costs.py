@@ -13,8 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import argument, operation
-from mst_fx.masks import formula
-from mst_fx.plan.costs import Cost, flops_of
+from mst_fx.plan.costs import Cost, attention_flops, flops_of
 from mst_fx.plan.joint_graph import (
     bytes_of,
     is_attention,
@@ -42,9 +41,9 @@ def cost_of_node(node: fx.Node, made: set[fx.Node]) -> Cost:
     """
     name = operation(node)
     if is_attention(node):
-        return Cost(attention=_attention_flops(node))
+        return Cost(attention=attention_flops(node))
     if is_attention_backward(node):
-        return Cost(attention=_BACKWARD * _attention_flops(node))
+        return Cost(attention=_BACKWARD * attention_flops(node))
     if name in _PASSES:
         return Cost(products=flops_of(node), moved=_PASSES[name] * _moved_inside(node))
     flops = flops_of(node)
@@ -53,35 +52,6 @@ def cost_of_node(node: fx.Node, made: set[fx.Node]) -> Cost:
     ):  # copies run beside the rest
         return Cost(products=flops)
     return Cost(moved=bytes_of(node) + sum(map(bytes_of, _sources(node, made))))
-
-
-def _attention_flops(node: fx.Node) -> float:
-    """Of the two products of a forward kernel of attention, or of the one that a backward kernel belongs to."""
-    query, key, value = (tensor_of(argument(node, name)) for name in ("query", "key", "value"))
-    assert query is not None and key is not None and value is not None
-    batch_heads, queries, keys = (
-        math.prod(map(hint, query.shape[:2])),
-        hint(query.shape[2]),
-        hint(key.shape[2]),
-    )
-    mask = argument(node, "mask")
-    if isinstance(mask, str):
-        seen = _seen(formula.parse(mask), queries, keys)
-    else:
-        seen = queries * keys * (0.5 if argument(node, "is_causal") else 1.0)
-    return 2.0 * batch_heads * seen * (hint(query.shape[3]) + hint(value.shape[3]))
-
-
-def _seen(mask: formula.Mask, queries: int, keys: int) -> float:
-    """How many pairs of a query and a key a mask lets through, by its comparisons of positions: what depends on data counts as seen."""
-    compared = [part for part in formula.conjuncts(mask) if isinstance(part, formula.Compare)]
-    is_causal = any(part.op in ("le", "lt") and part.offset == 0 for part in compared)
-    widths = [-part.offset for part in compared if part.op in ("gt", "ge") and part.offset < 0]
-    seen = queries * keys * (0.5 if is_causal else 1.0)
-    if is_causal and widths and min(widths) < keys:
-        width = min(widths)
-        seen = queries * width - width * width / 2
-    return seen
 
 
 def _sources(node: fx.Node, made: set[fx.Node]) -> set[fx.Node]:

@@ -248,7 +248,7 @@ class _Forecaster:
         return tuple(
             Kept(seq, str(choice), choice.bytes, choice.cost.flops)
             for choice in middle.values()
-            if not choice.is_on_host
+            if not choice.sent
         )
 
 

@@ -27,6 +27,7 @@ from mst_fx.plan.joint_graph import (
     tensor_of,
 )
 from mst_fx.plan.layers import Layer
+from mst_fx.torch_api.joint import must_recompute, must_send
 
 # Of the bytes of a layer's first rows: smaller tensors are not worth a copy to the host, nor a call of their own.
 _SMALL = 0.01
@@ -42,7 +43,7 @@ class Choice:
         again: what is made again, in order.
         bytes: of ``kept`` and the start, by storage.
         cost: of ``again``.
-        is_on_host: whether they are sent to the host's memory.
+        sent: what of that goes to the host's memory, in order.
     """
 
     layer: Layer
@@ -50,13 +51,19 @@ class Choice:
     again: tuple[fx.Node, ...]
     bytes: int
     cost: Cost
-    is_on_host: bool = False
+    sent: tuple[fx.Node, ...] = ()
+
+    def on_host(self) -> Choice:
+        """The same that sends all that it keeps, but what is small."""
+        return dataclasses.replace(self, sent=tuple(self._large))
+
+    def as_asked(self) -> Choice:
+        """The same that sends what a policy of the user's sends in any case (``MUST_CPU_OFFLOAD``)."""
+        asked = tuple(node for node in self._large if must_send(source_of(node)))
+        return dataclasses.replace(self, sent=asked)
 
     @property
-    def sent(self) -> list[fx.Node]:
-        """What goes to the host's memory, in order; what is small stays."""
-        if not self.is_on_host:
-            return []
+    def _large(self) -> list[fx.Node]:
         kept = [self.layer.start, *(node for node in self.layer.nodes if node in self.kept)]
         return [node for node in kept if bytes_of(node) > _SMALL * bytes_of(self.layer.start)]
 
@@ -78,8 +85,10 @@ class Choice:
             old.kind,
             old.unchunked,
         )
-        kept, again = (tuple(copies[node] for node in nodes) for nodes in (self.kept, self.again))
-        return Choice(layer, frozenset(kept), again, self.bytes, self.cost, self.is_on_host)
+        kept, again, sent = (
+            tuple(copies[node] for node in nodes) for nodes in (self.kept, self.again, self.sent)
+        )
+        return Choice(layer, frozenset(kept), again, self.bytes, self.cost, sent)
 
     def __str__(self) -> str:
         """What is made again, in words."""
@@ -98,15 +107,17 @@ def _is_made(node: fx.Node) -> bool:
 
 
 def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:
-    """What may be kept of a layer, the least first; each keeps more bytes than the one before, and makes less again.
+    """What may be kept of a layer, the least first; each keeps more bytes than the one before, and makes less again. What a policy
+    of the user's makes again in any case (``MUST_RECOMPUTE``) is in none.
 
     Args:
-        wanted: what a policy of the user's keeps in any case (``MUST_SAVE``).
+        wanted: what is kept in any case.
     """
     found = [_choice(layer, set(wanted))]
     while True:
         now = found[-1]
         calls = dict.fromkeys(source_of(node) for node in now.again if not is_cheap(node))
+        calls = {call: None for call in calls if not must_recompute(call)}
         more = [_choice(layer, {*wanted, *map(source_of, now.kept), call}) for call in calls]
         better = [each for each in more if each.bytes > now.bytes and each.cost.flops < now.cost.flops]
         if not better:
@@ -124,7 +135,9 @@ def _operands(layer: Layer) -> set[fx.Node]:
     return {
         node
         for user, node in layer.readers
-        if tensor_of(node) is not None and (not is_cheap(user) or bytes_of(node) <= small)
+        if tensor_of(node) is not None
+        and not must_recompute(source_of(node))
+        and (not is_cheap(user) or bytes_of(node) <= small)
     }
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import argument, operation
+from mst_fx.masks import formula
 from mst_fx.plan.joint_graph import bytes_of, is_attention, is_read_whole, is_view, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -115,7 +116,7 @@ def flops_of(node: fx.Node) -> float:
     if node.op != "call_function":
         return 0.0
     if is_attention(node):
-        return _attention_flops(node)
+        return attention_flops(node)
     passes = _LOOPS.get(operation(node))
     if passes is not None:
         rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
@@ -140,17 +141,30 @@ def _flops_a_row(run: Body) -> float:
     return sum(map(flops_of, run.forward.graph.nodes)) / rows
 
 
-def _attention_flops(node: fx.Node) -> float:
-    """Two products of queries and keys; half of them where the mask is causal."""
-    query, key, value = (tensor_of(arg) for arg in node.args[:3])  # type: ignore[arg-type]
+def attention_flops(node: fx.Node) -> float:
+    """Of the two products of a forward kernel of attention, or of the one that a backward kernel belongs to."""
+    query, key, value = (tensor_of(argument(node, name)) for name in ("query", "key", "value"))
     assert query is not None and key is not None and value is not None
-    batch, heads, queries, width = map(hint, query.shape)
-    keys, out_width = hint(key.shape[-2]), hint(value.shape[-1])
-    share = 0.5 if _is_causal(node) else 1.0
-    return 2.0 * batch * heads * queries * keys * (width + out_width) * share
+    batch_heads, queries, keys = (
+        math.prod(map(hint, query.shape[:2])),
+        hint(query.shape[2]),
+        hint(key.shape[2]),
+    )
+    mask = argument(node, "mask")
+    if isinstance(mask, str):
+        seen = _seen(formula.parse(mask), queries, keys)
+    else:
+        seen = queries * keys * (0.5 if argument(node, "is_causal") else 1.0)
+    return 2.0 * batch_heads * seen * (hint(query.shape[3]) + hint(value.shape[3]))
 
 
-def _is_causal(node: fx.Node) -> bool:
-    if operation(node) == "mst_fx::attention":
-        return "'le'" in str(node.args[8]) or "'ge'" in str(node.args[8])
-    return True in node.args[3:] or bool(node.kwargs.get("is_causal"))
+def _seen(mask: formula.Mask, queries: int, keys: int) -> float:
+    """How many pairs of a query and a key a mask lets through, by its comparisons of positions: what depends on data counts as seen."""
+    compared = [part for part in formula.conjuncts(mask) if isinstance(part, formula.Compare)]
+    is_causal = any(part.op in ("le", "lt") and part.offset == 0 for part in compared)
+    widths = [-part.offset for part in compared if part.op in ("gt", "ge") and part.offset < 0]
+    seen = queries * keys * (0.5 if is_causal else 1.0)
+    if is_causal and widths and min(widths) < keys:
+        width = min(widths)
+        seen = queries * width - width * width / 2
+    return seen

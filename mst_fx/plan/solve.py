@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ class Kind:
 
     Attributes:
         count: how many.
-        options: what each may take; the first is of the least bytes of those that keep nothing on the host.
+        options: what each may take; the first is of the least bytes of those that keep no more than they must on the host.
     """
 
     count: int
@@ -149,23 +150,13 @@ def _most_of(kinds: Sequence[Kind]) -> list[float]:
 def _ladder(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | None:
     """Where the least does not fit, layers go to the host one by one; then each step lets one layer keep more: the step that
     saves most seconds a byte goes first."""
-    found = [[kind.count, *[0] * (len(kind.options) - 1)] for kind in kinds]
-    room -= sum(kind.count * kind.options[0].bytes for kind in kinds)
-    left = host.bytes
-    while room < 0:
-        ways = [
-            (kind.options[0].bytes - option.bytes, -option.host, index, then)
-            for index, kind in enumerate(kinds)
-            for then, option in enumerate(kind.options)
-            if found[index][0] and option.bytes < kind.options[0].bytes and option.host <= left
-        ]
-        if not ways:
-            return None
-        freed, taken, index, then = max(ways)
-        found[index][0] -= 1
-        found[index][then] += 1
-        room, left = room + freed, left + taken
+    found = _least(kinds, room, host)
+    if found is None:
+        return None
     while True:
+        taken = list(_taken(kinds, found))
+        left = room - sum(count * option.bytes for count, option in taken)
+        left_there = host.bytes - sum(count * option.host for count, option in taken)
         steps = [
             (
                 (here.seconds - there.seconds) / max(there.bytes - here.bytes + there.host - here.host, 1),
@@ -173,18 +164,43 @@ def _ladder(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | N
                 now,
                 then,
             )
-            for index, kind in enumerate(kinds)
-            for now, here in enumerate(kind.options)
-            for then, there in enumerate(kind.options)
-            if found[index][now]
-            and there.seconds < here.seconds
-            and there.bytes - here.bytes <= room
-            and there.host - here.host <= left
+            for index, now, then, here, there in _steps(kinds, found)
+            if there.seconds < here.seconds
+            and there.bytes - here.bytes <= left
+            and there.host - here.host <= left_there
         ]
         if not steps:
             return found
         _, index, now, then = max(steps, key=operator.itemgetter(0))  # of equals the first
-        here, there = kinds[index].options[now], kinds[index].options[then]
         found[index][now] -= 1
         found[index][then] += 1
-        room, left = room - there.bytes + here.bytes, left - there.host + here.host
+
+
+def _least(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | None:
+    """A plan that keeps little on the device; None if none fits."""
+    found = [[kind.count, *[0] * (len(kind.options) - 1)] for kind in kinds]
+    room -= sum(kind.count * kind.options[0].bytes for kind in kinds)
+    left = host.bytes - sum(kind.count * kind.options[0].host for kind in kinds)
+    while room < 0 <= left:
+        ways = [
+            (here.bytes - there.bytes, here.host - there.host, index, then)
+            for index, now, then, here, there in _steps(kinds, found)
+            if now == 0 and there.bytes < here.bytes and there.host - here.host <= left
+        ]
+        if not ways:
+            return None
+        freed, taken, index, then = max(ways)
+        found[index][0] -= 1
+        found[index][then] += 1
+        room, left = room + freed, left + taken
+    return found if left >= 0 else None
+
+
+def _steps(
+    kinds: Sequence[Kind], counts: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, int, int, Option, Option]]:
+    """What one layer may take instead of what it takes: its kind, both options by number, and both options."""
+    for index, (kind, found) in enumerate(zip(kinds, counts, strict=True)):
+        for (now, here), (then, there) in itertools.permutations(enumerate(kind.options), 2):
+            if found[now]:
+                yield index, now, then, here, there

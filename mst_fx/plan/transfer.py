@@ -125,7 +125,7 @@ def _forward_first(joint: JointGraph) -> None:
             first.prepend(node)
 
 
-def _stashes(joint: JointGraph, sent: Mapping[int, list[fx.Node]]) -> dict[int, _Stash]:
+def _stashes(joint: JointGraph, sent: Mapping[int, Sequence[fx.Node]]) -> dict[int, _Stash]:
     """One a layer, in order: each waits for the copies of the one before."""
     found: dict[int, _Stash] = {}
     before = _Stash([], [], [])
@@ -133,11 +133,11 @@ def _stashes(joint: JointGraph, sent: Mapping[int, list[fx.Node]]) -> dict[int, 
         orders = [dense_order(_value(node)) for node in kept]
         flat = [d for order in orders for d in order]
         with _after_last(joint, [*kept, *before.hosts]):
-            call = _call(joint, mst.stash.default, (kept, flat, before.hosts, before.kept))
+            call = _call(joint, mst.stash.default, (list(kept), flat, before.hosts, before.kept))
             hosts = _results(joint, call)
         for node in (call, *hosts):
             _is_forward(node)
-        before = found[index] = _Stash(kept, flat, hosts)
+        before = found[index] = _Stash(list(kept), flat, hosts)
     return found
 
 

@@ -96,8 +96,18 @@ CHECKPOINT_TAGS = ("recompute", "ac_graph_id")
 
 
 def must_save(node: fx.Node) -> bool:
-    """Whether a selective policy of the user's keeps a node's results."""
-    return node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE
+    """Whether a selective policy of the user's keeps a node's results, on the device or on the host."""
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE or must_send(node)
+
+
+def must_send(node: fx.Node) -> bool:
+    """Whether a selective policy of the user's keeps a node's results on the host."""
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_CPU_OFFLOAD
+
+
+def must_recompute(node: fx.Node) -> bool:
+    """Whether a selective policy of the user's makes a node's results again."""
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE
 
 
 def always_save(node: fx.Node) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -34,7 +32,7 @@ def _peak_of_all(subject: Subject, taken: list[Key]) -> int:
     *layers, _ = layers_of(JointGraph(graph))
     assert len(layers) == _LAYERS and bodies
     chosen = [
-        dataclasses.replace(choices_of(layer)[level], is_on_host=on_host)
+        choices_of(layer)[level].on_host() if on_host else choices_of(layer)[level]
         for layer, (level, on_host) in zip(layers, taken, strict=True)
     ]
     return peak_of(on_trial(graph, chosen)[0])

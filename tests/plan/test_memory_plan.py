@@ -213,6 +213,37 @@ def test_with_checkpointing_in_the_model(
     assert chosen.attention == (_LAYERS if policy else 2 * _LAYERS)
 
 
+def _for_attention(policy: CheckpointPolicy) -> Callable[[], Any]:
+    def of_each(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        is_attention = "mst_fx::attention" in str(op) or "scaled_dot_product" in str(op)
+        return policy if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return lambda: create_selective_checkpoint_contexts(of_each)
+
+
+def test_what_a_policy_makes_again_or_sends_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``MUST_RECOMPUTE`` where there is memory for all, ``MUST_CPU_OFFLOAD`` where nothing needs the host; with little host memory it is
+    kept on the device."""
+    model, batch = _model()
+    _, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
+    # Attention's result and the logarithms of its sums, float32.
+    size = _LENGTH * (model.config.hidden_size + model.config.num_attention_heads) * 4
+    for policy, host, sent in (
+        (CheckpointPolicy.MUST_RECOMPUTE, "1GiB", 0),
+        (CheckpointPolicy.MUST_CPU_OFFLOAD, "1GiB", (_LAYERS - 1) * size),
+        (CheckpointPolicy.MUST_CPU_OFFLOAD, size, 0),
+    ):
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _for_attention(policy)})
+        with mst_fx.watch() as report:
+            compiled = compile_mst(model, {**SMALL_CHUNKS, "memory": "auto", "host_memory": host})
+            _, found = step(model, compiled, batch)
+        layers = report.plans[0].layers
+        assert sum(each.layers * each.host_bytes for each in layers) == sent
+        is_again = policy is CheckpointPolicy.MUST_RECOMPUTE
+        assert all(("attention" in each.again) == is_again for each in layers)
+        assert worst_error(found, truth) < 1e-6
+
+
 def test_too_little_memory_is_said_before_the_first_step() -> None:
     model, batch = _model()
     with pytest.raises(

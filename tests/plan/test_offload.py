@@ -51,8 +51,8 @@ class Sending:
         every = [choices_of(layer, joint.kept_anyway) for layer in layers]
         sent = range(len(layers) - 1) if self.sent is None else self.sent
         chosen = [
-            dataclasses.replace(those[min(self.index, len(those) - 1)], is_on_host=index in sent)
-            for index, those in enumerate(every)
+            choice.on_host() if index in sent else choice
+            for index, choice in enumerate(those[min(self.index, len(those) - 1)] for those in every)
         ]
         make_again(joint, chosen)
         self.count = max(map(len, every))
