@@ -66,7 +66,7 @@ def test_muon() -> None:
     assert twins.parking.bytes == 5 * WIDTH * WIDTH * 4
 
 
-def _watch_parts(monkeypatch: pytest.MonkeyPatch, of: Any = optim.Adam) -> list[int]:
+def _watch_parts(monkeypatch: pytest.MonkeyPatch, of: Any = optim.AdamW) -> list[int]:
     """The numbers of parameters that ``_init_group`` sees."""
     found: list[int] = []
     real = of._init_group
