@@ -27,6 +27,8 @@ log = logging.getLogger("mst_fx")
 
 # One registration of 512 GiB and more fails with some drivers.
 _MOST_AT_ONCE = 64 * 2**30
+# Of the host's memory that is free, what a plan, or an optimizer's states, may take unless said otherwise.
+HOST_SHARE = 0.8
 # Where buffers begin: a page.
 _ALIGNMENT = mmap.PAGESIZE
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mst_fx.errors import OptionError
-from mst_fx.ops.arena import free_on_host
+from mst_fx.ops.arena import HOST_SHARE, free_on_host
 from mst_fx.options import bytes_in
 from mst_fx.parking.homes import ARENA, Coming, Homes, address_of, bytes_of, can_be_parked, is_plain
 from mst_fx.process import State
@@ -33,8 +33,6 @@ from mst_fx.torch_api.shards import is_shard, local_of
 
 log = logging.getLogger("mst_fx")
 
-# Of the host's memory that is free, what an optimizer may take by itself.
-_HOST_SHARE = 0.8
 # Bytes of states for a byte of what is trained, until they are there: the two moments of Adam.
 STATES = 2
 
@@ -323,7 +321,7 @@ def park(optimizer: Optimizer, host_memory: str | int = "auto", bucket: str | in
     """
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-    allowed = int(_HOST_SHARE * free_on_host()) if host_memory == "auto" else bytes_in(host_memory)
+    allowed = int(HOST_SHARE * free_on_host()) if host_memory == "auto" else bytes_in(host_memory)
     size = bytes_in(bucket)
     if allowed is None or size is None:
         name, value = ("host_memory", host_memory) if allowed is None else ("bucket", bucket)

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from mst_fx.ops.arena import ARENA, free_on_host
+from mst_fx.ops.arena import ARENA, HOST_SHARE, free_on_host
 from mst_fx.parking.parked import STATES, host_bytes_to_come, parked_bytes
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, tensor_of
 
@@ -15,8 +15,6 @@ from mst_fx.plan.joint_graph import JointGraph, bytes_of, tensor_of
 _MARGIN = 0.03
 # Of any budget: measured peaks are that much above those that :mod:`mst_fx.plan.peak` sees.
 _UNSEEN = 0.01
-# Of the host's memory that is free, what a plan may take by itself.
-_HOST_SHARE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,4 +85,4 @@ def host_bytes(memory: int | None, room: Room) -> int:
     if not room.is_gpu:
         return 0
     to_come = host_bytes_to_come()
-    return max(0, int(_HOST_SHARE * free_on_host()) + ARENA.size - ARENA.used - to_come)
+    return max(0, int(HOST_SHARE * free_on_host()) + ARENA.size - ARENA.used - to_come)
