@@ -12,6 +12,7 @@ from mst_fx.enable import enable
 from mst_fx.errors import OptionError, Refusal
 from mst_fx.listeners import on_eager_checkpoint, on_graph
 from mst_fx.options import Options
+from mst_fx.parking.parked import Parking, park
 from mst_fx.pipeline import rewrite
 from mst_fx.report import Refused, Report, Rewrite
 from mst_fx.version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     "Finding",
     "OptionError",
     "Options",
+    "Parking",
     "Refusal",
     "Refused",
     "Report",
@@ -29,6 +31,7 @@ __all__ = [
     "enable",
     "explain",
     "mst",
+    "park",
     "rewrite",
     "watch",
 ]

@@ -11,9 +11,11 @@ import contextlib
 import dataclasses
 import logging
 import mmap
+import os
 import threading
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ log = logging.getLogger("mst_fx")
 
 # One registration of 512 GiB and more fails with some drivers.
 _MOST_AT_ONCE = 64 * 2**30
+# Of the host's memory that is free, what a plan, or an optimizer's states, may take unless said otherwise.
+HOST_SHARE = 0.8
 # Where buffers begin: a page.
 _ALIGNMENT = mmap.PAGESIZE
 
@@ -174,6 +178,24 @@ def _forget_error() -> None:
     """The next call of CUDA would report what was reported here."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
+
+
+def free_on_host() -> int:
+    """Bytes that are free, for each process of this machine: by the system's count and, in a container, by the limit of its
+    control group (version 2, or 1)."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    found = [int(meminfo["MemAvailable"].split()[0]) * 1024]
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            cached = int(stat.get("inactive_file", 0))
+            found.append(int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text()) + cached)
+        except (OSError, ValueError):  # no such version; "max": no limit
+            continue
+    return max(0, min(found)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 ARENA = Arena()

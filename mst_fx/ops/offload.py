@@ -77,6 +77,11 @@ class _Copies(State):
 _COPIES = _Copies()
 
 
+def streams_of(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """For copies from a device to the host, and back."""
+    return _COPIES.streams_of(device)
+
+
 def dense_order(x: Tensor) -> list[int]:
     """The dimensions of a tensor by decreasing stride: so permuted it is contiguous, if it is dense."""
     strides = x.stride()

@@ -14,7 +14,7 @@ from torch import fx
 
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
-from mst_fx.plan.transfer import Begin, send
+from mst_fx.plan.transfer import Back, Begin, send
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, copied, is_backward_only
 
 _ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
@@ -38,10 +38,11 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
     for choice in chosen:
         if choice.again:
             before, behind = _in_two(joint, choice)
-            _Again(joint, choice, Begin.of(joint, choice.layer), fetched).run(before)
+            begins = {node: back.begin for node, back in fetched.items()}
+            _Again(joint, choice, Begin.of(joint, choice.layer), fetched, begins).run(before)
             if behind:
                 user = behind[0][0]
-                _Again(joint, choice, Begin(user, _result_before(user)), fetched).run(behind)
+                _Again(joint, choice, Begin(user, _result_before(user)), fetched, {}).run(behind)
     joint.graph.eliminate_dead_code()
 
 
@@ -93,9 +94,20 @@ class _Again:
     """Calls of one layer, made again from a place in the backward pass on."""
 
     def __init__(
-        self, joint: JointGraph, choice: Choice, begin: Begin, fetched: Mapping[fx.Node, fx.Node]
+        self,
+        joint: JointGraph,
+        choice: Choice,
+        begin: Begin,
+        fetched: Mapping[fx.Node, Back],
+        begins: Mapping[fx.Node, Begin],
     ) -> None:
-        self.joint, self.choice, self.begin, self.fetched = joint, choice, begin, fetched
+        """
+        Args:
+            begin: the place.
+            begins: that of what is not there before.
+        """
+        self.joint, self.choice, self.fetched = joint, choice, fetched
+        self.begin, self.begins = begin, begins
         self.again = set(choice.again)
         self.clones: dict[fx.Node, fx.Node] = {}
         self.gates: dict[fx.Node, fx.Node] = {}
@@ -132,10 +144,11 @@ class _Again:
         if node is not self.choice.layer.start and node not in self.choice.kept:
             return node  # of no layer: a weight, what all layers read
         if node not in self.gates:
-            kept = self.fetched.get(node, node)
+            kept = self.fetched[node].node if node in self.fetched else node
+            begin = self.begins.get(node, self.begin)
             # All at the start: each holds the gradient that it waits for.
-            with self.joint.graph.inserting_before(self.begin.first):
-                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (kept, self.begin.after))
+            with self.joint.graph.inserting_before(begin.first):
+                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (kept, begin.after))
             gate.meta = {key: value for key, value in node.meta.items() if key in _ABOUT_VALUES}
             self._is_backward(gate)
             self.gates[node] = gate

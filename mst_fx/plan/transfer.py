@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import fx
 
 from mst_fx.ops.offload import dense_order
 from mst_fx.plan.choices import Choice
-from mst_fx.plan.joint_graph import JointGraph, tensor_of
+from mst_fx.plan.joint_graph import JointGraph, is_attention, source_of, tensor_of
 from mst_fx.plan.layers import Layer
 from mst_fx.torch_api.fakes import fake_mode_of
 from mst_fx.torch_api.joint import always_save, is_backward_only, is_forward_only
@@ -43,22 +44,57 @@ class Begin:
         return Begin(first, arriving[0])
 
 
-@dataclasses.dataclass
-class _Stash:
-    """What one layer sends.
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+    """Values of one layer.
 
     Attributes:
         kept: what is sent.
-        orders: their dimensions by decreasing stride, one behind the other.
+        orders: of each, its dimensions by decreasing stride.
         hosts: what holds them there.
     """
 
     kept: list[fx.Node]
-    orders: list[int]
+    orders: list[list[int]]
     hosts: list[fx.Node]
 
+    @property
+    def flat_orders(self) -> list[int]:
+        return [d for order in self.orders for d in order]
 
-def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, fx.Node]:
+    def only(self, nodes: Collection[fx.Node]) -> _Sent:
+        """Some of them."""
+        found = [each for each in zip(self.kept, self.orders, self.hosts, strict=True) if each[0] in nodes]
+        return _Sent(
+            [kept for kept, _, _ in found], [order for _, order, _ in found], [h for _, _, h in found]
+        )
+
+
+_NOTHING = _Sent([], [], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Station:
+    """Where values come back.
+
+    Attributes:
+        begin: where, in the backward pass.
+        own: what is read from there on.
+    """
+
+    begin: Begin
+    own: _Sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Back:
+    """What came back, and where."""
+
+    node: fx.Node
+    begin: Begin
+
+
+def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, Back]:
     """Sends what the layers keep on the host, and brings it back; the backward pass reads what came back.
 
     Returns:
@@ -69,8 +105,8 @@ def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, fx.Nod
         return {}
     assert sending[-1] + 1 < len(chosen), "the backward pass of the last layer comes at once"
     _forward_first(joint)
-    stashes = _stashes(joint, {index: chosen[index].sent for index in sending})
-    last = stashes[sending[-1]]
+    sent = _stashed(joint, {index: chosen[index].sent for index in sending})
+    last = sent[sending[-1]]
     # The last copy has the next layer's forward pass to end in.
     following = [choice.layer.start for choice in chosen[sending[-1] + 2 :]]
     end = following[0] if following else next(out for out in joint.outputs if tensor_of(out) is not None)
@@ -78,38 +114,79 @@ def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, fx.Nod
         settled = _call(joint, mst.settle.default, (last.hosts, last.kept, end))
     _is_forward(settled)
 
-    fetched: dict[fx.Node, fx.Node] = {}
+    stations = [
+        station
+        for index in reversed(range(sending[-1] + 2))
+        if chosen[index].layer.readers
+        for station in _stations(joint, chosen[index], sent.get(index, _NOTHING))
+    ]
+    fetched: dict[fx.Node, Back] = {}
     started: list[fx.Node] = []
-    for index in reversed(range(sending[-1] + 2)):
-        own, ahead = stashes.get(index), stashes.get(index - 1)
-        if chosen[index].layer.readers and (own or ahead):
-            begin = Begin.of(joint, chosen[index].layer)
-            call, results = _bring(joint, begin, own, ahead, [begin.after, settled, *started])
-            started = [] if own else [call]
-            fetched |= zip(own.kept if own else (), results, strict=True)
-    for node, result in fetched.items():
+    for station, after in itertools.zip_longest(stations, stations[1:]):
+        ahead = after.own if after is not None else _NOTHING
+        if station.own.kept or ahead.kept:
+            call, results = _bring(joint, station, ahead, [settled, *started])
+            started = [] if station.own.kept else [call]
+            for node, result in zip(station.own.kept, results, strict=True):
+                fetched[node] = Back(result, station.begin)
+    for node, back in fetched.items():
         for user in [user for user in node.users if user in joint.backward]:
-            user.replace_input_with(node, result)
+            user.replace_input_with(node, back.node)
     return fetched
 
 
+def _stations(joint: JointGraph, choice: Choice, sent: _Sent) -> list[_Station]:
+    """Where what a layer has sent comes back: at the beginning of its backward pass, and what is not read before attention's results
+    are, where these are: until then the next layer's need not come."""
+    begin = Begin.of(joint, choice.layer)
+    first = _first_readers(choice)
+    order = {node: index for index, node in enumerate(joint.graph.nodes)}
+    of_attention = [first[node] for node in sent.kept if is_attention(source_of(node)) and node in first]
+    if not of_attention:
+        return [_Station(begin, sent)]
+    middle = min(of_attention, key=order.__getitem__)
+    behind = {node for node in sent.kept if node in first and order[first[node]] >= order[middle]}
+    behind.discard(choice.layer.start)  # has readers of its own
+    arriving = [n for n in middle.all_input_nodes if n in joint.backward and tensor_of(n) is not None]
+    if order[middle] <= order[begin.first] or not arriving or len(behind) == len(sent.kept):
+        return [_Station(begin, sent)]
+    return [
+        _Station(begin, sent.only(set(sent.kept) - behind)),
+        _Station(Begin(middle, arriving[0]), sent.only(behind)),
+    ]
+
+
+def _first_readers(choice: Choice) -> dict[fx.Node, fx.Node]:
+    """Of each value that a layer's backward pass reads, or makes others of, the first node for which it does."""
+    again = set(choice.again)
+    found: dict[fx.Node, fx.Node] = {}
+    for user, read in choice.layer.readers:
+        waiting = [read]
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found[node] = user
+                waiting += node.all_input_nodes if node in again else ()
+    return found
+
+
 def _bring(
-    joint: JointGraph, begin: Begin, own: _Stash | None, ahead: _Stash | None, waits: list[fx.Node]
+    joint: JointGraph, station: _Station, ahead: _Sent, waits: list[fx.Node]
 ) -> tuple[fx.Node, list[fx.Node]]:
-    """The call with which the backward pass of a layer begins, and what it gives.
+    """The call at a station, and what it gives.
 
     Args:
-        own: what the layer has on the host, if anything.
-        ahead: what the next layer of the backward pass has there.
-        waits: what must be there before.
+        ahead: what the next station is going to give.
+        waits: what must be there before, beside a gradient.
     """
-    ahead_args: tuple[Any, ...] = (ahead.hosts, ahead.orders) if ahead else ([], [])
-    with joint.graph.inserting_before(begin.first):
-        if own:
-            call = _call(joint, mst.fetch.default, (own.hosts, own.orders, waits, *ahead_args))
+    waits, own = [station.begin.after, *waits], station.own
+    ahead_args: tuple[Any, ...] = (ahead.hosts, ahead.flat_orders)
+    with joint.graph.inserting_before(station.begin.first):
+        if own.kept:
+            call = _call(joint, mst.fetch.default, (own.hosts, own.flat_orders, waits, *ahead_args))
         else:
             call = _call(joint, mst.start_fetch.default, (waits, *ahead_args))
-    results = _results(joint, call) if own else []
+    results = _results(joint, call) if own.kept else []
     for node in (call, *results):
         is_backward_only(node)
         joint.backward.add(node)
@@ -125,19 +202,18 @@ def _forward_first(joint: JointGraph) -> None:
             first.prepend(node)
 
 
-def _stashes(joint: JointGraph, sent: Mapping[int, Sequence[fx.Node]]) -> dict[int, _Stash]:
-    """One a layer, in order: each waits for the copies of the one before."""
-    found: dict[int, _Stash] = {}
-    before = _Stash([], [], [])
+def _stashed(joint: JointGraph, sent: Mapping[int, Sequence[fx.Node]]) -> dict[int, _Sent]:
+    """What layers send, in order: each waits for the copies of the one before."""
+    found: dict[int, _Sent] = {}
+    before = _NOTHING
     for index, kept in sent.items():
-        orders = [dense_order(_value(node)) for node in kept]
-        flat = [d for order in orders for d in order]
+        new = _Sent(list(kept), [dense_order(_value(node)) for node in kept], [])
         with _after_last(joint, [*kept, *before.hosts]):
-            call = _call(joint, mst.stash.default, (list(kept), flat, before.hosts, before.kept))
-            hosts = _results(joint, call)
-        for node in (call, *hosts):
+            call = _call(joint, mst.stash.default, (new.kept, new.flat_orders, before.hosts, before.kept))
+            new.hosts.extend(_results(joint, call))
+        for node in (call, *new.hosts):
             _is_forward(node)
-        before = found[index] = _Stash(list(kept), flat, hosts)
+        before = found[index] = new
     return found
 
 

@@ -17,6 +17,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.code_context import code_context
 from torch._dynamo.eval_frame import OptimizedModule
@@ -212,3 +213,8 @@ def _readings(graphs: Sequence[fx.Graph]) -> dict[str, bool]:
         for name in map(str, unguarded(found).free_symbols):
             read[name] = takes and read.get(name, True)
     return read
+
+
+def runs_under_dynamo() -> bool:
+    """Whether Dynamo captures what runs here, also where it falls back to eager (``torch.compiler.is_compiling`` says no there)."""
+    return get_eval_frame_callback() is not None

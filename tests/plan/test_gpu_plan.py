@@ -57,7 +57,9 @@ def test_budgets_hold_and_more_is_never_slower() -> None:
         assert plan is not None and (found == loss or "un-chunked" in str(plan))
         assert abs(found - loss) <= 1e-3 * loss
         assert peak <= plan.budget
-        assert abs(peak - plan.peak) <= 0.05 * plan.peak
+        # Un-chunked, Inductor writes gradients over what they are made of.
+        least_of_it = 0.85 if "un-chunked" in str(plan) else 0.95
+        assert least_of_it * plan.peak <= peak <= 1.01 * plan.peak, str(plan)
         for parameter, gradient in zip(model.parameters(), truth, strict=True):
             # Inductor fuses sums otherwise: not to the bit.
             error_of = (parameter.grad.float() - gradient.float()).norm() / gradient.float().norm()

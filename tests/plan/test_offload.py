@@ -17,11 +17,11 @@ from mst_fx.context import JointContext
 from mst_fx.listeners import on_plan
 from mst_fx.ops.arena import ARENA, Arena
 from mst_fx.options import bytes_in
-from mst_fx.plan import costs
-from mst_fx.plan.choices import choices_of
+from mst_fx.plan import costs, transfer
+from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.joint_graph import JointGraph, bytes_of
 from mst_fx.plan.layers import layers_of
-from mst_fx.plan.peak import peak_of
+from mst_fx.plan.peak import calls_of, curve_of, peak_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
 from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
@@ -235,3 +235,30 @@ def test_a_longer_sequence_than_the_plan_holds_is_planned_anew() -> None:
     assert counts == [1, 1, 1, 2] and all(plan.peak <= plan.budget for plan in found)
     expected, truth = step(model, model, {"input_ids": ids, "labels": ids})
     assert float((loss - expected).abs()) < 1e-5 and worst_error(gradients, truth) < 1e-5
+
+
+def _whole(joint: JointGraph, choice: Choice, sent: transfer._Sent) -> list[transfer._Station]:
+    return [transfer._Station(transfer.Begin.of(joint, choice.layer), sent)]
+
+
+def test_what_attention_gave_comes_back_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's values come in two parts, and the next layer's only with the second: the backward pass of its MLP has less beside it."""
+    model, batch = _model(layers=5)
+    sending = _sending(monkeypatch, -1)
+    found: list[tuple[int, int]] = []
+
+    def counted(context: JointContext) -> None:
+        sending(context)
+        fetches = context.graph.find_nodes(op="call_function", target=torch.ops.mst_fx.fetch.default)
+        joint = JointGraph(context.graph)
+        pairs = zip(calls_of(joint), curve_of(joint), strict=True)
+        sizes = [size for call, size in pairs if "loop_backward" in str(call.target)]
+        found.append((len(fetches), sizes[-2]))  # of the last layer that has one ahead
+
+    monkeypatch.setattr(backend, "JOINT_STAGES", (Stage("memory", counted, when=When.JOINT),))
+    for stations in (transfer._stations, _whole):
+        monkeypatch.setattr(transfer, "_stations", stations)
+        compile_mst(model, {**SMALL_CHUNKS, "strict": True, "inner": "aot_eager"})(**batch)
+    (parts, in_parts), (wholes, at_once) = found
+    assert wholes == 4 and parts == 2 * wholes
+    assert in_parts < 0.95 * at_once

@@ -1,0 +1,1 @@
+"""Optimizers whose states are parked on the host."""
