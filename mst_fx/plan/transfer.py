@@ -106,14 +106,7 @@ def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, Back]:
     assert sending[-1] + 1 < len(chosen), "the backward pass of the last layer comes at once"
     _forward_first(joint)
     sent = _stashed(joint, {index: chosen[index].sent for index in sending})
-    last = sent[sending[-1]]
-    # The last copy has the next layer's forward pass to end in.
-    following = [choice.layer.start for choice in chosen[sending[-1] + 2 :]]
-    end = following[0] if following else next(out for out in joint.outputs if tensor_of(out) is not None)
-    with _after_last(joint, [end, *last.hosts]):
-        settled = _call(joint, mst.settle.default, (last.hosts, last.kept, end))
-    _is_forward(settled)
-
+    settled = _settled(joint, chosen, sending[-1], sent[sending[-1]])
     stations = [
         station
         for index in reversed(range(sending[-1] + 2))
@@ -133,6 +126,16 @@ def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, Back]:
         for user in [user for user in node.users if user in joint.backward]:
             user.replace_input_with(node, back.node)
     return fetched
+
+
+def _settled(joint: JointGraph, chosen: Sequence[Choice], index: int, last: _Sent) -> fx.Node:
+    """The end of the last copy, which has the next layer's forward pass to end in."""
+    following = [choice.layer.start for choice in chosen[index + 2 :]]
+    end = following[0] if following else next(out for out in joint.outputs if tensor_of(out) is not None)
+    with _after_last(joint, [end, *last.hosts]):
+        found = _call(joint, mst.settle.default, (last.hosts, last.kept, end))
+    _is_forward(found)
+    return found
 
 
 def _stations(joint: JointGraph, choice: Choice, sent: _Sent) -> list[_Station]:

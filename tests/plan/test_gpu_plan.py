@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import re
 import signal
@@ -57,8 +58,8 @@ def test_budgets_hold_and_more_is_never_slower() -> None:
         assert plan is not None and (found == loss or "un-chunked" in str(plan))
         assert abs(found - loss) <= 1e-3 * loss
         assert peak <= plan.budget
-        # Un-chunked, Inductor writes gradients over what they are made of.
-        least_of_it = 0.85 if "un-chunked" in str(plan) else 0.95
+        # Un-chunked, Inductor writes gradients over what they are made of; scratch of small calls of attention is less than said.
+        least_of_it = 0.85 if "un-chunked" in str(plan) else 0.93
         assert least_of_it * plan.peak <= peak <= 1.01 * plan.peak, str(plan)
         for parameter, gradient in zip(model.parameters(), truth, strict=True):
             # Inductor fuses sums otherwise: not to the bit.
@@ -71,7 +72,7 @@ def test_budgets_hold_and_more_is_never_slower() -> None:
 
 
 # Three of the layers send to the host then; without one, half of them make attention again.
-_ROOM = 700 * 2**20
+_ROOM = 760 * 2**20
 
 
 class _Planned:
@@ -156,7 +157,7 @@ def _interrupted(planned: _Planned) -> None:
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # it may be ignored: a background process
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    threading.Timer(0.3, _thread.interrupt_main).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             for _ in range(200):
