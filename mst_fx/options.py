@@ -47,7 +47,7 @@ class Options:
     logits: Literal["auto", "keep", "defer"] = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     memory: str | int | None = None
-    host_memory: str | int = "0"
+    host_memory: str | int = "auto"
     strict: bool = False
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

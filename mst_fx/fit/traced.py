@@ -21,12 +21,13 @@ from mst_fx.fit.parts import Key, Parts, Whole, outputs_of, parts_with, together
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.options import Options
 from mst_fx.passes.mask_breaks import cross_masks
-from mst_fx.passes.memory_plan import fastest, host_beside, planned_layers
+from mst_fx.passes.memory_plan import planned_layers
 from mst_fx.pipeline import run_passes
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, storages
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.room import Room
+from mst_fx.plan.search import fastest, host_beside
 from mst_fx.torch_api.dynamo import BackendCompilerFailed, settle_floats
 from mst_fx.torch_api.gpu_attention import GpuAttention
 from mst_fx.torch_api.inductor import compile_graph

@@ -41,7 +41,7 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
             _Again(joint, choice, Begin.of(joint, choice.layer), fetched).run(before)
             if behind:
                 user = behind[0][0]
-                _Again(joint, choice, Begin(user, _result_before(joint, user)), fetched).run(behind)
+                _Again(joint, choice, Begin(user, _result_before(user)), fetched).run(behind)
     joint.graph.eliminate_dead_code()
 
 
@@ -81,16 +81,12 @@ def _is_all_cheap(node: fx.Node, again: set[fx.Node]) -> bool:
     return True
 
 
-def _result_before(joint: JointGraph, user: fx.Node) -> fx.Node:
+def _result_before(user: fx.Node) -> fx.Node:
     """A result of the last attention backward before a node."""
-    found = None
-    for node in joint.graph.nodes:
-        if node is user:
-            break
-        if tensor_of(node) is not None and is_attention_backward(source_of(node)):
-            found = node
-    assert found is not None
-    return found
+    node = user.prev
+    while tensor_of(node) is None or not is_attention_backward(source_of(node)):
+        node = node.prev
+    return node
 
 
 class _Again:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from mst_fx.listeners import on_plan
+from mst_fx.ops import offload
+from mst_fx.ops.arena import ARENA
 from mst_fx.options import bytes_in
 from mst_fx.report import MemoryPlan
 from tests.helpers import compile_mst
@@ -27,7 +33,7 @@ def test_budgets_hold_and_more_is_never_slower() -> None:
     def run(memory: Any) -> tuple[float, int, MemoryPlan | None]:
         plans: list[Any] = []
         model.zero_grad(set_to_none=True)
-        compiled = compile_mst(model, {"memory": memory})
+        compiled = compile_mst(model, {"memory": memory, "host_memory": "0"})
         with on_plan.listening(plans.append):
             compiled(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad(set_to_none=True)
@@ -60,3 +66,136 @@ def test_budgets_hold_and_more_is_never_slower() -> None:
         peaks.append(peak)
     assert made == sorted(made, reverse=True) and made[-1] < 0.5 * made[0]
     assert peaks[0] < 0.8 * peaks[-1]
+
+
+# Three of the layers send to the host then; without one, half of them make attention again.
+_ROOM = 700 * 2**20
+
+
+class _Planned:
+    """A model with a plan that sends to the host, and what a step of it gives."""
+
+    def __init__(self, host: str = "auto") -> None:
+        self.model = make_llama(_SHAPE, _LENGTH, "cuda", torch.bfloat16, checkpoint=False)
+        self.ids = text_tokens(_LENGTH, _SHAPE.vocabulary).view(1, _LENGTH).cuda()
+        self.plans: list[Any] = []
+        options = {"memory": torch.cuda.memory_allocated() + _ROOM, "host_memory": host}
+        with on_plan.listening(self.plans.append):
+            self.compiled = compile_mst(self.model, options)
+            self.step()
+
+    def step(self) -> tuple[float, int]:
+        """The loss of a step with fresh gradients, and its peak above what was there."""
+        self.model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = self.compiled(input_ids=self.ids, labels=self.ids).loss
+        loss.backward()
+        torch.cuda.synchronize()
+        return float(loss.detach()), torch.cuda.max_memory_allocated() - before
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [p.grad.clone() for p in self.model.parameters()]
+
+
+def _is_same(found: tuple[float, int], other: tuple[float, int]) -> bool:
+    """The same loss, and the same peak but for the allocator's rounding."""
+    return found[0] == other[0] and abs(found[1] - other[1]) <= 0.01 * other[1]
+
+
+def _error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    pairs = zip(found, truth, strict=True)
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+
+
+def test_what_is_on_the_host_is_right_however_long_copies_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = _Planned()
+    assert sum(each.layers for each in planned.plans[0].layers if each.host_bytes) >= 2
+    loss, peak = planned.step()
+    assert peak <= planned.plans[0].budget - planned.plans[0].taken
+    found = planned.gradients()
+    plain = compile_mst(planned.model, {})
+    planned.model.zero_grad(set_to_none=True)
+    plain(input_ids=planned.ids, labels=planned.ids).loss.backward()
+    truth = planned.gradients()
+    assert 0 <= _error(found, truth) < 1e-2
+    streams_of = offload._Copies.streams_of
+
+    def slow(self: Any, device: torch.device) -> Any:
+        streams = streams_of(self, device)
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000)  # 10 ms, many times a layer
+        return streams
+
+    monkeypatch.setattr(offload._Copies, "streams_of", slow)
+    for _ in range(2):
+        assert _is_same(planned.step(), (loss, peak))
+        assert _error(planned.gradients(), truth) < 1e-2
+
+
+def _out_of_memory(planned: _Planned) -> None:
+    """In the backward pass."""
+    planned.model.zero_grad(set_to_none=True)
+    loss = planned.compiled(input_ids=planned.ids, labels=planned.ids).loss
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _interrupted(planned: _Planned) -> None:
+    """By Ctrl-C, wherever the step is."""
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(10_000):
+            planned.step()
+
+
+def _dropped(planned: _Planned) -> None:
+    """A forward pass without a backward pass."""
+    planned.compiled(input_ids=planned.ids, labels=planned.ids)
+
+
+@pytest.mark.parametrize("fault", [_out_of_memory, _interrupted, _dropped])
+def test_after_a_fault_steps_are_as_before(fault: Callable[[_Planned], None]) -> None:
+    planned = _Planned()
+    first, size = planned.step(), ARENA.size
+    truth = planned.gradients()
+    assert size
+    for _ in range(2):
+        fault(planned)
+        assert _is_same(planned.step(), first)
+        assert _error(planned.gradients(), truth) < 1e-2
+    assert ARENA.size == size
+    planned.model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    assert ARENA.used == 0
+    again = _Planned()  # compiled anew in this process
+    assert _is_same(again.step(), first)
+    assert ARENA.size == size
+
+
+def test_host_memory_that_is_full(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    gc.collect()
+    ARENA.release()
+    assert ARENA.size == 0
+    monkeypatch.setattr("mst_fx.ops.arena._register", _refuses)
+    planned = _Planned()
+    assert "the memory plan does without host memory: cudaHostRegister" in caplog.text
+    assert not any(each.host_bytes for each in planned.plans[0].layers)
+    assert planned.step()[1] <= _ROOM
+    assert ARENA.size == 0
+    monkeypatch.undo()
+    few = _Planned("128MiB")  # one layer's
+    assert 0 < sum(each.layers * each.host_bytes for each in few.plans[0].layers) <= 2**27
+    assert few.step()[1] <= _ROOM
+
+
+def _refuses(memory: Any, size: int) -> None:
+    raise MemoryError(f"cudaHostRegister of {size} bytes gave error 2")

@@ -1,11 +1,12 @@
 """What a memory plan costs and takes: seconds and peak of a step by the bytes that it may take, on a GPU.
 
-    python -m tools.bench.plan --model llama3-8b --layers 8 --seq 32768,65536 --ways checkpoint,attention,none,14GiB,auto \\
+    python -m tools.bench.plan --layers 8 --seq 32768,65536 --ways checkpoint,liger+ckpt,same+auto,none,eager,auto \\
         --out bench-out/plan
 
 Each way is a process of its own: ``checkpoint`` is mst with every layer checkpointed, ``attention`` the same with a policy that keeps
-attention's results (docs/memory.md), ``none`` mst without checkpointing; everything else is a value of the mst option ``memory``, with
-no checkpointing in the model; ``14GiB+auto`` and ``14GiB+64GiB`` give it memory of the host too. Forward and backward pass with fresh gradients, no optimizer; medians of the steps behind the first two.
+attention's results (docs/memory.md), ``none`` mst without checkpointing; a contender of tools.bench is that one; everything else is a value of
+the mst option ``memory``, with no checkpointing in the model, and of ``host_memory`` behind a ``+``: ``14GiB+auto``, ``14GiB+64GiB``; ``same`` is the
+peak of ``checkpoint`` at that length. Forward and backward pass with fresh gradients, no optimizer; medians of the steps behind the first two.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 import mst_fx
 from mst_fx.diagnose.model_of import random_model
 from mst_fx.ops.arena import ARENA
+from tools.bench.contenders import CONTENDERS, loss_function, make_model
 from tools.bench.models import CLASSES, MODELS, config_of, text_tokens
 from tools.bench.tables import GIB, markdown_table, write_results
 from tools.meters.apart import call_apart
 
 _BY_FLAG = ("checkpoint", "attention")
+_BASES = ("checkpoint", "liger+ckpt", "eager")
 
 
 def keep_attention() -> Any:
@@ -36,10 +39,9 @@ def keep_attention() -> Any:
     return create_selective_checkpoint_contexts([torch.ops.mst_fx.attention.default])
 
 
-def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str, Any]:
-    """Steps of one way."""
+def _planned(way: str, model: str, config: Any) -> torch.nn.Module:
+    """A model compiled by mst, whose checkpointing or plan the way says."""
     family, _ = MODELS[model]
-    config = config_of(model, seq, num_hidden_layers=layers)
     kind = getattr(transformers, f"{CLASSES[family]}ForCausalLM")
     net = random_model(kind, config, device="cuda", dtype=torch.bfloat16, checkpointing=False)
     if way in _BY_FLAG:
@@ -47,6 +49,18 @@ def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str
         net.gradient_checkpointing_enable({"use_reentrant": False, **more})
     memory, _, host = ("", "", "") if way in (*_BY_FLAG, "none") else way.partition("+")
     net.compile(backend="mst", options={"memory": memory or None, "host_memory": host or "0"})
+    return net
+
+
+def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str, Any]:
+    """Steps of one way."""
+    config = config_of(model, seq, num_hidden_layers=layers)
+    if way in CONTENDERS:
+        net = make_model(model, CONTENDERS[way], seq, "cuda", num_hidden_layers=layers)
+        loss_of = loss_function(net, CONTENDERS[way])
+    else:
+        net = _planned(way, model, config)
+        loss_of = loss_function(net, CONTENDERS["eager"])  # it is compiled already
     ids = text_tokens(seq, config.vocab_size).view(1, seq).cuda()
     seconds = []
     with mst_fx.watch() as report:
@@ -56,7 +70,7 @@ def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             start = time.perf_counter()
-            loss = net(input_ids=ids, labels=ids).loss
+            loss = loss_of(ids)
             kept = torch.cuda.memory_allocated() - before
             loss.backward()
             torch.cuda.synchronize()
@@ -78,43 +92,23 @@ def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A line a way; ratios against ``checkpoint`` at the same length."""
+    """A line a way; ratios against what is compared with at the same length."""
+    bases = [base for base in _BASES if any(r["way"] == base for r in results)]
     lines: list[Any] = [
         (
-            "layers",
-            "tokens",
-            "memory",
-            "s",
-            "of checkpoint",
-            "peak GiB",
-            "promised",
-            "kept GiB",
-            "on the host",
-            "made again",
+            *("layers", "tokens", "memory", "s", *(f"of {base}" for base in bases)),
+            *("peak GiB", "promised", "kept GiB", "on the host", "made again"),
         )
     ]
     for r in results:
-        base = next(
-            (
-                b
-                for b in results
-                if b["way"] == "checkpoint" and b["seq"] == r["seq"] and b["layers"] == r["layers"]
-            ),
-            r,
-        )
+        like = {b["way"]: b for b in results if (b["seq"], b["layers"]) == (r["seq"], r["layers"])}
+        ratios = [f"{r['seconds'] / like[base]['seconds']:.3f}" if base in like else "" for base in bases]
         promised = f"{r['promised'] / GIB:.2f}" if r["promised"] else ""
+        memory = [f"{r[part] / GIB:.2f}" for part in ("kept", "host")]
         lines.append(
             (
-                r["layers"],
-                f"{r['seq']:,}",
-                r["way"],
-                f"{r['seconds']:.3f}",
-                f"{r['seconds'] / base['seconds']:.3f}",
-                f"{r['peak'] / GIB:.2f}",
-                promised,
-                f"{r['kept'] / GIB:.2f}",
-                f"{r['host'] / GIB:.2f}",
-                "; ".join(r["plan"]),
+                *(r["layers"], f"{r['seq']:,}", r["way"], f"{r['seconds']:.3f}", *ratios),
+                *(f"{r['peak'] / GIB:.2f}", promised, *memory, "; ".join(r["plan"])),
             )
         )
     return markdown_table(lines)
@@ -131,10 +125,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench-out/plan"))
     arguments = parser.parse_args()
-    results = []
+    results: list[dict[str, Any]] = []
     run = functools.partial(call_apart, measure, timeout=1200)
     for seq in map(int, arguments.seq.split(",")):
         for way in arguments.ways.split(","):
+            if way.startswith("same"):
+                peak = next(r["peak"] for r in results if r["way"] == "checkpoint" and r["seq"] == seq)
+                way = way.replace("same", f"{peak / GIB:.3f}GiB")
             found = run(way, arguments.model, arguments.layers, seq, arguments.steps)
             print(found, flush=True)
             results.append(found)
