@@ -312,9 +312,8 @@ def _(
 def attention_backward_over(
     tangent: Tensor, out: Tensor, sums: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *args, over_tangent, over_key, over_value = args
-    over = (over_tangent, over_key, over_value)
-    found = _gradients(_Call(*args), tangent, out, sums, over)
+    over = args[-3:]
+    found = _gradients(_Call(*args[:-3]), tangent, out, sums, over)
     q, k, v = (_as_promised(x) if y is None else _nothing(y) for x, y in zip(found, over, strict=True))
     return q, k, v
 

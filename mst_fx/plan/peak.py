@@ -92,8 +92,12 @@ def held_by(joint: JointGraph) -> list[Held]:
 def _written_over(joint: JointGraph, place: dict[fx.Node, int]) -> dict[fx.Node, fx.Node]:
     """The gradients of attention that Inductor has written over an operand (:mod:`mst_fx.torch_api.overwriting`), and which."""
     found: dict[fx.Node, fx.Node] = {}
-    for node in joint.graph.find_nodes(op="call_function", target=torch.ops.mst_fx.attention_backward.default):
-        dead = dead_operands(node, place, lambda base: base.op != "call_function" or base not in joint.backward)
+    for node in joint.graph.find_nodes(
+        op="call_function", target=torch.ops.mst_fx.attention_backward.default
+    ):
+        dead = dead_operands(
+            node, place, lambda base: base.op != "call_function" or base not in joint.backward
+        )
         over = [dead.get(name) for name in OPERANDS]
         for user in node.users:
             operand = over[user.args[1]]  # type: ignore[index]
