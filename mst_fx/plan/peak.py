@@ -31,7 +31,7 @@ from mst_fx.plan.joint_graph import (
     tensor_of,
 )
 from mst_fx.torch_api.attention import heads_at_once
-from mst_fx.torch_api.overwriting import OPERANDS, dead_operands
+from mst_fx.torch_api.overwriting import dead_operands
 from mst_fx.torch_api.tensors import tree_leaves
 
 _FORWARD_LOOPS = ("mst_fx::loop", "mst_fx::loop_list")
@@ -90,19 +90,12 @@ def held_by(joint: JointGraph) -> list[Held]:
 
 
 def _written_over(joint: JointGraph, place: dict[fx.Node, int]) -> dict[fx.Node, fx.Node]:
-    """The gradients of attention that Inductor has written over an operand (:mod:`mst_fx.torch_api.overwriting`), and which."""
+    """The results of backward passes that Inductor has written over an operand (:mod:`mst_fx.torch_api.overwriting`), and which."""
     found: dict[fx.Node, fx.Node] = {}
-    for node in joint.graph.find_nodes(
-        op="call_function", target=torch.ops.mst_fx.attention_backward.default
-    ):
-        dead = dead_operands(
-            node, place, lambda base: base.op != "call_function" or base not in joint.backward
-        )
-        over = [dead.get(name) for name in OPERANDS]
-        for user in node.users:
-            operand = over[user.args[1]]  # type: ignore[index]
-            if operand is not None:
-                found[user] = operand
+    for target in (torch.ops.mst_fx.attention_backward.default, torch.ops.mst_fx.loop_backward.default):
+        for node in joint.graph.find_nodes(op="call_function", target=target):
+            dead = dead_operands(node, place, lambda base: base not in place or base not in joint.backward)
+            found |= {user: dead[user.args[1]] for user in node.users if user.args[1] in dead}  # type: ignore[index]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Attention's backward pass over the memory of operands that nobody reads again.
+"""Backward passes of attention and loops over the memory of operands that nobody reads again.
 
 Before: ``q, k, v = attention_backward(tangent, out, sums, query, key, value, …)``: three new tensors. After, of a backward graph::
 
@@ -6,9 +6,9 @@ Before: ``q, k, v = attention_backward(tangent, out, sums, query, key, value, �
     q, k, v = found[3], found[4], found[2]
 
 The gradient of the query lies where the tangent was, and those of keys and values where these were, if the backward pass itself has made
-them. Left as it is: what is given to the graph (what the forward pass has kept, which a second backward pass reads again, and
-tangents from outside), what has another reader behind, shares its memory, or lies in it otherwise than the gradient; and all of
-attention that one call of a kernel differentiates, where nothing would be gained.
+them; of a loop, one gradient of rows where a tangent was. Left as it is: what is given to the graph (what the forward pass has kept,
+which a second backward pass reads again, and tangents from outside), what has another reader behind, shares its memory, or lies in it
+otherwise than the gradient; and attention whose gradients one call of a kernel makes, where nothing would be gained.
 
 ``auto_functionalized`` gives what a copy of each ``over_…`` would have become. Inductor decides by an analysis of its own
 (``fx_passes/reinplace.py``), in the last graph, whether the copy can be left out: were ours wrong, memory would be lost, and not the numbers.
@@ -20,8 +20,10 @@ public way puts one into a graph. Tried with torch 2.11.0 (CPU) and 2.13.0 (CPU)
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,36 +35,62 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from mst_fx.torch_api.attention import heads_at_once
 from mst_fx.torch_api.symbols import hint_of
 
-aten = torch.ops.aten
+aten, mst = torch.ops.aten, torch.ops.mst_fx
 
-# The operands whose memory gradients may take, in the order of the gradients, and whose gradients these are.
-OPERANDS = {"tangent": "query", "key": "key", "value": "value"}
+# The most results of a loop's backward pass that writes over an operand (:mod:`mst_fx.ops.loop_over`).
+MOST = 8
+# The operands of attention over which gradients are written, in the order of the gradients, and whose gradients these are.
+_OF_ATTENTION = {"tangent": "query", "key": "key", "value": "value"}
 _KEPT = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr")  # of what is known of a call
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
+Order = Mapping[fx.Node, int]
+IsGiven = Callable[[fx.Node], bool]
+
 
 def write_over_dead_operands(graph: fx.Graph) -> None:
-    """Lets the attentions of a backward graph that goes to Inductor write over operands, where they may."""
+    """Lets the loops and attentions of a backward graph that goes to Inductor write over operands, where they may."""
     order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.find_nodes(op="call_function", target=torch.ops.mst_fx.attention_backward.default):
-        dead = dead_operands(node, order, lambda base: base.op != "call_function")
-        if dead:
-            _write_over(graph, node, dead)
+    targets = (mst.attention_backward.default, mst.loop_backward.default)
+    calls = [node for target in targets for node in graph.find_nodes(op="call_function", target=target)]
+    for node, dead in [(node, dead_operands(node, order, _is_input)) for node in calls]:
+        if not dead:
+            continue
+        if node.target is mst.attention_backward.default:
+            over = {f"over_{name}": dead.get(index) for index, name in enumerate(_OF_ATTENTION)}
+            places = {index: len(_OF_ATTENTION) + index for index in dead}
+            _write_over(graph, node, mst.attention_backward_over.default, over, places)
+        else:
+            ((result, tangent),) = dead.items()
+            _write_over(
+                graph,
+                node,
+                mst.loop_backward_over.default,
+                {"over": tangent, "result": result},
+                {result: MOST},
+            )
 
 
-def _write_over(graph: fx.Graph, node: fx.Node, dead: Mapping[str, fx.Node]) -> None:
-    over = {f"over_{name}": dead.get(name) for name in OPERANDS}
+def _is_input(node: fx.Node) -> bool:
+    return node.op != "call_function"
+
+
+def _write_over(
+    graph: fx.Graph, node: fx.Node, target: OpOverload, over: dict[str, Any], places: Mapping[int, int]
+) -> None:
+    """Puts a call of another operator in the place of one.
+
+    Args:
+        over: what it is given besides.
+        places: where the results that are written over operands are.
+    """
+    arguments: Any = _named(node) | over
     with graph.inserting_before(node):
-        new = graph.call_function(
-            auto_functionalized, (torch.ops.mst_fx.attention_backward_over.default,), _named(node) | over
-        )
+        new = graph.call_function(auto_functionalized, (target,), arguments)
     new.meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
-    results: Any = node.meta["val"]
-    new.meta["val"] = (*results, *(x and x.meta["val"] for x in over.values()))
     for user in list(node.users):
         index: Any = user.args[1]
-        written = list(over.values())[index] is not None
-        user.args = (new, len(OPERANDS) + index if written else index)
+        user.args = (new, places.get(index, index))
     graph.erase_node(node)
 
 
@@ -71,38 +99,55 @@ def _named(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def dead_operands(
-    node: fx.Node, order: Mapping[fx.Node, int], is_given: Callable[[fx.Node], bool]
-) -> dict[str, fx.Node]:
-    """Which of :data:`OPERANDS` a call of attention's backward pass may write over, by name.
+def dead_operands(node: fx.Node, order: Order, is_given: IsGiven) -> dict[int, fx.Node]:
+    """The operands over which a backward pass of attention, or of a loop, may write results, by the number of the result.
 
     Args:
         order: the place of each call of the graph, in the order in which they run.
         is_given: whether a node is none that the backward pass makes.
     """
     given = _named(node)
+    found = (_of_attention if node.target is mst.attention_backward.default else _of_loop)(given)
+    return {index: operand for index, operand in found.items() if _is_dead(node, operand, order, is_given)}
+
+
+def _of_attention(given: Mapping[str, Any]) -> dict[int, fx.Node]:
+    """Operands that lie in memory as gradients ``[B, H, S, D]`` do that come out (:func:`mst_fx.torch_api.attention.empty_output`);
+    none where one call of a kernel makes them all."""
     query, key = given["query"].meta["val"], given["key"].meta["val"]
-    sizes = map(hint_of, (*query.shape[:3], key.shape[1]))
-    batch, heads, queries, groups = sizes
-    if None in (batch, heads, queries, groups) or heads_at_once(batch, heads, queries, groups) == heads:
+    sizes = [hint_of(size) for size in (*query.shape[:3], key.shape[1])]
+    if None in sizes or heads_at_once(*sizes) == sizes[1]:
         return {}
-    return {
-        name: given[name]
-        for name, of in OPERANDS.items()
-        if _takes_its_place(given[of].meta["val"], given[name].meta["val"])
-        and _is_dead(node, given[name], order, is_given)
-    }
+    found = {}
+    for index, (name, of) in enumerate(_OF_ATTENTION.items()):
+        _, heads, size, width = given[name].meta["val"].shape
+        strides = (heads * size * width, width, heads * width, 1)
+        if _lies_so(given[name], given[of], strides):
+            found[index] = given[name]
+    return found
 
 
-def _takes_its_place(of: torch.Tensor, operand: torch.Tensor) -> bool:
-    """Whether a gradient ``[B, H, S, D]``, as it comes out (:func:`mst_fx.torch_api.attention.empty_output`), lies in memory as an
-    operand does."""
-    _, heads, size, width = operand.shape
-    strides = (heads * size * width, width, heads * width, 1)
-    pairs = [(of.shape[3], width), *zip(operand.stride(), strides, strict=True)]
-    lone = [False, *(_is_known(count == 1) for count in operand.shape)]  # whose stride says nothing
-    return of.dtype == operand.dtype and all(
-        one or _is_known(a == b) for one, (a, b) in zip(lone, pairs, strict=True)
+def _of_loop(given: Mapping[str, Any]) -> dict[int, fx.Node]:
+    """The first contiguous tangent that is like one of the row gradients."""
+    needs, row_inputs = given["needs"], given["row_inputs"]
+    if sum(needs) > MOST:
+        return {}
+    of = [x for x, need in zip(row_inputs, needs, strict=False) if need]
+    for result, tangent in itertools.product(range(len(of)), given["tangents"]):
+        shape = tangent.meta["val"].shape
+        if shape and _lies_so(tangent, of[result], [math.prod(shape[i + 1 :]) for i in range(len(shape))]):
+            return {result: tangent}
+    return {}
+
+
+def _lies_so(operand: fx.Node, like: fx.Node, strides: Sequence[Any]) -> bool:
+    """Whether an operand has the strides, and the shape and the type of another one."""
+    x, y = operand.meta["val"], like.meta["val"]
+    if x.dtype != y.dtype or x.ndim != y.ndim:
+        return False
+    has_strides = zip(x.shape, x.stride(), strides, strict=True)
+    return all(map(_is_known, map(operator.eq, x.shape, y.shape))) and all(
+        _is_known(size == 1) or _is_known(found == wanted) for size, found, wanted in has_strides
     )
 
 
@@ -111,9 +156,7 @@ def _is_known(found: Any) -> bool:
     return statically_known_true(found)
 
 
-def _is_dead(
-    node: fx.Node, operand: fx.Node, order: Mapping[fx.Node, int], is_given: Callable[[fx.Node], bool]
-) -> bool:
+def _is_dead(node: fx.Node, operand: fx.Node, order: Order, is_given: IsGiven) -> bool:
     """Whether nobody but a call reads the memory behind one of its operands from there on, and the backward pass has made it for that
     operand alone."""
     base = memory_of(operand)

@@ -15,6 +15,7 @@ from mst_fx import backend
 from mst_fx.context import JointContext
 from mst_fx.masks.formula import And, Compare, Mask, text
 from mst_fx.ops import attention as ops
+from mst_fx.ops import loop, loop_over
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward
 from mst_fx.plan.peak import calls_of, curve_of, held_by, scratch_of
 from mst_fx.torch_api import attention, inductor, overwriting
@@ -114,6 +115,21 @@ def long(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     yield found
 
 
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each backward pass of a loop that is to write over a tangent, whether it does in truth."""
+    found: list[bool] = []
+    plain = loop.gradients_of
+
+    def gradients(*args: Any) -> list[Tensor]:
+        (place,) = args[-1].values()
+        found.append(any(x.data_ptr() == place.data_ptr() for x in args[2]))
+        return plain(*args)
+
+    monkeypatch.setattr(loop_over, "gradients_of", gradients)
+    yield found
+
+
 _LONG = {**SMALL_CHUNKS, "attention_chunk_rows": 16}
 _BY_INDUCTOR = {**_LONG, "inner": "inductor", "inductor": {"force_disable_caches": True}}
 
@@ -129,22 +145,25 @@ def _copies(graph: fx.Graph) -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_by_inductor(checkpointed: bool, long: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpointed layers: all three. Without: what the forward pass has kept stays, and a second backward pass gives the same."""
+def test_by_inductor(
+    checkpointed: bool, long: list[list[str]], loops: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpointed layers: loops, and all three of attention. Without: what the forward pass has kept stays, and a second backward pass gives the same."""
     model, batch = _model()
     _, truth = step(model, lambda **b: model(**b), batch)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss, found = step(model, compile_mst(model, _BY_INDUCTOR), batch)
     assert long == [["tangent", "key", "value"] if checkpointed else ["tangent"]] * 2
+    assert loops == [True, True]
     assert worst_error(found, truth) < 1e-6  # float32 inside of its norms
     again = _two_backward_passes(model, batch)
     assert all(torch.equal(found[name], x) for each in again for name, x in each.items())
-    count = len(long)
+    count = len(long), len(loops)
     monkeypatch.setattr(inductor, "write_over_dead_operands", _copies)
     torch.compiler.reset()
     plain = step(model, compile_mst(model, _BY_INDUCTOR), batch)
-    assert len(long) == count
+    assert (len(long), len(loops)) == count
     assert torch.equal(loss, plain[0]) and all(torch.equal(found[name], x) for name, x in plain[1].items())
 
 
@@ -157,14 +176,14 @@ def _two_backward_passes(model: Any, batch: dict[str, Any]) -> list[dict[str, Te
 
 
 def test_a_wrong_analysis_costs_copies_and_no_numbers(
-    long: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    long: list[list[str]], loops: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inductor has the last word: what is kept for a second backward pass is not written to, whatever ours says."""
     model, batch = _model()
     _, truth = step(model, lambda **b: model(**b), batch)
     monkeypatch.setattr(overwriting, "_is_dead", lambda *_: True)
     first, second = _two_backward_passes(model, batch)
-    assert long == [["tangent"]] * 4
+    assert long == [["tangent"]] * 4 and loops == [True] * 4
     assert worst_error(first, truth) < 1e-6 and all(torch.equal(first[name], x) for name, x in second.items())
 
 
@@ -230,22 +249,20 @@ def _other_layout(graph: fx.Graph, n: dict[str, fx.Node]) -> None:
 
 
 _aten = torch.ops.aten
-_BEHIND: dict[str, tuple[Tweak, list[str]]] = {
-    "nothing": (lambda graph, n: None, ["tangent"]),
+_BEHIND: dict[str, tuple[Tweak, list[int]]] = {
+    "nothing": (lambda graph, n: None, [0]),
     "a tangent from outside": (_outside, []),
     "a reader of the product": (lambda graph, n: _read(graph, n["tangent"].args[0].args[0]), []),  # type: ignore[union-attr, arg-type]
     "a reader of a view": (lambda graph, n: _read(graph, n["tangent"], (_aten.select.int, 1, 0)), []),
     "a reader of a part": (
-        lambda graph, n: _read(
-            graph, n["tangent"], (_aten.split.Tensor, 2, 1), (operator.getitem, 0)
-        ),
+        lambda graph, n: _read(graph, n["tangent"], (_aten.split.Tensor, 2, 1), (operator.getitem, 0)),
         [],
     ),
     "a result": (_given_out, []),
     "another operand": (_twice, []),
     "the query": (_as_query, []),
     "a copy": (_cast, []),
-    "kept, by a gate": (_kept, ["tangent"]),
+    "kept, by a gate": (_kept, [0]),
     "another layout": (_other_layout, []),
 }
 
