@@ -4,8 +4,22 @@ A step never reaches the proof: nothing here imports ``rows``, edits a graph or 
 is a pass. Importing this package registers all of them, and ``mst_fx/__init__`` does.
 """
 
-from mst_fx.ops import arena, attention, buffer, chunks, dropout, embedding, gate, loop, offload, port, scaled
+from mst_fx.ops import (
+    arena,
+    attention,
+    buffer,
+    chunks,
+    dropout,
+    embedding,
+    gate,
+    loop,
+    loop_over,
+    offload,
+    port,
+    scaled,
+)
 
 __all__ = [
-    "arena", "attention", "buffer", "chunks", "dropout", "embedding", "gate", "loop", "offload", "port", "scaled",
+    "arena", "attention", "buffer", "chunks", "dropout", "embedding", "gate", "loop", "loop_over", "offload", "port",
+    "scaled",
 ]  # fmt: skip

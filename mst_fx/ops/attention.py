@@ -10,6 +10,9 @@
 ``mst_fx::attention_backward(tangent, output, sums, …) -> dquery, dkey, dvalue``
     which runs the kernel's backward pass, or recomputes each chunk. Memory is O(chunk x reach), and compute
     follows what the mask lets through.
+``mst_fx::attention_backward_over(…, over_tangent, over_key, over_value) -> dquery, dkey, dvalue``
+    the same, where the gradient of the query is written over the tangent, those of keys and values over them, as far as they are given a
+    second time: then the result is empty. Nobody calls it but :mod:`mst_fx.torch_api.overwriting`.
 
 ``query`` is ``[B, H, Q, D]``, ``key`` and ``value`` are ``[B, H or fewer, K, D]`` (a chunk expands grouped heads
 for itself), ``sums`` ``[B, H, Q]`` the logarithms of the softmax's sums, which only the kernels make and read.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -244,22 +247,36 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
     return _outputs(query, value)
 
 
+_BACKWARD_SCHEMA = f"Tensor tangent, Tensor out, Tensor sums, {_SCHEMA}"
+
+
 @torch.library.custom_op(
     "mst_fx::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor tangent, Tensor out, Tensor sums, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_BACKWARD_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 def attention_backward(
     tangent: Tensor, out: Tensor, sums: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(*args)
+    found = _gradients(_Call(*args), tangent, out, sums, (None, None, None))
+    return _as_promised(found[0]), _as_promised(found[1]), _as_promised(found[2])
+
+
+def _gradients(
+    call: _Call, tangent: Tensor, out: Tensor, sums: Tensor, over: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of query, key and value.
+
+    Args:
+        over: what each is written to, where that is not None: the memory of ``tangent``, ``key`` and ``value``.
+    """
     query, key, value = call.query, call.key, call.value
     with outside_of_kernels(), without_autocast():
         if call.kernel is not None:
             with torch.no_grad():
-                found = call.kernel.backward(tangent, query, key, value, out, sums)
-            return _as_promised(found[0]), _as_promised(found[1]), _as_promised(found[2])
-        grad_query = Rows(empty_output(query), dim=2)
+                return call.kernel.backward(tangent, query, key, value, out, sums, over)
+        # A chunk of the tangent is read once: the gradient of its queries may take its place.
+        grad_query = Rows(empty_output(query) if over[0] is None else over[0], dim=2)
         # Every chunk adds to the keys it reaches: in float32, so that many chunks lose nothing.
         grad_key, grad_value = (
             WindowSum(empty_output(x, dtype=sum_dtype(x.dtype)), x.dtype, dim=2) for x in (key, value)
@@ -275,7 +292,7 @@ def attention_backward(
             grad_key.add(chunk, grads[1])
             grad_value.add(chunk, grads[2])
             del leaves, grads
-        return grad_query.result(), grad_key.result(), grad_value.result()
+        return grad_query.result(), grad_key.result(over[1]), grad_value.result(over[2])
 
 
 @attention_backward.register_fake
@@ -283,6 +300,35 @@ def _(
     tangent: Tensor, out: Tensor, sums: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_output(query), empty_output(key), empty_output(value)
+
+
+@torch.library.custom_op(
+    "mst_fx::attention_backward_over",
+    mutates_args=("over_tangent", "over_key", "over_value"),
+    schema=f"({_BACKWARD_SCHEMA}, Tensor(a!)? over_tangent, Tensor(b!)? over_key, Tensor(c!)? over_value)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),  # no eager call has called it so
+)
+def attention_backward_over(
+    tangent: Tensor, out: Tensor, sums: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    over = args[-3:]
+    found = _gradients(_Call(*args[:-3]), tangent, out, sums, over)
+    q, k, v = (_as_promised(x) if y is None else _nothing(y) for x, y in zip(found, over, strict=True))
+    return q, k, v
+
+
+@attention_backward_over.register_fake
+def _(
+    tangent: Tensor, out: Tensor, sums: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = zip((query, key, value), rest[-3:], strict=True)
+    q, k, v = (empty_output(x) if over is None else _nothing(over) for x, over in grads)
+    return q, k, v
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -176,8 +176,9 @@ class WindowSum:
         window = chunk.window
         self._accumulator.narrow(self._dim, window.first, window.last - window.first).add_(found)
 
-    def result(self) -> Tensor:
-        return self._accumulator.to(self._dtype)
+    def result(self, over: Tensor | None = None) -> Tensor:
+        """The sum, rounded to its type; written over a tensor of that type if one is given."""
+        return self._accumulator.to(self._dtype) if over is None else over.copy_(self._accumulator)
 
 
 @contextlib.contextmanager

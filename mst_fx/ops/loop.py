@@ -27,7 +27,7 @@ for that the layers before it, and so hold the values of all layers at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,21 +112,36 @@ def _output(meta: OutputMeta, shape: Sequence[int]) -> Rows | Sum:
 
 
 class _Gradients:
-    """Row gradients, put into place, and one accumulator a weight."""
+    """Row gradients, put into place, and one accumulator a weight.
 
-    def __init__(self, body: Body, needs: Sequence[bool], row_inputs: Sequence[Tensor]) -> None:
-        own = zip(row_inputs, body.row_metas, needs, strict=False)
-        self._row_grads = [Rows(x.new_empty(x.shape), rank=_rank(x, meta)) for x, meta, need in own if need]
+    Args:
+        over: the place of each row gradient that is written over what the loop reads: a tangent.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        needs: Sequence[bool],
+        row_inputs: Sequence[Tensor],
+        over: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        over = over or {}
+        own = [each for each in zip(row_inputs, body.row_metas, needs, strict=False) if each[2]]
+        self._row_grads = [
+            Rows(over[index] if index in over else x.new_empty(x.shape), rank=_rank(x, meta))
+            for index, (x, meta, _) in enumerate(own)
+        ]
+        self._order = sorted(range(len(own)), key=lambda index: index in over)
         weights = [i for i, need in enumerate(needs[len(body.row_metas) :]) if need]
         self._sums = [_weight_sum(body, index) for index in weights]
 
     def put(self, chunk: Chunk, positions: GradientPositions, values: Sequence[Tensor]) -> None:
-        row_grads = values[positions.first : positions.first + len(self._row_grads)]
-        for result, found in zip(self._row_grads, row_grads, strict=True):
-            result.put(chunk, found)
+        # What is written over a tangent comes last: values may be rows of the tangent.
         for total, terms in zip(self._sums, positions.terms, strict=True):
             for term in terms:
                 _add_term(total, term, values)
+        for index in self._order:
+            self._row_grads[index].put(chunk, values[positions.first + index])
 
     def result(self) -> list[Tensor]:
         # Each accumulator is freed before the next one is rounded.
@@ -158,9 +173,10 @@ def _run_with_gradients(
     chunk_rows: int,
     outputs: _Outputs,
     tangent_order: Sequence[tuple[bool, Tensor]] = (),
+    over: Mapping[int, Tensor] | None = None,
 ) -> list[Tensor]:
     assert compiled.positions is not None
-    gradients = _Gradients(body, needs, row_inputs)
+    gradients = _Gradients(body, needs, row_inputs, over)
     flat, shared = _flat(row_inputs, body.row_metas), _as_traced(shared, body.shared)
     for chunk in chunks.equal(_count(row_inputs, body), chunk_rows):
         tangents = [tangent if whole else _of_chunk(tangent, chunk) for whole, tangent in tangent_order]
@@ -244,6 +260,36 @@ def _(*args: Any) -> Tensor:
     return output
 
 
+def gradients_of(
+    row_inputs: list[Tensor],
+    shared: list[Tensor],
+    tangents: list[Tensor],
+    has_tangent: list[bool],
+    needs: list[bool],
+    body_key: str,
+    chunk_rows: int,
+    over: Mapping[int, Tensor] | None = None,
+) -> list[Tensor]:
+    """What ``loop_backward`` gives.
+
+    Args:
+        over: which row gradients, by number, are written over a tangent, and the tangent.
+    """
+    found = body_of(body_key)
+    with plain_mode():
+        count = _count(row_inputs, found)
+        if not count:
+            return _Gradients(found, needs, row_inputs, over).result()
+        compiled = found.compiled_backward(chunks.sizes(chunks.equal(count, chunk_rows)), needs, has_tangent)
+        present = [meta for meta, has in zip(found.outputs, has_tangent, strict=True) if has]
+        order = [
+            (True, tangent) if meta.is_sum else (False, tangent.flatten(0, _rank(tangent, meta) - 1))
+            for meta, tangent in zip(present, tangents, strict=True)
+        ]
+        none = _Outputs((), ())
+        return _run_with_gradients(compiled, found, needs, row_inputs, shared, chunk_rows, none, order, over)
+
+
 @torch.library.custom_op(
     "mst_fx::loop_backward",
     mutates_args=(),
@@ -252,29 +298,8 @@ def _(*args: Any) -> Tensor:
         "str body_key, int chunk_rows) -> Tensor[]"
     ),
 )
-def loop_backward(
-    row_inputs: list[Tensor],
-    shared: list[Tensor],
-    tangents: list[Tensor],
-    has_tangent: list[bool],
-    needs: list[bool],
-    body_key: str,
-    chunk_rows: int,
-) -> list[Tensor]:
-    found = body_of(body_key)
-    with plain_mode():
-        count = _count(row_inputs, found)
-        if not count:
-            return _Gradients(found, needs, row_inputs).result()
-        compiled = found.compiled_backward(chunks.sizes(chunks.equal(count, chunk_rows)), needs, has_tangent)
-        present = [meta for meta, has in zip(found.outputs, has_tangent, strict=True) if has]
-        order = [
-            (True, tangent) if meta.is_sum else (False, tangent.flatten(0, _rank(tangent, meta) - 1))
-            for meta, tangent in zip(present, tangents, strict=True)
-        ]
-        return _run_with_gradients(
-            compiled, found, needs, row_inputs, shared, chunk_rows, _Outputs((), ()), tangent_order=order
-        )
+def loop_backward(*args: Any) -> list[Tensor]:
+    return gradients_of(*args)
 
 
 @loop_backward.register_fake

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import torch
 from torch import fx
 
 from mst_fx.bodies.body import Body, body_of
@@ -29,7 +30,8 @@ from mst_fx.plan.joint_graph import (
     storage_of,
     tensor_of,
 )
-from mst_fx.torch_api.attention import groups_at_once
+from mst_fx.torch_api.attention import heads_at_once
+from mst_fx.torch_api.overwriting import dead_operands
 from mst_fx.torch_api.tensors import tree_leaves
 
 _FORWARD_LOOPS = ("mst_fx::loop", "mst_fx::loop_list")
@@ -64,21 +66,37 @@ def held_by(joint: JointGraph) -> list[Held]:
     calls = calls_of(joint)
     place = {node: index for index, node in enumerate(calls)}
     end = len(calls) - 1
-    leaving = {storage_of(n) for n in joint.gradients if n is not None}
+    written = _written_over(joint, place)
+
+    def memory_of(node: fx.Node) -> fx.Node:
+        owner = storage_of(node)
+        return memory_of(written[owner]) if owner in written else owner
+
+    leaving = {memory_of(n) for n in joint.gradients if n is not None}
     last: dict[fx.Node, int] = {}
     for node in reversed(calls):
         readers = [user for user in node.users if user.op != "output"]
         last[node] = max((_read_at(user, node, place, last) for user in readers), default=place[node])
     until: dict[fx.Node, int] = collections.defaultdict(int)  # of memory
     for node in calls:
-        owner = storage_of(node)
+        owner = memory_of(node)
         until[owner] = max(until[owner], end if owner in leaving else last[node])
     started = {host: place[call] for call in filter(is_transfer, calls) for host in argument(call, "ahead")}
     return [
         Held(node, bytes_of(node), _made_at(node, place, started), until[node])
         for node in calls
-        if bytes_of(node) and _is_made(node, joint)
+        if bytes_of(node) and _is_made(node, joint) and node not in written
     ]
+
+
+def _written_over(joint: JointGraph, place: dict[fx.Node, int]) -> dict[fx.Node, fx.Node]:
+    """The results of backward passes that Inductor has written over an operand (:mod:`mst_fx.torch_api.overwriting`), and which."""
+    found: dict[fx.Node, fx.Node] = {}
+    for target in (torch.ops.mst_fx.attention_backward.default, torch.ops.mst_fx.loop_backward.default):
+        for node in joint.graph.find_nodes(op="call_function", target=target):
+            dead = dead_operands(node, place, lambda base: base not in place or base not in joint.backward)
+            found |= {user: dead[user.args[1]] for user in node.users if user.args[1] in dead}  # type: ignore[index]
+    return found
 
 
 def _made_at(node: fx.Node, place: dict[fx.Node, int], started: dict[fx.Node, int]) -> int:
@@ -117,20 +135,22 @@ def scratch_of(node: fx.Node) -> int:
 
 
 def _scratch_of_attention(node: fx.Node) -> int:
-    """What cuDNN's and FlashAttention's backward kernels take: the gradient of the queries in float32, a sum a query, and where
-    several heads share keys and values, gradients of these for each head. All of it for the heads of one call."""
+    """What cuDNN's and FlashAttention's backward kernels take for the heads of one call: the gradient of the queries in float32, a sum a
+    query, and where several heads share keys and values, gradients of these for each head. Results of several calls are
+    there beside where they go, and sums over calls in float32."""
     query, key, value = (tensor_of(argument(node, name)) for name in ("query", "key", "value"))
     assert query is not None and key is not None and value is not None
     batch, heads, queries, width = map(hint, query.shape)
-    groups, keys, out_width = hint(key.shape[1]), hint(key.shape[2]), hint(value.shape[3])
-    found = batch * heads * queries * (width + 1) * 4
-    if groups < heads:
-        found += batch * heads * keys * (width + out_width) * key.element_size()
-    at_once = groups_at_once(batch, heads, queries, groups)
-    if at_once == groups:
+    groups, keys, widths = hint(key.shape[1]), hint(key.shape[2]), width + hint(value.shape[3])
+    size, each = key.element_size(), heads // groups
+    at_once = heads_at_once(batch, heads, queries, groups)
+    found = batch * at_once * queries * (width + 1) * 4
+    if min(each, at_once) > 1:
+        found += batch * at_once * keys * widths * size
+    if at_once == heads:
         return found
-    results = sum(hint(each.numel()) * each.element_size() for each in (query, key, value))
-    return (found + results) * at_once // groups
+    shared = batch * max(1, at_once // each) * keys * widths
+    return found + batch * at_once * queries * width * size + shared * (size if at_once >= each else size + 4)
 
 
 def _scratch_of_loop(node: fx.Node, name: str) -> int:

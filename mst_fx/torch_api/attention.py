@@ -16,7 +16,7 @@ mask); documents of 4,096, flash 7 + 20, FlexAttention 6 + 17.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ aten = torch.ops.aten
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 _Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]
+# What the gradients of query, key and value are written to: the memory of tangent, key and value, or (None) their own.
+_Over = Sequence[Tensor | None]
+_OWN: _Over = (None, None, None)
 
 # Queries x heads of one call of a backward kernel. 2^18 keep an H200 busy (64 rows a block of cuDNN's, 132 multiprocessors).
 # The results of several calls are copied together: 0.5 ms a layer at 32K tokens.
@@ -74,14 +77,26 @@ class Dense:
         return out, sums.reshape(query.shape[:3])
 
     def backward(
-        self, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+        self,
+        tangent: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        sums: Tensor,
+        over: _Over = _OWN,
     ) -> Gradients:
-        if query.device.type == "cpu":
+        """The gradients of query, key and value.
+
+        Args:
+            over: ``tangent``, ``key`` and ``value`` themselves, or some of them: their gradient is written over them.
+        """
+        if query.device.type == "cpu":  # whose kernel shares heads among threads: all at once
             cpu = aten._scaled_dot_product_flash_attention_for_cpu_backward
-            found: Gradients = cpu(tangent, query, key, value, out, sums, 0.0, self.causal, scale=self.scale)
-            return found
+            found = cpu(tangent, query, key, value, out, sums, 0.0, self.causal, scale=self.scale)
+            return _written(found, over)
         run = self._cudnn_backward if self._by_cudnn(query, key, value) else self._flash_backward
-        return _by_heads(run, tangent, query, key, value, out, sums)
+        return _by_heads(run, tangent, query, key, value, out, sums, over)
 
     def _by_cudnn(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         is_grouped = query.shape[1] != key.shape[1]
@@ -179,9 +194,17 @@ class Spans:
         return _unpacked(out, batch), sums.view(heads, batch, size).transpose(0, 1)
 
     def backward(
-        self, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+        self,
+        tangent: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        sums: Tensor,
+        over: _Over = _OWN,
     ) -> Gradients:
-        return _by_heads(self._backward, tangent, query, key, value, out, sums)
+        """As :meth:`Dense.backward`."""
+        return _by_heads(self._backward, tangent, query, key, value, out, sums, over)
 
     @property
     def _is_causal(self) -> bool:
@@ -219,34 +242,64 @@ def _unpacked(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def groups_at_once(batch: int, heads: int, queries: int, groups: int) -> int:
-    """How many of the ``groups`` of heads that share keys and values one call of a backward kernel takes."""
-    return min(groups, max(1, -(-_BUSY // (batch * queries * (heads // groups)))))
+def heads_at_once(batch: int, heads: int, queries: int, groups: int) -> int:
+    """How many heads of queries one call of a backward kernel takes: all of some of the ``groups`` that share keys and values; one,
+    where one keeps a device busy."""
+    if batch * queries >= _BUSY // 2:
+        return 1
+    each = heads // groups
+    return each * min(groups, max(1, -(-_BUSY // (batch * queries * each))))
 
 
 def _by_heads(
-    run: _Backward, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+    run: _Backward,
+    tangent: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    over: _Over,
 ) -> Gradients:
     """Runs a backward kernel on a few heads at a time.
 
     The kernels hold the query's gradient in float32, and the keys' and values' for each query head: for all
-    heads together that is the highest point of a checkpointed layer's backward pass.
+    heads together that is the highest point of a checkpointed layer's backward pass. No call reads heads that an earlier one has
+    written over: of keys and values they are written when all query heads that share them are done.
     """
+    batch, heads, queries, _ = query.shape
     groups = key.shape[1]
-    each = query.shape[1] // groups
-    step = groups_at_once(query.shape[0], query.shape[1], query.shape[2], groups)
-    if step == groups:
-        return run(tangent, query, key, value, out, sums)
-    grads = tuple(empty_output(x) for x in (query, key, value))
+    at_once = heads_at_once(batch, heads, queries, groups)
+    if at_once == heads:
+        return _written(run(tangent, query, key, value, out, sums), over)
+    grads = [empty_output(x) if y is None else y for x, y in zip((query, key, value), over, strict=True)]
+    each = heads // groups
+    step = max(1, at_once // each)
     for first in range(0, groups, step):
         few = slice(first, first + step)
-        many = slice(first * each, (first + step) * each)
-        wide = [x[:, many] for x in (tangent, query, out, sums)]
-        found = run(wide[0], wide[1], key[:, few], value[:, few], wide[2], wide[3])
-        for grad, part, heads_of in zip(grads, found, (many, few, few), strict=True):
-            grad[:, heads_of] = part
-        del found
+        shared: list[Tensor] = []
+        for start in range(first * each, min(first + step, groups) * each, at_once):
+            many = slice(start, start + at_once)
+            wide = [x[:, many] for x in (tangent, query, out, sums)]
+            found = run(wide[0], wide[1], key[:, few], value[:, few], wide[2], wide[3])
+            grads[0][:, many] = found[0]
+            shared = _added(shared, found[1:]) if at_once < each else [*found[1:]]
+            del found
+        grads[1][:, few], grads[2][:, few] = shared
     return grads[0], grads[1], grads[2]
+
+
+def _added(sums: list[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
+    """Sums of 16-bit gradients, in float32; ``sums`` are empty at first, and added to in place."""
+    if not sums:
+        return [x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in found]
+    return [total.add_(x) for total, x in zip(sums, found, strict=True)]
+
+
+def _written(found: Gradients, over: _Over) -> Gradients:
+    """Gradients where they are to be."""
+    q, k, v = (x if y is None else y.copy_(x) for x, y in zip(found, over, strict=True))
+    return q, k, v
 
 
 def empty_output(x: Tensor, *, width: Any = None, dtype: torch.dtype | None = None) -> Tensor:

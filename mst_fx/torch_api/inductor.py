@@ -38,6 +38,7 @@ from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
@@ -52,6 +53,8 @@ from torch._inductor.lowering import (  # type: ignore[attr-defined]
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mst_fx.torch_api.overwriting import write_over_dead_operands
 
 Compiled = Callable[..., Any]
 
@@ -148,7 +151,7 @@ def _know_operators(graph: fx.Graph) -> None:
     and so on: of results that feed each other, as a plan's copies do, exponentially many.
     """
     for node in graph.nodes:
-        target = node.target
+        target = node.args[0] if node.target is auto_functionalized else node.target
         is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "mst_fx"
         if is_ours and target not in lowerings:
             constraint = tag_to_layout_constraint(get_layout_constraint_tag(target, with_default=True))
@@ -158,6 +161,7 @@ def _know_operators(graph: fx.Graph) -> None:
 @functools.wraps(compile_fx_inner)
 def _compile_apart(*args: Any, **kwargs: Any) -> Any:
     _donate_nothing()
+    write_over_dead_operands(args[0].graph)
     _know_operators(args[0].graph)
     with V.set_choices_handler(_Choices()):
         return compile_fx_inner(*args, **kwargs)
