@@ -153,7 +153,7 @@ def _faster(
         seconds = sum(those[index].seconds for those, index in zip(options, taken, strict=True))
         return Plan(taken, seconds, _peak_with(graph, by_number(every, taken), unchunking))
 
-    found = largest(plan_of, sum(those[-1].bytes for those in choices), options, room)
+    found = largest(plan_of, sum(those[-1].bytes for those in choices), options, room.bytes)
     return None if found is None else (by_number(every, found.taken), found.peak)
 
 

@@ -78,38 +78,30 @@ def fastest(
     Raises:
         BudgetError: if none fits.
     """
-    search = _Search(choices, room, host, peak_with)
-    fitting: list[Plan] = []
-    missing: list[Plan] = []
-    least_sent = max(min(choice.host_bytes for choice in those) for those in choices)
-    sizes = {choice.host_bytes for those in choices for choice in those}
-    for most in sorted((size for size in sizes if size >= least_sent), reverse=True):
-        if most == least_sent or not fitting:
-            plan = search.sending(most)
-            (fitting if plan.peak <= room.bytes else missing).append(plan)
-    if fitting:
-        best = search.with_faster_choices(min(fitting, key=lambda plan: plan.seconds))
-        return best.taken, best.peak
-    least = min(missing, key=lambda plan: plan.peak)
-    if least.peak > room.most:
-        raise BudgetError(_too_little(room, host, least.peak - room.most))
-    return least.taken, least.peak
+    least = 0
+    for limit in (room.bytes, room.most):  # without a margin only where nothing fits with it
+        plan = _Search(choices, room.device, limit, host, peak_with).best()
+        if plan.peak <= limit:
+            return plan.taken, plan.peak
+        least = plan.peak
+    raise BudgetError(_too_little(room, host, least - room.most))
 
 
 def largest(
-    plan_of: Callable[[int], Plan], low: int, options: Sequence[tuple[Option, ...]], room: Room
+    plan_of: Callable[[int], Plan], low: int, options: Sequence[tuple[Option, ...]], limit: int
 ) -> Plan | None:
     """The plan of most bytes on the device whose peak fits; None if none was found.
 
     Args:
         plan_of: the fastest plan that keeps so many bytes on the device.
         low: bytes that are known to fit.
+        limit: of the peak.
     """
     found = None
     high = middle = sum(max(option.bytes for option in those) for those in options)
     for _ in range(_HALVINGS):
         plan = plan_of(middle)
-        if plan.peak <= room.bytes:
+        if plan.peak <= limit:
             found, low = plan, middle
         else:
             high = middle
@@ -134,13 +126,28 @@ def solved(options: Sequence[tuple[Option, ...]], size: int, host: Host) -> list
 @dataclasses.dataclass(frozen=True)
 class _Search:
     choices: Sequence[Sequence[Choice]]
-    room: Room
+    device: str
+    limit: int
     host: Host
     peak_with: PeakWith
 
+    def best(self) -> Plan:
+        """The fastest plan that fits, or the one of the lowest peak, if none does."""
+        least_sent = max(min(choice.host_bytes for choice in those) for those in self.choices)
+        sizes = {choice.host_bytes for those in self.choices for choice in those}
+        fitting: list[Plan] = []
+        missing: list[Plan] = []
+        for most in sorted((size for size in sizes if size >= least_sent), reverse=True):
+            if most == least_sent or not fitting:
+                plan = self.sending(most)
+                (fitting if plan.peak <= self.limit else missing).append(plan)
+        if fitting:
+            return self.with_faster_choices(min(fitting, key=lambda plan: plan.seconds))
+        return min(missing, key=lambda plan: plan.peak)
+
     @functools.cached_property
     def _options(self) -> list[tuple[Option, ...]]:
-        device = device_of(self.room.device)
+        device = device_of(self.device)
         return [
             tuple(Option(c.device_bytes, c.cost.seconds(device), c.host_bytes) for c in those)
             for those in self.choices
@@ -169,9 +176,9 @@ class _Search:
 
         low = _least_size(options, self.host)
         found = plan_of(low)
-        if found.peak > self.room.bytes:
+        if found.peak > self.limit:
             return found
-        return largest(plan_of, low, options, self.room) or found
+        return largest(plan_of, low, options, self.limit) or found
 
     def with_faster_choices(self, plan: Plan) -> Plan:
         """A plan that fits, with faster choices from some layer on.
@@ -208,7 +215,7 @@ class _Search:
             return None
         better = self._plan(found)
         is_faster = better.seconds < plan.seconds - _SMALL * self.host.hides
-        return better if is_faster and better.peak <= self.room.bytes else None
+        return better if is_faster and better.peak <= self.limit else None
 
 
 def _least_size(options: Sequence[tuple[Option, ...]], host: Host) -> int:
