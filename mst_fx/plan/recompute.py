@@ -14,6 +14,7 @@ from torch import fx
 
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
+from mst_fx.plan.order import weights_first
 from mst_fx.plan.transfer import Back, Begin, send
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, copied, is_backward_only
 
@@ -44,6 +45,7 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
                 user = behind[0][0]
                 _Again(joint, choice, Begin(user, _result_before(user)), fetched, {}).run(behind)
     joint.graph.eliminate_dead_code()
+    weights_first(joint)
 
 
 def on_trial(graph: fx.Graph, chosen: Sequence[Choice]) -> tuple[JointGraph, dict[fx.Node, fx.Node]]:
