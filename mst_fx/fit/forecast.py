@@ -195,7 +195,7 @@ class _Forecaster:
             made = self._eager(way, seq).peak
         else:
             step = self._step(seq)
-            made = step.least(self.setting.host or 0) if way == MST_PLANNED else step.every(0).peak
+            made = step.least(self.setting.host or 0) if way == MST_PLANNED else step.checkpointed().peak
         return self._at_most(seq, made)
 
     def _at_most(self, seq: int, made: int) -> int:
@@ -209,7 +209,7 @@ class _Forecaster:
             step = self._eager(way, seq)
             made, cost = step.peak, step.cost
         elif way == MST:
-            whole = self._step(seq).every(0)
+            whole = self._step(seq).checkpointed()
             made, cost = whole.peak, whole.cost
         else:
             room = Room(self.setting.device, self.setting.memory, self._taken(seq))

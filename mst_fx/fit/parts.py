@@ -73,13 +73,14 @@ class Whole:
     cost: Cost
 
 
-def parts_with(graph: fx.Graph, chosen: Sequence[Choice], head: fx.Node) -> Parts:
+def parts_with(graph: fx.Graph, chosen: Sequence[Choice], head: fx.Node, is_planned: bool = True) -> Parts:
     """The parts of a joint graph whose layers, all in order, take choices.
 
     Args:
         head: the waist behind the last layer.
+        is_planned: by a plan, and not by checkpointing.
     """
-    trial, copies = on_trial(graph, chosen)
+    trial, copies = on_trial(graph, chosen, is_planned)
     moved = [choice.of_copies(copies) for choice in chosen]
     calls = calls_of(trial)
     place = {node: index for index, node in enumerate(calls)}

@@ -130,15 +130,22 @@ class TracedStep:
         choices: of each traced layer, by the same: on the device, and then on the host.
         stands_for: which traced layer each layer of the model is like.
         outputs: bytes of what the forward pass returns beside its losses: a plan expects that somebody holds it.
+        unplanned: the parts of the traced layers where each is checkpointed by the model itself.
     """
 
     known: Mapping[Key, Parts]
     choices: tuple[Mapping[Key, Choice], ...]
     stands_for: tuple[int, ...]
     outputs: int
+    unplanned: Parts
+
+    def checkpointed(self) -> Whole:
+        """What a step without a plan takes, all of whose layers are checkpointed."""
+        keys: list[Key] = [(0, False)] * len(self.stands_for)
+        return together({(0, False): self.unplanned}, self.stands_for, keys)
 
     def every(self, choice: int) -> Whole:
-        """What a step takes all of whose layers take one choice, on the device: of 0 each is checkpointed."""
+        """What a step takes all of whose layers take one choice, on the device: of 0 nothing but its start is kept."""
         return together(self.known, self.stands_for, [(choice, False)] * len(self.stands_for))
 
     def least(self, host: int) -> int:
@@ -211,13 +218,14 @@ def traced_step(
         )
         for level, on_host in keys
     }
+    unplanned = parts_with(graph, [those[0] for those in every], found[-1].start, is_planned=False)
     placed = [
         {key: _nth(those, *key) for key in keys if key[0] < len(those) and (sends or not key[1])}
         for those, sends in zip(every, may_send, strict=True)
     ]
     outputs = sum(bytes_of(node) for node in storages(outputs_of(joint)))
     del bodies  # named by the graph up to here
-    return TracedStep(known, tuple(placed), tuple(stands_for), outputs)
+    return TracedStep(known, tuple(placed), tuple(stands_for), outputs, unplanned)
 
 
 def _nth(those: Sequence[Choice], number: int, on_host: bool) -> Choice:

@@ -14,13 +14,14 @@ from torch import fx
 
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
+from mst_fx.plan.order import weights_first
 from mst_fx.plan.transfer import Back, Begin, send
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, copied, is_backward_only
 
 _ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
 
 
-def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
+def make_again(joint: JointGraph, chosen: Sequence[Choice], is_planned: bool = True) -> None:
     """Replaces what the backward pass reads of each layer, and does not find kept, by clones; what is kept on the host goes there
     and back (:mod:`mst_fx.plan.transfer`).
 
@@ -28,6 +29,7 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
 
     Args:
         chosen: in order of the layers.
+        is_planned: whether calls behind attention are put in an order too; checkpointing without a plan leaves them in autograd's.
     """
     for node in joint.graph.nodes:
         for tag in CHECKPOINT_TAGS:
@@ -44,13 +46,17 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice]) -> None:
                 user = behind[0][0]
                 _Again(joint, choice, Begin(user, _result_before(user)), fetched, {}).run(behind)
     joint.graph.eliminate_dead_code()
+    if is_planned:
+        weights_first(joint)
 
 
-def on_trial(graph: fx.Graph, chosen: Sequence[Choice]) -> tuple[JointGraph, dict[fx.Node, fx.Node]]:
-    """A copy of a joint graph whose layers take these choices, and what each node of the graph is there."""
+def on_trial(
+    graph: fx.Graph, chosen: Sequence[Choice], is_planned: bool = True
+) -> tuple[JointGraph, dict[fx.Node, fx.Node]]:
+    """A copy of a joint graph whose layers take these choices (:func:`make_again`), and what each node of the graph is there."""
     trial = JointGraph(copied(graph))
     copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
-    make_again(trial, [choice.of_copies(copies) for choice in chosen])
+    make_again(trial, [choice.of_copies(copies) for choice in chosen], is_planned)
     return trial, copies
 
 

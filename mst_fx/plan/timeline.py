@@ -42,7 +42,7 @@ def with_most_kept(graph: fx.Graph) -> JointGraph:
     joint = JointGraph(graph)
     wanted = joint.kept_anyway
     chosen = [choices_of(layer, wanted)[-1] for layer in layers_of(joint)[:-1]]
-    return on_trial(graph, chosen)[0]
+    return on_trial(graph, chosen, is_planned=False)[0]
 
 
 def _name_of(held: Held, gradients: set[fx.Node]) -> tuple[str, str]:
