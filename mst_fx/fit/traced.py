@@ -27,7 +27,7 @@ from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, storages
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.room import Room
-from mst_fx.plan.search import fastest, host_beside
+from mst_fx.plan.search import by_number, fastest, host_beside
 from mst_fx.torch_api.dynamo import BackendCompilerFailed, settle_floats
 from mst_fx.torch_api.gpu_attention import GpuAttention
 from mst_fx.torch_api.inductor import compile_graph
@@ -175,7 +175,7 @@ class TracedStep:
             taken, _ = fastest(every, room, host, lambda those: self._with(those).peak + self.outputs)
         except BudgetError:
             return None
-        chosen = [those[index] for those, index in zip(every, taken, strict=True)]
+        chosen = by_number(every, taken)
         seconds = host.seconds(sum(choice.host_bytes for choice in chosen))
         return Planned(self._with(chosen), planned_layers(chosen, room), seconds)
 

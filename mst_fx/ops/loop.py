@@ -187,7 +187,7 @@ def _run_with_gradients(
     return [*outputs.result(), *gradients.result()]
 
 
-def _gradient_fakes(
+def gradient_fakes(
     row_inputs: Sequence[Tensor], shared: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
     inputs = [*row_inputs, *shared]
@@ -290,14 +290,10 @@ def gradients_of(
         return _run_with_gradients(compiled, found, needs, row_inputs, shared, chunk_rows, none, order, over)
 
 
-@torch.library.custom_op(
-    "mst_fx::loop_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] row_inputs, Tensor[] shared, Tensor[] tangents, bool[] has_tangent, bool[] needs, "
-        "str body_key, int chunk_rows) -> Tensor[]"
-    ),
-)
+BACKWARD_SCHEMA = "Tensor[] row_inputs, Tensor[] shared, Tensor[] tangents, bool[] has_tangent, bool[] needs, str body_key, int chunk_rows"
+
+
+@torch.library.custom_op("mst_fx::loop_backward", mutates_args=(), schema=f"({BACKWARD_SCHEMA}) -> Tensor[]")
 def loop_backward(*args: Any) -> list[Tensor]:
     return gradients_of(*args)
 
@@ -312,7 +308,7 @@ def _(
     body_key: str,
     chunk_rows: int,
 ) -> list[Tensor]:
-    return _gradient_fakes(row_inputs, shared, needs)
+    return gradient_fakes(row_inputs, shared, needs)
 
 
 @torch.library.custom_op(
@@ -358,7 +354,7 @@ def _(
     ports = [] if port < 0 else [new_port()]
     return [
         *_output_fakes(body_of(body_key), row_inputs, lead),
-        *_gradient_fakes(row_inputs, shared, needs),
+        *gradient_fakes(row_inputs, shared, needs),
         *ports,
     ]
 

@@ -9,54 +9,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mst_fx.ops.loop import gradients_of
+from mst_fx.ops.loop import BACKWARD_SCHEMA, gradient_fakes, gradients_of
 from mst_fx.torch_api.overwriting import MOST
 
 
 @torch.library.custom_op(
     "mst_fx::loop_backward_over",
     mutates_args=("over",),
-    schema=(
-        "(Tensor[] row_inputs, Tensor[] shared, Tensor[] tangents, bool[] has_tangent, bool[] needs, str body_key,"
-        f" int chunk_rows, Tensor(a!) over, int result) -> ({', '.join(['Tensor'] * MOST)})"
-    ),
+    schema=f"({BACKWARD_SCHEMA}, Tensor(a!) over, int result) -> ({', '.join(['Tensor'] * MOST)})",
     tags=(torch.Tag.needs_fixed_stride_order,),  # no eager call has called it so
 )
-def loop_backward_over(
-    row_inputs: list[Tensor],
-    shared: list[Tensor],
-    tangents: list[Tensor],
-    has_tangent: list[bool],
-    needs: list[bool],
-    body_key: str,
-    chunk_rows: int,
-    over: Tensor,
-    result: int,
-) -> tuple[Tensor, ...]:
-    operands = (row_inputs, shared, tangents)
-    return _apart(
-        gradients_of(*operands, has_tangent, needs, body_key, chunk_rows, {result: over}), over, result
-    )
+def loop_backward_over(*args: Any) -> tuple[Tensor, ...]:
+    *operands, over, result = args
+    found = gradients_of(*[*operands, {result: over}])
+    return _apart(found, over, result)
 
 
 @loop_backward_over.register_fake
-def _(
-    row_inputs: list[Tensor],
-    shared: list[Tensor],
-    tangents: list[Tensor],
-    has_tangent: list[bool],
-    needs: list[bool],
-    body_key: str,
-    chunk_rows: int,
-    over: Tensor,
-    result: int,
-) -> tuple[Tensor, ...]:
-    wanted = [x for x, need in zip([*row_inputs, *shared], needs, strict=True) if need]
-    found = [x if index == result else x.new_empty(x.shape) for index, x in enumerate(wanted)]
-    return _apart(found, over, result)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    row_inputs, shared, _, _, needs, *_, over, result = args
+    return _apart(gradient_fakes(row_inputs, shared, needs), over, result)
 
 
 def _apart(found: list[Tensor], over: Tensor, result: int) -> tuple[Tensor, ...]:

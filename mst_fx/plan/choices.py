@@ -116,8 +116,8 @@ def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:
     found = [_choice(layer, set(wanted))]
     while True:
         now = found[-1]
-        calls = dict.fromkeys(source_of(node) for node in now.again if not is_cheap(node))
-        calls = {call: None for call in calls if not must_recompute(call)}
+        dear = dict.fromkeys(source_of(node) for node in now.again if not is_cheap(node))
+        calls = [call for call in dear if not must_recompute(call)]
         more = [_choice(layer, {*wanted, *map(source_of, now.kept), call}) for call in calls]
         better = [each for each in more if each.bytes > now.bytes and each.cost.flops < now.cost.flops]
         if not better:

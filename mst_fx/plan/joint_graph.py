@@ -13,7 +13,7 @@ from torch import fx
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import ATTENTION_KERNELS, operation
-from mst_fx.torch_api.joint import must_save
+from mst_fx.torch_api.joint import is_backward_only, must_save
 from mst_fx.torch_api.ops import OpOverload, schema_of
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -28,6 +28,9 @@ _CHEAP = frozenset((
     torch.ops.prims.convert_element_type.default, torch.ops.prims.view_of.default, torch.ops.prims.iota.default,
     *(getattr(aten, name).default for name in ("_fused_rms_norm",) if hasattr(aten, name)),
 ))  # fmt: skip
+
+
+_ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
 
 
 @dataclasses.dataclass
@@ -91,6 +94,23 @@ class JointGraph:
     def trained_bytes(self) -> int:
         """Bytes of the gradients that come out."""
         return sum(bytes_of(node) for node in self.gradients if node is not None)
+
+    def add_backward(self, *nodes: fx.Node) -> None:
+        """Takes new calls in, as of the backward pass."""
+        for node in nodes:
+            is_backward_only(node)
+            self.backward.add(node)
+
+    def gate(self, value: fx.Node, after: fx.Node, like: fx.Node) -> fx.Node:
+        """A call that gives a value when a gradient is there, and not before (:mod:`mst_fx.ops.gate`), where the graph inserts.
+
+        Args:
+            like: what the value is, or is a copy of: what is known of it holds for both.
+        """
+        new = self.graph.call_function(torch.ops.mst_fx.gate.default, (value, after))
+        new.meta = {key: known for key, known in like.meta.items() if key in _ABOUT_VALUES}
+        self.add_backward(new)
+        return new
 
     def read_backward(self) -> list[tuple[fx.Node, fx.Node]]:
         """Which node of the backward pass reads which call of the forward pass, in order."""

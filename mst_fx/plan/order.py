@@ -26,7 +26,6 @@ from mst_fx.plan.joint_graph import (
     source_of,
     storage_of,
 )
-from mst_fx.torch_api.joint import is_backward_only
 
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
@@ -58,10 +57,7 @@ def _is_between(node: fx.Node) -> bool:
 def _wait(joint: JointGraph, product: fx.Node, operand: fx.Node, after: fx.Node) -> None:
     """Lets a product read an operand when another node is there, not before."""
     with joint.graph.inserting_before(product):
-        gate = joint.graph.call_function(torch.ops.mst_fx.gate.default, (operand, after))
-    gate.meta = {key: operand.meta[key] for key in ("val", "tensor_meta") if key in operand.meta}
-    is_backward_only(gate)
-    joint.backward.add(gate)
+        gate = joint.gate(operand, after, like=operand)
     product.replace_input_with(operand, gate)
 
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import fx
 
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
 from mst_fx.plan.order import weights_first
 from mst_fx.plan.transfer import Back, Begin, send
-from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, copied, is_backward_only
-
-_ABOUT_VALUES = ("val", "tensor_meta", "stack_trace", "nn_module_stack")
+from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, copied
 
 
 def make_again(joint: JointGraph, chosen: Sequence[Choice], is_planned: bool = True) -> None:
@@ -141,7 +138,7 @@ class _Again:
         with self.joint.graph.inserting_before(before):
             new = self.joint.graph.node_copy(node, lambda n: operands[n])
         new.meta = dict(node.meta)
-        self._is_backward(new)
+        self.joint.add_backward(new)
         return new
 
     def _operand(self, node: fx.Node) -> fx.Node:
@@ -154,12 +151,5 @@ class _Again:
             begin = self.begins.get(node, self.begin)
             # All at the start: each holds the gradient that it waits for.
             with self.joint.graph.inserting_before(begin.first):
-                gate = self.joint.graph.call_function(torch.ops.mst_fx.gate.default, (kept, begin.after))
-            gate.meta = {key: value for key, value in node.meta.items() if key in _ABOUT_VALUES}
-            self._is_backward(gate)
-            self.gates[node] = gate
+                self.gates[node] = self.joint.gate(kept, begin.after, like=node)
         return self.gates[node]
-
-    def _is_backward(self, node: fx.Node) -> None:
-        is_backward_only(node)
-        self.joint.backward.add(node)

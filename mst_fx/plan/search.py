@@ -78,9 +78,14 @@ def fastest(
     Raises:
         BudgetError: if none fits.
     """
+
+    @functools.cache  # the same plan comes up for many sizes
+    def peak_of(taken: tuple[int, ...]) -> int:
+        return peak_with(by_number(choices, taken))
+
     least = 0
     for limit in (room.bytes, room.most):  # without a margin only where nothing fits with it
-        plan = _Search(choices, room.device, limit, host, peak_with).best()
+        plan = _Search(choices, room.device, limit, host, peak_of).best()
         if plan.peak <= limit:
             return plan.taken, plan.peak
         least = plan.peak
@@ -129,7 +134,7 @@ class _Search:
     device: str
     limit: int
     host: Host
-    peak_with: PeakWith
+    peak_of: Callable[[tuple[int, ...]], int]
 
     def best(self) -> Plan:
         """The fastest plan that fits, or the one of the lowest peak, if none does."""
@@ -159,7 +164,7 @@ class _Search:
     def _plan(self, taken: Sequence[int]) -> Plan:
         found = self._taken(taken)
         seconds = sum(each.seconds for each in found) + self.host.seconds(sum(each.host for each in found))
-        return Plan(taken, seconds, self.peak_with(by_number(self.choices, taken)))
+        return Plan(taken, seconds, self.peak_of(tuple(taken)))
 
     def sending(self, most: int) -> Plan:
         """The fastest plan that fits, or the least one, if none does.

@@ -17,7 +17,7 @@ from mst_fx.plan.choices import Choice
 from mst_fx.plan.joint_graph import JointGraph, is_attention, source_of, tensor_of
 from mst_fx.plan.layers import Layer
 from mst_fx.torch_api.fakes import fake_mode_of
-from mst_fx.torch_api.joint import always_save, is_backward_only, is_forward_only
+from mst_fx.torch_api.joint import always_save, is_forward_only
 from mst_fx.torch_api.tensors import tree_leaves
 
 mst = torch.ops.mst_fx
@@ -40,8 +40,12 @@ class Begin:
         users = {user for user, _ in layer.readers}
         starts = {user for user in layer.start.users if user in joint.backward}
         first = next(node for node in joint.graph.nodes if node in users or node in starts)
-        arriving = [n for n in first.all_input_nodes if n in joint.backward and tensor_of(n) is not None]
-        return Begin(first, arriving[0])
+        return Begin(first, _arriving(joint, first)[0])
+
+
+def _arriving(joint: JointGraph, node: fx.Node) -> list[fx.Node]:
+    """The gradients that a node reads."""
+    return [n for n in node.all_input_nodes if n in joint.backward and tensor_of(n) is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,15 +147,15 @@ def _stations(joint: JointGraph, choice: Choice, sent: _Sent) -> list[_Station]:
     are, where these are: until then the next layer's need not come."""
     begin = Begin.of(joint, choice.layer)
     first = _first_readers(choice)
-    order = {node: index for index, node in enumerate(joint.graph.nodes)}
+    order = {user: index for index, (user, _) in enumerate(choice.layer.readers)}
     of_attention = [first[node] for node in sent.kept if is_attention(source_of(node)) and node in first]
     if not of_attention:
         return [_Station(begin, sent)]
     middle = min(of_attention, key=order.__getitem__)
     behind = {node for node in sent.kept if node in first and order[first[node]] >= order[middle]}
     behind.discard(choice.layer.start)  # has readers of its own
-    arriving = [n for n in middle.all_input_nodes if n in joint.backward and tensor_of(n) is not None]
-    if order[middle] <= order[begin.first] or not arriving or len(behind) == len(sent.kept):
+    arriving = _arriving(joint, middle)
+    if middle is begin.first or not arriving or len(behind) == len(sent.kept):
         return [_Station(begin, sent)]
     return [
         _Station(begin, sent.only(set(sent.kept) - behind)),
@@ -190,9 +194,7 @@ def _bring(
         else:
             call = _call(joint, mst.start_fetch.default, (waits, *ahead_args))
     results = _results(joint, call) if own.kept else []
-    for node in (call, *results):
-        is_backward_only(node)
-        joint.backward.add(node)
+    joint.add_backward(call, *results)
     return call, results
 
 

@@ -180,17 +180,15 @@ def test_a_gate_without_its_gradient_holds_nothing(monkeypatch: pytest.MonkeyPat
     assert _saved(compiled.run(**batch).loss, given) > 1.5 * gated
 
 
-def _keeps_attention() -> Any:
-    ours = "mst_fx::attention"
+def _for_attention(policy: CheckpointPolicy) -> Callable[[], Any]:
+    def of_each(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        is_attention = "mst_fx::attention" in str(op) or "scaled_dot_product" in str(op)
+        return policy if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
-    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        is_kept = ours in str(op) or "scaled_dot_product" in str(op)
-        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
+    return lambda: create_selective_checkpoint_contexts(of_each)
 
 
-@pytest.mark.parametrize("policy", [None, _keeps_attention])
+@pytest.mark.parametrize("policy", [None, _for_attention(CheckpointPolicy.MUST_SAVE)])
 def test_with_checkpointing_in_the_model(
     policy: Callable[[], Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,14 +209,6 @@ def test_with_checkpointing_in_the_model(
     assert worst_error(poor, truth) < 1e-12
     assert {each.again for each in report.plans[0].layers} == {"nothing, MLP un-chunked"}
     assert chosen.attention == (_LAYERS if policy else 2 * _LAYERS)
-
-
-def _for_attention(policy: CheckpointPolicy) -> Callable[[], Any]:
-    def of_each(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        is_attention = "mst_fx::attention" in str(op) or "scaled_dot_product" in str(op)
-        return policy if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return lambda: create_selective_checkpoint_contexts(of_each)
 
 
 def test_what_a_policy_makes_again_or_sends_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
