@@ -49,6 +49,13 @@ class _Piece:
     size: int
 
 
+class _Given(weakref.ref[memoryview]):
+    """A piece that a buffer has, for as long as something lives."""
+
+    __slots__ = ("piece",)
+    piece: _Piece
+
+
 class Arena(State):
     """Host memory in buffers. A buffer is free when the storage of its tensor is: retained graphs and dropped ones need nothing."""
 
@@ -57,8 +64,10 @@ class Arena(State):
         self._lock = threading.RLock()
         self._slabs: list[_Slab] = []
         self._free: list[_Piece] = []
-        # Given back by storages that died, in whatever thread: taken in by the next that asks.
-        self._returned: collections.deque[_Piece] = collections.deque()
+        self._given: dict[int, _Given] = {}  # by identity
+        # Of storages that died, in whatever thread: taken in by the next that asks. What runs when one dies is written in C:
+        # in a function of Python's, Ctrl-C would be raised, and go no further.
+        self._returned: collections.deque[_Given] = collections.deque()
 
     @property
     def size(self) -> int:
@@ -101,7 +110,9 @@ class Arena(State):
                 assert piece is not None
         view = memoryview(piece.slab.memory)[piece.start : piece.start + size]
         # torch.frombuffer holds the view for as long as the storage lives.
-        weakref.finalize(view, self._returned.append, piece)
+        given = _Given(view, self._returned.append)
+        given.piece = piece
+        self._given[id(given)] = given
         raw = torch.frombuffer(view, dtype=torch.uint8, count=like.numel() * like.element_size())
         return raw.view(like.dtype).view(like.shape)
 
@@ -122,7 +133,9 @@ class Arena(State):
     def _take_in(self) -> None:
         """Joins what was given back with what is free beside it."""
         while self._returned:
-            self._free.append(self._returned.popleft())
+            given = self._returned.popleft()
+            del self._given[id(given)]
+            self._free.append(given.piece)
         order = {slab: index for index, slab in enumerate(self._slabs)}
         joined: list[_Piece] = []
         for piece in sorted(self._free, key=lambda p: (order[p.slab], p.start)):

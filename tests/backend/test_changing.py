@@ -208,7 +208,9 @@ def test_no_guard_where_nobody_would_check_it() -> None:
 
 
 def test_chunks_of_a_head_have_d_rows_at_most() -> None:
-    assert vocab_chunk_size(262144, 4096, 128256, "cuda").chunk_rows == 4096  # a 32nd of the rows would be 8,192
+    assert (
+        vocab_chunk_size(262144, 4096, 128256, "cuda").chunk_rows == 4096
+    )  # a 32nd of the rows would be 8,192
     assert vocab_chunk_size(2**20, 8192, 128256, "cuda").chunk_rows == 8192
     assert vocab_chunk_size(98304, 4096, 32000, "cuda").chunk_rows == 4096
     assert vocab_chunk_size(2**20, 512, 32000, "cuda").chunk_rows == 2048  # the floor

@@ -60,7 +60,7 @@ def test_budgets_hold_and_more_is_never_slower() -> None:
         assert peak <= plan.budget
         # Un-chunked, Inductor writes gradients over what they are made of; scratch of small calls of attention is less than said.
         least_of_it = 0.85 if "un-chunked" in str(plan) else 0.93
-        assert least_of_it * plan.peak <= peak <= 1.01 * plan.peak, str(plan)
+        assert least_of_it * plan.peak <= peak <= 1.01 * plan.peak, f"{peak / plan.peak:.3f} of {plan}"
         for parameter, gradient in zip(model.parameters(), truth, strict=True):
             # Inductor fuses sums otherwise: not to the bit.
             error_of = (parameter.grad.float() - gradient.float()).norm() / gradient.float().norm()
@@ -79,6 +79,7 @@ class _Planned:
     """A model with a plan that sends to the host, and what a step of it gives."""
 
     def __init__(self, host: str = "auto") -> None:
+        gc.collect()  # what a failed test has left is no room
         self.model = make_llama(_SHAPE, _LENGTH, "cuda", torch.bfloat16, checkpoint=False)
         self.ids = text_tokens(_LENGTH, _SHAPE.vocabulary).view(1, _LENGTH).cuda()
         self.plans: list[Any] = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import gc
 import logging
 import re
+import signal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -221,6 +224,20 @@ def test_the_arena_uses_its_memory_again() -> None:
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_a_buffer_is_given_back_is_raised() -> None:
+    """The end of a step's storages is where Python looks for signals first, when the backward pass is over."""
+    arena = Arena()
+    kept = [arena.buffer(torch.empty(1000), is_pinned=False)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            # One after the other with no bytecode between.
+            list(map(partial.__call__, [partial(_thread.interrupt_main), partial(kept.clear)]))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert arena.used == 0
+
+
 def test_a_longer_sequence_than_the_plan_holds_is_planned_anew() -> None:
     """One graph of all lengths, as far as its plan's budget goes."""
     model, _ = _model(layers=2)
