@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
@@ -23,13 +24,14 @@ from mst_fx.graph.sizes import hint
 from mst_fx.ops.arena import ARENA
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
-from mst_fx.plan.costs import Device, device_of
+from mst_fx.plan.costs import Device, cost_of, device_of, plus
+from mst_fx.plan.groups import ways_in_groups
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, tensor_of
 from mst_fx.plan.layers import Layer, layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again, on_trial
 from mst_fx.plan.room import Room, host_bytes, room_for
-from mst_fx.plan.search import Plan, by_number, fastest, host_beside, largest, solved, with_host
+from mst_fx.plan.search import Plan, Way, by_number, fastest_of, host_beside, largest, solved, with_host
 from mst_fx.plan.solve import Host, Option
 from mst_fx.plan.timeline import timeline_of
 from mst_fx.plan.unchunk import Unchunking
@@ -63,7 +65,7 @@ def run(context: JointContext) -> bool:
     choices = [choices_of(layer, wanted) for layer in layers[:-1]]
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
     before = timeline_of(on_trial(context.graph, [those[-1] for those in choices])[0])
-    chosen, peak = _planned(context, choices, room)
+    chosen, peak = _planned(context, joint, choices, room)
     is_all = _are_fastest(chosen, choices, device_of(room.device))
     unchunking = _unchunking(context, joint, layers, wanted) if is_all else None
     if unchunking is not None:
@@ -84,15 +86,15 @@ def _hold_up_to(layer: Layer, room: Room, peak: int) -> None:
 
 
 def _planned(
-    context: JointContext, choices: Sequence[Sequence[Choice]], room: Room
+    context: JointContext, joint: JointGraph, choices: Sequence[Sequence[Choice]], room: Room
 ) -> tuple[list[Choice], int]:
     """The choice of each layer, and the peak of the graph with them; the host memory that they take is there."""
     host = host_bytes(_host_option(context.options.host_memory), room)
+    groups = ways_in_groups(joint, choices)
+    peak_with = functools.partial(_peak_with, context.graph)
     while True:
-        placed = with_host(choices, host)
-        peak_with = functools.partial(_peak_with, context.graph)
-        taken, peak = fastest(placed, room, host_beside(choices, room, host), peak_with)
-        chosen = by_number(placed, taken)
+        ways = [Way(with_host(way.choices, host), way.beside) for way in (Way(choices), *groups)]
+        chosen, peak = fastest_of(ways, room, host_beside(choices, room, host), peak_with)
         sizes = [bytes_of(node) for choice in chosen for node in choice.sent]
         if not sizes:
             return chosen, peak
@@ -189,8 +191,11 @@ def planned_layers(chosen: Sequence[Choice], room: Room) -> tuple[Planned, ...]:
     """What layers do, those together that do the same, the least kept first."""
     device: Device = device_of(room.device)
     found: dict[Planned, int] = {}
-    for choice in chosen:
+    for before, choice in itertools.pairwise([None, *chosen]):
+        assert choice is not None
         cost = choice.cost
+        if before is not None and not choice.keeps_start:
+            cost = plus([cost_of(choice.again), cost_of(before.onward)])
         one = Planned(1, str(choice), choice.bytes, choice.host_bytes, cost.flops, cost.seconds(device))
         found[one] = found.get(one, 0) + 1
     layers = [dataclasses.replace(one, layers=count) for one, count in found.items()]

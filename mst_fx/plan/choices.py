@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 
 from torch import fx
 
 from mst_fx.graph.spelling import operation
-from mst_fx.plan.costs import Cost, cost_of
+from mst_fx.plan.costs import Cost, cost_of, plus
 from mst_fx.plan.joint_graph import (
     bytes_of,
     is_attention,
@@ -42,8 +43,9 @@ class Choice:
         kept: what is kept beside the layer's start.
         again: what is made again, in order.
         bytes: of ``kept`` and the start, by storage.
-        cost: of ``again``.
+        cost: of ``again``, and of the start if that is made again.
         sent: what of that goes to the host's memory, in order.
+        keeps_start: False: the start is made again too (:mod:`mst_fx.plan.groups`).
     """
 
     layer: Layer
@@ -52,6 +54,29 @@ class Choice:
     bytes: int
     cost: Cost
     sent: tuple[fx.Node, ...] = ()
+    keeps_start: bool = True
+
+    def without_start(self) -> Choice:
+        """The same that makes its start again, from the layer before, of which as much is taken to be kept."""
+        assert self.keeps_start and not self.sent
+        size = sum(map(bytes_of, storages(node for node in self.layer.nodes if node in self.kept)))
+        cost = plus([self.cost, cost_of(self.onward)])
+        return dataclasses.replace(self, bytes=size, cost=cost, keeps_start=False)
+
+    @functools.cached_property
+    def onward(self) -> tuple[fx.Node, ...]:
+        """What makes the next layer's start of this one's and of what is kept, in order."""
+        end = self.layer.end
+        assert end is not None
+        inside = {*self.layer.nodes, end} - self.kept
+        found: set[fx.Node] = set()
+        waiting = [end]
+        while waiting:
+            node = waiting.pop()
+            if node in inside and node not in found:
+                found.add(node)
+                waiting += node.all_input_nodes
+        return tuple(node for node in (*self.layer.nodes, end) if node in found)
 
     def on_host(self) -> Choice:
         """The same that sends all that it keeps, but what is small."""
@@ -64,7 +89,8 @@ class Choice:
 
     @property
     def _large(self) -> list[fx.Node]:
-        kept = [self.layer.start, *(node for node in self.layer.nodes if node in self.kept)]
+        start = [self.layer.start] if self.keeps_start else []
+        kept = [*start, *(node for node in self.layer.nodes if node in self.kept)]
         return [node for node in kept if bytes_of(node) > _SMALL * bytes_of(self.layer.start)]
 
     @property
@@ -77,18 +103,11 @@ class Choice:
 
     def of_copies(self, copies: Mapping[fx.Node, fx.Node]) -> Choice:
         """The same of a copy of the graph."""
-        old = self.layer
-        layer = Layer(
-            copies[old.start],
-            tuple(copies[node] for node in old.nodes),
-            tuple((copies[user], copies[node]) for user, node in old.readers),
-            old.kind,
-            old.unchunked,
-        )
         kept, again, sent = (
             tuple(copies[node] for node in nodes) for nodes in (self.kept, self.again, self.sent)
         )
-        return Choice(layer, frozenset(kept), again, self.bytes, self.cost, sent)
+        layer = self.layer.of_copies(copies)
+        return dataclasses.replace(self, layer=layer, kept=frozenset(kept), again=again, sent=sent)
 
     def __str__(self) -> str:
         """What is made again, in words."""
@@ -99,6 +118,8 @@ class Choice:
         )
         parts = [name if count == 1 else f"{count} {name}" for name, count in made.items()]
         text = " + ".join(parts) if parts else "norms" if any(map(_is_made, self.again)) else "nothing"
+        if not self.keeps_start:
+            text = "start" if text == "nothing" else f"start + {text}"
         return f"{text}, MLP un-chunked" if self.layer.unchunked else text
 
 

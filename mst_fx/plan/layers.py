@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import networkx
@@ -28,6 +28,7 @@ class Layer:
         readers: the nodes of the backward pass that read one of ``nodes``, and which.
         kind: the same for layers of equal operators and shapes.
         unchunked: the loops in whose place their insides are (:mod:`mst_fx.plan.unchunk`).
+        end: the next waist; None where it is not known.
     """
 
     start: fx.Node
@@ -35,6 +36,44 @@ class Layer:
     readers: tuple[tuple[fx.Node, fx.Node], ...]
     kind: str
     unchunked: tuple[Loop, ...] = ()
+    end: fx.Node | None = None
+
+    def of_copies(self, copies: Mapping[fx.Node, fx.Node]) -> Layer:
+        """The same of a copy of the graph."""
+        return Layer(
+            copies[self.start],
+            tuple(copies[node] for node in self.nodes),
+            tuple((copies[user], copies[node]) for user, node in self.readers),
+            self.kind,
+            self.unchunked,
+            None if self.end is None else copies.get(self.end),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """Where the backward pass of a layer begins.
+
+    Attributes:
+        first: its first node: what it reads of the forward pass is there before.
+        after: a gradient that is there by then, and not much earlier.
+    """
+
+    first: fx.Node
+    after: fx.Node
+
+    @staticmethod
+    def of(joint: JointGraph, layer: Layer) -> Begin | None:
+        """None if the layer has no backward pass."""
+        users = {user for user, _ in layer.readers}
+        starts = {user for user in layer.start.users if user in joint.backward}
+        first = next((node for node in joint.graph.nodes if node in users or node in starts), None)
+        return None if first is None else Begin(first, arriving(joint, first)[0])
+
+
+def arriving(joint: JointGraph, node: fx.Node) -> list[fx.Node]:
+    """The gradients that a node reads."""
+    return [n for n in node.all_input_nodes if n in joint.backward and tensor_of(n) is not None]
 
 
 def layers_of(joint: JointGraph) -> list[Layer]:
@@ -56,8 +95,8 @@ def layers_of(joint: JointGraph) -> list[Layer]:
         if node in layer_of and node not in place:
             readers[layer_of[node]].append((user, node))
     return [
-        Layer(start, tuple(nodes), tuple(read), _kind(start, nodes, read))
-        for start, nodes, read in zip(starts, parts, readers, strict=True)
+        Layer(start, tuple(nodes), tuple(read), _kind(start, nodes, read), end=end)
+        for start, nodes, read, end in itertools.zip_longest(starts, parts, readers, starts[1:])
     ]
 
 

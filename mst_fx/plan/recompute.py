@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from mst_fx.plan.choices import Choice
+from mst_fx.plan.groups import groups_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
+from mst_fx.plan.layers import Begin
 from mst_fx.plan.order import weights_first
-from mst_fx.plan.transfer import Back, Begin, send
+from mst_fx.plan.transfer import send
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, copied
 
 
@@ -33,15 +35,21 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice], is_planned: bool = T
             node.meta.pop(tag, None)
     for node in joint.reads_written:
         always_save(node)
-    fetched = send(joint, chosen)
-    for choice in chosen:
+    found = ((index, Begin.of(joint, choice.layer)) for index, choice in enumerate(chosen))
+    begins = {index: begin for index, begin in found if begin is not None}
+    fetched = send(joint, chosen, begins)
+    there = {node: back.node for node, back in fetched.items()}
+    for group in groups_of(chosen):
+        if len(group) > 1:
+            there |= _starts_again(joint, [chosen[index] for index in group], begins[group[-1]], there)
+    for index, choice in enumerate(chosen):
         if choice.again:
             before, behind = _in_two(joint, choice)
-            begins = {node: back.begin for node, back in fetched.items()}
-            _Again(joint, choice, Begin.of(joint, choice.layer), fetched, begins).run(before)
+            come = {node: back.begin for node, back in fetched.items()}
+            _Again(joint, choice, begins[index], there, come).run(before)
             if behind:
                 user = behind[0][0]
-                _Again(joint, choice, Begin(user, _result_before(user)), fetched, {}).run(behind)
+                _Again(joint, choice, Begin(user, _result_before(user)), there, {}).run(behind)
     joint.graph.eliminate_dead_code()
     if is_planned:
         weights_first(joint)
@@ -55,6 +63,29 @@ def on_trial(
     copies = dict(zip(graph.nodes, trial.graph.nodes, strict=True))
     make_again(trial, [choice.of_copies(copies) for choice in chosen], is_planned)
     return trial, copies
+
+
+def _starts_again(
+    joint: JointGraph, group: Sequence[Choice], begin: Begin, there: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Makes the starts of a group's layers again, where the backward pass of the last of them begins; the backward pass reads these.
+
+    Args:
+        there: what stands in the backward pass for what is kept.
+
+    Returns:
+        What stands for the starts.
+    """
+    found: dict[fx.Node, fx.Node] = {}
+    for before, choice in itertools.pairwise(group):
+        again = _Again(joint, before, begin, there, {}, before.onward)
+        if before.layer.start in found:  # comes of the group's first start, which waits
+            again.gates[before.layer.start] = found[before.layer.start]
+        found[choice.layer.start] = again.made(choice.layer.start, begin.first)
+    for start, new in found.items():
+        for user in [user for user in start.users if user in joint.backward]:
+            user.replace_input_with(start, new)
+    return found
 
 
 Readers = list[tuple[fx.Node, fx.Node]]
@@ -101,25 +132,28 @@ class _Again:
         joint: JointGraph,
         choice: Choice,
         begin: Begin,
-        fetched: Mapping[fx.Node, Back],
+        there: Mapping[fx.Node, fx.Node],
         begins: Mapping[fx.Node, Begin],
+        again: Sequence[fx.Node] | None = None,
     ) -> None:
         """
         Args:
             begin: the place.
-            begins: that of what is not there before.
+            there: what stands in the backward pass for what is kept, where that is not read itself.
+            begins: the place of what is not there before.
+            again: what may be made; the choice's, unless it is given.
         """
-        self.joint, self.choice, self.fetched = joint, choice, fetched
+        self.joint, self.choice, self.there = joint, choice, there
         self.begin, self.begins = begin, begins
-        self.again = set(choice.again)
+        self.again = set(choice.again if again is None else again)
         self.clones: dict[fx.Node, fx.Node] = {}
         self.gates: dict[fx.Node, fx.Node] = {}
 
     def run(self, readers: Readers) -> None:
         for user, node in readers:
-            user.replace_input_with(node, self._clone(node, user))
+            user.replace_input_with(node, self.made(node, user))
 
-    def _clone(self, node: fx.Node, before: fx.Node) -> fx.Node:
+    def made(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """A node, made again before another one. (Layers are deep: no recursion over their nodes.)"""
         waiting = [node]
         while waiting:
@@ -147,7 +181,7 @@ class _Again:
         if node is not self.choice.layer.start and node not in self.choice.kept:
             return node  # of no layer: a weight, what all layers read
         if node not in self.gates:
-            kept = self.fetched[node].node if node in self.fetched else node
+            kept = self.there.get(node, node)
             begin = self.begins.get(node, self.begin)
             # All at the start: each holds the gradient that it waits for.
             with self.joint.graph.inserting_before(begin.first):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 from mst_fx.errors import BudgetError
@@ -21,6 +22,8 @@ from mst_fx.report import human_bytes
 _HALVINGS = 6
 # Of the seconds of all forward passes: what saves less is not looked for.
 _SMALL = 1e-4
+# What another search must promise to save, of the same.
+_MUCH = 0.02
 
 PeakWith = Callable[[Sequence[Choice]], int]
 
@@ -63,9 +66,28 @@ class Plan:
     peak: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """What layers may choose from.
+
+    Attributes:
+        choices: of each layer.
+        beside: bytes that are there at a time beside what layers keep: the starts of a group's layers.
+    """
+
+    choices: Sequence[Sequence[Choice]]
+    beside: int = 0
+
+
 def fastest(
     choices: Sequence[Sequence[Choice]], room: Room, host: Host, peak_with: PeakWith
 ) -> tuple[Sequence[int], int]:
+    """The choice of each layer, by number, and the peak of the graph with them: as :func:`fastest_of` one way."""
+    _, plan = _fastest_of([Way(choices)], room, host, peak_with)
+    return plan.taken, plan.peak
+
+
+def fastest_of(ways: Sequence[Way], room: Room, host: Host, peak_with: PeakWith) -> tuple[list[Choice], int]:
     """The choice of each layer, and the peak of the graph with them.
 
     What comes back from the host is on the device for two layers at a time. So plans are looked for that send at most so much of a
@@ -73,23 +95,44 @@ def fastest(
     that fits.
 
     Args:
+        ways: a later one is looked at where those before have no plan that fits, or by its sum of bytes it is faster.
         peak_with: the peak of the graph whose layers take these choices.
 
     Raises:
         BudgetError: if none fits.
     """
+    way, plan = _fastest_of(ways, room, host, peak_with)
+    return by_number(way.choices, plan.taken), plan.peak
 
-    @functools.cache  # the same plan comes up for many sizes
-    def peak_of(taken: tuple[int, ...]) -> int:
-        return peak_with(by_number(choices, taken))
 
-    least = 0
+def _fastest_of(ways: Sequence[Way], room: Room, host: Host, peak_with: PeakWith) -> tuple[Way, Plan]:
+    known: list[dict[tuple[int, ...], int]] = [{} for _ in ways]  # the same plan comes up for many sizes
+
+    def peak_of(number: int, taken: tuple[int, ...]) -> int:
+        if taken not in known[number]:
+            known[number][taken] = peak_with(by_number(ways[number].choices, taken))
+        return known[number][taken]
+
+    least = []
     for limit in (room.bytes, room.most):  # without a margin only where nothing fits with it
-        plan = _Search(choices, room.device, limit, host, peak_of).best()
-        if plan.peak <= limit:
-            return plan.taken, plan.peak
-        least = plan.peak
-    raise BudgetError(_too_little(room, host, least - room.most))
+        found: tuple[Way, Plan] | None = None
+        for number, way in enumerate(ways):
+            search = _Search(way.choices, room.device, limit, host, functools.partial(peak_of, number))
+            if found is not None:
+                size = _device_bytes(*found) - way.beside
+                if search.seconds_within(size) >= found[1].seconds - _MUCH * host.hides:
+                    continue
+            plan = search.best()
+            least.append(plan.peak)
+            if plan.peak <= limit and (found is None or plan.seconds < found[1].seconds):
+                found = way, plan
+        if found is not None:
+            return found
+    raise BudgetError(_too_little(room, host, min(least) - room.most))
+
+
+def _device_bytes(way: Way, plan: Plan) -> int:
+    return way.beside + sum(choice.device_bytes for choice in by_number(way.choices, plan.taken))
 
 
 def largest(
@@ -161,10 +204,19 @@ class _Search:
     def _taken(self, taken: Sequence[int]) -> list[Option]:
         return [those[index] for those, index in zip(self._options, taken, strict=True)]
 
-    def _plan(self, taken: Sequence[int]) -> Plan:
+    def _seconds(self, taken: Sequence[int]) -> float:
         found = self._taken(taken)
-        seconds = sum(each.seconds for each in found) + self.host.seconds(sum(each.host for each in found))
-        return Plan(taken, seconds, self.peak_of(tuple(taken)))
+        return sum(each.seconds for each in found) + self.host.seconds(sum(each.host for each in found))
+
+    def _plan(self, taken: Sequence[int]) -> Plan:
+        return Plan(taken, self._seconds(taken), self.peak_of(tuple(taken)))
+
+    def seconds_within(self, size: int) -> float:
+        """Of the fastest plan that keeps so many bytes on the device, whatever its peak is."""
+        try:
+            return self._seconds(solved(self._options, size, self.host))
+        except TooLittle:
+            return math.inf
 
     def sending(self, most: int) -> Plan:
         """The fastest plan that fits, or the least one, if none does.

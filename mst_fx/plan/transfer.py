@@ -14,38 +14,14 @@ from torch import fx
 
 from mst_fx.ops.offload import dense_order
 from mst_fx.plan.choices import Choice
+from mst_fx.plan.groups import groups_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention, source_of, tensor_of
-from mst_fx.plan.layers import Layer
+from mst_fx.plan.layers import Begin, arriving
 from mst_fx.torch_api.fakes import fake_mode_of
 from mst_fx.torch_api.joint import always_save, is_forward_only
 from mst_fx.torch_api.tensors import tree_leaves
 
 mst = torch.ops.mst_fx
-
-
-@dataclasses.dataclass(frozen=True)
-class Begin:
-    """Where the backward pass of a layer begins.
-
-    Attributes:
-        first: its first node: what it reads of the forward pass is there before.
-        after: a gradient that is there by then, and not much earlier.
-    """
-
-    first: fx.Node
-    after: fx.Node
-
-    @staticmethod
-    def of(joint: JointGraph, layer: Layer) -> Begin:
-        users = {user for user, _ in layer.readers}
-        starts = {user for user in layer.start.users if user in joint.backward}
-        first = next(node for node in joint.graph.nodes if node in users or node in starts)
-        return Begin(first, _arriving(joint, first)[0])
-
-
-def _arriving(joint: JointGraph, node: fx.Node) -> list[fx.Node]:
-    """The gradients that a node reads."""
-    return [n for n in node.all_input_nodes if n in joint.backward and tensor_of(n) is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +49,15 @@ class _Sent:
             [kept for kept, _, _ in found], [order for _, order, _ in found], [h for _, _, h in found]
         )
 
+    @staticmethod
+    def all_of(parts: Sequence[_Sent]) -> _Sent:
+        """Those of several layers."""
+        return _Sent(
+            [kept for part in parts for kept in part.kept],
+            [order for part in parts for order in part.orders],
+            [host for part in parts for host in part.hosts],
+        )
+
 
 _NOTHING = _Sent([], [], [])
 
@@ -98,8 +83,11 @@ class Back:
     begin: Begin
 
 
-def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, Back]:
+def send(joint: JointGraph, chosen: Sequence[Choice], begins: Mapping[int, Begin]) -> Mapping[fx.Node, Back]:
     """Sends what the layers keep on the host, and brings it back; the backward pass reads what came back.
+
+    Args:
+        begins: of the layers that have a backward pass, by number.
 
     Returns:
         What came back, by what was sent.
@@ -107,15 +95,19 @@ def send(joint: JointGraph, chosen: Sequence[Choice]) -> Mapping[fx.Node, Back]:
     sending = [index for index, choice in enumerate(chosen) if choice.sent]
     if not sending:
         return {}
-    assert sending[-1] + 1 < len(chosen), "the backward pass of the last layer comes at once"
+    groups = groups_of(chosen)
+    last = next(number for number, group in enumerate(groups) if sending[-1] in group)
+    assert last + 1 < len(groups), "the backward pass of the last layer comes at once"
     _forward_first(joint)
     sent = _stashed(joint, {index: chosen[index].sent for index in sending})
     settled = _settled(joint, chosen, sending[-1], sent[sending[-1]])
     stations = [
         station
-        for index in reversed(range(sending[-1] + 2))
-        if chosen[index].layer.readers
-        for station in _stations(joint, chosen[index], sent.get(index, _NOTHING))
+        for group in reversed(groups[: last + 2])
+        if any(chosen[index].layer.readers for index in group)
+        for station in _stations(
+            joint, [(chosen[i], sent.get(i, _NOTHING)) for i in group], begins[group[-1]]
+        )
     ]
     fetched: dict[fx.Node, Back] = {}
     started: list[fx.Node] = []
@@ -142,10 +134,12 @@ def _settled(joint: JointGraph, chosen: Sequence[Choice], index: int, last: _Sen
     return found
 
 
-def _stations(joint: JointGraph, choice: Choice, sent: _Sent) -> list[_Station]:
-    """Where what a layer has sent comes back: at the beginning of its backward pass, and what is not read before attention's results
-    are, where these are: until then the next layer's need not come."""
-    begin = Begin.of(joint, choice.layer)
+def _stations(joint: JointGraph, group: Sequence[tuple[Choice, _Sent]], begin: Begin) -> list[_Station]:
+    """Where what a group of layers has sent comes back: at the beginning of its backward pass; of a layer alone, what is not read before
+    attention's results are, where these are: until then the next layer's need not come."""
+    if len(group) > 1:
+        return [_Station(begin, _Sent.all_of([sent for _, sent in group]))]
+    [(choice, sent)] = group
     first = _first_readers(choice)
     order = {user: index for index, (user, _) in enumerate(choice.layer.readers)}
     of_attention = [first[node] for node in sent.kept if is_attention(source_of(node)) and node in first]
@@ -154,12 +148,12 @@ def _stations(joint: JointGraph, choice: Choice, sent: _Sent) -> list[_Station]:
     middle = min(of_attention, key=order.__getitem__)
     behind = {node for node in sent.kept if node in first and order[first[node]] >= order[middle]}
     behind.discard(choice.layer.start)  # has readers of its own
-    arriving = _arriving(joint, middle)
-    if middle is begin.first or not arriving or len(behind) == len(sent.kept):
+    gradients = arriving(joint, middle)
+    if middle is begin.first or not gradients or len(behind) == len(sent.kept):
         return [_Station(begin, sent)]
     return [
         _Station(begin, sent.only(set(sent.kept) - behind)),
-        _Station(Begin(middle, arriving[0]), sent.only(behind)),
+        _Station(Begin(middle, gradients[0]), sent.only(behind)),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import mst_fx
-from mst_fx import backend
 from mst_fx.context import JointContext
 from mst_fx.errors import Cause, OptionError
-from mst_fx.joint import hooked
 from mst_fx.listeners import on_plan
 from mst_fx.options import bytes_in, make_options
 from mst_fx.pipeline import JOINT_STAGES
@@ -26,10 +24,10 @@ from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
-from mst_fx.torch_api.inductor import compile_graph
 from mst_fx.torch_api.joint import must_save
 from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
 from tests.models import ACCEPTED, inputs_of
+from tests.plan.ways import PLAIN, Ways
 from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 _LENGTH = 96
@@ -69,36 +67,6 @@ def _stages(chosen: Chosen) -> tuple[Stage, ...]:
     return (Stage("memory", chosen.__call__, when=When.JOINT),)
 
 
-class Ways:
-    """A model under mst, captured and rewritten once, its graphs compiled with the joint stages of each of several ways.
-
-    Args:
-        ways: stages and options of each; asked for the next when a graph is compiled.
-
-    Attributes:
-        now: the way that runs.
-    """
-
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        model: nn.Module,
-        ways: Iterable[tuple[Sequence[Stage], dict[str, Any]]],
-    ) -> None:
-        self.now, alone = 0, compile_graph
-
-        def compiled_in_each(*args: Any) -> Callable[..., Any]:
-            compiled = []
-            for stages, more in ways:
-                with hooked(stages, make_options({**SMALL_CHUNKS, **more})):
-                    compiled.append(alone(*args))
-            return lambda *args: compiled[self.now](*args)
-
-        monkeypatch.setattr(backend, "compile_graph", compiled_in_each)
-        self.run = compile_mst(model, SMALL_CHUNKS)
-
-
-_PLAIN: tuple[Sequence[Stage], dict[str, Any]] = ((), {})
 _STRICT = {"strict": True}
 
 
@@ -125,7 +93,7 @@ def test_every_choice_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
     every: list[Chosen] = []
 
     def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
-        yield _PLAIN
+        yield PLAIN
         while not every or len(every) < every[-1].count:
             every.append(Chosen(len(every)))
             yield _stages(every[-1]), _STRICT
@@ -155,7 +123,7 @@ def test_all_made_again_has_the_same_bits(name: str, monkeypatch: pytest.MonkeyP
     """Two kinds of layers, biases, one product for queries, keys and values, and an encoder with a decoder behind it."""
     model, batch = _model(name)
     chosen = Chosen(0)
-    compiled = Ways(monkeypatch, model, [_PLAIN, (_stages(chosen), _STRICT)])
+    compiled = Ways(monkeypatch, model, [PLAIN, (_stages(chosen), _STRICT)])
     loss, truth = step(model, compiled.run, batch)
     compiled.now = 1
     found, gradients = step(model, compiled.run, batch)
@@ -198,7 +166,7 @@ def test_with_checkpointing_in_the_model(
     model.gradient_checkpointing_enable(arguments)
     chosen = Chosen(0)
     planned = (JOINT_STAGES, {"memory": "auto"})
-    compiled = Ways(monkeypatch, model, [_PLAIN, planned, (_stages(chosen), _STRICT)])
+    compiled = Ways(monkeypatch, model, [PLAIN, planned, (_stages(chosen), _STRICT)])
     with mst_fx.watch() as report:
         _, truth = step(model, compiled.run, batch)
     compiled.now = 1

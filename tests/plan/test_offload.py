@@ -23,7 +23,7 @@ from mst_fx.options import bytes_in
 from mst_fx.plan import costs, transfer
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.joint_graph import JointGraph, bytes_of
-from mst_fx.plan.layers import layers_of
+from mst_fx.plan.layers import Begin, layers_of
 from mst_fx.plan.peak import calls_of, curve_of, peak_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
@@ -223,7 +223,6 @@ def test_the_arena_uses_its_memory_again() -> None:
     assert arena.size == 0
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_a_buffer_is_given_back_is_raised() -> None:
     """The end of a step's storages is where Python looks for signals first, when the backward pass is over."""
     arena = Arena()
@@ -238,6 +237,7 @@ def test_ctrl_c_while_a_buffer_is_given_back_is_raised() -> None:
     assert arena.used == 0
 
 
+@pytest.mark.slow
 def test_a_longer_sequence_than_the_plan_holds_is_planned_anew() -> None:
     """One graph of all lengths, as far as its plan's budget goes."""
     model, _ = _model(layers=2)
@@ -254,8 +254,10 @@ def test_a_longer_sequence_than_the_plan_holds_is_planned_anew() -> None:
     assert float((loss - expected).abs()) < 1e-5 and worst_error(gradients, truth) < 1e-5
 
 
-def _whole(joint: JointGraph, choice: Choice, sent: transfer._Sent) -> list[transfer._Station]:
-    return [transfer._Station(transfer.Begin.of(joint, choice.layer), sent)]
+def _whole(
+    joint: JointGraph, group: list[tuple[Choice, transfer._Sent]], begin: Begin
+) -> list[transfer._Station]:
+    return [transfer._Station(begin, sent) for _, sent in group]
 
 
 def test_what_attention_gave_comes_back_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

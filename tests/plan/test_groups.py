@@ -1,0 +1,221 @@
+"""Groups of layers, whose starts are made again together: the same bits, calls as often as is said, and longer sequences in a budget."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mst_fx
+from mst_fx import backend
+from mst_fx.context import JointContext
+from mst_fx.ops.arena import ARENA
+from mst_fx.options import bytes_in
+from mst_fx.plan.choices import Choice, choices_of
+from mst_fx.plan.groups import groups_of, may_join, ways_in_groups
+from mst_fx.plan.joint_graph import JointGraph, is_attention
+from mst_fx.plan.layers import layers_of
+from mst_fx.plan.recompute import make_again
+from mst_fx.stage import Stage, When
+from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
+from tests.models import ACCEPTED, inputs_of
+from tests.plan.ways import PLAIN, Ways
+from tools.meters.cpu import measure_cpu
+
+_LENGTH = 96
+_LAYERS = 5
+
+
+def _model(layers: int = _LAYERS, length: int = _LENGTH, **config: Any) -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    entry = ACCEPTED["llama"]
+    return entry.build(num_hidden_layers=layers, **config).train(), inputs_of(entry, 1, length)
+
+
+class Grouped:
+    """A stage that takes one choice for every layer, in groups of so many, and remembers what it did.
+
+    Args:
+        is_sent: whether what the early layers keep is on the host.
+    """
+
+    def __init__(self, index: int, size: int, is_sent: bool = False) -> None:
+        self.index, self.size, self.is_sent = index, size, is_sent
+        self.chosen: list[Choice] = []
+
+    def __call__(self, context: JointContext) -> None:
+        joint = JointGraph(context.graph)
+        every = [choices_of(layer, joint.kept_anyway) for layer in layers_of(joint)[:-1]]
+        chosen = [those[min(self.index, len(those) - 1)] for those in every]
+        assert may_join(joint, every) == [False, *[True] * (len(chosen) - 1)]
+        self.chosen = [c.without_start() if i % self.size else c for i, c in enumerate(chosen)]
+        if self.is_sent:
+            last = (len(chosen) - 1) // self.size * self.size
+            self.chosen = [c.on_host() if i < last else c for i, c in enumerate(self.chosen)]
+        make_again(joint, self.chosen)
+        self.attention = sum(map(is_attention, context.graph.nodes))
+
+
+def _grouped(monkeypatch: pytest.MonkeyPatch, *args: Any) -> Grouped:
+    found = Grouped(*args)
+    monkeypatch.setattr(backend, "JOINT_STAGES", (Stage("memory", found, when=When.JOINT),))
+    monkeypatch.setattr("mst_fx.joint._key", lambda *_: f"groups {args}")
+    return found
+
+
+def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device and on the host, of two layers and more; attention runs again for each start, unless it is kept."""
+    model, batch = _model()
+    every = [
+        Grouped(0, 2),
+        Grouped(0, 3),
+        Grouped(1, 3),
+        Grouped(0, 2, is_sent=True),
+        Grouped(1, 3, is_sent=True),
+    ]
+    planned = [((Stage("memory", each.__call__, when=When.JOINT),), {"strict": True}) for each in every]
+    compiled = Ways(monkeypatch, model, [PLAIN, *planned])
+    loss, truth = step(model, compiled.run, batch)
+    for compiled.now, grouped in enumerate(every, start=1):
+        found = compiled.run(**batch)
+        assert bool(ARENA.used) == grouped.is_sent
+        model.zero_grad(set_to_none=True)
+        found.loss.backward()
+        assert torch.equal(found.loss, loss)
+        assert all(torch.equal(p.grad, truth[name]) for name, p in model.named_parameters())
+        inner = sum(not choice.keeps_start for choice in grouped.chosen)
+        assert len(groups_of(grouped.chosen)[0]) == grouped.size
+        assert grouped.attention == (_LAYERS if grouped.index else 2 * _LAYERS + inner)
+        del found
+        gc.collect()
+        assert not ARENA.used
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "opt", "phi3"])
+def test_other_models_in_groups_have_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    entry = ACCEPTED[name]
+    model, batch = entry.build().train(), inputs_of(entry, 1, _LENGTH)
+    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
+    grouped = _grouped(monkeypatch, 0, 2)
+    found, gradients = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
+    assert not all(choice.keeps_start for choice in grouped.chosen)
+    assert torch.equal(found, loss) and all(torch.equal(gradients[n], truth[n]) for n in truth)
+
+
+def _least(model: nn.Module, batch: dict[str, Any]) -> int:
+    """Bytes of the smallest budget."""
+    with pytest.raises(Exception, match="BudgetError") as error:
+        compile_mst(model, {**SMALL_CHUNKS, "memory": 1, "host_memory": "0"})(**batch)
+    missing = re.search(r"needs ([\d.]+ [KMG]iB) more", str(error.value))
+    assert missing is not None
+    return int(1.03 * (bytes_in(missing[1]) or 0))
+
+
+@pytest.mark.slow
+def test_a_budget_that_groups_make_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory falls by as much as is said; where single layers fit, they are not in groups."""
+    model, batch = _model(layers=6, length=4096)
+    least = _least(model, batch)
+    options = {**SMALL_CHUNKS, "host_memory": "0"}
+    _, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
+
+    def planned(memory: int) -> tuple[Any, int]:
+        """The plan, and what a meter counts at the peak."""
+        with mst_fx.watch() as report:
+            compiled = compile_mst(model, {**options, "memory": memory, "inner": "inductor"})
+            _, gradients = step(model, compiled, batch)
+        assert worst_error(gradients, truth) < 1e-5
+        model.zero_grad(set_to_none=True)
+        with measure_cpu() as measured:
+            compiled(**batch).loss.backward()
+        return report.plans[0], measured.peak_bytes
+
+    in_groups, its_peak = planned(least)
+    with monkeypatch.context() as patch:
+        patch.setattr("mst_fx.passes.memory_plan.ways_in_groups", lambda *_: [])
+        alone = _least(model, batch)
+        single, peak = planned(alone)
+    assert least < 0.93 * alone
+    assert any(each.again.startswith("start + ") for each in in_groups.layers)
+    saved = single.peak - in_groups.peak
+    assert 0.95 * saved <= peak - its_peak <= 1.05 * saved
+    with mst_fx.watch() as report:
+        step(model, compile_mst(model, {**options, "memory": 2 * alone}), batch)
+    assert not any("start" in each.again for each in report.plans[0].layers)
+
+
+class _Layer(nn.Module):
+    """With dropout, whose mask the backward pass reads, and something that is added, which it does not read."""
+
+    scale: Tensor
+
+    def __init__(self, added: Callable[[Any, Tensor], Tensor | float]) -> None:
+        super().__init__()
+        self.added, self.qkv, self.out = added, nn.Linear(16, 48), nn.Linear(16, 16)
+        self.register_buffer("scale", torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(torch.tanh(x))[:, None].chunk(3, -1)
+        z = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+        y: Tensor = x + z * (torch.rand_like(z) > 0.5) + self.added(self, x)
+        self.scale.mul_(1.25)
+        return y
+
+
+class _Toy(nn.Module):
+    def __init__(self, added: Callable[[Any, Tensor], Tensor | float]) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(96, 16), nn.Linear(16, 96)
+        self.layers = nn.ModuleList(_Layer(added) for _ in range(5))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+@pytest.mark.parametrize(
+    ("added", "joins"),
+    [
+        (lambda layer, x: 0.0, True),
+        (lambda layer, x: torch.randn_like(x), False),
+        (lambda layer, x: x.detach() * layer.scale, False),
+    ],
+    ids=["nothing", "noise", "a buffer that the step writes"],
+)
+def test_what_gives_something_else_a_second_time_is_in_no_group(
+    added: Callable[[Any, Tensor], Tensor | float], joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, batch = _Toy(added).double(), {"ids": torch.randint(96, (2, 40))}
+    found: list[bool] = []
+
+    def grouped(context: JointContext) -> None:
+        joint = JointGraph(context.graph)
+        every = [choices_of(layer, joint.kept_anyway) for layer in layers_of(joint)[:-1]]
+        found.extend(may_join(joint, every))
+        assert bool(ways_in_groups(joint, every)) == joins
+        least = [those[0] for those in every]
+        make_again(joint, [c.without_start() if i % 2 and joins else c for i, c in enumerate(least)])
+
+    ways = [PLAIN, ((Stage("memory", grouped, when=When.JOINT),), {"strict": True})]
+    compiled = Ways(monkeypatch, model, ways)
+    start = deepcopy(model.state_dict())
+    results = []
+    for compiled.now in (0, 1):
+        model.load_state_dict(start)
+        torch.manual_seed(1)
+        results.append(step(model, compiled.run, batch))
+    assert len(found) >= 4 and found == [False, *[joins] * (len(found) - 1)]
+    (loss, truth), (again, gradients) = results
+    assert torch.equal(again, loss) and all(torch.equal(gradients[n], truth[n]) for n in truth)
