@@ -115,24 +115,31 @@ def _fastest_of(ways: Sequence[Way], room: Room, host: Host, peak_with: PeakWith
 
     least = []
     for limit in (room.bytes, room.most):  # without a margin only where nothing fits with it
-        found: tuple[Way, Plan] | None = None
-        for number, way in enumerate(ways):
-            search = _Search(way.choices, room.device, limit, host, functools.partial(peak_of, number))
-            if found is not None:
-                size = _device_bytes(*found) - way.beside
-                if search.seconds_within(size) >= found[1].seconds - _MUCH * host.hides:
-                    continue
+        found: tuple[Way, _Search, Plan] | None = None
+        left = [
+            (way, _Search(way.choices, room.device, limit, host, functools.partial(peak_of, number)))
+            for number, way in enumerate(ways)
+        ]
+        while left:
+            way, search = left.pop(0)
             plan = search.best()
             least.append(plan.peak)
-            if plan.peak <= limit and (found is None or plan.seconds < found[1].seconds):
-                found = way, plan
+            if plan.peak <= limit and (found is None or plan.seconds < found[2].seconds):
+                found = way, search, plan
+            if found is not None:
+                left = _promising(left, found[0], found[2])
         if found is not None:
-            return found
+            way, search, plan = found
+            return way, search.with_faster_choices(plan)
     raise BudgetError(_too_little(room, host, min(least) - room.most))
 
 
-def _device_bytes(way: Way, plan: Plan) -> int:
-    return way.beside + sum(choice.device_bytes for choice in by_number(way.choices, plan.taken))
+def _promising(others: Sequence[tuple[Way, _Search]], way: Way, plan: Plan) -> list[tuple[Way, _Search]]:
+    """The ways that by their sum of bytes are faster than a plan, the fastest first."""
+    size = way.beside + sum(choice.device_bytes for choice in by_number(way.choices, plan.taken))
+    seconds = {search: search.seconds_within(size - other.beside) for other, search in others}
+    better = [each for each in others if seconds[each[1]] < plan.seconds - _MUCH * each[1].host.hides]
+    return sorted(better, key=lambda each: seconds[each[1]])
 
 
 def largest(
@@ -171,7 +178,7 @@ def solved(options: Sequence[tuple[Option, ...]], size: int, host: Host) -> list
     return [next(turns[those]) for those in options]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Search:
     choices: Sequence[Sequence[Choice]]
     device: str
@@ -190,7 +197,7 @@ class _Search:
                 plan = self.sending(most)
                 (fitting if plan.peak <= self.limit else missing).append(plan)
         if fitting:
-            return self.with_faster_choices(min(fitting, key=lambda plan: plan.seconds))
+            return min(fitting, key=lambda plan: plan.seconds)
         return min(missing, key=lambda plan: plan.peak)
 
     @functools.cached_property
