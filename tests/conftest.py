@@ -107,6 +107,18 @@ def pytest_collection_finish() -> None:
     quick.collections()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Behind the last test of a file nothing of it is left but what stays: caches and imports, which no collection need look at again."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        Sharing.file = None
+        torch._dynamo.reset()
+        process.reset()
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_of_a_real_model(item):
