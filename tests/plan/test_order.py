@@ -19,7 +19,8 @@ from mst_fx.plan.order import weights_first
 from mst_fx.plan.peak import calls_of, curve_of
 from tests.helpers import SMALL_CHUNKS, compile_mst, step
 from tests.models import ACCEPTED, inputs_of
-from tests.plan.test_memory_plan import Chosen, Ways, _model, _stages
+from tests.plan.test_memory_plan import Chosen, _model, _stages
+from tests.plan.ways import Ways
 
 
 def _leave(joint: JointGraph) -> None:
