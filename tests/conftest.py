@@ -103,7 +103,6 @@ def _shared(file: Path, automatic_dynamic: bool = False) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    gc.collect()
     quick.collections()
 
 

@@ -73,3 +73,4 @@ def collections() -> None:
     """What was imported is here to stay: collections of garbage, which torch's compilers cause, need not look at it."""
     gc.freeze()
     gc.set_threshold(200_000, 10, 10)
+    gc.enable()
