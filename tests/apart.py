@@ -302,6 +302,7 @@ def import_all() -> None:
     import torch._inductor.compile_fx
     import torch.distributed
     import torch.fx.experimental.proxy_tensor
+    from torch._inductor.fx_passes import joint_graph, post_grad
 
     with contextlib.suppress(ImportError):
         import transformers.masking_utils
@@ -309,7 +310,10 @@ def import_all() -> None:
     from tests import quick
 
     quick.compilers()
+    joint_graph.lazy_init(torch.device("cpu"))  # patterns, 0.5 s in each process that runs Inductor
+    post_grad.lazy_init()
     torch.set_num_threads(1)
+    quick.collections()
 
 
 if __name__ == "__main__":

@@ -103,8 +103,19 @@ def _shared(file: Path, automatic_dynamic: bool = False) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    gc.collect()
     quick.collections()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Behind the last test of a file nothing of it is left but what stays: caches and imports, which no collection need look at again."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        Sharing.file = None
+        torch._dynamo.reset()
+        process.reset()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

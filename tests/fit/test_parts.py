@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch import fx
 
+from mst_fx.bodies.body import Body
 from mst_fx.diagnose.fit_model import subject_of
 from mst_fx.diagnose.model_of import Shape
 from mst_fx.fit.forecast import Subject, stand_ins
@@ -27,8 +31,19 @@ def _subject(model: str, **overrides: object) -> Subject:
     return subject_of(model, Shape(overrides={**small, **heads, **overrides}, dtype=torch.bfloat16))
 
 
-def _peak_of_all(subject: Subject, taken: list[Key]) -> int:
-    graph, bodies = trace(subject.build(_LAYERS, False), subject.inputs(_SEQ))
+@functools.cache
+def _few(model: str, has_host: bool = False) -> TracedStep:
+    return _from_few(_subject(model), has_host)
+
+
+@functools.cache
+def _all(model: str) -> tuple[fx.Graph, tuple[Body, ...]]:
+    subject = _subject(model)
+    return trace(subject.build(_LAYERS, False), subject.inputs(_SEQ))
+
+
+def _peak_of_all(model: str, taken: list[Key]) -> int:
+    graph, bodies = _all(model)
     *layers, _ = layers_of(JointGraph(graph))
     assert len(layers) == _LAYERS and bodies
     chosen = [
@@ -48,22 +63,20 @@ def _from_few(subject: Subject, has_host: bool = False) -> TracedStep:
 @pytest.mark.parametrize("model", ["mistral-7b", "gemma2-9b"])
 def test_few_layers_say_what_many_take(model: str) -> None:
     """Gemma 2: layers with a window and without, in turns."""
-    subject = _subject(model)
-    few = _from_few(subject)
+    few = _few(model)
     for taken in ([0] * 6, [0, 0, 0, 1, 1, 2], [1, 0, 2, 3, 0, 1]):
         keys = [(level, False) for level in taken]
-        assert together(few.known, few.stands_for, keys).peak == _peak_of_all(subject, keys), taken
+        assert together(few.known, few.stands_for, keys).peak == _peak_of_all(model, keys), taken
 
 
 @pytest.mark.slow
 def test_few_layers_say_what_many_take_with_the_host() -> None:
-    subject = _subject("mistral-7b")
-    few = _from_few(subject, has_host=True)
+    few = _few("mistral-7b", has_host=True)
     for sent in ([0] * 4, [0, 0, 1], [1, 0], [1] * 4):
         keys = [(level, True) for level in sent] + [(0, False)] * (_LAYERS - len(sent))
         tolerance = 0 if len(set(sent)) == 1 else 0.01  # of copies of several sizes two are there together
         peak = together(few.known, few.stands_for, keys).peak
-        assert peak == pytest.approx(_peak_of_all(subject, keys), rel=tolerance), sent
+        assert peak == pytest.approx(_peak_of_all("mistral-7b", keys), rel=tolerance), sent
     assert few.least(0) == few.every(0).peak + few.outputs > few.least(10**12)
     roomy, tight = (
         few.plan(Room("H200", 10**12, 0), 10**12),
@@ -77,7 +90,7 @@ def test_few_layers_say_what_many_take_with_the_host() -> None:
 
 @pytest.mark.slow
 def test_a_plan_is_the_fastest_of_those_that_fit() -> None:
-    few = _from_few(_subject("mistral-7b"))
+    few = _few("mistral-7b")
     device = device_of("H200")
     least, most = few.every(0), few.every(len(few.choices[1]) - 1)
     assert few.plan(Room("H200", least.peak + few.outputs - 1, 0)) is None

@@ -27,7 +27,7 @@ from mst_fx.stage import Stage, When
 from mst_fx.torch_api.joint import must_save
 from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
 from tests.models import ACCEPTED, inputs_of
-from tests.plan.ways import PLAIN, Ways
+from tests.plan.ways import PLAIN, STRICT, Ways
 from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 _LENGTH = 96
@@ -67,9 +67,6 @@ def _stages(chosen: Chosen) -> tuple[Stage, ...]:
     return (Stage("memory", chosen.__call__, when=When.JOINT),)
 
 
-_STRICT = {"strict": True}
-
-
 def _saved(loss: Tensor, given: set[int]) -> int:
     """Bytes of the tensors that the compiled backward pass of a loss has saved, but for parameters and inputs."""
     waiting, found = [loss.grad_fn], {}
@@ -96,7 +93,7 @@ def test_every_choice_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
         yield PLAIN
         while not every or len(every) < every[-1].count:
             every.append(Chosen(len(every)))
-            yield _stages(every[-1]), _STRICT
+            yield _stages(every[-1]), STRICT
 
     compiled = Ways(monkeypatch, model, ways())
     loss, truth = step(model, compiled.run, batch)
@@ -123,7 +120,7 @@ def test_all_made_again_has_the_same_bits(name: str, monkeypatch: pytest.MonkeyP
     """Two kinds of layers, biases, one product for queries, keys and values, and an encoder with a decoder behind it."""
     model, batch = _model(name)
     chosen = Chosen(0)
-    compiled = Ways(monkeypatch, model, [PLAIN, (_stages(chosen), _STRICT)])
+    compiled = Ways(monkeypatch, model, [PLAIN, (_stages(chosen), STRICT)])
     loss, truth = step(model, compiled.run, batch)
     compiled.now = 1
     found, gradients = step(model, compiled.run, batch)
@@ -138,9 +135,9 @@ def test_a_gate_without_its_gradient_holds_nothing(monkeypatch: pytest.MonkeyPat
     given = _given(model, batch)
 
     def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
-        yield _stages(Chosen(0)), _STRICT
+        yield _stages(Chosen(0)), STRICT
         monkeypatch.setattr(recompute._Again, "_operand", lambda self, node: self.clones.get(node, node))
-        yield _stages(Chosen(0)), _STRICT
+        yield _stages(Chosen(0)), STRICT
 
     compiled = Ways(monkeypatch, model, ways())
     gated = _saved(compiled.run(**batch).loss, given)
@@ -166,7 +163,7 @@ def test_with_checkpointing_in_the_model(
     model.gradient_checkpointing_enable(arguments)
     chosen = Chosen(0)
     planned = (JOINT_STAGES, {"memory": "auto"})
-    compiled = Ways(monkeypatch, model, [PLAIN, planned, (_stages(chosen), _STRICT)])
+    compiled = Ways(monkeypatch, model, [PLAIN, planned, (_stages(chosen), STRICT)])
     with mst_fx.watch() as report:
         _, truth = step(model, compiled.run, batch)
     compiled.now = 1
@@ -184,22 +181,26 @@ def test_what_a_policy_makes_again_or_sends_in_any_case(monkeypatch: pytest.Monk
     kept on the device."""
     model, batch = _model()
     _, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
+    plans: list[Any] = []
     # Attention's result and the logarithms of its sums, float32.
     size = _LENGTH * (model.config.hidden_size + model.config.num_attention_heads) * 4
-    for policy, host, sent in (
-        (CheckpointPolicy.MUST_RECOMPUTE, "1GiB", 0),
-        (CheckpointPolicy.MUST_CPU_OFFLOAD, "1GiB", (_LAYERS - 1) * size),
-        (CheckpointPolicy.MUST_CPU_OFFLOAD, size, 0),
+    for policy, hosts in (
+        (CheckpointPolicy.MUST_RECOMPUTE, {"1GiB": 0}),
+        (CheckpointPolicy.MUST_CPU_OFFLOAD, {"1GiB": (_LAYERS - 1) * size, size: 0}),
     ):
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _for_attention(policy)})
-        with mst_fx.watch() as report:
-            compiled = compile_mst(model, {**SMALL_CHUNKS, "memory": "auto", "host_memory": host})
-            _, found = step(model, compiled, batch)
-        layers = report.plans[0].layers
-        assert sum(each.layers * each.host_bytes for each in layers) == sent
-        is_again = policy is CheckpointPolicy.MUST_RECOMPUTE
-        assert all(("attention" in each.again) == is_again for each in layers)
-        assert worst_error(found, truth) < 1e-6
+        ways = [(JOINT_STAGES, {"memory": "auto", "host_memory": host}) for host in hosts]
+        with monkeypatch.context() as patch, on_plan.listening(plans.append):
+            compiled = Ways(patch, model, ways)
+            for compiled.now, sent in enumerate(hosts.values()):
+                _, found = step(model, compiled.run, batch)
+                layers = plans[compiled.now].layers
+                assert sum(each.layers * each.host_bytes for each in layers) == sent
+                is_again = policy is CheckpointPolicy.MUST_RECOMPUTE
+                assert all(("attention" in each.again) == is_again for each in layers)
+                assert worst_error(found, truth) < 1e-6
+        assert len(plans) == len(hosts)
+        plans.clear()
 
 
 def test_too_little_memory_is_said_before_the_first_step() -> None:
@@ -248,7 +249,7 @@ def test_what_reads_a_buffer_that_is_written_is_kept(monkeypatch: pytest.MonkeyP
     eager = deepcopy(model)
     _, truth = step(eager, eager, batch)
     chosen = Chosen(0)
-    _, found = step(model, Ways(monkeypatch, model, [(_stages(chosen), _STRICT)]).run, batch)
+    _, found = step(model, Ways(monkeypatch, model, [(_stages(chosen), STRICT)]).run, batch)
     assert all(choice.again for choice in chosen.choices)
     assert worst_error(found, truth) < 1e-12
 

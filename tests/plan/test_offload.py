@@ -8,18 +8,19 @@ import gc
 import logging
 import re
 import signal
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-import mst_fx
 from mst_fx import backend
 from mst_fx.context import JointContext
 from mst_fx.listeners import on_plan
 from mst_fx.ops.arena import ARENA, Arena
 from mst_fx.options import bytes_in
+from mst_fx.pipeline import JOINT_STAGES
 from mst_fx.plan import costs, transfer
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.joint_graph import JointGraph, bytes_of
@@ -29,6 +30,7 @@ from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
 from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
 from tests.models import ACCEPTED, inputs_of
+from tests.plan.ways import PLAIN, STRICT, Ways
 
 _LENGTH = 96
 _LAYERS = 3
@@ -63,21 +65,32 @@ class Sending:
         self.peak = peak_of(joint)
 
 
-def _sending(monkeypatch: pytest.MonkeyPatch, index: int, sent: tuple[int, ...] | None = None) -> Sending:
-    found = Sending(index, sent)
+def _way(sending: Sending) -> tuple[tuple[Stage, ...], dict[str, Any]]:
+    return (Stage("memory", sending.__call__, when=When.JOINT),), STRICT
+
+
+def _sending(monkeypatch: pytest.MonkeyPatch, index: int) -> Sending:
+    found = Sending(index)
     monkeypatch.setattr(backend, "JOINT_STAGES", (Stage("memory", found, when=When.JOINT),))
-    monkeypatch.setattr("mst_fx.joint._key", lambda *_: f"{index} {sent}")
+    monkeypatch.setattr("mst_fx.joint._key", lambda *_: str(index))
     return found
 
 
 def test_every_choice_on_the_host_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the passes the arena holds what the plan sends, and nothing afterwards."""
     model, batch = _model()
-    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
-    index = count = 0
-    while index <= count:
-        sending = _sending(monkeypatch, index)
-        found = compile_mst(model, {**SMALL_CHUNKS, "strict": True})(**batch)
+    every: list[Sending] = []
+
+    def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
+        yield PLAIN
+        while not every or len(every) < every[-1].count:
+            every.append(Sending(len(every)))
+            yield _way(every[-1])
+
+    compiled = Ways(monkeypatch, model, ways())
+    loss, truth = step(model, compiled.run, batch)
+    for compiled.now, sending in enumerate(every, start=1):
+        found = compiled.run(**batch)
         assert ARENA.used == sending.host > 0
         model.zero_grad(set_to_none=True)
         found.loss.backward()
@@ -86,16 +99,16 @@ def test_every_choice_on_the_host_has_the_same_bits(monkeypatch: pytest.MonkeyPa
         del found
         gc.collect()
         assert ARENA.used == 0
-        index, count = index + 1, sending.count - 1
-    assert count >= 4
+    assert len(every) >= 5
 
 
 def test_graphs_that_live_on_are_dropped_or_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two graphs alive at once, one retained; one dropped; one whose backward pass raises: nobody reads another's memory."""
     model, batch = _model()
-    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
-    sending = _sending(monkeypatch, 1)
-    compiled = compile_mst(model, {**SMALL_CHUNKS, "strict": True})
+    sending = Sending(1)
+    ways = Ways(monkeypatch, model, [PLAIN, _way(sending)])
+    loss, truth = step(model, ways.run, batch)
+    ways.now, compiled = 1, ways.run
 
     def gradients(found: Any, **kwargs: Any) -> list[Any]:
         return list(torch.autograd.grad(found.loss, list(model.parameters()), **kwargs))
@@ -124,22 +137,25 @@ def test_graphs_that_live_on_are_dropped_or_raise(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(fourth.loss, loss) and all(map(torch.equal, gradients(fourth), expected))
 
 
-@pytest.mark.parametrize("sent", [(0,), (1,), (0, 2)])
-def test_layers_between_that_stay(sent: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_between_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fetched ahead is that of the next layer alone; others start their copies where they begin."""
     model, batch = _model(layers=4)
-    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
-    _sending(monkeypatch, 0, sent)
-    found, gradients = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
-    assert torch.equal(found, loss)
-    assert all(torch.equal(gradients[name], gradient) for name, gradient in truth.items())
+    every = [Sending(0, sent) for sent in ((0,), (1,), (0, 2))]
+    compiled = Ways(monkeypatch, model, [PLAIN, *map(_way, every)])
+    loss, truth = step(model, compiled.run, batch)
+    for compiled.now, sending in enumerate(every, start=1):
+        found, gradients = step(model, compiled.run, batch)
+        assert sending.host > 0 and torch.equal(found, loss), sending.sent
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in truth.items()), sending.sent
 
 
 def test_two_kinds_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = _model("gemma2")
-    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
-    sending = _sending(monkeypatch, 1)
-    found, gradients = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
+    sending = Sending(1)
+    compiled = Ways(monkeypatch, model, [PLAIN, _way(sending)])
+    loss, truth = step(model, compiled.run, batch)
+    compiled.now = 1
+    found, gradients = step(model, compiled.run, batch)
     assert sending.host > 0 and torch.equal(found, loss)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in truth.items())
 
@@ -171,37 +187,45 @@ def test_a_budget_that_the_host_makes_fit(
     pytest.importorskip("scipy", reason="the ladder without it sends layers only where nothing else fits")
     monkeypatch.setattr("mst_fx.passes.memory_plan.ways_in_groups", lambda *_: [])  # would need less yet
     model, batch = _model(layers=4, length=1024)
-
-    def plan(memory: Any, host: Any) -> Any:
-        with mst_fx.watch() as report:
-            step(model, compile_mst(model, {**SMALL_CHUNKS, "memory": memory, "host_memory": host}), batch)
-        return report.plans[0]
-
-    def flops(found: Any) -> float:
-        return float(sum(each.layers * each.flops for each in found.layers))
-
-    with pytest.raises(Exception, match="BudgetError") as error:
-        plan(1, "0")
-    missing = re.search(r"needs ([\d.]+ [KMG]iB) more", str(error.value))
-    assert missing is not None
-    least = int(1.03 * (bytes_in(missing[1]) or 0))
-    without, slow = plan(least, "0"), plan(least, "1GiB")
-    assert not any(each.host_bytes for each in slow.layers), (
-        "nothing hides copies: attention is sooner made again"
-    )
-    monkeypatch.setattr(costs, "_OTHER", dataclasses.replace(costs._OTHER, link=1e15))
-    lent = plan(least, "1GiB")
-    assert lent.peak <= least and sum(each.host_bytes for each in lent.layers) > 0
-    assert not any(each.host_bytes for each in without.layers)
-    assert flops(lent) < flops(without)
+    found: list[Any] = []
+    budgets: list[int] = []
 
     def refuse(*_: Any) -> None:
         raise MemoryError("cudaHostRegister of 1 bytes gave error 2")
 
-    monkeypatch.setattr(ARENA, "reserve", refuse)
-    with caplog.at_level(logging.WARNING, logger="mst_fx"):
-        again = plan(least, "1GiB")
-    assert again.layers == without.layers
+    def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
+        yield JOINT_STAGES, {"memory": 1, "host_memory": "0"}
+        missing = re.search(r"needs ([\d.]+ [KMG]iB) more", str(compiled.errors[0]))
+        assert missing is not None
+        least = int(1.03 * (bytes_in(missing[1]) or 0))
+        budgets.append(least)
+        yield JOINT_STAGES, {"memory": least, "host_memory": "0"}
+        yield JOINT_STAGES, {"memory": least, "host_memory": "1GiB"}
+        monkeypatch.setattr(costs, "_OTHER", dataclasses.replace(costs._OTHER, link=1e15))
+        yield JOINT_STAGES, {"memory": least, "host_memory": "1GiB"}
+        monkeypatch.setattr(ARENA, "reserve", refuse)
+        yield JOINT_STAGES, {"memory": least, "host_memory": "1GiB"}
+
+    compiled = Ways(monkeypatch, model, ways())
+    compiled.now = 1
+    with caplog.at_level(logging.WARNING, logger="mst_fx"), on_plan.listening(found.append):
+        loss, truth = step(model, compiled.run, batch)
+    for compiled.now in (2, 3, 4):
+        again, gradients = step(model, compiled.run, batch)
+        assert float((again - loss).abs()) < 1e-5 and worst_error(gradients, truth) < 1e-5
+    without, slow, lent, refused = found
+
+    def flops(plan: Any) -> float:
+        return float(sum(each.layers * each.flops for each in plan.layers))
+
+    assert len(compiled.errors) == 1
+    assert not any(each.host_bytes for each in slow.layers), (
+        "nothing hides copies: attention is sooner made again"
+    )
+    assert lent.peak <= budgets[0] and sum(each.host_bytes for each in lent.layers) > 0
+    assert not any(each.host_bytes for each in without.layers)
+    assert flops(lent) < flops(without)
+    assert refused.layers == without.layers
     assert "does without host memory: cudaHostRegister of 1 bytes gave error 2" in caplog.text
 
 
@@ -264,7 +288,7 @@ def _whole(
 def test_what_attention_gave_comes_back_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's values come in two parts, and the next layer's only with the second: the backward pass of its MLP has less beside it."""
     model, batch = _model(layers=5)
-    sending = _sending(monkeypatch, -1)
+    sending = Sending(-1)
     found: list[tuple[int, int]] = []
 
     def counted(context: JointContext) -> None:
@@ -275,10 +299,12 @@ def test_what_attention_gave_comes_back_when_it_is_read(monkeypatch: pytest.Monk
         sizes = [size for call, size in pairs if "loop_backward" in str(call.target)]
         found.append((len(fetches), sizes[-2]))  # of the last layer that has one ahead
 
-    monkeypatch.setattr(backend, "JOINT_STAGES", (Stage("memory", counted, when=When.JOINT),))
-    for stations in (transfer._stations, _whole):
-        monkeypatch.setattr(transfer, "_stations", stations)
-        compile_mst(model, {**SMALL_CHUNKS, "strict": True, "inner": "aot_eager"})(**batch)
+    def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
+        for stations in (transfer._stations, _whole):
+            monkeypatch.setattr(transfer, "_stations", stations)
+            yield (Stage("memory", counted, when=When.JOINT),), STRICT
+
+    Ways(monkeypatch, model, ways()).run(**batch)
     (parts, in_parts), (wholes, at_once) = found
     assert wholes == 4 and parts == 2 * wholes
     assert in_parts < 0.95 * at_once

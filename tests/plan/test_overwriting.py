@@ -153,11 +153,12 @@ def test_by_inductor(
     _, truth = step(model, lambda **b: model(**b), batch)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss, found = step(model, compile_mst(model, _BY_INDUCTOR), batch)
+    run = compile_mst(model, _BY_INDUCTOR)
+    loss, found = step(model, run, batch)
     assert long == [["tangent", "key", "value"] if checkpointed else ["tangent"]] * 2
     assert loops == [True, True]
     assert worst_error(found, truth) < 1e-6  # float32 inside of its norms
-    again = _two_backward_passes(model, batch)
+    again = _two_backward_passes(run, model, batch)
     assert all(torch.equal(found[name], x) for each in again for name, x in each.items())
     count = len(long), len(loops)
     monkeypatch.setattr(inductor, "write_over_dead_operands", _copies)
@@ -167,10 +168,10 @@ def test_by_inductor(
     assert torch.equal(loss, plain[0]) and all(torch.equal(found[name], x) for name, x in plain[1].items())
 
 
-def _two_backward_passes(model: Any, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
+def _two_backward_passes(run: Any, model: Any, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
     """The gradients of two backward passes over one graph."""
     parameters = dict(model.named_parameters())
-    loss = compile_mst(model, _BY_INDUCTOR)(**batch).loss
+    loss = run(**batch).loss
     both = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for _ in range(2)]
     return [dict(zip(parameters, each, strict=True)) for each in both]
 
@@ -182,7 +183,7 @@ def test_a_wrong_analysis_costs_copies_and_no_numbers(
     model, batch = _model()
     _, truth = step(model, lambda **b: model(**b), batch)
     monkeypatch.setattr(overwriting, "_is_dead", lambda *_: True)
-    first, second = _two_backward_passes(model, batch)
+    first, second = _two_backward_passes(compile_mst(model, _BY_INDUCTOR), model, batch)
     assert long == [["tangent"]] * 4 and loops == [True] * 4
     assert worst_error(first, truth) < 1e-6 and all(torch.equal(first[name], x) for name, x in second.items())
 

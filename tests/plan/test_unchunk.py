@@ -32,6 +32,7 @@ from mst_fx.torch_api.joint import copied
 from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, loss_of, step, token_batch, worst_error
 from tests.models import OTHERS, inputs_of
 from tests.plan.test_memory_plan import _given, _saved
+from tests.plan.ways import STRICT, Ways
 
 _LAYERS = 3
 _SEEN = 1 - room._UNSEEN  # of a budget
@@ -48,14 +49,15 @@ def _at_joint(monkeypatch: pytest.MonkeyPatch, run: Callable[[JointContext], Any
     monkeypatch.setattr("mst_fx.joint._key", lambda *_: str(key))
 
 
-def _products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Takes the number of ``aten.mm`` of each graph that is compiled from now on: forward, then backward."""
-    found: list[int] = []
+def _products(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Takes the number of ``aten.mm`` of each graph that is compiled from now on, forward and backward."""
+    forward: list[int] = []
+    backward: list[int] = []
     plain: Any = vars(inductor)["aot_eager"]
     nop: Any = vars(inductor)["boxed_nop"]
 
     def recorded(gm: fx.GraphModule, inputs: Any, fw_compiler: Any) -> Any:
-        def counted(run: Any) -> Any:
+        def counted(run: Any, found: list[int]) -> Any:
             def compiled(gm: fx.GraphModule, inputs: Any) -> Any:
                 assert not any("mst_fx.loop." in str(node.target) for node in gm.graph.nodes)
                 found.append(sum(node.target is torch.ops.aten.mm.default for node in gm.graph.nodes))
@@ -63,10 +65,12 @@ def _products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
             return compiled
 
-        return plain(gm, inputs, fw_compiler=counted(fw_compiler), bw_compiler=counted(nop))
+        return plain(
+            gm, inputs, fw_compiler=counted(fw_compiler, forward), bw_compiler=counted(nop, backward)
+        )
 
     monkeypatch.setattr(inductor, "aot_eager", recorded)
-    return found
+    return forward, backward
 
 
 class _Unchunked:
@@ -95,12 +99,13 @@ def test_every_choice_saves_what_it_promises(monkeypatch: pytest.MonkeyPatch) ->
     model.float()
     _, truth = step(model, model, batch)
     given = _given(model, batch)
-    products = _products(monkeypatch)
+    forward, backward = _products(monkeypatch)
     saved, kept = [], []
-    for index in (0, 2, -2, -1):
-        stage = _Unchunked(index)
-        _at_joint(monkeypatch, stage, index)
-        loss = loss_of(compile_mst(model, {**SMALL_CHUNKS, "strict": True})(**batch))
+    every = [_Unchunked(index) for index in (0, 2, -2, -1)]
+    ways = [((Stage("memory", stage.__call__, when=When.JOINT),), STRICT) for stage in every]
+    compiled = Ways(monkeypatch, model, ways)
+    for compiled.now, stage in enumerate(every):
+        loss = loss_of(compiled.run(**batch))
         saved.append(_saved(loss, given))
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -111,8 +116,8 @@ def test_every_choice_saves_what_it_promises(monkeypatch: pytest.MonkeyPatch) ->
     assert [s - saved[0] for s in saved] == [k - kept[0] for k in kept]
     assert kept == sorted(set(kept))
     # Three products an MLP forward, six backward, and four of attention's two projections.
-    assert products[0::2] == [3 * _LAYERS] * 4
-    assert products[-1] == 10 * _LAYERS < products[1]
+    assert forward == [3 * _LAYERS] * 4
+    assert len(backward) == 4 and backward[-1] == 10 * _LAYERS < backward[0]
 
 
 class _Dropping(nn.Module):
