@@ -244,12 +244,8 @@ class _Forecaster:
 
     def _choices(self, seq: int) -> tuple[Kept, ...]:
         step = self._step(seq)
-        middle = step.choices[self.stands_for[len(self.stands_for) // 2]]
-        return tuple(
-            Kept(seq, str(choice), choice.bytes, choice.cost.flops)
-            for choice in middle.values()
-            if not choice.sent
-        )
+        middle = step.few.every[self.stands_for[len(self.stands_for) // 2]]
+        return tuple(Kept(seq, str(choice), choice.bytes, choice.cost.flops) for choice in middle)
 
 
 def state_bytes(parameter: Tensor, optimizer: str) -> int:
