@@ -207,9 +207,16 @@ def test_no_guard_where_nobody_would_check_it() -> None:
     ].rewrites  # never more than a chunk
 
 
+def test_chunks_of_a_head_have_d_rows_at_most() -> None:
+    assert vocab_chunk_size(262144, 4096, 128256, "cuda").chunk_rows == 4096  # a 32nd of the rows would be 8,192
+    assert vocab_chunk_size(2**20, 8192, 128256, "cuda").chunk_rows == 8192
+    assert vocab_chunk_size(98304, 4096, 32000, "cuda").chunk_rows == 4096
+    assert vocab_chunk_size(2**20, 512, 32000, "cuda").chunk_rows == 2048  # the floor
+
+
 def test_chunks_of_a_head_do_not_follow_from_one_batch_of_several() -> None:
-    assert vocab_chunk_size(8192, 64, 256, "cpu").chunk_rows == 2048
-    assert vocab_chunk_size(8192, 64, 256, "cpu", changes=True).chunk_rows == 256
+    assert vocab_chunk_size(1280, 384, 1536, "cpu").chunk_rows == 320
+    assert vocab_chunk_size(1280, 384, 1536, "cpu", changes=True).chunk_rows == 256
     assert vocab_chunk_size(100, 64, 256, "cpu", changes=True) == vocab_chunk_size(100, 64, 256, "cpu")
 
 
