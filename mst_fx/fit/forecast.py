@@ -9,8 +9,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from torch import Tensor, nn
 
 from mst_fx.fit.eager import EagerStep, eager_step
+from mst_fx.fit.parked import stepping
 from mst_fx.fit.traced import CannotTell, TracedStep, traced_step
-from mst_fx.plan.costs import Cost, device_of, plus
+from mst_fx.plan.costs import device_of
 from mst_fx.plan.room import Room
 from mst_fx.report import Planned
 
@@ -20,6 +21,8 @@ EAGER, EAGER_CHECKPOINTED = "eager", "eager, checkpointed"
 MST, MST_PLANNED = "mst, checkpointed", "mst with a plan"
 WAYS = (EAGER, EAGER_CHECKPOINTED, MST, MST_PLANNED)
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
+# Those of torch.optim: parked, they step in buckets.
+_IN_BUCKETS = ("adamw", "sgd")
 # Lengths are multiples of it, and none is shorter than the least: below it attention stays as it was, and so no plan is made.
 _MULTIPLE = 1024
 LEAST = 2 * _MULTIPLE
@@ -52,14 +55,19 @@ class Setting:
     Attributes:
         device: a name that :func:`~mst_fx.plan.costs.device_of` knows.
         memory: bytes that may be allocated on it.
-        host: bytes of the host's memory that a plan may use; None: none.
+        host: bytes of the host's memory that parked states and a plan may use; None: none.
         optimizer: one of :data:`OPTIMIZERS`.
+        park: whether its states are on the host in forward and backward pass (``mst_fx.park``), as far as they find place there; a plan
+            has the rest.
+        bucket: bytes of states that come to the device together when it steps.
     """
 
     device: str
     memory: int
     host: int | None = None
     optimizer: str = "adamw"
+    park: bool = False
+    bucket: int = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Point:
 
     @property
     def host(self) -> int:
-        """Bytes that are kept on the host."""
+        """Bytes that layers keep on the host."""
         return sum(each.layers * each.host_bytes for each in self.plan)
 
 
@@ -119,8 +127,10 @@ class Forecast:
 
     Attributes:
         parameters, trained: elements of all parameters, and of those that are trained.
-        resident: bytes of parameters, buffers and optimizer states.
+        resident: bytes of parameters, buffers and optimizer states that are on the device in forward and backward pass.
         gradients: bytes of all gradients.
+        parked: bytes of optimizer states that are on the host meanwhile.
+        stepping: bytes of states on the device at the highest moment of the optimizer's step.
         choices: of a layer in the middle, at the longest of the lengths that were asked, the least first.
     """
 
@@ -128,6 +138,8 @@ class Forecast:
     trained: int
     resident: int
     gradients: int
+    parked: int
+    stepping: int
     ways: tuple[Way, ...]
     choices: tuple[Kept, ...]
 
@@ -154,9 +166,13 @@ class _Forecaster:
         self.parameters, self.trained = (sum(p.numel() for p in each) for each in (parameters, trained))
         self.gradients = sum(p.nbytes for p in trained)
         buffers = sum(b.nbytes for b in self.models[EAGER].buffers())
-        self.states = sum(state_bytes(p, setting.optimizer) for p in trained)
-        self.resident = sum(p.nbytes for p in parameters) + buffers + self.states
-        self.traced, self.stands_for = stand_ins(subject.kinds, spare=int(bool(setting.host)))
+        states = [state_bytes(p, setting.optimizer) for p in trained]
+        host, size = setting.host or 0, setting.bucket if setting.optimizer in _IN_BUCKETS else None
+        self.stepping = stepping(trained, states, host if setting.park else 0, size)
+        self.weights = sum(p.nbytes for p in parameters) + buffers
+        self.resident = self.weights + self.stepping.resident
+        self.host = host - self.stepping.host
+        self.traced, self.stands_for = stand_ins(subject.kinds, spare=int(self.host > 0))
         self._steps: dict[int, TracedStep] = {}
         self._eager_steps: dict[tuple[str, int], EagerStep] = {}
 
@@ -172,7 +188,16 @@ class _Forecaster:
             for way in WAYS
         ]
         choices = self._choices(asked[-1]) if asked else ()
-        return Forecast(self.parameters, self.trained, self.resident, self.gradients, tuple(ways), choices)
+        return Forecast(
+            parameters=self.parameters,
+            trained=self.trained,
+            resident=self.resident,
+            gradients=self.gradients,
+            parked=self.stepping.host,
+            stepping=self.stepping.peak,
+            ways=tuple(ways),
+            choices=choices,
+        )
 
     def _longest(self, way: str, start: int) -> int:
         # What was traced costs nothing.
@@ -195,12 +220,12 @@ class _Forecaster:
             made = self._eager(way, seq).peak
         else:
             step = self._step(seq)
-            made = step.least(self.setting.host or 0) if way == MST_PLANNED else step.checkpointed().peak
+            made = step.least(self.host) if way == MST_PLANNED else step.checkpointed().peak
         return self._at_most(seq, made)
 
     def _at_most(self, seq: int, made: int) -> int:
         """The peak of forward and backward pass, or where the optimizer steps."""
-        return max(self._taken(seq) + made, self.resident + self.gradients)
+        return max(self._taken(seq) + made, self.weights + self.stepping.peak + self.gradients)
 
     def _point(self, way: str, seq: int) -> Point | None:
         layers: tuple[Planned, ...] = ()
@@ -213,20 +238,15 @@ class _Forecaster:
             made, cost = whole.peak, whole.cost
         else:
             room = Room(self.setting.device, self.setting.memory, self._taken(seq))
-            plan = self._step(seq).plan(room, self.setting.host or 0)
+            plan = self._step(seq).plan(room, self.host)
             if plan is None:
                 return None
             made, cost, layers, copies = plan.whole.peak, plan.whole.cost, plan.layers, plan.seconds
         peak = self._at_most(seq, made)
         if peak > self.setting.memory:
             return None
-        seconds = plus([cost, self._optimizer_cost()]).seconds(self.device) + copies
+        seconds = cost.seconds(self.device) + copies + self.stepping.seconds(self.device)
         return Point(seq, peak, seconds, layers)
-
-    def _optimizer_cost(self) -> Cost:
-        """Everything is read, and all but gradients written."""
-        weights = self.gradients
-        return Cost(moved=3 * weights + 2 * self.states)
 
     def _eager(self, way: str, seq: int) -> EagerStep:
         if (way, seq) not in self._eager_steps:
@@ -238,7 +258,7 @@ class _Forecaster:
             model = self.subject.build(self.traced, False)
             _check_sizes(self.models[EAGER], model, self.stands_for)
             self._steps[seq] = traced_step(
-                model, self.subject.inputs(seq), self.traced, self.stands_for, bool(self.setting.host)
+                model, self.subject.inputs(seq), self.traced, self.stands_for, self.host > 0
             )
         return self._steps[seq]
 

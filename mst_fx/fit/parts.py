@@ -171,7 +171,7 @@ def together(known: Callable[[Key], Parts], stands_for: Sequence[int], taken: Se
         stands_for: which of the known layers each layer is like.
         taken: what each layer keeps; those that keep on the host come first.
     """
-    ends = known(Key(0))
+    ends = known(taken[-1])  # what is between the passes depends on how the last layer ends
     layers = list(zip(stands_for, taken, strict=True))
     forward = [known(key).forward[like] for like, key in layers]
     backward = [known(key).backward[like] for like, key in layers]

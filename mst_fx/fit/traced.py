@@ -260,9 +260,8 @@ class TracedStep:
         unchunking = self.few.unchunking if are_fastest(chosen, every, device_of(room.device)) else None
         if unchunking is None:
             return chosen
-        more, again = (
-            [of_few[like] for like in self.stands_for] for of_few in (unchunking.choices, unchunking.again)
-        )
+        more = [unchunking.choices[like] for like in self.stands_for]
+        again = [unchunking.again[like] for like in self.stands_for]
         found = faster(every, more, again, room, self._peak_with)
         return chosen if found is None else found[0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from mst_fx.plan.layers import layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import on_trial
 from mst_fx.plan.room import Room
+from mst_fx.report import MemoryPlan
 from mst_fx.torch_api.joint import copied
 
 _SEQ, _LAYERS = 16384, 6
@@ -80,22 +83,22 @@ def test_few_layers_say_what_many_take_with_the_host() -> None:
 
 @pytest.mark.slow
 def test_a_plan_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few layers, and of all of them in one graph: the same layers do the same, with loops or without."""
-    subject, said = _subject("gemma2-9b"), []
+    """Of few layers, and of all of them in one graph: the same layers do the same, with loops, with loops in some, and without."""
+    subject = _subject("mistral-7b")
+    said: list[MemoryPlan] = []
     few = _from_few(subject)
     graph, bodies = trace(subject.build(_LAYERS, False), subject.inputs(_SEQ))
     least, most = few.least(0), few.taking([Key(99)] * _LAYERS).peak
     everything = few.plan(Room("H200", 10**12, 0))
     assert everything is not None and all("un-chunked" in str(each) for each in everything.layers)
     top = everything.whole.peak
-    budgets = [(least + most) // 2, (most + top) // 2, 10**12]
+    budgets = [(least + most) // 2, (3 * most + top) // 4, 10**12]
     for budget in budgets:
         plan, room = few.plan(Room("H200", budget, 0)), Room("H200", budget, 0)
         monkeypatch.setattr(memory_plan, "room_for", lambda *_, room=room: room)
         memory_plan.run(JointContext(copied(graph), Options(memory="auto"), said.append))
         assert plan is not None and plan.layers == said[-1].layers, budget
-        # Between layers of which one has a loop and one has none, a gradient more may be made.
-        assert said[-1].peak <= budget and plan.whole.peak == pytest.approx(said[-1].peak, rel=0.02)
+        assert said[-1].peak <= budget and plan.whole.peak == pytest.approx(said[-1].peak, rel=0.001)
     assert bodies and len({tuple(each.layers) for each in said}) == len(budgets)
     assert {sum(p.layers for p in each.layers if "un-chunked" in str(p)) for each in said} > {0, _LAYERS}
 
@@ -115,7 +118,8 @@ def test_a_plan_is_the_fastest_of_those_that_fit() -> None:
         assert plan is not None and plan.whole.peak <= room
         assert sum(each.layers for each in plan.layers) == _LAYERS
         seconds.append(plan.whole.cost.seconds(device))
-    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
+    # By all that a step does, and not only by what the plan weighs: un-chunked layers move more bytes.
+    assert all(b <= 1.01 * a for a, b in itertools.pairwise(seconds)) and seconds[0] > 1.1 * seconds[-1]
     assert seconds[-1] == pytest.approx(everything.whole.cost.seconds(device), rel=0.01)
 
 
