@@ -204,5 +204,9 @@ def notes(setting: Setting) -> Iterator[str]:
     yield "adamw is the fused one; foreach=True needs one more copy of what is trained while it steps."
     if setting.device == "A100":
         yield "Seconds on an A100 are from its data sheet, and were not measured."
+    if setting.park:
+        yield (
+            "Parked states: parameters are taken to step in the model's order, as one group; what finds no place on the host is on the device."
+        )
     if setting.host:
         yield "Copies to the host and back are taken to run at the link's rate beside the rest, and to cost time only where they outlast it."

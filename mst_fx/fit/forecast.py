@@ -200,6 +200,8 @@ class _Forecaster:
         )
 
     def _longest(self, way: str, start: int) -> int:
+        if self._at_most(LEAST, 0) > self.setting.memory:
+            return 0
         # What was traced costs nothing.
         starts = list(self._steps) if way == MST_PLANNED else [start, 2 * start]
         found = longest_below(lambda seq: self._peak(way, seq), self.setting.memory, starts)

@@ -12,15 +12,10 @@ from mst_fx.diagnose.fit_model import subject_of
 from mst_fx.diagnose.model_of import Shape
 from mst_fx.fit.forecast import Subject, stand_ins
 from mst_fx.fit.parts import Key
-from mst_fx.fit.traced import TracedStep, trace, traced_step
+from mst_fx.fit.traced import FewLayers, TracedStep, trace, traced_step
 from mst_fx.options import Options
 from mst_fx.passes import memory_plan
-from mst_fx.plan.choices import choices_of
 from mst_fx.plan.costs import device_of
-from mst_fx.plan.joint_graph import JointGraph
-from mst_fx.plan.layers import layers_of
-from mst_fx.plan.peak import peak_of
-from mst_fx.plan.recompute import on_trial
 from mst_fx.plan.room import Room
 from mst_fx.report import MemoryPlan
 from mst_fx.torch_api.joint import copied
@@ -34,15 +29,17 @@ def _subject(model: str, **overrides: object) -> Subject:
     return subject_of(model, Shape(overrides={**small, **heads, **overrides}, dtype=torch.bfloat16))
 
 
-def _peak_of_all(subject: Subject, taken: list[Key]) -> int:
-    graph, bodies = trace(subject.build(_LAYERS, False), subject.inputs(_SEQ))
-    *layers, _ = layers_of(JointGraph(graph))
-    assert len(layers) == _LAYERS and bodies
+def _all(subject: Subject) -> FewLayers:
+    return FewLayers(*trace(subject.build(_LAYERS, False), subject.inputs(_SEQ)), _LAYERS, has_host=True)
+
+
+def _peak_of_all(every: FewLayers, taken: list[Key]) -> int:
+    """Of the whole graph, as the compiler sees it."""
+    known = every.unchunked if any(key.unchunked for key in taken) else every.choices
     chosen = [
-        choices_of(layer)[key.level].on_host() if key.on_host else choices_of(layer)[key.level]
-        for layer, key in zip(layers, taken, strict=True)
+        {**those, **choices}[key] for those, choices, key in zip(every.choices, known, taken, strict=True)
     ]
-    return peak_of(on_trial(graph, chosen)[0])
+    return memory_plan._peak_with(every._graph, chosen, every.unchunking)
 
 
 def _from_few(subject: Subject, has_host: bool = False) -> TracedStep:
@@ -56,20 +53,22 @@ def _from_few(subject: Subject, has_host: bool = False) -> TracedStep:
 def test_few_layers_say_what_many_take(model: str) -> None:
     """Gemma 2: layers with a window and without, in turns."""
     subject = _subject(model)
-    few = _from_few(subject)
+    few, every = _from_few(subject), _all(subject)
     for taken in ([0] * 6, [0, 0, 0, 1, 1, 2], [1, 0, 2, 3, 0, 1]):
         keys = [Key(level) for level in taken]
-        assert few.taking(keys).peak == _peak_of_all(subject, keys), taken
+        assert few.taking(keys).peak == _peak_of_all(every, keys), taken
+    keys = [Key(1, unchunked=True)] * _LAYERS
+    assert few.taking(keys).peak == pytest.approx(_peak_of_all(every, keys), rel=0.001)
 
 
 @pytest.mark.slow
 def test_few_layers_say_what_many_take_with_the_host() -> None:
     subject = _subject("mistral-7b")
-    few = _from_few(subject, has_host=True)
+    few, every = _from_few(subject, has_host=True), _all(subject)
     for sent in ([0] * 4, [0, 0, 1], [1, 0], [1] * 4):
         keys = [Key(level, on_host=True) for level in sent] + [Key(0)] * (_LAYERS - len(sent))
         tolerance = 0 if len(set(sent)) == 1 else 0.01  # of copies of several sizes two are there together
-        assert few.taking(keys).peak == pytest.approx(_peak_of_all(subject, keys), rel=tolerance), sent
+        assert few.taking(keys).peak == pytest.approx(_peak_of_all(every, keys), rel=tolerance), sent
     assert few.least(0) == few.taking([Key(0)] * _LAYERS).peak > few.least(10**12)
     roomy, tight = (
         few.plan(Room("H200", 10**12, 0), 10**12),
@@ -86,8 +85,7 @@ def test_a_plan_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few layers, and of all of them in one graph: the same layers do the same, with loops, with loops in some, and without."""
     subject = _subject("mistral-7b")
     said: list[MemoryPlan] = []
-    few = _from_few(subject)
-    graph, bodies = trace(subject.build(_LAYERS, False), subject.inputs(_SEQ))
+    few, every = _from_few(subject), _all(subject)
     least, most = few.least(0), few.taking([Key(99)] * _LAYERS).peak
     everything = few.plan(Room("H200", 10**12, 0))
     assert everything is not None and all("un-chunked" in str(each) for each in everything.layers)
@@ -96,10 +94,10 @@ def test_a_plan_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     for budget in budgets:
         plan, room = few.plan(Room("H200", budget, 0)), Room("H200", budget, 0)
         monkeypatch.setattr(memory_plan, "room_for", lambda *_, room=room: room)
-        memory_plan.run(JointContext(copied(graph), Options(memory="auto"), said.append))
+        memory_plan.run(JointContext(copied(every._graph), Options(memory="auto"), said.append))
         assert plan is not None and plan.layers == said[-1].layers, budget
         assert said[-1].peak <= budget and plan.whole.peak == pytest.approx(said[-1].peak, rel=0.001)
-    assert bodies and len({tuple(each.layers) for each in said}) == len(budgets)
+    assert len({tuple(each.layers) for each in said}) == len(budgets)
     assert {sum(p.layers for p in each.layers if "un-chunked" in str(p)) for each in said} > {0, _LAYERS}
 
 
