@@ -27,7 +27,8 @@ _IN_BUCKETS = ("adamw", "sgd")
 _MULTIPLE = 1024
 LEAST = 2 * _MULTIPLE
 _LONGEST = 2**24
-_TRIES = 6
+_TRIES = 14
+_NEAR = 1 / 64  # of the length, where peaks jump
 _SHRINKS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.6)
 
 
@@ -306,27 +307,37 @@ def stand_ins(kinds: Sequence[Hashable], spare: int = 0) -> tuple[int, tuple[int
 def longest_below(peak: Callable[[int], int], limit: int, starts: Sequence[int]) -> int:
     """The longest sequence, in multiples of 1,024 tokens, whose peak is at most ``limit``; 0 if not even 2,048 tokens fit.
 
-    Peaks grow almost linearly with the length: a line through the two nearest lengths that were tried leads to the next.
+    Peaks grow almost linearly with the length: a line through the two nearest lengths that were tried leads to the next. Where that leads
+    nowhere (they jump where the host is full), halves do, up to a few parts in a hundred.
 
     Args:
         starts: two lengths, or more, that are tried first.
     """
     tried = {seq: peak(seq) for seq in starts}
+    before, is_halved = math.inf, False
     for _ in range(_TRIES):
         fits = max((seq for seq, size in tried.items() if size <= limit), default=0)
         fails = min((seq for seq, size in tried.items() if size > limit), default=_LONGEST)
         if fails - fits <= _MULTIPLE or fails <= LEAST:
             break
-        near = sorted(tried, key=lambda seq: abs(tried[seq] - limit))[:2]
-        slope = (tried[near[1]] - tried[near[0]]) / (near[1] - near[0])
-        guess = near[0] + (limit - tried[near[0]]) / slope if slope > 0 else math.inf
-        guess = min(guess, 4 * max(tried))
+        is_halved = is_halved or (fails < _LONGEST and fails - fits > before / 2)
+        before = fails - fits
+        if is_halved and before < _NEAR * fits:
+            break
+        guess = (fits + fails) / 2 if is_halved else min(_on_a_line(tried, limit), 4 * max(tried))
         seq = int(guess // _MULTIPLE) * _MULTIPLE
         if seq == fits:  # what the line says, but for one step
             break
         seq = min(max(seq, fits + _MULTIPLE, LEAST), fails - _MULTIPLE)
         tried[seq] = peak(seq)
     return max((seq for seq, size in tried.items() if size <= limit), default=0)
+
+
+def _on_a_line(tried: Mapping[int, int], limit: int) -> float:
+    """The length that has the limit's peak, on the line through the two whose peaks are nearest to it."""
+    first, second = sorted(tried, key=lambda seq: abs(tried[seq] - limit))[:2]
+    slope = (tried[second] - tried[first]) / (second - first)
+    return first + (limit - tried[first]) / slope if slope > 0 else math.inf
 
 
 def _check_sizes(whole: nn.Module, few: nn.Module, stands_for: Sequence[int]) -> None:

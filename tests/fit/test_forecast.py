@@ -150,6 +150,21 @@ def test_longest_below(limit: float) -> None:
     assert peak(max(found + 1024, 2048)) > limit * 1e9
 
 
+@pytest.mark.parametrize("full", [100_000, 559_000, 2_000_000])
+@pytest.mark.parametrize("starts", [[8192, 16384], [317_440, 318_464, 322_560]])
+def test_longest_below_a_jump(full: int, starts: list[int]) -> None:
+    """From some length on the host is full, and all is on the device; whatever was tried lies to one side of it."""
+    tried = []
+
+    def peak(seq: int) -> int:
+        tried.append(seq)
+        return int(45e9 + (100_000 if seq <= full else 290_000) * seq)
+
+    found = longest_below(peak, int(149e9), starts)
+    expected = max(min(full, 1_040_000), 358_620 if full < 358_620 else 0)
+    assert 0.97 * expected < found <= expected and len(tried) <= 14
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_states_are_those_of_the_optimizer(optimizer: str) -> None:
     weight = torch.nn.Parameter(torch.zeros(300, 100, dtype=torch.bfloat16))
