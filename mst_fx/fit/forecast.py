@@ -308,7 +308,7 @@ def longest_below(peak: Callable[[int], int], limit: int, starts: Sequence[int])
     """The longest sequence, in multiples of 1,024 tokens, whose peak is at most ``limit``; 0 if not even 2,048 tokens fit.
 
     Peaks grow almost linearly with the length: a line through the two nearest lengths that were tried leads to the next. Where that leads
-    nowhere (they jump where the host is full), halves do, up to a few parts in a hundred.
+    nowhere (they jump where the host is full), halves do, to a sixty-fourth.
 
     Args:
         starts: two lengths, or more, that are tried first.
