@@ -86,7 +86,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['memory']:.1f}",
                 r["host"] or "–",
                 *(f"{way['longest']:,}" if way["longest"] else "–" for way in r["ways"]),
-                "–" if step is None else f"{step:.3g}",
+                "–" if step is None else f"{step:,.0f}" if step >= 1000 else f"{step:.3g}",
                 r["device"],
                 f"{r['took']:.0f}",
             )
