@@ -24,14 +24,24 @@ from mst_fx.graph.sizes import hint
 from mst_fx.ops.arena import ARENA
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
-from mst_fx.plan.costs import Device, cost_of, device_of, plus
+from mst_fx.plan.costs import Cost, Device, cost_of, device_of, plus
 from mst_fx.plan.groups import ways_in_groups
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, tensor_of
 from mst_fx.plan.layers import Layer, layers_of
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again, on_trial
 from mst_fx.plan.room import Room, host_bytes, room_for
-from mst_fx.plan.search import Plan, Way, by_number, fastest_of, host_beside, largest, solved, with_host
+from mst_fx.plan.search import (
+    PeakWith,
+    Plan,
+    Way,
+    by_number,
+    fastest_of,
+    host_beside,
+    largest,
+    solved,
+    with_host,
+)
 from mst_fx.plan.solve import Host, Option
 from mst_fx.plan.timeline import timeline_of
 from mst_fx.plan.unchunk import Unchunking
@@ -66,10 +76,12 @@ def run(context: JointContext) -> bool:
     room = room_for(None if memory == "auto" else bytes_in(memory), joint)
     before = timeline_of(on_trial(context.graph, [those[-1] for those in choices])[0])
     chosen, peak = _planned(context, joint, choices, room)
-    is_all = _are_fastest(chosen, choices, device_of(room.device))
-    unchunking = _unchunking(context, joint, layers, wanted) if is_all else None
+    is_all = are_fastest(chosen, choices, device_of(room.device))
+    unchunking = unchunking_of(joint, layers, wanted, context.options.strict) if is_all else None
     if unchunking is not None:
-        chosen, peak = _faster(context.graph, choices, unchunking, room) or (chosen, peak)
+        peak_with = functools.partial(_peak_with, context.graph, unchunking=unchunking)
+        found = faster(choices, unchunking.choices, unchunking.again, room, peak_with)
+        chosen, peak = found or (chosen, peak)
     same = {node: node for node in context.graph.nodes}
     written = _write(context.graph, same, chosen, unchunking, is_trial=False)
     _hold_up_to(layers[0], room, peak)
@@ -111,38 +123,46 @@ def _host_option(value: str | int) -> int | None:
     return None if value == "auto" else bytes_in(value) or 0
 
 
-def _are_fastest(chosen: Sequence[Choice], choices: Sequence[Sequence[Choice]], device: Device) -> bool:
+def are_fastest(chosen: Sequence[Choice], choices: Sequence[Sequence[Choice]], device: Device) -> bool:
     """Whether every layer keeps so much on the device that it makes nothing again that it need not."""
     least = [min(each.cost.seconds(device) for each in those) for those in choices]
     found = zip(chosen, least, strict=True)
     return all(not choice.host_bytes and choice.cost.seconds(device) <= most for choice, most in found)
 
 
-def _unchunking(
-    context: JointContext, joint: JointGraph, layers: Sequence[Layer], wanted: Collection[fx.Node]
+def unchunking_of(
+    joint: JointGraph, layers: Sequence[Layer], wanted: Collection[fx.Node], strict: bool
 ) -> Unchunking | None:
     """None if no loop can be un-chunked."""
     try:
         found = Unchunking(joint, layers, wanted)
     except Exception as error:
-        if context.options.strict:
+        if strict:
             raise
         defect("left the loops of a graph with memory to spare as they were", error)
         return None
     return found if any(found.choices) else None
 
 
-def _faster(
-    graph: fx.Graph, choices: Sequence[Sequence[Choice]], unchunking: Unchunking, room: Room
+def faster(
+    choices: Sequence[Sequence[Choice]],
+    unchunked: Sequence[Sequence[Choice]],
+    again: Sequence[Cost],
+    room: Room,
+    peak_with: PeakWith,
 ) -> tuple[list[Choice], int] | None:
     """The same where the best of these choices fit: layers whose loops are un-chunked may be faster.
 
     What a loop makes again, while it is there, counts here: it is what those layers save.
+
+    Args:
+        unchunked, again: of each layer (:class:`~mst_fx.plan.unchunk.Unchunking`).
+        peak_with: the peak of the graph whose layers take these choices, with loops or without.
     """
     device = device_of(room.device)
     every, options = [], []
-    for those, more, again in zip(choices, unchunking.choices, unchunking.again, strict=True):
-        loops = again.seconds(device)
+    for those, more, made in zip(choices, unchunked, again, strict=True):
+        loops = made.seconds(device)
         best = those[-1].bytes, those[-1].cost.seconds(device) + loops
         better = [c for c in more if c.bytes > best[0] and c.cost.seconds(device) < best[1]]
         every.append([*those, *better])
@@ -153,7 +173,7 @@ def _faster(
     def plan_of(size: int) -> Plan:
         taken = solved(options, size, Host())
         seconds = sum(those[index].seconds for those, index in zip(options, taken, strict=True))
-        return Plan(taken, seconds, _peak_with(graph, by_number(every, taken), unchunking))
+        return Plan(taken, seconds, peak_with(by_number(every, taken)))
 
     found = largest(plan_of, sum(those[-1].bytes for those in choices), options, room.bytes)
     return None if found is None else (by_number(every, found.taken), found.peak)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,48 @@ from tools.bench.tables import GIB, markdown_table, write_results
 
 # What a card has for tensors, GiB, and the device whose seconds are said.
 CARDS = {"24": (23.0, "H100"), "48": (47.0, "H100"), "80": (79.0, "H100"), "141": (138.8, "H200")}
-SUBJECTS = (("llama3-8b", 0), ("llama3-8b", 16))
-HOSTS = (0, 128)  # GiB; with some the largest cards alone, and all parameters
+MODEL, RANK = "llama3-8b", 16
 CHOICES_AT = 65536
 
 
-def predict(model: str, lora: int, card: str, host: int) -> dict[str, Any]:
-    """A line of the first table."""
-    memory, device = CARDS[card]
-    subject = subject_of(model, Shape(dtype=torch.bfloat16), lora)
-    found = forecast(subject, Setting(device, int(memory * GIB), host * GIB))
-    given = {"card": card, "memory": memory, "device": device, "host": host}
-    return {"model": model, "lora": lora, **given, **_parts(found)}
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the first table.
+
+    Attributes:
+        lora: rank; 0: all is trained.
+        host: GiB; 0: none.
+        park: whether AdamW's states are parked.
+    """
+
+    card: str
+    lora: int = 0
+    host: int = 0
+    park: bool = False
+
+
+# With memory of the host where without it something fits, and where parked states let it.
+ROWS = (
+    *(Row(card, lora) for lora in (0, RANK) for card in CARDS),
+    *(Row(card, host=128) for card in ("80", "141")),
+    *(Row(card, RANK, 128) for card in CARDS),
+    *(Row(card, host=host, park=True) for host in (128, 512) for card in ("48", "80", "141")),
+)
+
+
+def predict(row: Row) -> dict[str, Any]:
+    """What is said of it, and the seconds that it took to say so."""
+    memory, device = CARDS[row.card]
+    start = time.perf_counter()
+    subject = subject_of(MODEL, Shape(dtype=torch.bfloat16), row.lora)
+    found = forecast(subject, Setting(device, int(memory * GIB), row.host * GIB, park=row.park))
+    given = {"memory": memory, "device": device, "took": time.perf_counter() - start}
+    return {"model": MODEL, **dataclasses.asdict(row), **given, **_parts(found)}
 
 
 def _parts(found: Forecast) -> dict[str, Any]:
-    return {"ways": [dataclasses.asdict(way) for way in found.ways], "resident": found.resident}
+    ways = [dataclasses.asdict(way) for way in found.ways]
+    return {"ways": ways, "resident": found.resident, "parked": found.parked, "stepping": found.stepping}
 
 
 def choices(model: str) -> list[dict[str, Any]]:
@@ -46,23 +72,23 @@ def choices(model: str) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A line a model and card: the longest of each way, and the plan's step there."""
-    lines: list[Any] = [
-        ("model", "trained", "card, GiB", "given", "host, GiB", *WAYS, "the plan's step there, s", "of")
-    ]
+    """A line a model and card: the longest of each way, the plan's step there, and what the forecast took."""
+    columns = ("model", "trained", "card, GiB", "given", "host, GiB", *WAYS)
+    lines: list[Any] = [(*columns, "the plan's step there, s", "of", "the forecast took, s")]
     for r in results:
         planned = r["ways"][-1]
         step = next((p["seconds"] for p in planned["points"] if p["seq"] == planned["longest"]), None)
         lines.append(
             (
                 r["model"],
-                f"LoRA, rank {r['lora']}" if r["lora"] else "all, AdamW",
+                f"LoRA, rank {r['lora']}" if r["lora"] else f"all, AdamW{', parked' * r['park']}",
                 r["card"],
                 f"{r['memory']:.1f}",
                 r["host"] or "–",
                 *(f"{way['longest']:,}" if way["longest"] else "–" for way in r["ways"]),
-                "–" if step is None else f"{step:.3g}",
+                "–" if step is None else f"{step:,.0f}" if step >= 1000 else f"{step:.3g}",
                 r["device"],
+                f"{r['took']:.0f}",
             )
         )
     return markdown_table(lines)
@@ -84,16 +110,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-out/fit"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    of_layer = choices("llama3-8b")
+    of_layer = choices(MODEL)
     results: list[dict[str, Any]] = []
-    for host, (model, lora), card in itertools.product(HOSTS, SUBJECTS, CARDS):
-        if not host or (not lora and card in ("80", "141")):
-            results.append(predict(model, lora, card, host))
-            print(results[-1], flush=True)
-            text = (
-                f"{table(results)}\n\n## What a layer of llama3-8b may keep\n\n{table_of_choices(of_layer)}"
-            )
-            write_results(arguments.out.parent, arguments.out.name, [*results, *of_layer], text)
+    for row in ROWS:
+        results.append(predict(row))
+        print(results[-1], flush=True)
+        text = f"{table(results)}\n\n## What a layer of {MODEL} may keep\n\n{table_of_choices(of_layer)}"
+        write_results(arguments.out.parent, arguments.out.name, [*results, *of_layer], text)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ MODEL is one of
 
   mst-fx fit llama3-8b --memory 80GiB --device h100
   mst-fx fit llama3-8b --memory 24GiB --lora 16 --seq 16384,65536
+  mst-fx fit llama3-8b --memory 47GiB --host 128GiB --park
 """
 
 
@@ -42,7 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser, pair: str) -> None:
     """
     parser.add_argument("model", metavar="MODEL", help="a model's config, by name, class or path")
     parser.add_argument("--memory", required=True, metavar="BYTES", help="of the device, as 80GiB")
-    parser.add_argument("--host", metavar="BYTES", help="of the host that may be used, as 128GiB")
+    parser.add_argument(
+        "--host", metavar="BYTES", help="of the host that parked states and a plan may use, as 128GiB"
+    )
+    parser.add_argument(
+        "--park",
+        nargs="?",
+        const="256MiB",
+        metavar="BUCKET",
+        help="the optimizer's states are on the host (mst_fx.park), and come in buckets of so many bytes (256MiB)",
+    )
     parser.add_argument("--device", default="h100", help="whose seconds are said: h200, h100, a100 (h100)")
     parser.add_argument("--optimizer", default="adamw", help=f"{', '.join(OPTIMIZERS)} (adamw)")
     parser.add_argument(
@@ -107,7 +117,14 @@ def _setting(arguments: argparse.Namespace) -> Setting:
         raise SubjectError(f"--device is {arguments.device!r}; known: {', '.join(known_devices())}")
     if arguments.optimizer not in OPTIMIZERS:
         raise SubjectError(f"--optimizer is {arguments.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}")
-    return Setting(device, memory, host, arguments.optimizer)
+    if not arguments.park:
+        return Setting(device, memory, host, arguments.optimizer)
+    bucket = bytes_in(arguments.park)
+    if bucket is None:
+        raise SubjectError(f"--park is {arguments.park!r}; allowed: bytes as in 256MiB, or nothing")
+    if host is None:
+        raise SubjectError("--park needs --host: the bytes of the host that states, and a plan, may take")
+    return Setting(device, memory, host, arguments.optimizer, park=True, bucket=bucket)
 
 
 def _lengths(text: str) -> list[int]:
@@ -143,6 +160,12 @@ def _lines(subject: Subject, setting: Setting, found: Forecast) -> Iterator[tupl
         f"{setting.optimizer}{trained}, {human_bytes(setting.memory)} of one {setting.device}: parameters and states take"
         f" {human_bytes(found.resident)}, gradients {human_bytes(found.gradients)}",
     )
+    if setting.park:
+        yield (
+            "",
+            f"parked: {human_bytes(found.parked)} of states on the host, of which a plan has the rest; {human_bytes(found.stepping)} of"
+            " states on the device while the optimizer steps",
+        )
     yield "", ""
     lengths = sorted({point.seq for way in found.ways for point in way.points})
     searched = any(way.longest is not None for way in found.ways)
@@ -181,5 +204,9 @@ def notes(setting: Setting) -> Iterator[str]:
     yield "adamw is the fused one; foreach=True needs one more copy of what is trained while it steps."
     if setting.device == "A100":
         yield "Seconds on an A100 are from its data sheet, and were not measured."
+    if setting.park:
+        yield (
+            "Parked states: parameters are taken to step in the model's order, as one group; what finds no place on the host is on the device."
+        )
     if setting.host:
         yield "Copies to the host and back are taken to run at the link's rate beside the rest, and to cost time only where they outlast it."

@@ -9,8 +9,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from torch import Tensor, nn
 
 from mst_fx.fit.eager import EagerStep, eager_step
+from mst_fx.fit.parked import stepping
 from mst_fx.fit.traced import CannotTell, TracedStep, traced_step
-from mst_fx.plan.costs import Cost, device_of, plus
+from mst_fx.plan.costs import device_of
 from mst_fx.plan.room import Room
 from mst_fx.report import Planned
 
@@ -20,11 +21,14 @@ EAGER, EAGER_CHECKPOINTED = "eager", "eager, checkpointed"
 MST, MST_PLANNED = "mst, checkpointed", "mst with a plan"
 WAYS = (EAGER, EAGER_CHECKPOINTED, MST, MST_PLANNED)
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
+# Those of torch.optim: parked, they step in buckets.
+_IN_BUCKETS = ("adamw", "sgd")
 # Lengths are multiples of it, and none is shorter than the least: below it attention stays as it was, and so no plan is made.
 _MULTIPLE = 1024
 LEAST = 2 * _MULTIPLE
 _LONGEST = 2**24
-_TRIES = 6
+_TRIES = 14
+_NEAR = 1 / 64  # of the length, where peaks jump
 _SHRINKS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.6)
 
 
@@ -52,14 +56,19 @@ class Setting:
     Attributes:
         device: a name that :func:`~mst_fx.plan.costs.device_of` knows.
         memory: bytes that may be allocated on it.
-        host: bytes of the host's memory that a plan may use; None: none.
+        host: bytes of the host's memory that parked states and a plan may use; None: none.
         optimizer: one of :data:`OPTIMIZERS`.
+        park: whether its states are on the host in forward and backward pass (``mst_fx.park``), as far as they find place there; a plan
+            has the rest.
+        bucket: bytes of states that come to the device together when it steps.
     """
 
     device: str
     memory: int
     host: int | None = None
     optimizer: str = "adamw"
+    park: bool = False
+    bucket: int = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Point:
 
     @property
     def host(self) -> int:
-        """Bytes that are kept on the host."""
+        """Bytes that layers keep on the host."""
         return sum(each.layers * each.host_bytes for each in self.plan)
 
 
@@ -119,8 +128,10 @@ class Forecast:
 
     Attributes:
         parameters, trained: elements of all parameters, and of those that are trained.
-        resident: bytes of parameters, buffers and optimizer states.
+        resident: bytes of parameters, buffers and optimizer states that are on the device in forward and backward pass.
         gradients: bytes of all gradients.
+        parked: bytes of optimizer states that are on the host meanwhile.
+        stepping: bytes of states on the device at the highest moment of the optimizer's step.
         choices: of a layer in the middle, at the longest of the lengths that were asked, the least first.
     """
 
@@ -128,6 +139,8 @@ class Forecast:
     trained: int
     resident: int
     gradients: int
+    parked: int
+    stepping: int
     ways: tuple[Way, ...]
     choices: tuple[Kept, ...]
 
@@ -154,9 +167,13 @@ class _Forecaster:
         self.parameters, self.trained = (sum(p.numel() for p in each) for each in (parameters, trained))
         self.gradients = sum(p.nbytes for p in trained)
         buffers = sum(b.nbytes for b in self.models[EAGER].buffers())
-        self.states = sum(state_bytes(p, setting.optimizer) for p in trained)
-        self.resident = sum(p.nbytes for p in parameters) + buffers + self.states
-        self.traced, self.stands_for = stand_ins(subject.kinds, spare=int(bool(setting.host)))
+        states = [state_bytes(p, setting.optimizer) for p in trained]
+        host, size = setting.host or 0, setting.bucket if setting.optimizer in _IN_BUCKETS else None
+        self.stepping = stepping(trained, states, host if setting.park else 0, size)
+        self.weights = sum(p.nbytes for p in parameters) + buffers
+        self.resident = self.weights + self.stepping.resident
+        self.host = host - self.stepping.host
+        self.traced, self.stands_for = stand_ins(subject.kinds, spare=int(self.host > 0))
         self._steps: dict[int, TracedStep] = {}
         self._eager_steps: dict[tuple[str, int], EagerStep] = {}
 
@@ -172,9 +189,20 @@ class _Forecaster:
             for way in WAYS
         ]
         choices = self._choices(asked[-1]) if asked else ()
-        return Forecast(self.parameters, self.trained, self.resident, self.gradients, tuple(ways), choices)
+        return Forecast(
+            parameters=self.parameters,
+            trained=self.trained,
+            resident=self.resident,
+            gradients=self.gradients,
+            parked=self.stepping.host,
+            stepping=self.stepping.peak,
+            ways=tuple(ways),
+            choices=choices,
+        )
 
     def _longest(self, way: str, start: int) -> int:
+        if self._at_most(LEAST, 0) > self.setting.memory:
+            return 0
         # What was traced costs nothing.
         starts = list(self._steps) if way == MST_PLANNED else [start, 2 * start]
         found = longest_below(lambda seq: self._peak(way, seq), self.setting.memory, starts)
@@ -195,12 +223,12 @@ class _Forecaster:
             made = self._eager(way, seq).peak
         else:
             step = self._step(seq)
-            made = step.least(self.setting.host or 0) if way == MST_PLANNED else step.checkpointed().peak
+            made = step.least(self.host) if way == MST_PLANNED else step.checkpointed().peak
         return self._at_most(seq, made)
 
     def _at_most(self, seq: int, made: int) -> int:
         """The peak of forward and backward pass, or where the optimizer steps."""
-        return max(self._taken(seq) + made, self.resident + self.gradients)
+        return max(self._taken(seq) + made, self.weights + self.stepping.peak + self.gradients)
 
     def _point(self, way: str, seq: int) -> Point | None:
         layers: tuple[Planned, ...] = ()
@@ -213,20 +241,15 @@ class _Forecaster:
             made, cost = whole.peak, whole.cost
         else:
             room = Room(self.setting.device, self.setting.memory, self._taken(seq))
-            plan = self._step(seq).plan(room, self.setting.host or 0)
+            plan = self._step(seq).plan(room, self.host)
             if plan is None:
                 return None
             made, cost, layers, copies = plan.whole.peak, plan.whole.cost, plan.layers, plan.seconds
         peak = self._at_most(seq, made)
         if peak > self.setting.memory:
             return None
-        seconds = plus([cost, self._optimizer_cost()]).seconds(self.device) + copies
+        seconds = cost.seconds(self.device) + copies + self.stepping.seconds(self.device)
         return Point(seq, peak, seconds, layers)
-
-    def _optimizer_cost(self) -> Cost:
-        """Everything is read, and all but gradients written."""
-        weights = self.gradients
-        return Cost(moved=3 * weights + 2 * self.states)
 
     def _eager(self, way: str, seq: int) -> EagerStep:
         if (way, seq) not in self._eager_steps:
@@ -238,18 +261,14 @@ class _Forecaster:
             model = self.subject.build(self.traced, False)
             _check_sizes(self.models[EAGER], model, self.stands_for)
             self._steps[seq] = traced_step(
-                model, self.subject.inputs(seq), self.traced, self.stands_for, bool(self.setting.host)
+                model, self.subject.inputs(seq), self.traced, self.stands_for, self.host > 0
             )
         return self._steps[seq]
 
     def _choices(self, seq: int) -> tuple[Kept, ...]:
         step = self._step(seq)
-        middle = step.choices[self.stands_for[len(self.stands_for) // 2]]
-        return tuple(
-            Kept(seq, str(choice), choice.bytes, choice.cost.flops)
-            for choice in middle.values()
-            if not choice.sent
-        )
+        middle = step.few.every[self.stands_for[len(self.stands_for) // 2]]
+        return tuple(Kept(seq, str(choice), choice.bytes, choice.cost.flops) for choice in middle)
 
 
 def state_bytes(parameter: Tensor, optimizer: str) -> int:
@@ -288,27 +307,37 @@ def stand_ins(kinds: Sequence[Hashable], spare: int = 0) -> tuple[int, tuple[int
 def longest_below(peak: Callable[[int], int], limit: int, starts: Sequence[int]) -> int:
     """The longest sequence, in multiples of 1,024 tokens, whose peak is at most ``limit``; 0 if not even 2,048 tokens fit.
 
-    Peaks grow almost linearly with the length: a line through the two nearest lengths that were tried leads to the next.
+    Peaks grow almost linearly with the length: a line through the two nearest lengths that were tried leads to the next. Where that leads
+    nowhere (they jump where the host is full), halves do, to a sixty-fourth.
 
     Args:
         starts: two lengths, or more, that are tried first.
     """
     tried = {seq: peak(seq) for seq in starts}
+    before, is_halved = math.inf, False
     for _ in range(_TRIES):
         fits = max((seq for seq, size in tried.items() if size <= limit), default=0)
         fails = min((seq for seq, size in tried.items() if size > limit), default=_LONGEST)
         if fails - fits <= _MULTIPLE or fails <= LEAST:
             break
-        near = sorted(tried, key=lambda seq: abs(tried[seq] - limit))[:2]
-        slope = (tried[near[1]] - tried[near[0]]) / (near[1] - near[0])
-        guess = near[0] + (limit - tried[near[0]]) / slope if slope > 0 else math.inf
-        guess = min(guess, 4 * max(tried))
+        is_halved = is_halved or (fails < _LONGEST and fails - fits > before / 2)
+        before = fails - fits
+        if is_halved and before < _NEAR * fits:
+            break
+        guess = (fits + fails) / 2 if is_halved else min(_on_a_line(tried, limit), 4 * max(tried))
         seq = int(guess // _MULTIPLE) * _MULTIPLE
         if seq == fits:  # what the line says, but for one step
             break
         seq = min(max(seq, fits + _MULTIPLE, LEAST), fails - _MULTIPLE)
         tried[seq] = peak(seq)
     return max((seq for seq, size in tried.items() if size <= limit), default=0)
+
+
+def _on_a_line(tried: Mapping[int, int], limit: int) -> float:
+    """The length that has the limit's peak, on the line through the two whose peaks are nearest to it."""
+    first, second = sorted(tried, key=lambda seq: abs(tried[seq] - limit))[:2]
+    slope = (tried[second] - tried[first]) / (second - first)
+    return first + (limit - tried[first]) / slope if slope > 0 else math.inf
 
 
 def _check_sizes(whole: nn.Module, few: nn.Module, stands_for: Sequence[int]) -> None:

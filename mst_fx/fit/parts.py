@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import fx
 
@@ -16,13 +17,20 @@ from mst_fx.fit.costs import cost_of_node
 from mst_fx.graph.spelling import argument, operation
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.costs import Cost, plus
-from mst_fx.plan.joint_graph import JointGraph, tensor_of
+from mst_fx.plan.joint_graph import JointGraph
 from mst_fx.plan.layers import Layer
 from mst_fx.plan.peak import calls_of, held_by, scratch_of
-from mst_fx.plan.recompute import on_trial
+from mst_fx.plan.recompute import make_again
+from mst_fx.plan.unchunk import Unchunking
+from mst_fx.torch_api.joint import copied
 
-# The number of a choice, and whether it is kept on the host.
-Key = tuple[int, bool]
+
+class Key(NamedTuple):
+    """A choice of a layer, by its number, from the least on; whether it is kept on the host, and whether it is one without loops."""
+
+    level: int
+    on_host: bool = False
+    unchunked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,35 +81,53 @@ class Whole:
     cost: Cost
 
 
-def parts_with(graph: fx.Graph, chosen: Sequence[Choice], head: fx.Node, is_planned: bool = True) -> Parts:
+def parts_with(
+    graph: fx.Graph,
+    chosen: Sequence[Choice],
+    head: fx.Node,
+    unchunking: Unchunking | None = None,
+    is_planned: bool = True,
+) -> Parts:
     """The parts of a joint graph whose layers, all in order, take choices.
 
     Args:
         head: the waist behind the last layer.
+        unchunking: of this graph; needed where choices are of it.
         is_planned: by a plan, and not by checkpointing.
     """
-    trial, copies = on_trial(graph, chosen, is_planned)
-    moved = [choice.of_copies(copies) for choice in chosen]
-    calls = calls_of(trial)
+    trial = copied(graph)
+    copies = dict(zip(graph.nodes, trial.nodes, strict=True))
+    end = Choice(Layer(head, (), (), ""), frozenset(), (), 0, Cost())
+    if unchunking is None:
+        moved = [choice.of_copies(copies) for choice in (*chosen, end)]
+    else:
+        moved = unchunking.written(trial, copies, [*chosen, end], is_trial=True)
+    joint = JointGraph(trial)
+    make_again(joint, moved[:-1], is_planned)
+    return _parts_of(joint, [choice.layer for choice in moved], [choice.host_bytes for choice in chosen])
+
+
+def _parts_of(joint: JointGraph, layers: Sequence[Layer], sent: Sequence[int]) -> Parts:
+    """
+    Args:
+        layers: with what is behind the last.
+        sent: bytes that each of the others sends to the host.
+    """
+    calls = calls_of(joint)
     place = {node: index for index, node in enumerate(calls)}
-    starts = [place[start] + 1 for start in (*(choice.layer.start for choice in moved), copies[head])]
-    ends = [_first_read_backward(trial, choice.layer, place) for choice in moved]
+    starts = [place[layer.start] + 1 for layer in layers]
+    ends = [_first_read_backward(joint, layer, place) for layer in layers[:-1]]
     cuts = [0, *starts, *reversed(ends), len(calls)]
     assert cuts == sorted(cuts), "layers run one after the other"
-    found = list(_cut(trial, calls, cuts))
-    count = len(chosen)
+    found = list(_cut(joint, calls, cuts))
+    count = len(layers) - 1
     return Parts(
         before=found[0],
         forward=tuple(found[1 : count + 1]),
         head=found[count + 1],
         backward=tuple(reversed(found[count + 2 :])),
-        sent=tuple(choice.host_bytes for choice in chosen),
+        sent=tuple(sent),
     )
-
-
-def outputs_of(joint: JointGraph) -> list[fx.Node]:
-    """What the forward pass returns beside losses: the rows of deferred logits, above all."""
-    return [node for node in joint.outputs if (value := tensor_of(node)) is not None and value.ndim > 0]
 
 
 def _first_read_backward(joint: JointGraph, layer: Layer, place: Mapping[fx.Node, int]) -> int:
@@ -137,19 +163,19 @@ def _cut(joint: JointGraph, calls: Sequence[fx.Node], cuts: Sequence[int]) -> It
         yield Part(highest - before, alive - before, plus(costs[start:end]))
 
 
-def together(known: Mapping[Key, Parts], stands_for: Sequence[int], taken: Sequence[Key]) -> Whole:
+def together(known: Callable[[Key], Parts], stands_for: Sequence[int], taken: Sequence[Key]) -> Whole:
     """What many layers take.
 
     Args:
-        known: by what all layers keep.
+        known: the parts of a step all of whose layers take a choice.
         stands_for: which of the known layers each layer is like.
         taken: what each layer keeps; those that keep on the host come first.
     """
-    ends = known[0, False]
+    ends = known(taken[-1])  # what is between the passes depends on how the last layer ends
     layers = list(zip(stands_for, taken, strict=True))
-    forward = [known[key].forward[like] for like, key in layers]
-    backward = [known[key].backward[like] for like, key in layers]
-    sent = [known[key].sent[like] for like, key in layers]
+    forward = [known(key).forward[like] for like, key in layers]
+    backward = [known(key).backward[like] for like, key in layers]
+    sent = [known(key).sent[like] for like, key in layers]
     last = max((index for index, size in enumerate(sent) if size), default=len(layers))
     if last + 2 < len(layers):
         # What the last of them sends is gone when the next layer has run, and comes back beside its backward pass.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,17 +18,19 @@ from mst_fx import report
 from mst_fx.bodies.body import Body
 from mst_fx.chunk_rows import as_on
 from mst_fx.errors import BudgetError
-from mst_fx.fit.parts import Key, Parts, Whole, outputs_of, parts_with, together
+from mst_fx.fit.parts import Key, Parts, Whole, parts_with, together
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.options import Options
 from mst_fx.passes.mask_breaks import cross_masks
-from mst_fx.passes.memory_plan import planned_layers
+from mst_fx.passes.memory_plan import are_fastest, faster, planned_layers, unchunking_of
 from mst_fx.pipeline import run_passes
 from mst_fx.plan.choices import Choice, choices_of
-from mst_fx.plan.joint_graph import JointGraph, bytes_of, storages
+from mst_fx.plan.costs import device_of
+from mst_fx.plan.joint_graph import JointGraph
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.room import Room
 from mst_fx.plan.search import by_number, fastest, host_beside
+from mst_fx.plan.unchunk import Unchunking
 from mst_fx.torch_api.dynamo import BackendCompilerFailed, settle_floats
 from mst_fx.torch_api.gpu_attention import GpuAttention
 from mst_fx.torch_api.inductor import compile_graph
@@ -106,6 +109,85 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[fx.Graph, tup
     return graphs[0], tuple(bodies)
 
 
+class FewLayers:
+    """The joint graph of few layers, what each of them may keep, and the parts of steps with that, which are made when somebody asks.
+
+    Attributes:
+        choices: of each layer, on the device and then on the host.
+        every: of each layer, on the device.
+    """
+
+    def __init__(self, graph: fx.Graph, bodies: tuple[Body, ...], count: int, has_host: bool) -> None:
+        """
+        Args:
+            bodies: that the graph names; they live as long as this.
+            count: layers of the model.
+            has_host: whether layers may keep on the host.
+
+        Raises:
+            CannotTell: if the layers are not found in the graph.
+        """
+        self._graph, self._bodies = graph, bodies
+        self._joint = JointGraph(graph)
+        self._layers = layers_of(self._joint)
+        if len(self._layers) != count + 1:
+            raise CannotTell(
+                f"{max(len(self._layers) - 1, 0)} layers were found in the graph of a model of {count}"
+            )
+        self._wanted = self._joint.kept_anyway
+        self.every = [choices_of(layer, self._wanted) for layer in self._layers[:-1]]
+        # What the last layer keeps is read at once, and the one before it is there for the copies of others to end beside it.
+        self._sends = [has_host and index < count - 2 for index in range(count)]
+        self.choices = [
+            self._by_key(those, sends) for those, sends in zip(self.every, self._sends, strict=True)
+        ]
+        self._known: dict[Key, Parts] = {}
+
+    def _by_key(self, those: Sequence[Choice], sends: bool) -> dict[Key, Choice]:
+        found = {Key(level): choice for level, choice in enumerate(those)}
+        if sends:
+            found |= {Key(level, on_host=True): choice.on_host() for level, choice in enumerate(those)}
+        return found
+
+    @functools.cached_property
+    def unchunking(self) -> Unchunking | None:
+        """None if no loop can be un-chunked."""
+        return unchunking_of(self._joint, self._layers, self._wanted, strict=False)
+
+    @functools.cached_property
+    def unchunked(self) -> list[dict[Key, Choice]]:
+        """Of each layer, what it may keep without its loops."""
+        every = self.unchunking.choices if self.unchunking is not None else [[] for _ in self.every]
+        return [{Key(level, unchunked=True): choice for level, choice in enumerate(those)} for those in every]
+
+    def parts(self, key: Key) -> Parts:
+        """Of a step all of whose layers take a choice, or the last that there is, and that on the host if they can."""
+        if key not in self._known:
+            chosen = [self._choice(index, key) for index in range(len(self.every))]
+            unchunking = self.unchunking if key.unchunked else None
+            self._known[key] = parts_with(self._graph, chosen, self._layers[-1].start, unchunking)
+        return self._known[key]
+
+    @functools.cached_property
+    def unplanned(self) -> Parts:
+        """Of a step each of whose layers is checkpointed by the model itself."""
+        least = [those[0] for those in self.every]
+        return parts_with(self._graph, least, self._layers[-1].start, is_planned=False)
+
+    def key_of(self, choice: Choice) -> Key:
+        """Of one of ``choices`` or ``unchunked``."""
+        every = self.unchunked if choice.layer.unchunked else self.choices
+        return next(key for those in every for key, each in those.items() if each is choice)
+
+    def _choice(self, index: int, key: Key) -> Choice:
+        those = self.unchunked[index] if key.unchunked else self.choices[index]
+        on_host = key.on_host and self._sends[index]
+        last = sum(each.on_host == on_host for each in those) - 1
+        if last < 0:  # no loop of it can be un-chunked
+            return self.every[index][-1]
+        return those[Key(min(key.level, last), on_host, key.unchunked)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """A plan for all layers.
@@ -126,27 +208,20 @@ class TracedStep:
     """A step of one length.
 
     Attributes:
-        known: the parts of the traced layers, by what they keep.
-        choices: of each traced layer, by the same: on the device, and then on the host.
-        stands_for: which traced layer each layer of the model is like.
-        outputs: bytes of what the forward pass returns beside its losses: a plan expects that somebody holds it.
-        unplanned: the parts of the traced layers where each is checkpointed by the model itself.
+        few: the layers that were traced.
+        stands_for: which of them each layer of the model is like.
     """
 
-    known: Mapping[Key, Parts]
-    choices: tuple[Mapping[Key, Choice], ...]
+    few: FewLayers
     stands_for: tuple[int, ...]
-    outputs: int
-    unplanned: Parts
 
     def checkpointed(self) -> Whole:
         """What a step without a plan takes, all of whose layers are checkpointed."""
-        keys: list[Key] = [(0, False)] * len(self.stands_for)
-        return together({(0, False): self.unplanned}, self.stands_for, keys)
+        return together(lambda _: self.few.unplanned, self.stands_for, [Key(0)] * len(self.stands_for))
 
-    def every(self, choice: int) -> Whole:
-        """What a step takes all of whose layers take one choice, on the device: of 0 nothing but its start is kept."""
-        return together(self.known, self.stands_for, [(choice, False)] * len(self.stands_for))
+    def taking(self, keys: Sequence[Key]) -> Whole:
+        """What a step takes whose layers take these choices; those on the host come first."""
+        return together(self.few.parts, self.stands_for, keys)
 
     def least(self, host: int) -> int:
         """The bytes of a step's peak that no plan is below: each layer checkpointed, and on the host while there is room.
@@ -154,13 +229,13 @@ class TracedStep:
         Args:
             host: bytes that may be kept there.
         """
-        keys: list[Key] = []
+        keys = []
         for like in self.stands_for:
-            sent = self.choices[like].get((0, True))
+            sent = self.few.choices[like].get(Key(0, on_host=True))
             is_sent = sent is not None and sent.host_bytes <= host
             host -= sent.host_bytes if sent is not None and is_sent else 0
-            keys.append((0, is_sent))
-        return together(self.known, self.stands_for, keys).peak + self.outputs
+            keys.append(Key(0, is_sent))
+        return self.taking(keys).peak
 
     def plan(self, room: Room, host_size: int = 0) -> Planned | None:
         """The fastest that fits, as :mod:`mst_fx.passes.memory_plan` finds it; None if none does.
@@ -169,19 +244,33 @@ class TracedStep:
             room: of which inputs, parameters and states are taken.
             host_size: bytes that may be kept on the host.
         """
-        every = [tuple(self.choices[like].values()) for like in self.stands_for]
+        every = [tuple(self.few.choices[like].values()) for like in self.stands_for]
         host = host_beside(every, room, host_size)
         try:
-            taken, _ = fastest(every, room, host, lambda those: self._with(those).peak + self.outputs)
+            taken, _ = fastest(every, room, host, self._peak_with)
         except BudgetError:
             return None
-        chosen = by_number(every, taken)
+        chosen = self._unchunked(by_number(every, taken), room)
         seconds = host.seconds(sum(choice.host_bytes for choice in chosen))
         return Planned(self._with(chosen), planned_layers(chosen, room), seconds)
 
+    def _unchunked(self, chosen: list[Choice], room: Room) -> list[Choice]:
+        """The same, or where everything fits what is faster: layers without loops."""
+        every = [self.few.every[like] for like in self.stands_for]
+        unchunking = self.few.unchunking if are_fastest(chosen, every, device_of(room.device)) else None
+        if unchunking is None:
+            return chosen
+        more = [unchunking.choices[like] for like in self.stands_for]
+        again = [unchunking.again[like] for like in self.stands_for]
+        found = faster(every, more, again, room, self._peak_with)
+        return chosen if found is None else found[0]
+
+    def _peak_with(self, chosen: Sequence[Choice]) -> int:
+        return self._with(chosen).peak
+
     def _with(self, chosen: Sequence[Choice]) -> Whole:
-        key_of = {choice: key for choices in self.choices for key, choice in choices.items()}
-        return together(self.known, self.stands_for, [key_of[choice] for choice in chosen])
+        key_of = {choice: self.few.key_of(choice) for choice in set(chosen)}
+        return self.taking([key_of[choice] for choice in chosen])
 
 
 def traced_step(
@@ -197,37 +286,4 @@ def traced_step(
     Raises:
         CannotTell: if the layers are not found in the graph.
     """
-    graph, bodies = trace(model, inputs)
-    joint = JointGraph(graph)
-    found = layers_of(joint)
-    layers = found[:-1]
-    if len(layers) != traced:
-        raise CannotTell(f"{len(layers)} layers were found in the graph of a model of {traced}")
-    wanted = joint.kept_anyway
-    every = [choices_of(layer, wanted) for layer in layers]
-    # What the last layer keeps is read at once, and the one before it is there for the copies of others to end beside it.
-    may_send = [has_host and index < traced - 2 for index in range(traced)]
-    levels = range(max(map(len, every)))
-    keys: list[Key] = [(level, False) for level in levels]
-    keys += [(level, True) for level in levels if any(may_send)]
-    known = {
-        (level, on_host): parts_with(
-            graph,
-            [_nth(those, level, on_host and sends) for those, sends in zip(every, may_send, strict=True)],
-            found[-1].start,
-        )
-        for level, on_host in keys
-    }
-    unplanned = parts_with(graph, [those[0] for those in every], found[-1].start, is_planned=False)
-    placed = [
-        {key: _nth(those, *key) for key in keys if key[0] < len(those) and (sends or not key[1])}
-        for those, sends in zip(every, may_send, strict=True)
-    ]
-    outputs = sum(bytes_of(node) for node in storages(outputs_of(joint)))
-    del bodies  # named by the graph up to here
-    return TracedStep(known, tuple(placed), tuple(stands_for), outputs, unplanned)
-
-
-def _nth(those: Sequence[Choice], number: int, on_host: bool) -> Choice:
-    found = those[min(number, len(those) - 1)]
-    return found.on_host() if on_host else found
+    return TracedStep(FewLayers(*trace(model, inputs), traced, has_host), tuple(stands_for))

@@ -212,7 +212,9 @@ class Parking:
         """The parameters of a group in buckets, in their order."""
         parameters: list[Tensor] = group["params"]
         if self._is_each_for_itself and _are_alike(optimizer, parameters):
-            return _cut(parameters, [self._bytes_for(optimizer, p) for p in parameters], self._bucket)
+            return cut_in_buckets(
+                parameters, [self._bytes_for(optimizer, p) for p in parameters], self._bucket
+            )
         return [parameters]
 
     def _bytes_for(self, optimizer: Optimizer, parameter: Tensor) -> int:
@@ -414,7 +416,7 @@ def _stepped(parameters: list[Tensor]) -> list[Tensor]:
     return [p for p in parameters if p.grad is not None]
 
 
-def _cut(parameters: list[Tensor], sizes: list[int], most: int) -> list[list[Tensor]]:
+def cut_in_buckets(parameters: list[Tensor], sizes: list[int], most: int) -> list[list[Tensor]]:
     """Runs of parameters whose sizes are at most ``most`` together, or of one."""
     parts: list[list[Tensor]] = [[]]
     total = 0

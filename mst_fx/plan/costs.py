@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -17,8 +17,8 @@ from mst_fx.masks import formula
 from mst_fx.plan.joint_graph import bytes_of, is_attention, is_read_whole, is_view, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
 
-# Forward passes that a loop costs.
-_LOOPS = {"mst_fx::loop": 1, "mst_fx::loop_list": 1, "mst_fx::loop_backward": 3, "mst_fx::loop_with_grad": 3}
+_LOOPS = ("mst_fx::loop", "mst_fx::loop_list")
+_LOOPS_WITH_GRADIENTS = ("mst_fx::loop_backward", "mst_fx::loop_with_grad")  # they make the inside again, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +117,8 @@ def flops_of(node: fx.Node) -> float:
         return 0.0
     if is_attention(node):
         return attention_flops(node)
-    passes = _LOOPS.get(operation(node))
-    if passes is not None:
-        rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
-        assert rows is not None
-        run = body_of(str(argument(node, "body_key")))
-        return (
-            passes
-            * _flops_a_row(run)
-            * math.prod(map(hint, rows.shape[: rows.ndim - len(run.row_metas[0].shape)]))
-        )
+    if operation(node) in (*_LOOPS, *_LOOPS_WITH_GRADIENTS):
+        return _flops_of_loop(node)
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
@@ -135,10 +127,29 @@ def flops_of(node: fx.Node) -> float:
     return float(hint(formula(*args, **kwargs, out_val=node.meta.get("val"))))
 
 
-def _flops_a_row(run: Body) -> float:
-    count = next(node for node in run.forward.graph.nodes if node.op == "placeholder")
-    rows = hint(count.meta["val"])
-    return sum(map(flops_of, run.forward.graph.nodes)) / rows
+def _flops_of_loop(node: fx.Node) -> float:
+    rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
+    assert rows is not None
+    run = body_of(str(argument(node, "body_key")))
+    inside = sum(map(flops_of, run.forward.graph.nodes))
+    if operation(node) in _LOOPS_WITH_GRADIENTS:
+        needs: Any = argument(node, "needs")
+        inside += _flops_of_gradients(run, needs)
+    total = math.prod(map(hint, rows.shape[: rows.ndim - len(run.row_metas[0].shape)]))
+    return inside * total / hint(run.forward.graph.find_nodes(op="placeholder")[0].meta["val"])
+
+
+def _flops_of_gradients(run: Body, needs: Sequence[bool]) -> float:
+    """Of a body's products: as many as forward for each operand that depends on what needs a gradient."""
+    _, *inputs = run.forward.graph.find_nodes(op="placeholder")  # behind the number of rows
+    depends = {node for node, need in zip(inputs, needs, strict=True) if need}
+    found = 0.0
+    for node in run.forward.graph.nodes:
+        if node.op == "call_function" and not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+            factors = [factor for factor in node.args[-2:] if isinstance(factor, fx.Node)]
+            found += flops_of(node) * sum(factor in depends for factor in factors)
+    return found
 
 
 def attention_flops(node: fx.Node) -> float:

@@ -57,6 +57,9 @@ class Host:
 
 
 _TIE = 1e-4
+# Options of all kinds up to which the best plan is found; of more (LoRA's layers have dozens of small products) one that costs so much
+# more, of what is made again and of what copies hide behind: the very best took up to half a minute a program.
+_FEW, _GAP = 60, 0.001
 
 
 class TooLittle(Exception):
@@ -70,8 +73,8 @@ class TooLittle(Exception):
 def solve(kinds: Sequence[Kind], room: int, host: Host = Host()) -> list[list[int]]:
     """How many layers of each kind take each of its options, so that what is made again takes the fewest seconds.
 
-    Exact with scipy (HiGHS, a mixed-integer program); without it a ladder, which takes steps by seconds a byte and
-    may leave less than one step's bytes free. Of plans with equal seconds the one of fewest bytes.
+    Exact with scipy (HiGHS, a mixed-integer program), to 0.1 % of a step where there are very many options; without it a ladder,
+    which takes steps by seconds a byte and may leave less than one step's bytes free. Of plans with equal seconds the one of fewest bytes.
 
     Args:
         room: bytes for all that is kept on the device.
@@ -116,10 +119,10 @@ def _program(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | 
     size = max(max(option.bytes, option.host) for _, option in flat) or 1
     costs = [(option.seconds + _TIE * option.host / host.bandwidth) / most for _, option in flat]
     rows = [
-        *([float(index == row) for index, _ in flat] + [0.0] for row in range(len(kinds))),
-        [option.bytes / size for _, option in flat] + [0.0],
-        [option.host / size for _, option in flat] + [0.0],
-        [option.host / host.bandwidth / most for _, option in flat] + [-1.0],
+        *([float(index == row) for index, _ in flat] + [0.0, 0.0] for row in range(len(kinds))),
+        [option.bytes / size for _, option in flat] + [0.0, 0.0],
+        [option.host / size for _, option in flat] + [0.0, 0.0],
+        [option.host / host.bandwidth / most for _, option in flat] + [-1.0, 0.0],
     ]
     counts = [float(kind.count) for kind in kinds]
     limits = LinearConstraint(
@@ -127,10 +130,13 @@ def _program(kinds: Sequence[Kind], room: int, host: Host) -> list[list[int]] | 
         [*counts, -math.inf, -math.inf, -math.inf],
         [*counts, room / size, host.bytes / size, host.hides / most],
     )
-    bounds = Bounds(0, [*_most_of(kinds), math.inf])
-    whole = [1] * len(flat) + [0]
-    exact = {"mip_rel_gap": 0.0}
-    found = milp([*costs, 1.0], constraints=limits, integrality=whole, bounds=bounds, options=exact)
+    # The last variable is 1: what is computed in any case, beside which a gap is small or not.
+    bounds = Bounds([0] * (len(flat) + 1) + [1], [*_most_of(kinds), math.inf, 1])
+    whole = [1] * len(flat) + [0, 0]
+    gap = {"mip_rel_gap": 0.0 if len(flat) <= _FEW else _GAP}
+    found = milp(
+        [*costs, 1.0, host.hides / most], constraints=limits, integrality=whole, bounds=bounds, options=gap
+    )
     if found.x is None:
         return None
     counted = iter(round(x) for x in found.x)

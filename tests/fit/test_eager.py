@@ -58,6 +58,26 @@ def test_operations_are_counted() -> None:
     assert cost.attention == 0 and cost.moved > 4000 * 500 * 4 * 2
 
 
+class _Attention(nn.Module):
+    """Four heads, of which two share keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Linear(64, 64, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Any:
+        heads = [y.unflatten(-1, (-1, 16)).transpose(1, 2) for y in (self.queries(x), x[..., :32])]
+        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[1], is_causal=True, enable_gqa=True)
+        return types.SimpleNamespace(loss=out.float().sum())
+
+
+def test_operations_of_attention_are_counted() -> None:
+    """Of both passes, of half of the pairs."""
+    with torch.device("meta"):
+        model, x = _Attention(), torch.empty(1, 96, 64, dtype=torch.bfloat16, requires_grad=True)
+    assert eager_step(model, {"x": x}).cost.attention == 3.5 * 0.5 * 2 * 4 * 96 * 96 * (16 + 16)
+
+
 @pytest.mark.parametrize(
     ("dtype", "masked", "heads", "kernel"),
     [

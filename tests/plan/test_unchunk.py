@@ -249,10 +249,10 @@ def test_more_memory_is_never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(BudgetError):
             planned(context, 1000)
         rich = planned(context, 10**9)
-        monkeypatch.setattr(memory_plan, "_unchunking", lambda *_: None)
+        monkeypatch.setattr(memory_plan, "unchunking_of", lambda *_: None)
         chunked = planned(context, 10**9)
         top = int(chunked.plan.peak / _SEEN) + 1
-        monkeypatch.setattr(memory_plan, "_unchunking", pytest.fail)
+        monkeypatch.setattr(memory_plan, "unchunking_of", pytest.fail)
         tight = [planned(context, int(share * top)) for share in (0.9, 0.99)]
         monkeypatch.undo()
         monkeypatch.setattr(memory_plan, "_write", remembered)
