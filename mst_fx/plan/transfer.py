@@ -95,20 +95,10 @@ def send(joint: JointGraph, chosen: Sequence[Choice], begins: Mapping[int, Begin
     sending = [index for index, choice in enumerate(chosen) if choice.sent]
     if not sending:
         return {}
-    groups = groups_of(chosen)
-    last = next(number for number, group in enumerate(groups) if sending[-1] in group)
-    assert last + 1 < len(groups), "the backward pass of the last layer comes at once"
     _forward_first(joint)
     sent = _stashed(joint, {index: chosen[index].sent for index in sending})
     settled = _settled(joint, chosen, sending[-1], sent[sending[-1]])
-    stations = [
-        station
-        for group in reversed(groups[: last + 2])
-        if any(chosen[index].layer.readers for index in group)
-        for station in _stations(
-            joint, [(chosen[i], sent.get(i, _NOTHING)) for i in group], begins[group[-1]]
-        )
-    ]
+    stations = _all_stations(joint, chosen, begins, sent)
     fetched: dict[fx.Node, Back] = {}
     started: list[fx.Node] = []
     for station, after in itertools.zip_longest(stations, stations[1:]):
@@ -132,6 +122,23 @@ def _settled(joint: JointGraph, chosen: Sequence[Choice], index: int, last: _Sen
         found = _call(joint, mst.settle.default, (last.hosts, last.kept, end))
     _is_forward(found)
     return found
+
+
+def _all_stations(
+    joint: JointGraph, chosen: Sequence[Choice], begins: Mapping[int, Begin], sent: Mapping[int, _Sent]
+) -> list[_Station]:
+    """Those of all layers, in order of the backward pass, from the one on in which the first copy is started."""
+    groups = groups_of(chosen)
+    last = next(number for number, group in enumerate(groups) if max(sent) in group)
+    assert last + 1 < len(groups), "the backward pass of the last layer comes at once"
+    return [
+        station
+        for group in reversed(groups[: last + 2])
+        if any(chosen[index].layer.readers for index in group)
+        for station in _stations(
+            joint, [(chosen[i], sent.get(i, _NOTHING)) for i in group], begins[group[-1]]
+        )
+    ]
 
 
 def _stations(joint: JointGraph, group: Sequence[tuple[Choice, _Sent]], begin: Begin) -> list[_Station]:
