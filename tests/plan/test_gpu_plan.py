@@ -50,7 +50,7 @@ def test_budgets_hold_and_more_is_never_slower() -> None:
         run(1)
     missing = re.search(r"needs ([\d.]+ [MG]iB) more", str(error.value))
     assert missing is not None
-    least = int(1.03 * (bytes_in(missing[1]) or 0))
+    least = int(1.06 * (bytes_in(missing[1]) or 0))  # said in two digits
     budgets = [least, (2 * least + free_peak) // 3, (least + 2 * free_peak) // 3, "auto"]
     made, peaks = [], []
     for budget in budgets:
