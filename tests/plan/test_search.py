@@ -12,7 +12,7 @@ import pytest
 
 from mst_fx.errors import BudgetError
 from mst_fx.plan.room import Room
-from mst_fx.plan.search import fastest
+from mst_fx.plan.search import Way, fastest, fastest_of
 from mst_fx.plan.solve import Host
 
 
@@ -114,3 +114,31 @@ def test_no_more_is_sent_than_there_is(host: int) -> None:
     room = Room("cpu", 120, 0)
     taken, _ = fastest(choices, room, Host(host, 1e9, 1.0), lambda those: _peak(those, 10))
     assert sum(those[i].host_bytes for those, i in zip(choices, taken, strict=True)) <= host
+
+
+def test_groups_are_looked_at_where_they_promise_something() -> None:
+    """Alone a layer keeps 10 and makes one second again, or keeps 40; in a group every second one keeps nothing, or 12 for a tenth."""
+    alone = [_layer([10, 40], [1.0, 0.0], has_host=False) for _ in range(6)]
+    inner = _layer([0, 12], [2.0, 0.1], has_host=False)
+    ways: Any = [
+        Way(alone),
+        Way([[*inner, *those] if i % 2 else those for i, those in enumerate(alone)], beside=5),
+    ]
+    written: list[int] = []
+
+    def peak(chosen: Sequence[Any]) -> int:
+        is_grouped = any(choice in inner for choice in chosen)
+        written.append(is_grouped)
+        return _peak(chosen, 0) + 5 * is_grouped
+
+    def found(budget: int) -> list[float]:
+        written.clear()
+        chosen, size = fastest_of(ways, Room("cpu", budget, 0), Host(0, 1e9, 1.0), peak)
+        assert size <= budget
+        return [choice.cost.made for choice in chosen]
+
+    assert found(250) == [0.0] * 6 and not any(written)
+    assert found(75) == [1.0, 0.1] * 3  # six alone keep 60, which six seconds make
+    assert found(40) == [1.0, 2.0] * 3
+    with pytest.raises(BudgetError):
+        found(34)
