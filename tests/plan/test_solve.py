@@ -135,3 +135,20 @@ def _sent(kinds: list[Kind], counts: list[list[int]]) -> int:
 
 def _cost(kinds: list[Kind], counts: list[list[int]], host: Host) -> float:
     return _of(kinds, counts)[1] + host.seconds(_sent(kinds, counts))
+
+
+def test_very_many_options_to_a_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the step: what is made again, and what copies hide behind."""
+    chance = random.Random(1)
+    host = Host(10**9, 1e6, 3.0)
+    for _ in range(3):
+        sizes = sorted(chance.sample(range(10**6), solver._FEW // 2 + 1))
+        seconds = sorted((chance.random() for _ in sizes), reverse=True)
+        kept = list(map(Option, sizes, seconds))
+        kinds = [Kind(20, (*kept, *(Option(0, o.seconds, o.bytes) for o in kept))), Kind(2, tuple(kept))]
+        room = 11 * sizes[-1]
+        found = solver._seconds(kinds, solve(kinds, room, host), host)
+        with monkeypatch.context() as patch:
+            patch.setattr(solver, "_FEW", 10**6)
+            best = solver._seconds(kinds, solve(kinds, room, host), host)
+        assert best <= found <= best + solver._GAP * (best + host.hides)
