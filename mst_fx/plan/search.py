@@ -277,9 +277,10 @@ class _Search:
         found = [wanted[i] if i in places else old for i, old in enumerate(plan.taken)]
         if sum(each.host for each in self._taken(found)) > self.host.bytes:
             return None
+        if self._seconds(found) >= plan.seconds - _SMALL * self.host.hides:
+            return None  # before it is written on trial
         better = self._plan(found)
-        is_faster = better.seconds < plan.seconds - _SMALL * self.host.hides
-        return better if is_faster and better.peak <= self.limit else None
+        return better if better.peak <= self.limit else None
 
 
 def _least_size(options: Sequence[tuple[Option, ...]], host: Host) -> int:
