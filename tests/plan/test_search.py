@@ -118,12 +118,10 @@ def test_no_more_is_sent_than_there_is(host: int) -> None:
 
 def test_groups_are_looked_at_where_they_promise_something() -> None:
     """Alone a layer keeps 10 and makes one second again, or keeps 40; in a group every second one keeps nothing, or 12 for a tenth."""
-    alone = [_layer([10, 40], [1.0, 0.0], has_host=False) for _ in range(6)]
-    inner = _layer([0, 12], [2.0, 0.1], has_host=False)
-    ways: Any = [
-        Way(alone),
-        Way([[*inner, *those] if i % 2 else those for i, those in enumerate(alone)], beside=5),
-    ]
+    alone: Any = [_layer([10, 40], [1.0, 0.0], has_host=False) for _ in range(6)]
+    inner: Any = _layer([0, 12], [2.0, 0.1], has_host=False)
+    in_groups: Any = [[*inner, *those] if i % 2 else those for i, those in enumerate(alone)]
+    ways = [Way(alone), Way(in_groups, beside=5)]
     written: list[int] = []
 
     def peak(chosen: Sequence[Any]) -> int:
@@ -133,6 +131,7 @@ def test_groups_are_looked_at_where_they_promise_something() -> None:
 
     def found(budget: int) -> list[float]:
         written.clear()
+        chosen: Any
         chosen, size = fastest_of(ways, Room("cpu", budget, 0), Host(0, 1e9, 1.0), peak)
         assert size <= budget
         return [choice.cost.made for choice in chosen]
