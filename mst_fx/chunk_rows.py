@@ -112,6 +112,7 @@ def vocab_chunk_size(
     least = max(_least(_LEAST_VOCAB_ROWS, device), min(width, _least(_LEAST_ROWS, device)))
     if paper < least or changes:
         return _less_backward(rows, least, f"the least rows that keep a {device} busy", device)
-    if paper > max(width, least):
-        return _less_backward(rows, max(width, least), f"d_model = {width} rows, or the least", device)
+    most = max(width, least)
+    if paper > most:
+        return _less_backward(rows, most, f"d_model = {width} rows, or the least", device)
     return _less_backward(rows, paper, f"ceil(V / d_model) = {chunks} chunks", device)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
@@ -211,10 +210,9 @@ def planned_layers(chosen: Sequence[Choice], room: Room) -> tuple[Planned, ...]:
     """What layers do, those together that do the same, the least kept first."""
     device: Device = device_of(room.device)
     found: dict[Planned, int] = {}
-    for before, choice in itertools.pairwise([None, *chosen]):
-        assert choice is not None
+    for before, choice in zip([*chosen[:1], *chosen], chosen, strict=False):  # the first keeps its start
         cost = choice.cost
-        if before is not None and not choice.keeps_start:
+        if not choice.keeps_start:
             cost = plus([cost_of(choice.again), cost_of(before.onward)])
         one = Planned(1, str(choice), choice.bytes, choice.host_bytes, cost.flops, cost.seconds(device))
         found[one] = found.get(one, 0) + 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, may_run_again
-from mst_fx.plan.layers import Begin
+from mst_fx.plan.layers import begins_of
 from mst_fx.plan.search import Way
 
 # Layers of one group that are tried. While a group's backward pass runs, all its starts are there.
@@ -35,8 +35,8 @@ def may_join(joint: JointGraph, choices: Sequence[Sequence[Choice]]) -> list[boo
     backward passes are over.
     """
     order = {node: index for index, node in enumerate(joint.graph.nodes)}
-    begins = [Begin.of(joint, those[0].layer) for those in choices]
-    places = [order[begin.first] for begin in begins if begin is not None]
+    begins = begins_of(joint, [those[0].layer for those in choices])
+    places = [order[begin.first] for begin in begins.values()]
     if len(places) < len(choices) or places != sorted(places, reverse=True):
         return [False] * len(choices)
     anyway = joint.kept_anyway

@@ -62,13 +62,18 @@ class Begin:
     first: fx.Node
     after: fx.Node
 
-    @staticmethod
-    def of(joint: JointGraph, layer: Layer) -> Begin | None:
-        """None if the layer has no backward pass."""
-        users = {user for user, _ in layer.readers}
-        starts = {user for user in layer.start.users if user in joint.backward}
-        first = next((node for node in joint.graph.nodes if node in users or node in starts), None)
-        return None if first is None else Begin(first, arriving(joint, first)[0])
+
+def begins_of(joint: JointGraph, layers: Sequence[Layer]) -> dict[int, Begin]:
+    """Where the backward passes of layers begin, by number: of those that have one."""
+    order = {node: index for index, node in enumerate(joint.graph.nodes)}
+    found: dict[int, Begin] = {}
+    for number, layer in enumerate(layers):
+        readers = [user for user, _ in layer.readers]
+        readers += [user for user in layer.start.users if user in joint.backward]
+        if readers:
+            first = min(readers, key=order.__getitem__)
+            found[number] = Begin(first, arriving(joint, first)[0])
+    return found
 
 
 def arriving(joint: JointGraph, node: fx.Node) -> list[fx.Node]:

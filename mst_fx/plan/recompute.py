@@ -14,7 +14,7 @@ from torch import fx
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.groups import groups_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
-from mst_fx.plan.layers import Begin
+from mst_fx.plan.layers import Begin, begins_of
 from mst_fx.plan.order import weights_first
 from mst_fx.plan.transfer import send
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS, always_save, copied
@@ -35,17 +35,16 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice], is_planned: bool = T
             node.meta.pop(tag, None)
     for node in joint.reads_written:
         always_save(node)
-    found = ((index, Begin.of(joint, choice.layer)) for index, choice in enumerate(chosen))
-    begins = {index: begin for index, begin in found if begin is not None}
+    begins = begins_of(joint, [choice.layer for choice in chosen])
     fetched = send(joint, chosen, begins)
     there = {node: back.node for node, back in fetched.items()}
+    come = {node: back.begin for node, back in fetched.items()}
     for group in groups_of(chosen):
         if len(group) > 1:
             there |= _starts_again(joint, [chosen[index] for index in group], begins[group[-1]], there)
     for index, choice in enumerate(chosen):
         if choice.again:
             before, behind = _in_two(joint, choice)
-            come = {node: back.begin for node, back in fetched.items()}
             _Again(joint, choice, begins[index], there, come).run(before)
             if behind:
                 user = behind[0][0]
