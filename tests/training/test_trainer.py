@@ -105,8 +105,10 @@ def _check_rewrites(trainer: _Trainer, infos: pytest.LogCaptureFixture, batches:
     assert trainer.loops == dict.fromkeys(_LOOPS, batches)
     said = [message for message in infos.messages if "rewrote" in message]
     assert all("refused 0" in message for message in said)
-    # torch 2.11 breaks the graph behind a checkpointed layer while it evaluates.
-    assert sum("1 mlp" in message for message in said) == sum("1 vocab" in message for message in said) > 0
+    # torch 2.11 breaks the graph behind a checkpointed layer while it evaluates; of what an earlier test has compiled
+    # nothing is said.
+    mlps, heads = (sum(f"1 {kind}" in message for message in said) for kind in ("mlp", "vocab"))
+    assert mlps == heads and (mlps or not said)
 
 
 def _agree(found: Trainer, truth: Trainer, bar: float = 1e-5, size_bar: float = 1e-5) -> None:
