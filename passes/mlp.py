@@ -23,6 +23,7 @@ from torch import fx
 
 from mst_fx.chunk_rows import mlp_chunk_size
 from mst_fx.chunking import chunk_regions
+from mst_fx.chunking_experts import chunk_experts
 from mst_fx.context import PassContext
 from mst_fx.graph.sizes import hint
 from mst_fx.refusing import (
@@ -40,7 +41,8 @@ from mst_fx.rows.region import seeds
 
 
 def run(context: PassContext) -> None:
-    """Rewrites every MLP of a graph."""
+    """Rewrites every MLP of a graph, and all experts."""
+    chunk_experts(context)
     experts: list[tuple[list[fx.Node], bool]] = []
     widening: set[fx.Node] = set()
     for analysis in context.analyses():

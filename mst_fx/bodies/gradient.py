@@ -19,7 +19,8 @@ prims = torch.ops.prims
 class Term:
     """A part of a weight's gradient: ``left @ right`` or ``value``, transposed where so marked.
 
-    ``left``, ``right`` and ``value`` are positions among the backward body's outputs.
+    ``left``, ``right`` and ``value`` are positions among the backward body's outputs. Of a ``grouped`` one ``left`` and ``right`` hold
+    rows, and each group of them adds ``left.t() @ right`` to its matrix of a stack.
     """
 
     left: int = -1
@@ -28,6 +29,7 @@ class Term:
     right_transposed: bool = False
     value: int = -1
     transposed: bool = False
+    grouped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,10 @@ def split_into_terms(gm: fx.GraphModule, first: int, wide: Sequence[bool]) -> tu
     for gradient, is_wide in zip(gradients, wide, strict=True):
         terms = []
         for node, transposed in _summands(gradient, is_wide):
-            if node.target is aten.mm.default:
+            if node.target is torch.ops.mst_fx.grouped_outer.default:
+                left, right = node.args[1::-1] if transposed else node.args[:2]
+                terms.append(Term(position(left), position(right), grouped=True))  # type: ignore[arg-type]
+            elif node.target is aten.mm.default:
                 left, right = node.args
                 if transposed:  # (left @ right).t() == right.t() @ left.t()
                     left, right = right, left
@@ -128,13 +133,18 @@ def _summands(node: fx.Node, wide: bool, transposed: bool = False) -> list[tuple
 
 
 def _is_transpose(node: Any) -> bool:
+    """Whether a node transposes a matrix, or each matrix of a stack."""
     if not isinstance(node, fx.Node):
         return False
     if node.target is aten.t.default:
         return True
+    ndim = len(_shape(node)) if node.target in (aten.permute.default, aten.transpose.int) else 0
+    order = [*range(ndim - 2), ndim - 1, ndim - 2]
+    if ndim not in (2, 3):
+        return False
     if node.target is aten.permute.default:
-        return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
-    return node.target is aten.transpose.int and {d % 2 for d in node.args[1:]} == {0, 1}  # type: ignore[operator]
+        return [d % ndim for d in node.args[1]] == order  # type: ignore[operator, union-attr]
+    return {d % ndim for d in node.args[1:]} == {ndim - 2, ndim - 1}  # type: ignore[operator]
 
 
 def _strip_transposes(node: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:

@@ -127,9 +127,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
         with torch.no_grad(), enable_python_dispatcher():
             for fake in fakes:
                 tracer.protect(fake)
-            gm = make_fx(_under(tracer, replay))(folder.n, *fakes)
-            if any(_writes(node) for node in gm.graph.nodes):  # to temporaries, as proved above
-                gm = make_fx(torch.func.functionalize(gm, remove="mutations"))(folder.n, *fakes)
+            gm = without_writes(make_fx(run_under(tracer, replay))(folder.n, *fakes), folder.n, fakes)
     if any(node.op == "get_attr" for node in gm.graph.nodes):
         raise Refusal("makes a tensor from Python numbers")
     check_guards(folder)
@@ -139,7 +137,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
         OutputMeta(node in region.sums, _rest(out, node in region.sums), out.dtype, out.device)
         for node, out in zip(outs, (n.meta["val"] for n in gm.graph.output_node().args[0]), strict=True)  # type: ignore[union-attr]
     ]
-    shared_metas = [_meta(tensor_value(i.node)) for i in shared_inputs]
+    shared_metas = [meta_of(tensor_value(i.node)) for i in shared_inputs]
     return Body(gm, row_metas, shared_metas, metas, config, sizes)
 
 
@@ -147,7 +145,14 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
-def _under(tracer: RowTracer, function: Any) -> Any:
+def without_writes(gm: fx.GraphModule, n: Any, fakes: list[torch.Tensor]) -> fx.GraphModule:
+    """A traced graph as a function without writes: those that there are go to temporaries, as the tracer has proved."""
+    if not any(_writes(node) for node in gm.graph.nodes):
+        return gm
+    return make_fx(torch.func.functionalize(gm, remove="mutations"))(n, *fakes)
+
+
+def run_under(tracer: RowTracer, function: Any) -> Any:
     def run(*args: Any) -> Any:
         with tracer:
             return function(*args)
@@ -169,7 +174,7 @@ def _rest(tensor: torch.Tensor, is_sum: bool) -> tuple[int, ...]:
     return tuple(tensor.shape if is_sum else tensor.shape[1:])
 
 
-def _meta(tensor: torch.Tensor | None) -> TensorMeta:
+def meta_of(tensor: torch.Tensor | None) -> TensorMeta:
     assert tensor is not None
     return TensorMeta(settled(tensor.shape), settled(tensor.stride()), tensor.dtype, tensor.device)
 

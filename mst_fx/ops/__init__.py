@@ -11,6 +11,7 @@ from mst_fx.ops import (
     chunks,
     dropout,
     embedding,
+    experts,
     gate,
     loop,
     loop_over,
@@ -20,6 +21,6 @@ from mst_fx.ops import (
 )
 
 __all__ = [
-    "arena", "attention", "buffer", "chunks", "dropout", "embedding", "gate", "loop", "loop_over", "offload", "port",
-    "scaled",
+    "arena", "attention", "buffer", "chunks", "dropout", "embedding", "experts", "gate", "loop", "loop_over",
+    "offload", "port", "scaled",
 ]  # fmt: skip

@@ -47,6 +47,21 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class ByGroups(Chunk):
+    """A chunk of whole groups, ``first <= group <= last``, or a part of one.
+
+    Attributes:
+        is_part: the group has more chunks.
+        is_last_part: this is the last of them.
+    """
+
+    first: int = dataclasses.field(kw_only=True)
+    last: int = dataclasses.field(kw_only=True)
+    is_part: bool = False
+    is_last_part: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Reaching(Chunk):
     """A chunk that reads a part of what chunks share."""
 
@@ -90,6 +105,29 @@ def by_offsets(offsets: Sequence[int], most: int) -> Iterator[Chunk]:
     """
     for group, (start, stop) in enumerate(itertools.pairwise(offsets)):
         yield from _equal(start, stop, most, group)
+
+
+def by_groups(ends: Sequence[int], most: int) -> Iterator[ByGroups]:
+    """Chunks of as many whole groups as have ``most`` rows, and equal parts of a group that has more.
+
+    Args:
+        ends: where each group ends. Those without rows lie in the chunk of others, or in none.
+    """
+    start, first, end, last = 0, 0, 0, -1
+    for group, stop in enumerate(ends):
+        if stop - start > most and end > start:
+            yield ByGroups(start, end, first=first, last=last)
+            start, first = end, group
+        if stop - start > most:
+            parts = list(_equal(start, stop, most, group))
+            for part in parts:
+                yield ByGroups(
+                    part.start, part.end, first=group, last=group, is_part=True, is_last_part=part is parts[-1]
+                )
+            start, first = stop, group + 1
+        end, last = stop, group
+    if end > start:
+        yield ByGroups(start, end, first=first, last=last)
 
 
 class Rows:

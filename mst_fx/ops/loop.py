@@ -51,7 +51,7 @@ def _of_chunk(flat: Tensor, chunk: Chunk) -> Tensor:
     return flat[chunk.start : chunk.end].contiguous()
 
 
-def _as_traced(shared: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[Tensor]:
+def as_traced(shared: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[Tensor]:
     """Compiled bodies take the strides they were traced with."""
     return [
         tensor
@@ -133,13 +133,13 @@ class _Gradients:
         ]
         self._order = sorted(range(len(own)), key=lambda index: index in over)
         weights = [i for i, need in enumerate(needs[len(body.row_metas) :]) if need]
-        self._sums = [_weight_sum(body, index) for index in weights]
+        self._sums = [weight_sum(body, index) for index in weights]
 
     def put(self, chunk: Chunk, positions: GradientPositions, values: Sequence[Tensor]) -> None:
         # What is written over a tangent comes last: values may be rows of the tangent.
         for total, terms in zip(self._sums, positions.terms, strict=True):
             for term in terms:
-                _add_term(total, term, values)
+                add_term(total, term, values)
         for index in self._order:
             self._row_grads[index].put(chunk, values[positions.first + index])
 
@@ -148,15 +148,15 @@ class _Gradients:
         return [*(result.result() for result in self._row_grads), *(total.result() for total in self._sums)]
 
 
-def _weight_sum(body: Body, index: int) -> Sum:
+def weight_sum(body: Body, index: int) -> Sum:
     meta = body.shared[index]
     return Sum(torch.empty(meta.shape, dtype=body.accumulator_dtype(index), device=meta.device), meta.dtype)
 
 
-def _add_term(total: Sum, term: Term, values: Sequence[Tensor]) -> None:
+def add_term(total: Sum, term: Term, values: Sequence[Tensor]) -> None:
     if term.value >= 0:
         found = values[term.value]
-        total.add(found.t() if term.transposed else found)
+        total.add(found.mT if term.transposed else found)
         return
     left, right = values[term.left], values[term.right]
     left = left.t() if term.left_transposed else left
@@ -177,7 +177,7 @@ def _run_with_gradients(
 ) -> list[Tensor]:
     assert compiled.positions is not None
     gradients = _Gradients(body, needs, row_inputs, over)
-    flat, shared = _flat(row_inputs, body.row_metas), _as_traced(shared, body.shared)
+    flat, shared = _flat(row_inputs, body.row_metas), as_traced(shared, body.shared)
     for chunk in chunks.equal(_count(row_inputs, body), chunk_rows):
         tangents = [tangent if whole else _of_chunk(tangent, chunk) for whole, tangent in tangent_order]
         values = compiled.run(_chunk_inputs(flat, shared, chunk, *tangents))
@@ -226,7 +226,7 @@ def loop_list(
         outputs = _Outputs(found.outputs, _output_shapes(found, row_inputs, lead))
         if count:
             run = found.compiled_forward(chunks.sizes(chunks.equal(count, chunk_rows))).run
-            flat, traced = _flat(row_inputs, found.row_metas), _as_traced(shared, found.shared)
+            flat, traced = _flat(row_inputs, found.row_metas), as_traced(shared, found.shared)
             for chunk in chunks.equal(count, chunk_rows):
                 outputs.put(chunk, run(_chunk_inputs(flat, traced, chunk)))
         return outputs.result()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import mst_fx.graph.grouped  # noqa: F401  (registers the operators)
 from mst_fx.errors import Refusal
 from mst_fx.rows.checks import is_pointwise, pointwise
 from mst_fx.rows.labels import SUMMED, Call, Label, Matmul, Row, is_same_size, storage, tensors
@@ -128,6 +129,23 @@ class GradientTracer(RowTracer):
         labels = [self.label(tensor) for tensor in tensors((args, kwargs))]
         if labels == _CONTRACTIONS.get(func) or (func in _TRANSPOSES and labels == [SUMMED]):
             return [SUMMED]
+        return super()._apply_rule(func, args, kwargs, out)
+
+
+class SlotTracer(RowTracer):
+    """Labels what experts make of their slots, where each slot's key picks what it meets: a row of a table, or a matrix of a stack.
+
+    Elsewhere neither has a rule: a loop over rows would make the gradient of the whole table in each chunk.
+    """
+
+    def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
+        found = [self.label(tensor) for tensor in tensors((args, kwargs))]
+        if func is torch.ops.mst_fx.grouped_mm.default and found == [Row(0), None, None]:
+            sizes = [tensor.shape[1] * tensor.element_size() for tensor in (args[0], out)]
+            self.matmuls.append(Matmul(*sizes))
+            return [Row(0)]
+        if func is aten.index.Tensor and found == [None, Row(0)] and len(args[1]) == 1:
+            return [Row(0)]
         return super()._apply_rule(func, args, kwargs, out)
 
 

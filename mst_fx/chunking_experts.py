@@ -1,0 +1,87 @@
+"""Experts' way into a loop over sorted slots, and into the report."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from mst_fx.bodies.body import Body
+from mst_fx.bodies.trace_slots import trace_slots
+from mst_fx.chunk_rows import ChunkSize, mlp_chunk_size
+from mst_fx.context import PassContext
+from mst_fx.errors import Cause, Refusal
+from mst_fx.graph.edit import add_call, copy_provenance, eliminate_dead_code
+from mst_fx.graph.modes import contexts
+from mst_fx.graph.sizes import hint
+from mst_fx.graph.values import tensor_value
+from mst_fx.report import Fit, Rewrite
+from mst_fx.rows.slots import Read, SlotRegion, SlotRegionFinder, name_of
+
+
+def chunk_experts(context: PassContext) -> None:
+    """Replaces what experts make of their slots by loops; notes why where that cannot be."""
+    modes = contexts(context.graph)
+    finder = SlotRegionFinder(context.graph, modes)
+    for products, region in list(finder.regions())[::-1]:  # a loop may read what another one gives
+        name = name_of(products)
+        if isinstance(region, Refusal):
+            context.refuse("mlp", name, str(region), region.cause)
+            continue
+        chunk_size = _chunk_size(context, region)
+        if context.shared.bounds.fits(region.rows, chunk_size.chunk_rows):
+            context.report.fits.append(Fit("mlp", name, chunk_size.rows, chunk_size.chunk_rows))
+            continue
+        with context.place("mlp", name):
+            body = trace_slots(region, modes, context.config, context.shared.bodies)
+            _replace(context, region, body, chunk_size)
+
+
+def _chunk_size(context: PassContext, region: SlotRegion) -> ChunkSize:
+    """As many slots as the rows of an MLP's chunk have: how many an expert has does not depend on it."""
+    (source, *_) = region.reading(Read.ROW) or [region.combine]
+    fake = tensor_value(source)
+    assert fake is not None
+    width = hint(fake.shape[-1])
+    return mlp_chunk_size(hint(region.rows), width, fake.device.type, context.options.chunk_rows)
+
+
+def _replace(context: PassContext, region: SlotRegion, body: Body, chunk_size: ChunkSize) -> None:
+    """Before: ``rows[perm // k] → products → … → sum(1)``. After: ``rows → mst_fx.experts_loop``."""
+    graph = context.graph
+    rows, slots, shared = (region.reading(how) for how in (Read.ROW, Read.SLOT, Read.SHARED))
+    before = tuple(node.format_node() or node.name for node in (*region.nodes, region.combine))
+    known = set(graph.nodes)
+    with graph.inserting_before(region.combine):
+        loop = add_call(
+            graph, torch.ops.mst_fx.experts_loop.default, rows, slots, region.key, shared, body.key, region.per,
+            region.experts, chunk_size.chunk_rows * region.per, chunk_size.backward_rows * region.per,
+        )  # fmt: skip
+    copy_provenance(next(iter(region.products)), loop)
+    region.combine.replace_all_uses_with(loop)
+    graph.erase_node(region.combine)
+    for node in sorted((*region.nodes, *region.same), key=list(graph.nodes).index, reverse=True):
+        graph.erase_node(node)
+    eliminate_dead_code(graph)
+    after = tuple(n.format_node() or n.name for n in graph.nodes if n not in known)
+    inside = body.inside_bytes_a_row * region.per
+    fakes = [tensor_value(node) for node in (*rows, *slots, *shared)]
+    has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in fakes)
+    context.rewrote(
+        Rewrite(
+            kind="mlp",
+            name=region.name,
+            rows=chunk_size.rows,
+            chunk_rows=chunk_size.chunk_rows,
+            chunks=chunk_size.chunks,
+            intermediate_bytes=inside * chunk_size.rows,
+            chunk_bytes=inside * -(-chunk_size.rows // chunk_size.chunks),
+            gradient="recompute" if has_gradient else "none",
+            deferred=False,
+            body=body.key,
+            why=f"{chunk_size.why}; {region.per} slots a row, sorted by expert",
+            before=before,
+            after=after,
+        )
+    )
