@@ -44,7 +44,7 @@ def mst(
         settle_floats(graphs_of(gm))
     crossing = cross_masks(gm, example_inputs, checked)
     result = run_passes(gm, crossing.inputs, checked, mode, crossing)
-    with hooked(JOINT_STAGES, checked):
+    with hooked(JOINT_STAGES, checked, result.gm):
         compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches)
     compiled = crossing.put_masks(with_bodies_alive(compiled, result.bodies), bool(result.taken_logits))
     outputs = crossing.outputs or result.outputs

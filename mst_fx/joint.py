@@ -27,14 +27,20 @@ from mst_fx.version import __version__
 log = logging.getLogger("mst_fx")
 
 
-def hooked(stages: Sequence[Stage], options: Options) -> contextlib.AbstractContextManager[None]:
-    """The joint graphs that are compiled inside of the block go through the stages that the options ask for; without any,
-    nothing is hooked in."""
-    stages = [stage for stage in stages if stage.wanted is None or stage.wanted(options)]
+def hooked(
+    stages: Sequence[Stage], options: Options, gm: fx.GraphModule
+) -> contextlib.AbstractContextManager[None]:
+    """The joint graphs that are compiled inside of the block go through the stages that are wanted; without any, nothing is hooked in.
+
+    Args:
+        gm: the captured graph, rewritten.
+    """
+    stages = [stage for stage in stages if stage.wanted is None or stage.wanted(options, gm)]
     if not stages:
         return contextlib.nullcontext()
     change = functools.partial(_run, stages, options)
-    return joint.changed_joint_graphs(change, _key(stages, options), options.inner)
+    is_cacheable = all(stage.is_cacheable for stage in stages)
+    return joint.changed_joint_graphs(change, _key(stages, options), options.inner, is_cacheable)
 
 
 def _run(stages: Sequence[Stage], options: Options, graph: fx.Graph) -> None:

@@ -33,6 +33,7 @@ from mst_fx.passes import (
     one_hots,
     picks,
     positional,
+    routing,
     row_slices,
     scalars,
     stacks,
@@ -149,6 +150,8 @@ STAGES: tuple[Stage, ...] = (
 
 # All that changes the graph of forward and backward pass.
 JOINT_STAGES: tuple[Stage, ...] = (
+    # Before the plan, which keeps what is marked.
+    Stage("routing", routing.run, when=When.JOINT, wanted=routing.is_wanted, is_cacheable=True),
     Stage("memory", memory_plan.run, when=When.JOINT, wanted=memory_plan.is_wanted),
 )
 

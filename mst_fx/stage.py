@@ -10,6 +10,8 @@ import enum
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from torch import fx
+
 from mst_fx.context import PassContext
 from mst_fx.options import Options
 
@@ -52,7 +54,9 @@ class Stage:
         scope, when: which graphs it gets.
         matches: whether there is anything to do; asked before anything is copied, must change nothing.
         prepared_by, followed_by: run on the same copy before and after it.
-        wanted: of a stage of the joint graph, whether the options ask for it; if none of them does, nothing is hooked in.
+        wanted: of a stage of the joint graph, whether the options, or what stands in the captured graph, ask for it; if none of
+            them does, nothing is hooked in.
+        is_cacheable: of a stage of the joint graph, that it does the same to the same graph whenever it runs, and tells nobody.
         only_if_changed: runs where an earlier stage has put a rewrite into the report.
         in_place: no copy is made, and a failure costs the whole program: what comes after counts on this stage.
         needs, gives: facts about the graph, by name; what one stage needs, an earlier one has given
@@ -68,7 +72,8 @@ class Stage:
     followed_by: tuple[Helper, ...] = ()
     only_if_changed: bool = False
     in_place: bool = False
-    wanted: Callable[[Options], bool] | None = None
+    wanted: Callable[[Options, fx.GraphModule], bool] | None = None
+    is_cacheable: bool = False
     needs: frozenset[str] = frozenset()
     gives: frozenset[str] = frozenset()
 

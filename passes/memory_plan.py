@@ -51,7 +51,7 @@ from mst_fx.torch_api.joint import copied
 log = logging.getLogger("mst_fx")
 
 
-def is_wanted(options: Options) -> bool:
+def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
     return options.memory is not None
 
 

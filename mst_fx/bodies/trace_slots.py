@@ -17,6 +17,7 @@ from torch import fx
 from mst_fx.bodies.body import BODIES, Body, BodyConfig, OutputMeta, TensorMeta
 from mst_fx.bodies.trace import meta_of, run_under, without_writes
 from mst_fx.errors import Cause, Refusal
+from mst_fx.graph.fill import call
 from mst_fx.graph.modes import Context, autocast_contexts
 from mst_fx.graph.sizes import expression, settled, static_sizes
 from mst_fx.graph.spelling import COPIES, PERMUTES, operation
@@ -124,6 +125,9 @@ class _Tracing:
         env: dict[fx.Node, Any] = {}
         for node, (read, source) in self.region.inputs.items():
             env[node] = shared[source] if read is Read.SHARED else self._as_read(node, given[source], n)
+        for node in self.region.views:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), functools.partial(read_operand, env))
+            env[node] = call(node.op, node.target, args, kwargs)
         order = (*self.region.nodes, *self.region.same)
         for node in self._in_order(order):
             if node in self.region.same:
@@ -235,7 +239,8 @@ def _signature(region: SlotRegion, contexts: Mapping[fx.Node, Context], config: 
     """The region up to the names of its nodes."""
     before = [*region.inputs, *dict.fromkeys(source for _, source in region.inputs.values()), region.key]
     names = {node: f"%in{index}" for index, node in enumerate(dict.fromkeys(before))}
-    names |= {node: f"%{index}" for index, node in enumerate((*region.nodes, *region.same))}
+    inside = (*region.views, *region.nodes, *region.same)
+    names |= {node: f"%{index}" for index, node in enumerate(inside)}
 
     def described(node: fx.Node) -> str:
         return repr([(str(t.shape), str(t.stride()), str(t.dtype), str(t.device)) for t in tensors_of(node)])
@@ -245,7 +250,7 @@ def _signature(region: SlotRegion, contexts: Mapping[fx.Node, Context], config: 
 
     lines = [repr((config, torch.is_autocast_enabled("cpu"), expression(region.slots), region.experts))]
     lines += [f"{names[n]} {read} {names[s]} {described(n)}" for n, (read, s) in region.inputs.items()]
-    for node in (*region.nodes, *region.same):
+    for node in inside:
         args = fx.node.map_arg((node.args, node.kwargs), named)
         is_product = node in region.products
         lines.append(repr((node.op, node.target, args, contexts[node].autocast, is_product, described(node))))

@@ -28,7 +28,7 @@ from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.modes import Context
 from mst_fx.graph.names import common_path, module_path, target_name
 from mst_fx.graph.sizes import expression
-from mst_fx.graph.spelling import EXPANDS, GROUPED_PRODUCTS, MATMULS, argument, operation
+from mst_fx.graph.spelling import EXPANDS, GROUPED_PRODUCTS, MATMULS, PERMUTES, argument, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.rows.fold import split_rows
@@ -74,6 +74,7 @@ class SlotRegion:
         nodes: in graph order, without those that only pick inputs or change the frame.
         inputs: nodes of the region's boundary, with how each is read and what holds its numbers: of a pick its source.
         same: nodes that change nothing but the frame, and their operands.
+        views: transposes of what slots share, in order: made inside, so that gradients are those of the weights as they lie.
         products: of slots with the matrix of their key: the stack.
         key: the node that holds the keys, one a slot.
         slots, per, experts: how many slots there are (``N·k``), how many a row (``k``), and how many matrices.
@@ -84,6 +85,7 @@ class SlotRegion:
     nodes: tuple[fx.Node, ...]
     inputs: dict[fx.Node, tuple[Read, fx.Node]]
     same: dict[fx.Node, fx.Node]
+    views: tuple[fx.Node, ...]
     products: dict[fx.Node, fx.Node]
     key: fx.Node
     slots: Any
@@ -310,11 +312,12 @@ class SlotRegionFinder:
         nodes = [node for node in before if node not in same and node not in self._sources]
         products = {node: self._stack_of(node) for node in nodes if self._is_product(node)}
         slots = self._slots_of(result)
+        views: dict[fx.Node, None] = {}
         for node in before:
             if node in self._sources:
                 inputs[node] = self._sources[node]
             elif node not in same:
-                inputs |= self._operands(node, products, slots)
+                inputs |= self._operands(node, products, slots, views)
         keys = {self._key_of(node) for node in products}
         orders = {frame for node in before if isinstance(frame := self.frames[node], Order)}
         if len(keys) != 1 or len(orders) > 1:
@@ -326,15 +329,15 @@ class SlotRegionFinder:
             raise Refusal("its stacks have different numbers of matrices", Cause.EXPERTS)
         inputs = {node: (read, key if read is Read.KEY else source) for node, (read, source) in inputs.items()}
         region = SlotRegion(
-            combine, result, tuple(nodes), inputs, same, products, key, slots, per, experts.pop()
+            combine, result, tuple(nodes), inputs, same, tuple(views), products, key, slots, per, experts.pop()
         )
         self._check(region, {*before, combine})
         return region
 
     def _operands(
-        self, node: fx.Node, products: dict[fx.Node, fx.Node], slots: Any
+        self, node: fx.Node, products: dict[fx.Node, fx.Node], slots: Any, views: dict[fx.Node, None]
     ) -> dict[fx.Node, tuple[Read, fx.Node]]:
-        """What a node of a region reads from outside of it."""
+        """What a node of a region reads from outside of it; of a transpose of weights, which is noted, the weights."""
         found: dict[fx.Node, tuple[Read, fx.Node]] = {}
         for operand in node.all_input_nodes:
             if operand in self.frames or not tensors_of(operand):
@@ -350,8 +353,17 @@ class SlotRegionFinder:
             holds = not self._is_constant(operand) and split_rows(fake.shape, slots) is not None
             if holds and self.frames[node] is not NATURAL:
                 raise Refusal(f"{operand.name} is read by its place among sorted slots", Cause.EXPERTS)
-            found[operand] = (Read.SLOT if holds else Read.SHARED, operand)
+            source = operand if holds else self._untransposed(operand, views)
+            found[source] = (Read.SLOT if holds else Read.SHARED, source)
         return found
+
+    def _untransposed(self, weights: fx.Node, views: dict[fx.Node, None]) -> fx.Node:
+        chain = []
+        while operation(weights) in PERMUTES and self._is_constant(weights):
+            chain.append(weights)
+            weights = weights.args[0]  # type: ignore[assignment]
+        views.update(dict.fromkeys(chain[::-1]))
+        return weights
 
     def _check(self, region: SlotRegion, inside: set[fx.Node]) -> None:
         for node in (*region.nodes, *region.same, *region.inputs, *region.reading(Read.ROW)):

@@ -37,7 +37,7 @@ class _JointPass(CustomGraphPass):
 
 
 @contextlib.contextmanager
-def changed_joint_graphs(change: Change, key: str, inner: str) -> Iterator[None]:
+def changed_joint_graphs(change: Change, key: str, inner: str, is_cacheable: bool = False) -> Iterator[None]:
     """The joint graphs that are traced inside of the block are changed, in place.
 
     Inductor calls the pass with graphs of inference too (:func:`has_backward`).
@@ -45,12 +45,14 @@ def changed_joint_graphs(change: Change, key: str, inner: str) -> Iterator[None]
     Args:
         key: tells what ``change`` does from what others would do.
         inner: the compiler, "inductor" or "aot_eager"; "eager" has no joint graph.
+        is_cacheable: ``change`` does the same to the same graph whenever it runs. A plan does not: a graph from AOTAutograd's cache
+            would be as it was planned for the memory that there was then, and nobody would be told.
     """
     if inner == "inductor":
         before = inductor_config.joint_custom_post_pass
-        # A graph from AOTAutograd's cache is as it was planned for the memory that there was then, and nobody is told.
+        cache = contextlib.nullcontext() if is_cacheable else functorch_config.patch(enable_autograd_cache=False)
         with (
-            functorch_config.patch(enable_autograd_cache=False),
+            cache,
             inductor_config.patch(joint_custom_post_pass=_JointPass(change, key, before)),
         ):
             yield

@@ -360,10 +360,11 @@ def test_joint_stages(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_hook_without_joint_stages() -> None:
     before = (torch._inductor.config.joint_custom_post_pass, torch._functorch.config.joint_custom_pass)
-    with joint.hooked(pipeline.JOINT_STAGES, Options()):
+    captured = fx.symbolic_trace(nn.Identity())
+    with joint.hooked(pipeline.JOINT_STAGES, Options(), captured):
         assert before == (
             torch._inductor.config.joint_custom_post_pass,
             torch._functorch.config.joint_custom_pass,
         )
-    with joint.hooked((Stage("look", _fail, when=When.JOINT),), Options()):
+    with joint.hooked((Stage("look", _fail, when=When.JOINT),), Options(), captured):
         assert torch._inductor.config.joint_custom_post_pass is not before[0]

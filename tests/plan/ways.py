@@ -43,7 +43,7 @@ class Ways:
         def compiled_in_each(*args: Any) -> Callable[..., Any]:
             compiled: list[Callable[..., Any]] = []
             for stages, more in ways:
-                with hooked(stages, make_options({**SMALL_CHUNKS, **more})):
+                with hooked(stages, make_options({**SMALL_CHUNKS, **more}), args[0]):
                     try:
                         compiled.append(alone(*args))
                     except BudgetError as error:
