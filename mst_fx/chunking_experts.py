@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
-from torch import fx
 
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.trace_slots import trace_slots
@@ -17,7 +14,8 @@ from mst_fx.graph.modes import contexts
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.values import tensor_value
 from mst_fx.report import Fit, Rewrite
-from mst_fx.rows.slots import Read, SlotRegion, SlotRegionFinder, name_of
+from mst_fx.rows.frames import Read
+from mst_fx.rows.slots import SlotRegion, SlotRegionFinder, name_of
 
 
 def chunk_experts(context: PassContext) -> None:
@@ -36,6 +34,12 @@ def chunk_experts(context: PassContext) -> None:
         with context.place("mlp", name):
             body = trace_slots(region, modes, context.config, context.shared.bodies)
             _replace(context, region, body, chunk_size)
+
+    left_out: dict[str, str] = {}
+    for product, reason in finder.left_out():
+        left_out.setdefault(name_of([product]), reason)
+    for name, reason in left_out.items():
+        context.refuse("mlp", name, reason, Cause.EXPERTS)
 
 
 def _chunk_size(context: PassContext, region: SlotRegion) -> ChunkSize:

@@ -42,8 +42,7 @@ class Entry:
     """An architecture: its class, its config, and what mst must find in it.
 
     Attributes:
-        mlps: rewrites of kind "mlp".
-        experts: refusals because of mixture-of-experts.
+        mlps: rewrites of kind "mlp", experts among them.
         vocab: rewrites of kind "vocab".
     """
 
@@ -51,7 +50,6 @@ class Entry:
     model: str
     overrides: dict[str, Any]
     mlps: int = 2
-    experts: int = 0
     vocab: int = 1
 
     def build(self, **more: Any) -> nn.Module:
@@ -93,7 +91,7 @@ ACCEPTED = {
         "Falcon", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
     ),
     "mixtral": _causal(
-        "Mixtral", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}, mlps=0, experts=2
+        "Mixtral", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}
     ),
     "bert": Entry("BertConfig", "BertForMaskedLM", {**_BERT, "vocab_size": VOCAB}),
     "t5": Entry(
@@ -128,7 +126,7 @@ OTHERS = {
     "gptj": Entry("GPTJConfig", "GPTJForCausalLM", {**_GPT2, "vocab_size": VOCAB, "rotary_dim": 8}),
     "mpt": _causal("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB}),
     "qwen2_moe": _causal(
-        "Qwen2Moe", {**_GQA, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 172}, experts=2
+        "Qwen2Moe", {**_GQA, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 172}, mlps=4
     ),
     "deepseek_v3": _causal(
         "DeepseekV3",
@@ -147,7 +145,7 @@ OTHERS = {
             "v_head_dim": 16,
             "n_shared_experts": 1,
         },
-        experts=1,
+        mlps=3,
     ),
 }
 

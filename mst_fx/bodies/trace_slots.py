@@ -23,9 +23,10 @@ from mst_fx.graph.sizes import expression, settled, static_sizes
 from mst_fx.graph.spelling import COPIES, PERMUTES, operation
 from mst_fx.graph.values import tensor_value, tensors_of, value
 from mst_fx.rows.fold import Folder, check_guards, fold_rank, read_operand
+from mst_fx.rows.frames import Read, factors
 from mst_fx.rows.labels import Row, is_same_size
 from mst_fx.rows.routing import picked
-from mst_fx.rows.slots import Read, SlotRegion
+from mst_fx.rows.slots import SlotRegion
 from mst_fx.rows.tracer import SlotTracer
 from mst_fx.torch_api.fakes import make_fx
 from mst_fx.torch_api.modes import enable_python_dispatcher
@@ -86,7 +87,9 @@ class _Tracing:
             with torch.no_grad(), enable_python_dispatcher():
                 for fake in fakes:
                     self.tracer.protect(fake)
-                gm = without_writes(make_fx(run_under(self.tracer, self._replay))(folder.n, *fakes), folder.n, fakes)
+                gm = without_writes(
+                    make_fx(run_under(self.tracer, self._replay))(folder.n, *fakes), folder.n, fakes
+                )
         if any(node.op == "get_attr" for node in gm.graph.nodes):
             raise Refusal("makes a tensor from Python numbers")
         check_guards(folder)
@@ -185,7 +188,7 @@ class _Tracing:
         raise Refusal(f"{node.name} reads a matrix for each slot", Cause.EXPERTS)
 
     def _product(self, node: fx.Node, env: dict[fx.Node, Any], ends: torch.Tensor) -> torch.Tensor:
-        left, right = (env[operand] for operand in node.args[:2])  # type: ignore[index]
+        left, right = (env[operand] for operand in factors(node))
         grouped = torch.ops.mst_fx.grouped_mm.default
         if isinstance(right, torch.Tensor) and isinstance(left, torch.Tensor):
             return grouped(left, right, ends)  # type: ignore[no-any-return]
@@ -202,7 +205,11 @@ class _Tracing:
         fakes, results = tensors_of(node), tree_leaves(found)
         for fake, result in zip(fakes, results, strict=True):
             shape, label = self.folder.folded_shape(fake), self.tracer.label(result)
-            same = shape is not None and len(shape) == result.ndim and all(map(is_same_size, shape, result.shape))
+            same = (
+                shape is not None
+                and len(shape) == result.ndim
+                and all(map(is_same_size, shape, result.shape))
+            )
             if not same or fake.dtype != result.dtype or not isinstance(label, Row):
                 raise Refusal(f"{node.name} gives {tuple(result.shape)} for each slot, not {shape}")
             if label.dim != fold_rank(fake.shape, self.region.slots) - 1:

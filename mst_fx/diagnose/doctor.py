@@ -213,7 +213,7 @@ def _eager_experts(report: Diagnosis) -> Finding | None:
         f"tokens are picked for each expert, so that data decide the shape of a value ({places[-1]}): the graph breaks "
         "in every such layer",
         'for models of transformers experts_implementation="grouped_mm" in the config: the layer becomes part of '
-        "one graph, with its head, loss and attention; the experts themselves are not chunked",
+        "one graph, with its head, loss and attention, and experts run in chunks of slots",
     )
 
 

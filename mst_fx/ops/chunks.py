@@ -122,7 +122,12 @@ def by_groups(ends: Sequence[int], most: int) -> Iterator[ByGroups]:
             parts = list(_equal(start, stop, most, group))
             for part in parts:
                 yield ByGroups(
-                    part.start, part.end, first=group, last=group, is_part=True, is_last_part=part is parts[-1]
+                    part.start,
+                    part.end,
+                    first=group,
+                    last=group,
+                    is_part=True,
+                    is_last_part=part is parts[-1],
                 )
             start, first = stop, group + 1
         end, last = stop, group

@@ -54,7 +54,9 @@ class _Slots:
     @property
     def empty(self) -> list[int]:
         """The experts without slots."""
-        return [expert for expert, end in enumerate(self.ends) if end == (self.ends[expert - 1] if expert else 0)]
+        return [
+            expert for expert, end in enumerate(self.ends) if end == (self.ends[expert - 1] if expert else 0)
+        ]
 
     def of(self, chunk: ByGroups) -> tuple[Tensor, Tensor]:
         """The slots of a chunk, and the rows that they are of."""
@@ -128,7 +130,11 @@ class _SharedGradient:
 
 
 def _inputs(
-    slots: _Slots, chunk: ByGroups, rows: Sequence[Tensor], by_slot: Sequence[Tensor], shared: Sequence[Tensor]
+    slots: _Slots,
+    chunk: ByGroups,
+    rows: Sequence[Tensor],
+    by_slot: Sequence[Tensor],
+    shared: Sequence[Tensor],
 ) -> list[Any]:
     """What a body takes for a chunk."""
     places, origins = slots.of(chunk)
@@ -164,9 +170,7 @@ def experts_loop(
     body = body_of(body_key)
     (meta,) = body.outputs
     with plain_mode():
-        out = torch.zeros(
-            (key.numel() // per, *meta.shape), dtype=sum_dtype(meta.dtype), device=meta.device
-        )
+        out = torch.zeros((key.numel() // per, *meta.shape), dtype=sum_dtype(meta.dtype), device=meta.device)
         if key.numel():
             of = _Slots(key, per, experts, chunk_slots)
             run = body.compiled_forward(chunks.sizes(of.chunks)).run
@@ -249,7 +253,9 @@ class _Gradients:
             if index < len(rows):
                 self._places.append(torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device))
             else:
-                self._places.append(torch.zeros((of.total, *body.row_metas[index].shape), dtype=x.dtype, device=x.device))
+                self._places.append(
+                    torch.zeros((of.total, *body.row_metas[index].shape), dtype=x.dtype, device=x.device)
+                )
             self._shapes.append(x.shape)
             self._dtypes.append(x.dtype)
         self._by_row = sum(needs[: len(rows)])
@@ -297,7 +303,9 @@ class _Gradients:
         for position, total in enumerate(self._shared):
             meta = self._body.shared[self._wanted[position]]
             results.append(
-                total.result() if total is not None else torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+                total.result()
+                if total is not None
+                else torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
             )
         return results
 

@@ -24,12 +24,19 @@ from torch import fx
 
 from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import CASTS, COPIES, RESHAPES, argument, operation
-from mst_fx.graph.values import tensor_value, value
+from mst_fx.graph.values import storage_keys, tensor_value, value
+from mst_fx.graph.writes import mutated_storages
 
 # ``histc`` computes the bin of a key in its own type; for no more bins than this it is the key (23 counts tried, 65,536 fails).
 _MOST_BINS = 4096
 # What represents all keys below the bound exactly.
-_EXACT = {torch.int32: 2**31, torch.int64: 2**63, torch.float32: 2**24, torch.float64: 2**53, torch.int16: 2**15}
+_EXACT = {
+    torch.int32: 2**31,
+    torch.int64: 2**63,
+    torch.float32: 2**24,
+    torch.float64: 2**53,
+    torch.int16: 2**15,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +127,13 @@ Facts = dict[fx.Node, Fact]
 
 
 def facts_of(graph: fx.Graph) -> Facts:
-    """What is known of the integers of a graph, by node."""
+    """What is known of the integers of a graph, by node; nothing of what is written to in place."""
     facts: Facts = {}
+    mutated = mutated_storages(graph)
     for node in graph.nodes:
         rule = _RULES.get(operation(node))
-        found = rule(node, facts) if rule is not None else None
+        is_written = rule is not None and not mutated.isdisjoint(storage_keys(node))
+        found = rule(node, facts) if rule is not None and not is_written else None
         if found is not None:
             facts[node] = found
     return facts
@@ -254,6 +263,25 @@ def _of_clamp(node: fx.Node, facts: Facts) -> Fact | None:
     return None if is_touched else known
 
 
+def _of_fill(node: fx.Node, facts: Facts) -> Fact | None:
+    """Keys of which some become another number below the bound; all of the last one, where the mask says so: no expert's."""
+    known, mask, number = _fact(node.args[0], facts), argument(node, "mask"), argument(node, "value")
+    if not isinstance(known, Keys) or type(number) is not int or not 0 <= number < known.key.bound:
+        return None
+    last, is_last_out = known.key.bound - 1, False
+    if isinstance(mask, fx.Node) and operation(mask) in ("eq", "ge") and number < last:
+        is_last_out = _fact(mask.args[0], facts) == known and bool(mask.args[1] == last)
+    return Keys(Key(node, last if is_last_out else known.key.bound))
+
+
+def _of_join(node: fx.Node, facts: Facts) -> Fact | None:
+    """Keys beside keys."""
+    parts = node.args[0]
+    known = [_fact(part, facts) for part in parts] if isinstance(parts, (list, tuple)) else []
+    bounds = [part.key.bound for part in known if isinstance(part, Keys)]
+    return Keys(Key(node, max(bounds))) if known and len(bounds) == len(known) else None
+
+
 def _of_division(node: fx.Node, facts: Facts) -> Fact | None:
     known = _fact(node.args[0] if node.args else None, facts)
     by = argument(node, "other", node.args[1] if len(node.args) > 1 else None)
@@ -270,7 +298,8 @@ def _of_histogram(node: fx.Node, facts: Facts) -> Fact | None:
     if not isinstance(known, (Keys, SortedKeys)) or type(bins) is not int or bins > _MOST_BINS:
         return None
     key = known.key if isinstance(known, Keys) else known.order.key
-    is_whole = key.bound <= bins and low == 0 and high in (bins - 1, bins) and high > 0
+    # With one bin and no range, the range is that of the keys, which all are 0.
+    is_whole = key.bound <= bins and low == 0 and high in (bins - 1, bins) and (high > 0 or bins == 1)
     return Counts(key, bins) if is_whole else None
 
 
@@ -344,6 +373,8 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys((*RESHAPES, *COPIES, "squeeze", "unsqueeze"), _of_view),
     **dict.fromkeys(CASTS, _of_cast),
     "clamp": _of_clamp,
+    "masked_fill": _of_fill,
+    **dict.fromkeys(("cat", "stack"), _of_join),
     **dict.fromkeys(("floor_divide", "div"), _of_division),
     "histc": _of_histogram,
     "one_hot": _of_one_hot,

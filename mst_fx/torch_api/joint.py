@@ -50,7 +50,9 @@ def changed_joint_graphs(change: Change, key: str, inner: str, is_cacheable: boo
     """
     if inner == "inductor":
         before = inductor_config.joint_custom_post_pass
-        cache = contextlib.nullcontext() if is_cacheable else functorch_config.patch(enable_autograd_cache=False)
+        cache = (
+            contextlib.nullcontext() if is_cacheable else functorch_config.patch(enable_autograd_cache=False)
+        )
         with (
             cache,
             inductor_config.patch(joint_custom_post_pass=_JointPass(change, key, before)),
