@@ -173,7 +173,21 @@ def _in_float32(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return node.args[0]  # type: ignore[return-value]
     if node.target is aten.sum.dim_IntList and node.meta["val"].dtype in SIXTEEN_BITS:
         return _derived(graph, node, node.args, {**node.kwargs, "dtype": torch.float32})
+    if node.target in _ADDED_BY_INDEX and node.meta["val"].dtype in SIXTEEN_BITS:
+        zeros, places, values, *is_sum = node.args
+        wide = [_cast(graph, each, torch.float32) for each in (zeros, values)]
+        return _derived(graph, node, (wide[0], places, wide[1], *is_sum), node.kwargs)
     return node
+
+
+_ADDED_BY_INDEX = (aten.index_put.default, aten._unsafe_index_put.default)
+
+
+def _cast(graph: fx.Graph, node: Any, dtype: torch.dtype) -> fx.Node:
+    with graph.inserting_after(node):
+        new = graph.call_function(prims.convert_element_type.default, (node, dtype))
+    new.meta["val"] = node.meta["val"].to(dtype)
+    return new
 
 
 def _derived(graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:

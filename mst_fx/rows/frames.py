@@ -17,7 +17,7 @@ from torch import fx
 
 from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression
-from mst_fx.graph.spelling import EXPANDS, GROUPED_PRODUCTS, MATMULS, argument, operation
+from mst_fx.graph.spelling import EXPANDS, GROUPED_PRODUCTS, MATMULS, PERMUTES, argument, operation
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of
 from mst_fx.rows.fold import split_rows
 from mst_fx.rows.routing import Facts, Inverse, Keys, Order, Origin, Permutation, SortedKeys, facts_of, picked
@@ -197,6 +197,8 @@ class Frames:
         if operation(node) not in MATMULS:
             return None
         for operand in node.all_input_nodes:
+            while operation(operand) in PERMUTES and isinstance(operand.args[0], fx.Node):
+                operand = operand.args[0]  # noqa: PLW2901  (of each matrix, the transpose)
             found = picked(operand)
             if found is None:
                 continue

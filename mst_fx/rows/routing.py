@@ -140,7 +140,10 @@ def facts_of(graph: fx.Graph) -> Facts:
 
 
 def picked(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The source and the indices of ``source[indices]``, a vector of indices into the first dimension; None for other nodes."""
+    """The source and the indices of ``source[indices]``, a vector of indices into the first dimension; None for other nodes.
+
+    Dimensions of size 1 may come in behind, as in ``source[indices, None]``.
+    """
     name = operation(node)
     if name == "getitem":
         source, index = node.args
@@ -152,8 +155,8 @@ def picked(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         source, index = node.args[0], argument(node, "index")
     else:
         return None
-    if isinstance(index, tuple) and len(index) == 1:
-        (index,) = index
+    if isinstance(index, tuple) and index and all(part is None or part is Ellipsis for part in index[1:]):
+        index = index[0]
     if not isinstance(source, fx.Node) or not isinstance(index, fx.Node) or tensor_value(source) is None:
         return None
     fake = tensor_value(index)
