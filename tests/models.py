@@ -90,9 +90,7 @@ ACCEPTED = {
     "falcon": _causal(
         "Falcon", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
     ),
-    "mixtral": _causal(
-        "Mixtral", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}
-    ),
+    "mixtral": _causal("Mixtral", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "bert": Entry("BertConfig", "BertForMaskedLM", {**_BERT, "vocab_size": VOCAB}),
     "t5": Entry(
         "T5Config",

@@ -3,14 +3,14 @@
 A row has ``per`` slots (slot ``s`` is of row ``s // per``), each with a key: the number of its matrix. Sorted by key, the slots of one
 expert lie side by side, and a chunk holds whole experts, or a part of one that has more slots than a chunk::
 
-    for chunk of sorted slots:  out[rows of chunk] += body(rows[rows of chunk], slots[chunk], keys[chunk], shared)
+    for chunk of sorted slots:  out[rows of chunk] += body(row_inputs[rows of chunk], slot_inputs[chunk], keys[chunk], shared)
 
-``mst_fx::experts_loop(rows, slots, key, shared, body_key, per, experts, chunk_slots, backward_slots) -> out[N, ...]``
+``mst_fx::experts_loop(row_inputs, slot_inputs, key, shared, body_key, per, experts, chunk_slots, backward_slots) -> out[N, ...]``
     saves its inputs only; its derivative is
-``mst_fx::experts_loop_backward(rows, slots, key, shared, tangent, needs, body_key, per, experts, chunk_slots) -> gradients``
+``mst_fx::experts_loop_backward(row_inputs, slot_inputs, key, shared, tangent, needs, body_key, per, experts, chunk_slots) -> gradients``
     which makes the inside of each chunk again.
 
-``rows`` are ``[N, ...]``, ``slots`` have ``N·per`` elements of what a slot has, in any leading dimensions (``[N, per]``, ``[N·per]``), as
+``row_inputs`` are ``[N, ...]``, ``slot_inputs`` have ``N·per`` elements of what a slot has, in any leading dimensions (``[N, per]``, ``[N·per]``), as
 has ``key``; all keys are in ``[0, experts)``. What each row gets is summed in float32 for 16-bit types, and rounded once. How many slots an
 expert has comes to the host once a pass, which is all that the host waits for.
 
@@ -132,33 +132,33 @@ class _SharedGradient:
 def _inputs(
     slots: _Slots,
     chunk: ByGroups,
-    rows: Sequence[Tensor],
+    row_inputs: Sequence[Tensor],
     by_slot: Sequence[Tensor],
     shared: Sequence[Tensor],
 ) -> list[Any]:
     """What a body takes for a chunk."""
     places, origins = slots.of(chunk)
-    picked = [*(x[origins] for x in rows), *(x[places] for x in by_slot)]
+    picked = [*(x[origins] for x in row_inputs), *(x[places] for x in by_slot)]
     return [chunk.size, *picked, slots.keys(chunk), *shared, slots.ends_in(chunk)]
 
 
-def _by_slot(body: Body, rows: Sequence[Tensor], slots: Sequence[Tensor]) -> list[Tensor]:
+def _by_slot(body: Body, row_inputs: Sequence[Tensor], slot_inputs: Sequence[Tensor]) -> list[Tensor]:
     """``[N, per, ...]`` → ``[N·per, ...]``."""
-    metas = body.row_metas[len(rows) : -1]
-    return [x.reshape(-1, *meta.shape) for x, meta in zip(slots, metas, strict=True)]
+    metas = body.row_metas[len(row_inputs) : -1]
+    return [x.reshape(-1, *meta.shape) for x, meta in zip(slot_inputs, metas, strict=True)]
 
 
 @torch.library.custom_op(
     "mst_fx::experts_loop",
     mutates_args=(),
     schema=(
-        "(Tensor[] rows, Tensor[] slots, Tensor key, Tensor[] shared, str body_key, int per, int experts, int chunk_slots, "
+        "(Tensor[] row_inputs, Tensor[] slot_inputs, Tensor key, Tensor[] shared, str body_key, int per, int experts, int chunk_slots, "
         "int backward_slots) -> Tensor"
     ),
 )
 def experts_loop(
-    rows: list[Tensor],
-    slots: list[Tensor],
+    row_inputs: list[Tensor],
+    slot_inputs: list[Tensor],
     key: Tensor,
     shared: list[Tensor],
     body_key: str,
@@ -174,9 +174,9 @@ def experts_loop(
         if key.numel():
             of = _Slots(key, per, experts, chunk_slots)
             run = body.compiled_forward(chunks.sizes(of.chunks)).run
-            by_slot, traced = _by_slot(body, rows, slots), as_traced(shared, body.shared[:-1])
+            by_slot, traced = _by_slot(body, row_inputs, slot_inputs), as_traced(shared, body.shared[:-1])
             for chunk in of.chunks:
-                (found,) = run(_inputs(of, chunk, rows, by_slot, traced))
+                (found,) = run(_inputs(of, chunk, row_inputs, by_slot, traced))
                 out.index_add_(0, of.of(chunk)[1], found.to(out.dtype))
                 del found
         return out.to(meta.dtype)
@@ -184,8 +184,8 @@ def experts_loop(
 
 @experts_loop.register_fake
 def _(
-    rows: list[Tensor],
-    slots: list[Tensor],
+    row_inputs: list[Tensor],
+    slot_inputs: list[Tensor],
     key: Tensor,
     shared: list[Tensor],
     body_key: str,
@@ -195,7 +195,7 @@ def _(
     backward_slots: int,
 ) -> Tensor:
     (meta,) = body_of(body_key).outputs
-    count = rows[0].shape[0] if rows else key.numel() // per
+    count = row_inputs[0].shape[0] if row_inputs else key.numel() // per
     return torch.empty((count, *meta.shape), dtype=meta.dtype, device=meta.device)
 
 
@@ -203,13 +203,13 @@ def _(
     "mst_fx::experts_loop_backward",
     mutates_args=(),
     schema=(
-        "(Tensor[] rows, Tensor[] slots, Tensor key, Tensor[] shared, Tensor tangent, bool[] needs, str body_key, int per, "
+        "(Tensor[] row_inputs, Tensor[] slot_inputs, Tensor key, Tensor[] shared, Tensor tangent, bool[] needs, str body_key, int per, "
         "int experts, int chunk_slots) -> Tensor[]"
     ),
 )
 def experts_loop_backward(
-    rows: list[Tensor],
-    slots: list[Tensor],
+    row_inputs: list[Tensor],
+    slot_inputs: list[Tensor],
     key: Tensor,
     shared: list[Tensor],
     tangent: Tensor,
@@ -222,15 +222,20 @@ def experts_loop_backward(
     body = body_of(body_key)
     with plain_mode():
         of = _Slots(key, per, experts, chunk_slots)
-        gradients = _Gradients(body, of, needs, rows, slots)
+        gradients = _Gradients(body, of, needs, row_inputs, slot_inputs)
         if key.numel():
             # Neither keys nor their ends have a gradient.
-            given = [*needs[: len(rows) + len(slots)], False, *needs[len(rows) + len(slots) :], False]
+            given = [
+                *needs[: len(row_inputs) + len(slot_inputs)],
+                False,
+                *needs[len(row_inputs) + len(slot_inputs) :],
+                False,
+            ]
             compiled = body.compiled_backward(chunks.sizes(of.chunks), given, [True])
-            by_slot, traced = _by_slot(body, rows, slots), as_traced(shared, body.shared[:-1])
+            by_slot, traced = _by_slot(body, row_inputs, slot_inputs), as_traced(shared, body.shared[:-1])
             assert compiled.positions is not None
             for chunk in of.chunks:
-                inputs = _inputs(of, chunk, rows, by_slot, traced)
+                inputs = _inputs(of, chunk, row_inputs, by_slot, traced)
                 inputs.append(tangent[of.of(chunk)[1]])
                 values = compiled.run(inputs)
                 gradients.add(chunk, compiled.positions.first, compiled.positions.terms, values)
@@ -242,15 +247,20 @@ class _Gradients:
     """The gradients of all inputs that need one, in their order."""
 
     def __init__(
-        self, body: Body, of: _Slots, needs: Sequence[bool], rows: Sequence[Tensor], slots: Sequence[Tensor]
+        self,
+        body: Body,
+        of: _Slots,
+        needs: Sequence[bool],
+        row_inputs: Sequence[Tensor],
+        slot_inputs: Sequence[Tensor],
     ) -> None:
-        self._of, self._count = of, len(rows)
+        self._of, self._count = of, len(row_inputs)
         self._places: list[Tensor] = []
         self._shapes, self._dtypes = [], []
-        for index, x in enumerate([*rows, *slots]):
+        for index, x in enumerate([*row_inputs, *slot_inputs]):
             if not needs[index]:
                 continue
-            if index < len(rows):
+            if index < len(row_inputs):
                 self._places.append(torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device))
             else:
                 self._places.append(
@@ -258,8 +268,8 @@ class _Gradients:
                 )
             self._shapes.append(x.shape)
             self._dtypes.append(x.dtype)
-        self._by_row = sum(needs[: len(rows)])
-        shared_needs = needs[len(rows) + len(slots) :]
+        self._by_row = sum(needs[: len(row_inputs)])
+        shared_needs = needs[len(row_inputs) + len(slot_inputs) :]
         self._wanted = [index for index, need in enumerate(shared_needs) if need]
         self._body = body
         self._shared: list[_StackGradient | _SharedGradient | None] = [None] * len(self._wanted)
@@ -312,8 +322,8 @@ class _Gradients:
 
 @experts_loop_backward.register_fake
 def _(
-    rows: list[Tensor],
-    slots: list[Tensor],
+    row_inputs: list[Tensor],
+    slot_inputs: list[Tensor],
     key: Tensor,
     shared: list[Tensor],
     tangent: Tensor,
@@ -323,16 +333,16 @@ def _(
     experts: int,
     chunk_slots: int,
 ) -> list[Tensor]:
-    inputs = [*rows, *slots, *shared]
+    inputs = [*row_inputs, *slot_inputs, *shared]
     return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, slots, key, shared, ctx.body_key, ctx.per, ctx.experts, _, ctx.chunk_slots = inputs
+    row_inputs, slot_inputs, key, shared, ctx.body_key, ctx.per, ctx.experts, _, ctx.chunk_slots = inputs
     # Where nobody compiled the graph, its autograd graph has its body alive.
     ctx.body = body_of(ctx.body_key)
-    ctx.counts = (len(rows), len(slots))
-    ctx.save_for_backward(*rows, *slots, key, *shared)
+    ctx.counts = (len(row_inputs), len(slot_inputs))
+    ctx.save_for_backward(*row_inputs, *slot_inputs, key, *shared)
 
 
 def _backward(ctx: Any, tangent: Tensor) -> tuple[Any, ...]:

@@ -198,7 +198,7 @@ class Frames:
             return None
         for operand in node.all_input_nodes:
             while operation(operand) in PERMUTES and isinstance(operand.args[0], fx.Node):
-                operand = operand.args[0]  # noqa: PLW2901  (of each matrix, the transpose)
+                operand = operand.args[0]
             found = picked(operand)
             if found is None:
                 continue

@@ -159,15 +159,7 @@ class SlotRegionFinder:
                 inputs[node] = self.frames.sources[node]
             elif node not in same:
                 inputs |= self._operands(node, products, slots, views)
-        keys = {self._key_of(node) for node in products}
-        orders = {frame for node in before if isinstance(frame := self.frames.of[node], Order)}
-        if len(keys) != 1 or len(orders) > 1:
-            raise Refusal("slots of several keys meet", Cause.EXPERTS)
-        (key,) = keys
-        stacks = [tensor_value(stack) for stack in products.values()]
-        experts = {stack.shape[0] for stack in stacks if stack is not None}
-        if len(experts) != 1:
-            raise Refusal("its stacks have different numbers of matrices", Cause.EXPERTS)
+        key, experts = self._agreed(before, products)
         inputs = {
             node: (read, key if read is Read.KEY else source) for node, (read, source) in inputs.items()
         }
@@ -182,10 +174,22 @@ class SlotRegionFinder:
             key,
             slots,
             per,
-            experts.pop(),
+            experts,
         )
         self._check(region, {*before, combine})
         return region
+
+    def _agreed(self, before: list[fx.Node], products: dict[fx.Node, fx.Node]) -> tuple[fx.Node, int]:
+        """The one key of all products, and how many matrices their stacks have."""
+        keys = {self._key_of(node) for node in products}
+        orders = {frame for node in before if isinstance(frame := self.frames.of[node], Order)}
+        if len(keys) != 1 or len(orders) > 1:
+            raise Refusal("slots of several keys meet", Cause.EXPERTS)
+        stacks = [tensor_value(stack) for stack in products.values()]
+        experts = {stack.shape[0] for stack in stacks if stack is not None}
+        if len(experts) != 1:
+            raise Refusal("its stacks have different numbers of matrices", Cause.EXPERTS)
+        return keys.pop(), experts.pop()
 
     def _operands(
         self, node: fx.Node, products: dict[fx.Node, fx.Node], slots: Any, views: dict[fx.Node, None]

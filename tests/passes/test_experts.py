@@ -32,7 +32,13 @@ _BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deepseek_v3": (
         "DeepseekV3Config",
         "DeepseekV3MoE",
-        {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 12},
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 12,
+        },
     ),
 }
 
@@ -80,7 +86,9 @@ def _agree(name: str, batch: int, options: dict[str, Any], bar: float, **more: A
 @pytest.mark.parametrize(("batch", "chunk_rows"), [(1, 1), (3, 7)])
 def test_blocks(name: str, batch: int, chunk_rows: int) -> None:
     """DeepSeek-V3's router is in float32 by itself."""
-    report = _agree(name, batch, {**_EAGER, "chunk_rows": chunk_rows}, 1e-6 if name == "deepseek_v3" else 1e-10)
+    report = _agree(
+        name, batch, {**_EAGER, "chunk_rows": chunk_rows}, 1e-6 if name == "deepseek_v3" else 1e-10
+    )
     assert not report.refusals
     first = report.rewrites[0]
     assert (first.kind, first.name, first.gradient) == ("mlp", "block.experts", "recompute")
@@ -153,7 +161,9 @@ def _weighted_behind(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Ten
 def _picked_matrices(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Tensor:
     of, rows = key.flatten(), x.repeat_interleave(2, dim=0)
     inner = F.silu(torch.bmm(rows.unsqueeze(1), m.ups[of]))
-    out = torch.bmm(m.downs[of].transpose(1, 2), inner.transpose(1, 2)).squeeze(-1) * weights.flatten()[:, None]
+    out = (
+        torch.bmm(m.downs[of].transpose(1, 2), inner.transpose(1, 2)).squeeze(-1) * weights.flatten()[:, None]
+    )
     return out.view(-1, 2, x.shape[1]).sum(1)
 
 
@@ -170,7 +180,12 @@ def _truth(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Tensor:
 
 
 def _check_spelled(
-    function: Spelled, bound: int, weights: Tensor, key: Tensor, is_rewritten: bool, truth: Spelled | None = None
+    function: Spelled,
+    bound: int,
+    weights: Tensor,
+    key: Tensor,
+    is_rewritten: bool,
+    truth: Spelled | None = None,
 ) -> mst_fx.Diagnosis:
     """Numbers of a function whose keys a ``topk`` over ``bound`` numbers gives, which are ``key``."""
     stacks, x = _Stacks(4), torch.randn(len(key), 8, dtype=torch.float64, requires_grad=True)
