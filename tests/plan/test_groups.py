@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,24 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mst_fx
-from mst_fx import backend
 from mst_fx.context import JointContext
+from mst_fx.listeners import on_plan
 from mst_fx.ops.arena import ARENA
 from mst_fx.options import bytes_in
+from mst_fx.passes import memory_plan
+from mst_fx.pipeline import JOINT_STAGES
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.groups import groups_of, may_join, ways_in_groups
 from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
-from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
+from tests.helpers import step, worst_error
 from tests.models import ACCEPTED, inputs_of
-from tests.plan.ways import PLAIN, Ways
+from tests.plan.ways import PLAIN, STRICT, Ways
 from tools.meters.cpu import measure_cpu
 
 _LENGTH = 96
-_LAYERS = 5
+_LAYERS = 4
 
 
 def _model(layers: int = _LAYERS, length: int = _LENGTH, **config: Any) -> tuple[Any, dict[str, Any]]:
@@ -63,11 +64,8 @@ class Grouped:
         self.attention = sum(map(is_attention, context.graph.nodes))
 
 
-def _grouped(monkeypatch: pytest.MonkeyPatch, *args: Any) -> Grouped:
-    found = Grouped(*args)
-    monkeypatch.setattr(backend, "JOINT_STAGES", (Stage("memory", found, when=When.JOINT),))
-    monkeypatch.setattr("mst_fx.joint._key", lambda *_: f"groups {args}")
-    return found
+def _way(grouped: Grouped) -> tuple[Sequence[Stage], dict[str, Any]]:
+    return (Stage("memory", grouped.__call__, when=When.JOINT),), STRICT
 
 
 def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +78,7 @@ def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         Grouped(0, 2, is_sent=True),
         Grouped(1, 3, is_sent=True),
     ]
-    planned = [((Stage("memory", each.__call__, when=When.JOINT),), {"strict": True}) for each in every]
-    compiled = Ways(monkeypatch, model, [PLAIN, *planned])
+    compiled = Ways(monkeypatch, model, [PLAIN, *map(_way, every)])
     loss, truth = step(model, compiled.run, batch)
     for compiled.now, grouped in enumerate(every, start=1):
         found = compiled.run(**batch)
@@ -104,53 +101,55 @@ def test_other_models_in_groups_have_the_same_bits(name: str, monkeypatch: pytes
     torch.manual_seed(0)
     entry = ACCEPTED[name]
     model, batch = entry.build().train(), inputs_of(entry, 1, _LENGTH)
-    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
-    grouped = _grouped(monkeypatch, 0, 2)
-    found, gradients = step(model, compile_mst(model, {**SMALL_CHUNKS, "strict": True}), batch)
+    grouped = Grouped(0, 2)
+    compiled = Ways(monkeypatch, model, [PLAIN, _way(grouped)])
+    loss, truth = step(model, compiled.run, batch)
+    compiled.now = 1
+    found, gradients = step(model, compiled.run, batch)
     assert not all(choice.keeps_start for choice in grouped.chosen)
     assert torch.equal(found, loss) and all(torch.equal(gradients[n], truth[n]) for n in truth)
-
-
-def _least(model: nn.Module, batch: dict[str, Any]) -> int:
-    """Bytes of the smallest budget."""
-    with pytest.raises(Exception, match="BudgetError") as error:
-        compile_mst(model, {**SMALL_CHUNKS, "memory": 1, "host_memory": "0"})(**batch)
-    missing = re.search(r"needs ([\d.]+ [KMG]iB) more", str(error.value))
-    assert missing is not None
-    return int(1.03 * (bytes_in(missing[1]) or 0))
 
 
 @pytest.mark.slow
 def test_a_budget_that_groups_make_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory falls by as much as is said; where single layers fit, they are not in groups."""
-    model, batch = _model(layers=6, length=4096)
-    least = _least(model, batch)
-    options = {**SMALL_CHUNKS, "host_memory": "0"}
-    _, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
+    model, batch = _model(layers=4, length=2048)
+    least: list[int] = []
 
-    def planned(memory: int) -> tuple[Any, int]:
-        """The plan, and what a meter counts at the peak."""
-        with mst_fx.watch() as report:
-            compiled = compile_mst(model, {**options, "memory": memory, "inner": "inductor"})
-            _, gradients = step(model, compiled, batch)
+    def none(*_: Any) -> list[Any]:
+        return []
+
+    def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
+        yield PLAIN
+        for grouped in (ways_in_groups, none):
+            monkeypatch.setattr(memory_plan, "ways_in_groups", grouped)
+            yield JOINT_STAGES, {"memory": 1, "host_memory": "0"}
+            missing = re.search(r"needs ([\d.]+ [KMG]iB) more", str(compiled.errors[-1]))
+            assert missing is not None
+            least.append(int(1.03 * (bytes_in(missing[1]) or 0)))
+            yield JOINT_STAGES, {"memory": least[-1], "host_memory": "0", "inner": "inductor"}
+        monkeypatch.setattr(memory_plan, "ways_in_groups", ways_in_groups)
+        yield JOINT_STAGES, {"memory": 2 * least[-1], "host_memory": "0"}
+
+    compiled = Ways(monkeypatch, model, ways())
+    plans: list[Any] = []
+    with on_plan.listening(plans.append):
+        _, truth = step(model, compiled.run, batch)
+    peaks = []
+    for compiled.now in (2, 4):
+        _, gradients = step(model, compiled.run, batch)
         assert worst_error(gradients, truth) < 1e-5
+        del gradients
         model.zero_grad(set_to_none=True)
         with measure_cpu() as measured:
-            compiled(**batch).loss.backward()
-        return report.plans[0], measured.peak_bytes
-
-    in_groups, its_peak = planned(least)
-    with monkeypatch.context() as patch:
-        patch.setattr("mst_fx.passes.memory_plan.ways_in_groups", lambda *_: [])
-        alone = _least(model, batch)
-        single, peak = planned(alone)
-    assert least < 0.93 * alone
+            compiled.run(**batch).loss.backward()
+        peaks.append(measured.peak_bytes)
+    in_groups, single, rich = plans
+    assert len(compiled.errors) == 2 and least[0] < 0.95 * least[1]
     assert any(each.again.startswith("start + ") for each in in_groups.layers)
     saved = single.peak - in_groups.peak
-    assert 0.95 * saved <= peak - its_peak <= 1.05 * saved
-    with mst_fx.watch() as report:
-        step(model, compile_mst(model, {**options, "memory": 2 * alone}), batch)
-    assert not any("start" in each.again for each in report.plans[0].layers)
+    assert 0.95 * saved <= peaks[1] - peaks[0] <= 1.05 * saved
+    assert not any("start" in each.again for plan in (single, rich) for each in plan.layers)
 
 
 class _Layer(nn.Module):
@@ -208,7 +207,7 @@ def test_what_gives_something_else_a_second_time_is_in_no_group(
         least = [those[0] for those in every]
         make_again(joint, [c.without_start() if i % 2 and joins else c for i, c in enumerate(least)])
 
-    ways = [PLAIN, ((Stage("memory", grouped, when=When.JOINT),), {"strict": True})]
+    ways = [PLAIN, ((Stage("memory", grouped, when=When.JOINT),), STRICT)]
     compiled = Ways(monkeypatch, model, ways)
     start = deepcopy(model.state_dict())
     results = []

@@ -338,24 +338,24 @@ def test_the_plans_differ(peaks: dict[str, tuple[int, int]]) -> None:
 
 def _metered(budgets: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """For each budget, "auto" or MiB above the parameters: bytes above the inputs at the peak of a step, and those of the plan."""
-    return {name: _peak_and_plan(budget) for name, budget in budgets.items()}
-
-
-def _peak_and_plan(budget: Any) -> tuple[int, int]:
     torch.manual_seed(0)
     entry = ACCEPTED["llama"]
     model = entry.build(num_hidden_layers=3).float().train()
     batch = inputs_of(entry, 1, 2048, torch.float32)
     given = sum(p.numel() * p.element_size() for p in model.parameters()) + 2048 * 16
-    memory = budget if budget == "auto" else int(given + budget * 2**20)
+    sizes = [size if size == "auto" else int(given + size * 2**20) for size in budgets.values()]
+    options = {"chunk_rows": 256, "vocab_chunk_rows": 256}
     plans: list[Any] = []
-    with on_plan.listening(plans.append):
-        run = compile_mst(model, {"chunk_rows": 256, "vocab_chunk_rows": 256, "memory": memory})
-        step(model, run, batch)
-        meter = malloc_meter()
-        model.zero_grad(set_to_none=True)
-        start = meter.current()
-        meter.reset()
-        run(**batch).loss.backward()
-    (plan,) = plans
-    return meter.peak() - start, plan.peak - plan.taken
+    peaks = []
+    with on_plan.listening(plans.append), pytest.MonkeyPatch.context() as patch:
+        compiled = Ways(patch, model, [(JOINT_STAGES, {"memory": size}) for size in sizes], options)
+        for compiled.now in range(len(sizes)):
+            step(model, compiled.run, batch)
+            meter = malloc_meter()
+            model.zero_grad(set_to_none=True)
+            start = meter.current()
+            meter.reset()
+            compiled.run(**batch).loss.backward()
+            peaks.append(meter.peak() - start)
+    both = zip(budgets, peaks, plans, strict=True)
+    return {name: (peak, plan.peak - plan.taken) for name, peak, plan in both}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import fx, nn
 
 from mst_fx import backend
 from mst_fx.errors import BudgetError
@@ -24,7 +24,8 @@ class Ways:
     """A model under mst, captured and rewritten once, its graphs compiled with the joint stages of each of several ways.
 
     Args:
-        ways: stages and options of each; asked for the next when a graph is compiled.
+        ways: stages and options of each; asked for the next when a graph is compiled. ``inner`` among the options compiles the graph.
+        options: of the capture and the bodies, and of each way that says nothing else.
 
     Attributes:
         now: the way that runs.
@@ -36,23 +37,27 @@ class Ways:
         monkeypatch: pytest.MonkeyPatch,
         model: nn.Module,
         ways: Iterable[tuple[Sequence[Stage], dict[str, Any]]],
+        options: dict[str, Any] = SMALL_CHUNKS,
     ) -> None:
         self.now, alone = 0, compile_graph
         self.errors: list[BudgetError] = []
 
-        def compiled_in_each(*args: Any) -> Callable[..., Any]:
+        def compiled_in_each(
+            gm: fx.GraphModule, inputs: Sequence[Any], _: str, patches: Mapping[str, Any]
+        ) -> Callable[..., Any]:
             compiled: list[Callable[..., Any]] = []
             for stages, more in ways:
-                with hooked(stages, make_options({**SMALL_CHUNKS, **more}), args[0]):
+                chosen = make_options({**options, **more})
+                with hooked(stages, chosen, gm):
                     try:
-                        compiled.append(alone(*args))
+                        compiled.append(alone(gm, inputs, chosen.inner, {**patches, **chosen.inductor}))
                     except BudgetError as error:
                         self.errors.append(error)
                         compiled.append(_never)
             return lambda *args: compiled[self.now](*args)
 
         monkeypatch.setattr(backend, "compile_graph", compiled_in_each)
-        self.run = compile_mst(model, SMALL_CHUNKS)
+        self.run = compile_mst(model, options)
 
 
 def _never(*_: Any) -> Any:
