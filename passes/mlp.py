@@ -12,8 +12,10 @@ A region is any convex set of row-wise nodes around a widening matmul whose insi
 goes in and what comes out, with another matmul behind the wide result, or rows that go on: nothing here
 knows a model, an activation or a norm.
 
-Not supported, and refused: operators without a row-wise rule inside (mixture-of-experts with grouped
-or batched expert matmuls, linears of other libraries with quantised weights, tensors written in place).
+Experts of a mixture, whose rows are picked and grouped by expert, become loops over chunks of slots (:mod:`mst_fx.chunking_experts`), before.
+
+Not supported, and refused: operators without a row-wise rule inside (linears of other libraries with quantised weights, tensors written
+in place), experts whose groups are not proved.
 Dropout inside is seeded (:mod:`mst_fx.passes.dropouts`).
 """
 
