@@ -9,7 +9,7 @@ Before (Hugging Face under ``torch.compile``; eager attention likewise)::
 After, by what the mask says (:mod:`mst_fx.masks.formula`)::
 
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)   # causal; or no mask at all
-    out = mst_fx.attention(q, k, v, key_vectors, query_vectors, reach, …)          # anything else
+    out = mst_fx.attention(q, k, v, key_vectors, query_vectors, reach, …)          # anything else, and with sinks
 
 The second form is a loop over chunks of queries. Vectors that are constants are evaluated here; for others
 (``attention_mask``, ``position_ids``, dynamic shapes) one op a step finds the keys in reach, and whether the
@@ -54,6 +54,7 @@ from mst_fx.masks.sites import (
     is_ours,
     is_product,
     scaled_query,
+    sinks_of_heads,
     ungrouped,
 )
 from mst_fx.masks.understand import Understood, as_vector, understand
@@ -355,6 +356,7 @@ def _fused_call(understood: Understood, reaches: dict[Any, _ReachNodes]) -> fx.N
         site.softcap,
         mask.fill,
         _cap_tensor(site),
+        _sinks_vector(site),
     )
     return add_call(graph, operator.getitem, both, 0)
 
@@ -365,6 +367,12 @@ def _cap_tensor(site: Site) -> fx.Node | None:
         return None
     with fake_mode_of(tensors_of(site.query)) or contextlib.nullcontext():
         return number_as_tensor(site.level.gm.graph, site.cap, torch.float64)[-1]
+
+
+def _sinks_vector(site: Site) -> fx.Node | None:
+    """``[H]``: the score of each head's sink."""
+    found = sinks_of_heads(site)
+    return None if found is None else add_call(site.level.gm.graph, torch.flatten, found)
 
 
 def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:

@@ -1,7 +1,7 @@
 """Finds attention in a graph and in its checkpointed layers: fused, or written out.
 
     scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)
+    matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)        # with sinks, as masks.sinks knows them, or without
 
 A :class:`Site` is one attention, in a graph or in the :class:`~mst_fx.graph.levels.Level` of a checkpointed layer.
 """
@@ -9,7 +9,7 @@ A :class:`Site` is one attention, in a graph or in the :class:`~mst_fx.graph.lev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from mst_fx.graph.spelling import (
 from mst_fx.graph.subgraphs import attribute, called_graph
 from mst_fx.graph.values import tensor_value, value
 from mst_fx.graph.writes import mutated_storages, writes_in_place
+from mst_fx.masks import sinks
 from mst_fx.masks.constants import fill_of, number_of
 from mst_fx.torch_api.attention import is_fused
 
@@ -50,6 +51,7 @@ class Site:
         cap: a number that changes from step to step, by which the softcap is multiplied.
         scaling: a product of the scores with a number that changes from step to step, or is negative, which the
             query takes over.
+        sinks: a score more for each query, as :mod:`mst_fx.masks.sinks` finds it in the graph.
     """
 
     level: Level
@@ -66,6 +68,7 @@ class Site:
     dropout: float = 0.0
     scaling: fx.Node | None = None
     cap: fx.Node | None = None
+    sinks: fx.Node | None = None
 
 
 def find_sites(level: Level) -> Iterator[Site]:
@@ -118,25 +121,78 @@ class _Chain:
 
     Attributes:
         inner: what was peeled off. Nobody but the chain reads it.
+        beside: those of it that stand beside the chain, and read a node of it a second time.
+        sinks: what takes a part of the softmax besides.
+        scores: what the softmax has to be of, where sinks were found behind it.
     """
 
     level: Level
     inner: list[fx.Node] = dataclasses.field(default_factory=list)
+    beside: set[fx.Node] = dataclasses.field(default_factory=set)
+    sinks: fx.Node | None = None
+    scores: fx.Node | None = None
 
     def step(self, node: Any) -> fx.Node | None:
         """The node itself, if nobody but the chain reads it."""
-        if not isinstance(node, fx.Node) or len(node.users) != 1:
+        if not isinstance(node, fx.Node) or len(node.users.keys() - self.beside) != 1:
             return None
         self.inner.append(node)
         return node
 
+    def take_beside(self, nodes: Sequence[fx.Node], end: fx.Node) -> bool:
+        """Takes nodes in that lead from a node of the chain back to another one; False: somebody else reads one of them."""
+        readers = [end, *nodes]
+        if any(node.users.keys() != {reader} for node, reader in zip(nodes, readers, strict=False)):
+            return False
+        self.inner += nodes
+        self.beside.update(nodes)
+        return True
+
+    def scaled(self, node: fx.Node) -> fx.Node | None:
+        """The product of weights and values behind an output, which sinks may have scaled."""
+        if operation(node) in MATMULS:
+            return node
+        found = sinks.scaling(node)
+        if found is None or not self.take_beside(found.inner, node):
+            return None
+        self.sinks, self.scores = found.sinks, found.scores
+        product = self.step(found.output)
+        return product if product is not None and operation(product) in MATMULS else None
+
     def softmax(self, weights: Any) -> fx.Node | None:
-        """The softmax behind the weights that the values are multiplied with, through casts."""
-        current = self.step(weights)
-        while current is not None and (operation(current) in FLOAT_CASTS or is_identity_dropout(current)):
+        """What the softmax behind the weights is taken of that the values are multiplied with, through casts; without sinks."""
+        current, column = self.step(weights), None
+        while current is not None and operation(current) not in SOFTMAXES:
+            dropped = sinks.dropped_column(current)
+            if dropped is not None and column is None:
+                column = dropped
+            elif operation(current) not in FLOAT_CASTS and not is_identity_dropout(current):
+                return None
             current = self.step(current.args[0])
-        is_softmax = current is not None and operation(current) in SOFTMAXES and _is_last_dim(current)
-        return current if is_softmax else None
+        if current is None or not _is_last_dim(current):
+            return None
+        source = self._shifted(current.args[0])
+        if self.scores not in (None, source):
+            return None
+        return source if column is None else self._without_sinks(source, column)
+
+    def _shifted(self, source: Any) -> Any:
+        """What the maximum of a row is subtracted from, or it is not."""
+        found = sinks.less_its_maximum(source) if isinstance(source, fx.Node) else None
+        if found is None or self.step(source) is None or not self.take_beside(found[1], source):
+            return source
+        return found[0]
+
+    def _without_sinks(self, source: Any, column: str) -> fx.Node | None:
+        """The scores of ``cat([scores, sinks], -1)``, of which one column is left out later."""
+        current = self.step(source)
+        while current is not None and operation(current) in FLOAT_CASTS:
+            current = self.step(current.args[0])
+        found = sinks.joined(current, column) if current is not None and self.sinks is None else None
+        if found is None:
+            return None
+        self.sinks = found[1]
+        return found[0]
 
     def mask(self, masked: Any) -> tuple[fx.Node | None, Any] | None:
         """The scores before a mask was added, and the mask, if there is one; None: two are added."""
@@ -176,18 +232,19 @@ class _Chain:
 
 def _eager(level: Level, node: fx.Node) -> Site | None:
     """``matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)``, in 4 dimensions."""
-    if operation(node) not in MATMULS or len(node.args) < 2:
+    if operation(node) not in MATMULS | {"mul"} or len(node.args) < 2:
         return None
     chain = _Chain(level)
-    softmax = chain.softmax(node.args[0])
-    unmasked = chain.mask(softmax.args[0]) if softmax is not None else None
+    weighted = chain.scaled(node)
+    masked = chain.softmax(weighted.args[0]) if weighted is not None and len(weighted.args) > 1 else None
+    unmasked = chain.mask(masked) if masked is not None else None
     uncapped = chain.softcap(unmasked[0]) if unmasked is not None else None
     if unmasked is None or uncapped is None:
         return None
     mask, (current, softcap, cap) = unmasked[1], uncapped
     product, scale, scaling = chain.scale(current)
     factors = _query_and_key(product)
-    if factors is None or not _have_heads(*product.args[:2], node.args[1]):  # type: ignore[union-attr]
+    if factors is None or not _have_heads(*product.args[:2], weighted.args[1]):  # type: ignore[union-attr]
         return None
     if mask is not None and not isinstance(mask, fx.Node):
         return None
@@ -195,7 +252,7 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         level,
         node,
         *factors,
-        node.args[1],  # type: ignore[arg-type]
+        weighted.args[1],  # type: ignore[arg-type,union-attr]
         mask,
         scale,
         softcap,
@@ -203,6 +260,7 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         is_eager=True,
         scaling=scaling,
         cap=cap,
+        sinks=chain.sinks,
     )
 
 
@@ -254,6 +312,12 @@ def scaled_query(site: Site, query: fx.Node) -> fx.Node:
         return query
     target = torch.mul if operation(site.scaling) == "mul" else torch.div
     return add_call(site.level.gm.graph, target, query, site.scaling.args[1])
+
+
+def sinks_of_heads(site: Site) -> fx.Node | None:
+    """Of the sinks of a site what has one element a head; None: they may differ between queries."""
+    query = tensor_value(site.query)
+    return None if site.sinks is None or query is None else sinks.per_head(site.sinks, query.shape[1])
 
 
 def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any) -> bool:

@@ -147,9 +147,10 @@ def _table(site: Site, read: Read, sizes: tuple[Any, Any], chunk: int, given: Gi
     """The table of the mask's reach, if it is known before the graph runs."""
     table = read.table(*sizes, chunk)
     if table is None and read.formula == formula.TRUE:
-        if site.softcap:
+        if not _may_be_native(site):
+            kind = "capped scores" if site.softcap else "scores with sinks that no kernel takes,"
             raise Refusal(
-                f"{site.out.name}: capped scores without a mask, and the sequence is dynamic", Cause.SCORES
+                f"{site.out.name}: {kind} without a mask, and the sequence is dynamic", Cause.SCORES
             )
         return reach.native_table(FULL)
     if table is None and given is not None and given.table:
@@ -165,6 +166,8 @@ def _check(site: Site) -> None:
     types = {fake.dtype for fake in fakes if fake is not None}
     if len(types) > 1 and not _under_autocast(site):
         raise Refusal(f"{site.out.name}: query, key, value and output have different types", Cause.SCORES)
+    if site.sinks is not None and sites.sinks_of_heads(site) is None:
+        raise Refusal(f"{site.sinks.name}: attention sinks that may differ between queries", Cause.SCORES)
     if site.dropout and site.mask is not None:
         raise Refusal(f"{site.out.name}: attention weights are dropped at random", Cause.SCORES)
 
@@ -189,7 +192,12 @@ def _given(site: Site, read: Read, chunk: int) -> Given | None:
 
 
 def _is_native(site: Site, table: Tensor | None) -> bool:
-    return table is not None and int(table[0, 0]) in (CAUSAL, FULL) and not site.softcap
+    return table is not None and int(table[0, 0]) in (CAUSAL, FULL) and _may_be_native(site)
+
+
+def _may_be_native(site: Site) -> bool:
+    """Whether a kernel does what else there is than the mask: sinks need one that gives the sums of its softmax."""
+    return not site.softcap and (site.sinks is None or sites.is_ours(site))
 
 
 def _under_autocast(site: Site) -> bool:

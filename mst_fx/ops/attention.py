@@ -16,6 +16,15 @@
 
 ``query`` is ``[B, H, Q, D]``, ``key`` and ``value`` are ``[B, H or fewer, K, D]`` (a chunk expands grouped heads
 for itself), ``sums`` ``[B, H, Q]`` the logarithms of the softmax's sums, which only the kernels make and read.
+
+``sinks`` ``[H]`` (gpt-oss) are one more score for each query of a head, to a key whose value is 0. With p = exp(sink - sums), what a
+query gives to it, and ``sums`` of all scores, the sink's among them::
+
+    output = attention without it · (1 - p);    dsink = -Σ p · <tangent, output>
+
+A kernel knows nothing of them: its output is multiplied in place, by a vector a head, and its backward pass is right when it is given
+that output and those sums, for it makes its softmax of the sums and subtracts <tangent, output>. dsink is made outside of the operator,
+of ``tangent``, ``output`` and ``sums``: in a compiled graph of fused arithmetic and one sum.
 """
 
 from __future__ import annotations
@@ -38,6 +47,8 @@ from mst_fx.torch_api.modes import outside_of_kernels, without_autocast
 
 # Spans of one call: the kernels' grids are no larger.
 _MOST_SPANS = 65535
+# Scores of a chunk that are written out at once, if there are sinks: some 12 bytes each.
+_MOST_SCORES = 2**26
 
 
 @torch.library.custom_op(
@@ -100,6 +111,7 @@ class _Call:
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask, as in Gemma 2; 0: not.
         fill: what is added to a masked score; 0: it does not count at all.
         cap: float64, one element: a number that changes from step to step, by which the softcap is multiplied.
+        sinks: ``[H]``: one more score, whose value is 0, for all queries of a head.
     """
 
     query: Tensor
@@ -117,6 +129,7 @@ class _Call:
     softcap: float
     fill: float
     cap: Tensor | None
+    sinks: Tensor | None
 
     @functools.cached_property
     def _table(self) -> list[list[int]]:
@@ -157,7 +170,7 @@ class _Call:
     def chunks(self) -> Iterator[Reaching]:
         """Chunks of queries, with a window of the keys that they reach."""
         size = self.query.shape[2]
-        if self._is_native:
+        if self._is_native and self.sinks is None:
             return iter([Reaching(0, size, window=Window(0, self.key.shape[2], WHOLE))])
         return by_reach(size, self.chunk, self._table[HEADER:])
 
@@ -165,15 +178,37 @@ class _Call:
         queries, keys = slice(chunk.start, chunk.end), slice(chunk.window.first, chunk.window.last)
         return self.query[:, :, queries], self.key[:, :, keys], self.value[:, :, keys]
 
-    def attend(self, chunk: Reaching, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The output of one chunk, ``[B, H, end - start, D]``."""
+    def by_heads(self) -> Iterator[tuple[slice, slice, _Call]]:
+        """This call; or one after the other those of some heads, where with sinks the scores of a chunk are written out and large.
+        Before each the heads of queries, and those of keys and values, that it has."""
+        heads, groups = self.query.shape[1], self.key.shape[1]
+        each = heads // groups
+        scores = self.query.shape[0] * each * min(self.chunk, self.query.shape[2]) * self.key.shape[2]
+        at_once = max(1, _MOST_SCORES // max(1, scores))
+        if self.sinks is None or at_once >= groups:
+            yield slice(0, heads), slice(0, groups), self
+            return
+        for first in range(0, groups, at_once):
+            few = slice(first, min(first + at_once, groups))
+            many = slice(few.start * each, few.stop * each)
+            parts = {"query": self.query[:, many], "key": self.key[:, few], "value": self.value[:, few]}
+            yield many, few, dataclasses.replace(self, **parts, sinks=self.sinks[many])
+
+    def attend(
+        self, chunk: Reaching, query: Tensor, key: Tensor, value: Tensor, sums: Rows | None = None
+    ) -> Tensor:
+        """The output of one chunk, ``[B, H, end - start, D]``.
+
+        Args:
+            sums: where the logarithms of the softmax's sums go, if they are asked for: of scores that are written out.
+        """
         mask = self._chunk_mask(chunk)
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         # Fused kernels give wrong gradients for a query of which all scores are masked by a finite number:
         # the logarithm of its sum drowns in that number.
-        if not self.softcap and chunk.window.kind != BLIND:
+        if not self.softcap and self.sinks is None and chunk.window.kind != BLIND:
             is_causal = self._is_native and self._table[0][0] == CAUSAL
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=is_causal, scale=self.scale
@@ -187,7 +222,13 @@ class _Call:
             scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
         elif mask is not None:
             scores = scores + mask
+        if self.sinks is not None:
+            column = self.sinks[:, None, None].to(sum_dtype(scores.dtype))
+            scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], -1)
+        if sums is not None:
+            sums.put(chunk, torch.logsumexp(scores, -1))
         weights = torch.softmax(scores, -1, dtype=sum_dtype(scores.dtype)).to(query.dtype)
+        weights = weights[..., : key.shape[2]]
         if hidden is not None:  # a query that sees no key: 0, as of fused kernels
             weights = weights.masked_fill(hidden, 0.0)
         return torch.matmul(weights, value)
@@ -220,7 +261,8 @@ def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 _SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor[] keys, Tensor[] queries, Tensor? tables, Tensor? starts,"
-    " int[] known, str mask, int which, int chunk, float scale, float softcap, float fill, Tensor? cap"
+    " int[] known, str mask, int which, int chunk, float scale, float softcap, float fill, Tensor? cap,"
+    " Tensor? sinks"
 )
 
 
@@ -231,15 +273,31 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
     with without_autocast():
         if call.kernel is not None:
             out, sums = call.kernel.forward(*operands)
-            return _as_promised(out), sums.contiguous()
+            out, sums = _as_promised(out), sums.contiguous()
+            return out, sums if call.sinks is None else _with_sinks(out, sums, call.sinks)
         out, sums = _outputs(call.query, call.value)
-        result = Rows(out, dim=2)
-        for chunk in call.chunks():
-            if chunk.window.is_empty:
-                result.put_nothing(chunk)
-            else:
-                result.put(chunk, call.attend(chunk, *call.operands(chunk)))
+        for heads, _, part in call.by_heads():
+            _attend_by_chunks(part, out[:, heads], sums[:, heads])
     return out, sums
+
+
+def _with_sinks(out: Tensor, sums: Tensor, sinks: Tensor) -> Tensor:
+    """The sums with the sinks in them; ``out`` becomes, in its place, what it is with them."""
+    total = torch.logaddexp(sums, sinks.to(sums.dtype)[:, None])
+    out.mul_(torch.exp(sums - total)[..., None])
+    return total
+
+
+def _attend_by_chunks(call: _Call, out: Tensor, sums: Tensor) -> None:
+    """Fills ``out``, and ``sums`` where there are sinks, whose gradient and backward pass ask for them."""
+    result, totals = Rows(out, dim=2), Rows(sums, dim=2) if call.sinks is not None else None
+    for chunk in call.chunks():
+        if not chunk.window.is_empty:
+            result.put(chunk, call.attend(chunk, *call.operands(chunk), totals))
+            continue
+        result.put_nothing(chunk)
+        if totals is not None and call.sinks is not None:
+            totals.put(chunk, call.sinks[:, None])
 
 
 @attention.register_fake
@@ -275,24 +333,37 @@ def _gradients(
         if call.kernel is not None:
             with torch.no_grad():
                 return call.kernel.backward(tangent, query, key, value, out, sums, over)
-        # A chunk of the tangent is read once: the gradient of its queries may take its place.
-        grad_query = Rows(empty_output(query) if over[0] is None else over[0], dim=2)
-        # Every chunk adds to the keys it reaches: in float32, so that many chunks lose nothing.
-        grad_key, grad_value = (
-            WindowSum(empty_output(x, dtype=sum_dtype(x.dtype)), x.dtype, dim=2) for x in (key, value)
-        )
-        for chunk in call.chunks():
-            if chunk.window.is_empty:
-                grad_query.put_nothing(chunk)
-                continue
-            leaves = [x.detach().requires_grad_() for x in call.operands(chunk)]
-            part = tangent[:, :, chunk.start : chunk.end]
-            grads = torch.autograd.grad(call.attend(chunk, *leaves), leaves, part)
-            grad_query.put(chunk, grads[0])
-            grad_key.add(chunk, grads[1])
-            grad_value.add(chunk, grads[2])
-            del leaves, grads
-        return grad_query.result(), grad_key.result(over[1]), grad_value.result(over[2])
+        parts = list(call.by_heads())
+        if len(parts) == 1:
+            return _gradients_by_chunks(call, tangent, over)
+        grads = [empty_output(x) if y is None else y for x, y in zip((query, key, value), over, strict=True)]
+        for heads, few, part in parts:
+            where = [grad[:, of] for grad, of in zip(grads, (heads, few, few), strict=True)]
+            _gradients_by_chunks(part, tangent[:, heads], where)
+        return grads[0], grads[1], grads[2]
+
+
+def _gradients_by_chunks(
+    call: _Call, tangent: Tensor, over: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    # A chunk of the tangent is read once: the gradient of its queries may take its place.
+    grad_query = Rows(empty_output(call.query) if over[0] is None else over[0], dim=2)
+    # Every chunk adds to the keys it reaches: in float32, so that many chunks lose nothing.
+    grad_key, grad_value = (
+        WindowSum(empty_output(x, dtype=sum_dtype(x.dtype)), x.dtype, dim=2) for x in (call.key, call.value)
+    )
+    for chunk in call.chunks():
+        if chunk.window.is_empty:
+            grad_query.put_nothing(chunk)
+            continue
+        leaves = [x.detach().requires_grad_() for x in call.operands(chunk)]
+        part = tangent[:, :, chunk.start : chunk.end]
+        grads = torch.autograd.grad(call.attend(chunk, *leaves), leaves, part)
+        grad_query.put(chunk, grads[0])
+        grad_key.add(chunk, grads[1])
+        grad_value.add(chunk, grads[2])
+        del leaves, grads
+    return grad_query.result(), grad_key.result(over[1]), grad_value.result(over[2])
 
 
 @attention_backward.register_fake
@@ -332,23 +403,31 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, keys, queries, tables, starts, *ctx.rest, cap = inputs
+    query, key, value, keys, queries, tables, starts, *ctx.rest, cap, sinks = inputs
     ctx.counts = (len(keys), len(queries), tables is not None)
     of_reach = [] if tables is None else [tables, starts]
-    ctx.save_for_backward(*output, cap, query, key, value, *keys, *queries, *of_reach)
+    ctx.save_for_backward(*output, cap, sinks, query, key, value, *keys, *queries, *of_reach)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, tangent: Tensor, _: Any) -> tuple[Any, ...]:
-    out, sums, cap, query, key, value, *vectors = ctx.saved_tensors
+    out, sums, cap, sinks, query, key, value, *vectors = ctx.saved_tensors
     keys, queries, has_tables = ctx.counts
     tables, starts = vectors[-2:] if has_tables else (None, None)
     parts = (query, key, value, vectors[:keys], vectors[keys : keys + queries], tables, starts)
-    grads = attention_backward(tangent, out, sums, *parts, *ctx.rest, cap)
+    # First: the gradient of the query may be written over the tangent.
+    of_sinks = _sinks_gradient(tangent, out, sums, sinks) if ctx.needs_input_grad[-1] else None
+    grads = attention_backward(tangent, out, sums, *parts, *ctx.rest, cap, sinks)
     known, *others = ctx.rest
     # torch takes a list of ints for one value, but an empty one for a list of tensors.
     nothing: list[Any] = [None if known else [], *[None] * len(others)]
-    return (*grads, [None] * keys, [None] * queries, None, None, *nothing, None)
+    return (*grads, [None] * keys, [None] * queries, None, None, *nothing, None, of_sinks)
+
+
+def _sinks_gradient(tangent: Tensor, out: Tensor, sums: Tensor, sinks: Tensor) -> Tensor:
+    """``[H]``. In a graph this is arithmetic that a compiler fuses: it reads tangent and output once, and makes ``[B, H, Q]``."""
+    taken = torch.exp(sinks.to(sums.dtype)[:, None] - sums)
+    return -(taken * (tangent.to(sums.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
 
 
 attention.register_autograd(_backward, setup_context=_setup)

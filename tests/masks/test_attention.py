@@ -257,7 +257,7 @@ def test_op(mask: Mask, groups: int, softcap: float) -> None:
     reaches = mask_reach(
         list(vectors.keys), list(vectors.queries), [formula.text(mask)], size, size, CHUNK, [False]
     )
-    rest: Any = ([], formula.text(mask), 0, CHUNK, 0.3, softcap, 0.0, None)
+    rest: Any = ([], formula.text(mask), 0, CHUNK, 0.3, softcap, 0.0, None, None)
     out, _ = attention(query, key, value, list(vectors.keys), list(vectors.queries), *reaches, *rest)
 
     visible = allowed(mask, vectors, 0, size, 0, size, torch.device("cpu")).expand(batch, -1, -1)[:, None]

@@ -43,7 +43,7 @@ def _call(mask: str, size: int) -> tuple[Any, ...]:
     vectors = [place, (place // 11).contiguous()]
     form = _MASKS[mask]
     reaches = ops.mask_reach(vectors, vectors, [text(form)], size, size, 16, [False])
-    return vectors, vectors, *reaches, [], text(form), 0, 16, 0.3, 0.0, 0.0, None
+    return vectors, vectors, *reaches, [], text(form), 0, 16, 0.3, 0.0, 0.0, None, None
 
 
 @pytest.mark.parametrize("mask", _MASKS)

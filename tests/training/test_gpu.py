@@ -235,7 +235,7 @@ def test_attention_kernels(name: str, kernel: str, heads: int, monkeypatch: pyte
     with sdpa_kernel([*backends, SDPBackend.EFFICIENT_ATTENTION]):
         reaches = mask_reach(vectors, vectors, [formula.text(mask)], size, size, 128, [False])
         out, _ = attention(
-            *operands, vectors, vectors, *reaches, [], formula.text(mask), 0, 128, 0.125, 0.0, 0.0, None
+            *operands, vectors, vectors, *reaches, [], formula.text(mask), 0, 128, 0.125, 0.0, 0.0, None, None
         )
         found = [out, *torch.autograd.grad(out, operands, tangent)]
     expected = {"causal": CAUSAL, "full": FULL, "padding": GENERAL}.get(name, SPANS)
