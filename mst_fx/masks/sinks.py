@@ -88,7 +88,7 @@ def joined(node: fx.Node, column: str) -> tuple[fx.Node, fx.Node] | None:
 
 
 class Scaling(NamedTuple):
-    """What scales the output of attention, ``sigmoid(logsumexp(scores) - sinks)``.
+    """What scales the output of attention: ``sigmoid(logsumexp(scores) - sinks)``.
 
     Attributes:
         output: of the attention without sinks.
@@ -138,8 +138,10 @@ def _difference(factor: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]
     if difference is None or len(difference.args) != 2 or difference.kwargs:
         return None
     sums, sinks = difference.args
-    found = source(sums, "logsumexp")
-    if found is None or not isinstance(sinks, fx.Node) or factor_fake is None:
+    found, fakes = source(sums, "logsumexp"), [_tensor_of(sums), _tensor_of(sinks)]
+    if found is None or factor_fake is None or any(fake is None for fake in fakes):
+        return None
+    if fakes[0].ndim != fakes[1].ndim:  # one dimension stands for another otherwise
         return None
     dims = argument(found, "dim")
     is_of_rows = dims in _LAST_DIM or (isinstance(dims, (list, tuple)) and list(dims) in ([-1], [3]))
@@ -167,6 +169,19 @@ def per_head(sinks: fx.Node, heads: Any) -> fx.Node | None:
         if operation(node) not in EXPANDS | {"repeat"} and not _is_cast(node):
             return None
         node = node.args[0]  # type: ignore[assignment]
+
+
+def has_own_sinks(softmax: fx.Node) -> bool:
+    """Whether a softmax is of scores and of a column that is no number a head: each query's own sink."""
+    source: Any = softmax.args[0] if softmax.args else None
+    while isinstance(source, fx.Node):
+        found = less_its_maximum(source)
+        if found is None and not _is_cast(source):
+            break
+        source = found[0] if found is not None else source.args[0]
+    parts = [joined(source, column) for column in (LAST, FIRST)] if isinstance(source, fx.Node) else []
+    sinks = [found[1] for found in parts if found is not None]
+    return any(per_head(each, tensor_value(each).shape[1]) is None for each in sinks)  # type: ignore[union-attr]
 
 
 def _is_cast(node: fx.Node) -> bool:
