@@ -142,7 +142,7 @@ class _Chain:
     def take_beside(self, nodes: Sequence[fx.Node], end: fx.Node) -> bool:
         """Takes nodes in that lead from a node of the chain back to another one; False: somebody else reads one of them."""
         readers = [end, *nodes]
-        if any(node.users.keys() != {reader} for node, reader in zip(nodes, readers, strict=False)):
+        if any(_readers(node) != {reader} for node, reader in zip(nodes, readers, strict=False)):
             return False
         self.inner += nodes
         self.beside.update(nodes)
@@ -228,6 +228,11 @@ class _Chain:
         if scale is None or current is None:
             return current, 1.0, scaling
         return self.step(current.args[0]), scale, scaling
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """The readers of a node but for results of it that nobody reads: in the graph of a checkpointed layer Dynamo leaves those."""
+    return {user for user in node.users if user.users or operation(user) != "getitem"}
 
 
 def _eager(level: Level, node: fx.Node) -> Site | None:

