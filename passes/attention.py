@@ -47,6 +47,7 @@ from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks import formula
 from mst_fx.masks.reach import CAUSAL
+from mst_fx.masks.sinks import has_own_sinks
 from mst_fx.masks.sites import (
     Site,
     find_sites,
@@ -57,7 +58,6 @@ from mst_fx.masks.sites import (
     sinks_of_heads,
     ungrouped,
 )
-from mst_fx.masks.sinks import has_own_sinks
 from mst_fx.masks.understand import Understood, as_vector, understand
 from mst_fx.report import Rewrite
 
@@ -125,7 +125,11 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
             assert fake is not None
             if operation(node) in SOFTMAXES and (fake.ndim == 4 or is_of_scores(node)):
                 refused.add(name)
-                rest = "and of sinks that may differ between queries" if has_own_sinks(node) else "but no attention known here"
+                rest = (
+                    "and of sinks that may differ between queries"
+                    if has_own_sinks(node)
+                    else "but no attention known here"
+                )
                 reason = f"{node.name}: softmax of scores, {rest}"
                 context.refuse("attention", name, reason, Cause.SCORES)
             elif is_product(node) and name not in refused and _without_softmax(node):

@@ -191,8 +191,12 @@ class _Call:
         for first in range(0, groups, at_once):
             few = slice(first, min(first + at_once, groups))
             many = slice(few.start * each, few.stop * each)
-            parts = {"query": self.query[:, many], "key": self.key[:, few], "value": self.value[:, few]}
-            yield many, few, dataclasses.replace(self, **parts, sinks=self.sinks[many])
+            query, key, value = self.query[:, many], self.key[:, few], self.value[:, few]
+            yield (
+                many,
+                few,
+                dataclasses.replace(self, query=query, key=key, value=value, sinks=self.sinks[many]),
+            )
 
     def attend(
         self, chunk: Reaching, query: Tensor, key: Tensor, value: Tensor, sums: Rows | None = None
@@ -356,13 +360,13 @@ def _gradients_by_chunks(
         if chunk.window.is_empty:
             grad_query.put_nothing(chunk)
             continue
-        leaves = [x.detach().requires_grad_() for x in call.operands(chunk)]
+        query, key, value = leaves = [x.detach().requires_grad_() for x in call.operands(chunk)]
         part = tangent[:, :, chunk.start : chunk.end]
-        grads = torch.autograd.grad(call.attend(chunk, *leaves), leaves, part)
+        grads = torch.autograd.grad(call.attend(chunk, query, key, value), leaves, part)
         grad_query.put(chunk, grads[0])
         grad_key.add(chunk, grads[1])
         grad_value.add(chunk, grads[2])
-        del leaves, grads
+        del leaves, query, key, value, grads
     return grad_query.result(), grad_key.result(over[1]), grad_value.result(over[2])
 
 

@@ -70,7 +70,9 @@ def _truth(operands: list[Tensor], visible: Tensor, softcap: float = 0.0, fill: 
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ value.repeat_interleave(groups, 1)
 
 
-def _run(operands: list[Tensor], mask: Mask, vectors: Vectors, softcap: float = 0.0, fill: float = 0.0) -> Tensor:
+def _run(
+    operands: list[Tensor], mask: Mask, vectors: Vectors, softcap: float = 0.0, fill: float = 0.0
+) -> Tensor:
     query, key, value, sinks = operands
     size, parts = query.shape[2], (list(vectors.keys), list(vectors.queries))
     reaches = ops.mask_reach(*parts, [formula.text(mask)], size, size, CHUNK, [fill != 0.0])
@@ -115,25 +117,32 @@ def test_a_query_that_sees_no_key_gives_the_sink_everything() -> None:
 @pytest.mark.parametrize("name", ["causal", "window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_of_the_op(dtype: torch.dtype, name: str) -> None:
-    """Of 16 bits no more is lost than where all is written out in them."""
+    """No more is lost than where all is written out in that type: in the mean of several tries, for of four sinks' gradients
+    chance says in one try which error is the larger one."""
     size, mask = 200, _MASKS[name]
-    torch.manual_seed(0)
-    made = [torch.randn(2, heads, size, 6).to(dtype) for heads in (4, 2, 2)] + [torch.randn(4).to(dtype)]
     vectors = _vectors(2, size)
     visible = allowed(mask, vectors, 0, size, 0, size, torch.device("cpu"))[:, None]
-    tangent = torch.randn(2, 4, size, 6).to(dtype)
+    ratios: list[list[float]] = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        made = [torch.randn(2, heads, size, 6).to(dtype) for heads in (4, 2, 2)] + [torch.randn(4).to(dtype)]
+        tangent = torch.randn(2, 4, size, 6).to(dtype)
+        mine = _results(lambda leaves: _run(leaves, mask, vectors), made, tangent)
+        plain = _results(lambda leaves: _truth(leaves, visible), made, tangent)
+        truth = _results(lambda leaves: _truth(leaves, visible), [x.double() for x in made], tangent.double())
+        assert all(found.dtype == dtype for found in mine)
+        errors = [
+            [relative_error(x, true) for x, true in zip(found, truth, strict=True)] for found in (mine, plain)
+        ]
+        ratios.append([math.log(found / eager) for found, eager in zip(*errors, strict=True)])
+        assert dtype == torch.bfloat16 or max(errors[0]) <= 1e-6
+    assert dtype == torch.float32 or (torch.tensor(ratios).mean(0).exp() <= 1.1).all(), ratios
 
-    def results(run: Callable[[list[Tensor]], Tensor], of: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(of).requires_grad_() for x in made]
-        out = run(leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, tangent.to(of))]
 
-    mine = results(lambda leaves: _run(leaves, mask, vectors), dtype)
-    plain, truth = (results(lambda leaves: _truth(leaves, visible), of) for of in (dtype, torch.float64))
-    for found, eager, true in zip(mine, plain, truth, strict=True):
-        assert found.dtype == dtype
-        bar = 1e-6 if dtype == torch.float32 else 1.1 * relative_error(eager, true)
-        assert relative_error(found, true) <= bar
+def _results(run: Callable[[list[Tensor]], Tensor], made: list[Tensor], tangent: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in made]
+    out = run(leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, tangent)]
 
 
 def test_a_kernel_makes_nothing_as_large_as_the_output_besides() -> None:
@@ -148,7 +157,9 @@ def test_a_kernel_makes_nothing_as_large_as_the_output_besides() -> None:
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as found:
-            ops.attention(query, key, value, [], [], None, None, known, "true", 0, 64, 0.125, 0.0, 0.0, None, sinks)
+            ops.attention(
+                query, key, value, [], [], None, None, known, "true", 0, 64, 0.125, 0.0, 0.0, None, sinks
+            )
         now = 0
         for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
             if event.name() == "[memory]":
@@ -213,7 +224,9 @@ def _short(self: Written, scores: Tensor, value: Tensor, x: Tensor) -> Tensor:
 
 
 def _first(self: Written, scores: Tensor, value: Tensor, x: Tensor) -> Tensor:
-    both = torch.cat((self.sinks[None, :, None, None].repeat(scores.shape[0], 1, scores.shape[2], 1), scores), 3)
+    both = torch.cat(
+        (self.sinks[None, :, None, None].repeat(scores.shape[0], 1, scores.shape[2], 1), scores), 3
+    )
     return (both - both.amax(-1, keepdim=True).detach()).softmax(3)[..., 1:] @ value
 
 
@@ -223,7 +236,10 @@ def _narrow(self: Written, scores: Tensor, value: Tensor, x: Tensor) -> Tensor:
 
 
 def _to_size(self: Written, scores: Tensor, value: Tensor, x: Tensor) -> Tensor:
-    return torch.cat([scores, self.column(scores).double()], -1).double().softmax(-1)[..., : scores.shape[3]] @ value
+    return (
+        torch.cat([scores, self.column(scores).double()], -1).double().softmax(-1)[..., : scores.shape[3]]
+        @ value
+    )
 
 
 def _granite(self: Written, scores: Tensor, value: Tensor, x: Tensor) -> Tensor:
@@ -397,7 +413,8 @@ def _gpt_oss_model(how: str = "", dtype: torch.dtype = torch.float64) -> Any:
         num_key_value_heads=2, head_dim=4, num_local_experts=2, num_experts_per_tok=1, sliding_window=9,
         max_position_embeddings=128, use_cache=False, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
-    model: Any = transformers.GptOssForCausalLM(config).to(dtype)
+    model: Any = transformers.GptOssForCausalLM(config)
+    model.to(dtype)
     model.set_experts_implementation("batched_mm")  # the others take no float64
     for layer in model.model.layers:
         layer.self_attn.sinks.data.normal_(std=2.0)
@@ -451,23 +468,26 @@ def test_gpt_oss(batch: int, how: str) -> None:
     # Inductor's rotary embedding is in float32, as the library's is, and rounds otherwise.
     assert worst_error(found, truth) <= (3e-7 if "inductor" in how else 1e-10)
     forms = [rewrite.form for rewrite in report.rewrites]
-    if not how or how.endswith("checkpoint") and "left" not in how:
+    if not how or (how.endswith("checkpoint") and "left" not in how):
         assert forms == ["window 9", "causal"]
     assert len(forms) == 2 and not [r for r in report.refusals if r.kind == "attention"]
 
 
 def test_gpt_oss_in_16_bits() -> None:
-    model, exact = _gpt_oss_model(dtype=torch.bfloat16), _gpt_oss_model()
-    exact.load_state_dict(model.state_dict())
-    inputs = _inputs(2, "")
-    truth, eager = _step(exact, exact, inputs), _step(model, model, inputs)
-    found = _step(compile_mst(model, OPTIONS), model, inputs)
-    assert worst_error(found, truth) <= 1.1 * worst_error(eager, truth)
-    # Of four numbers a layer, which are rounded to 16 bits: chance says which error is the larger one of two layers.
-    mine, plain = ({name: grads[name] for name in truth if "sinks" in name} for grads in (found, eager))
-    both = [torch.cat([x.double() for x in grads.values()]) for grads in (mine, plain)]
-    true = torch.cat([truth[name] for name in mine])
-    assert len(mine) == 2 and relative_error(both[0], true) <= 1.1 * relative_error(both[1], true)
+    """The worst gradient of several models. (Those of the sinks: of the operator, above.)"""
+    ratios: list[float] = []
+    compiled = compile_mst(model := _gpt_oss_model(dtype=torch.bfloat16), OPTIONS)
+    exact = _gpt_oss_model()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator).bfloat16())
+        exact.load_state_dict(model.state_dict())
+        inputs = {"input_ids": torch.randint(64, (2, SEQ), generator=generator)}
+        truth = _step(exact, exact, inputs)
+        found, eager = (worst_error(_step(run, model, inputs), truth) for run in (compiled, model))
+        ratios.append(math.log(found / eager))
+    assert math.exp(sum(ratios) / len(ratios)) <= 1.1, ratios
 
 
 def test_prompt_and_what_follows() -> None:
@@ -495,8 +515,12 @@ def test_nothing_of_square_size_is_left_in_the_graph() -> None:
     seen: list[list[str]] = []
 
     def squares(gm: fx.GraphModule) -> list[str]:
-        nodes = [node for graph in [gm.graph, *(child.graph for _, child in subgraphs(gm))] for node in graph.nodes]
-        return [n.name for n in nodes if any(sum(x in (SEQ, SEQ + 1) for x in t.shape) > 1 for t in tensors_of(n))]
+        nodes = [
+            node for graph in [gm.graph, *(child.graph for _, child in subgraphs(gm))] for node in graph.nodes
+        ]
+        return [
+            n.name for n in nodes if any(sum(x in (SEQ, SEQ + 1) for x in t.shape) > 1 for t in tensors_of(n))
+        ]
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         new, _ = mst_fx.rewrite(gm, example_inputs, OPTIONS)
