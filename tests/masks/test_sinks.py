@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 import mst_fx
@@ -172,6 +173,26 @@ def test_a_kernel_makes_nothing_as_large_as_the_output_besides() -> None:
     without = peak(None)
     assert peak(sinks) <= without + 6 * 2 * size * 4
     assert 2 * size * width * 4 > 10 * 6 * size  # an output more would be seen
+
+
+@pytest.mark.slow
+def test_a_compiler_fuses_the_gradient_of_sinks() -> None:
+    """Backward, sinks cost one kernel more, which reads tangent and output and makes a vector a head."""
+    query = torch.randn(1, 64, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    sinks = torch.randn(4, requires_grad=True)
+
+    def run(query: Tensor, sinks: Tensor) -> Tensor:
+        q = query.transpose(1, 2)
+        rest = ([CAUSAL, 0, 0, 0, 0, 0], "true", 0, 64, 0.125, 0.0, 0.0, None, sinks)
+        out: Tensor = torch.ops.mst_fx.attention(q, q, q, [], [], None, None, *rest)[0]
+        return out.transpose(1, 2).tanh().sum()
+
+    torch._dynamo.reset()
+    _, codes = run_and_get_code(lambda: torch.compile(run)(query, sinks).backward())
+    (code,) = (code for code in codes if "attention_backward" in code)
+    made = code[code.index("def call") :].splitlines()
+    wide = [line for line in made if "empty_strided" in line and "float32" in line]
+    assert len(wide) == 2 and "(1, 4, 64)" in wide[0] and "(4, )" in wide[1], wide
 
 
 # How it is written

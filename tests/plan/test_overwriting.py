@@ -37,20 +37,25 @@ def _operands(groups: int = 2, size: int = 48, *, seed: int = 0) -> list[Tensor]
     return [torch.randn(2, size, count, 8, dtype=torch.float64).transpose(1, 2) for count in heads]
 
 
-def _call(mask: str, size: int) -> tuple[Any, ...]:
+def _call(mask: str, size: int, sinks: Tensor | None = None) -> tuple[Any, ...]:
     """The arguments of attention behind its operands."""
     place = torch.arange(size)[None]
     vectors = [place, (place // 11).contiguous()]
     form = _MASKS[mask]
     reaches = ops.mask_reach(vectors, vectors, [text(form)], size, size, 16, [False])
-    return vectors, vectors, *reaches, [], text(form), 0, 16, 0.3, 0.0, 0.0, None, None
+    return vectors, vectors, *reaches, [], text(form), 0, 16, 0.3, 0.0, 0.0, None, sinks
 
 
 @pytest.mark.parametrize("mask", _MASKS)
 @pytest.mark.parametrize("over", itertools.product([False, True], repeat=3))
-def test_the_operator_writes_what_the_other_gives(mask: str, over: tuple[bool, bool, bool]) -> None:
+@pytest.mark.parametrize("sinks", ["", "sinks", "a few heads at a time"])
+def test_the_operator_writes_what_the_other_gives(
+    mask: str, over: tuple[bool, bool, bool], sinks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tangent, query, key, value = _operands()
-    call = _call(mask, query.shape[2])
+    if sinks == "a few heads at a time":
+        monkeypatch.setattr("mst_fx.ops.attention._MOST_SCORES", 1)
+    call = _call(mask, query.shape[2], torch.randn(4, dtype=torch.float64) if sinks else None)
     out, sums = ops.attention(query, key, value, *call)
     wanted = ops.attention_backward(tangent, out, sums, query, key, value, *call)
     before = [x.clone() for x in (tangent, key, value, query, out)]
@@ -287,7 +292,7 @@ def test_what_is_left(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     n["tangent"] = graph.call_function(_aten.transpose.int, (flat, 1, 2))
     for node, x in ((product, vals["grad"]), (flat, tangent.transpose(1, 2)), (n["tangent"], tangent)):
         node.meta["val"] = x
-    rest: tuple[Any, ...] = ([], [], None, None, [0] * 6, text(_CAUSAL), 0, 16, 0.3, 0.0, 0.0, None)
+    rest: tuple[Any, ...] = ([], [], None, None, [0] * 6, text(_CAUSAL), 0, 16, 0.3, 0.0, 0.0, None, None)
     operands = (n["tangent"], n["out"], n["sums"], n["query"], n["key"], n["value"])
     n["backward"] = graph.call_function(mst.attention_backward.default, (*operands, *rest))
     n["backward"].meta["val"] = (query, key, value)

@@ -208,7 +208,10 @@ MASKS: dict[str, formula.Mask] = {
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("kernel", ["cudnn", "flash"])
 @pytest.mark.parametrize("name", MASKS)
-def test_attention_kernels(name: str, kernel: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_attention_kernels(
+    name: str, kernel: str, heads: int, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """bfloat16 against float64: as near as attention that is written out in bfloat16."""
     monkeypatch.setattr(kernels, "_BUSY", 2048)  # several calls of the backward kernels
     batch, size, width = 2, 1000, 64
@@ -220,23 +223,27 @@ def test_attention_kernels(name: str, kernel: str, heads: int, monkeypatch: pyte
         for count in (4, heads, heads)
     )
     tangent = torch.randn(batch, size, 4, width, device="cuda").bfloat16().transpose(1, 2)
-    mask, operands = MASKS[name], (query, key, value)
+    sinks = (torch.randn(4, device="cuda") * 2).bfloat16().requires_grad_()
+    mask, operands = MASKS[name], (query, key, value, *([sinks] if has_sinks else []))
     seen = allowed(mask, Vectors(vectors, vectors), 0, size, 0, size, query.device)
     seen = seen.expand(batch, size, size)[:, None]
 
     def written_out(dtype: torch.dtype) -> list[Tensor]:
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in operands)
+        leaves = [x.detach().to(dtype).requires_grad_() for x in operands]
+        q, k, v, *more = leaves
         wide_key, wide_value = (x.repeat_interleave(4 // heads, 1) for x in (k, v))
-        weights = (q @ wide_key.mT / 8).masked_fill(~seen, float("-inf")).softmax(-1)
-        out = weights @ wide_value
-        return [out, *torch.autograd.grad(out, (q, k, v), tangent.to(dtype))]
+        scores = [(q @ wide_key.mT / 8).masked_fill(~seen, float("-inf"))]
+        scores += [x.view(1, 4, 1, 1).expand(batch, 4, size, 1) for x in more]
+        out = torch.cat(scores, -1).softmax(-1)[..., :size] @ wide_value
+        return [out, *torch.autograd.grad(out, leaves, tangent.to(dtype))]
 
     backends = [SDPBackend.CUDNN_ATTENTION] if kernel == "cudnn" else [SDPBackend.FLASH_ATTENTION]
     with sdpa_kernel([*backends, SDPBackend.EFFICIENT_ATTENTION]):
         reaches = mask_reach(vectors, vectors, [formula.text(mask)], size, size, 128, [False])
         out, _ = attention(
-            *operands, vectors, vectors, *reaches, [], formula.text(mask), 0, 128, 0.125, 0.0, 0.0, None, None
-        )
+            *(query, key, value), vectors, vectors, *reaches,
+            *([], formula.text(mask), 0, 128, 0.125, 0.0, 0.0, None, sinks if has_sinks else None),
+        )  # fmt: skip
         found = [out, *torch.autograd.grad(out, operands, tangent)]
     expected = {"causal": CAUSAL, "full": FULL, "padding": GENERAL}.get(name, SPANS)
     assert int(reaches[0][0, 0, 0]) == expected
