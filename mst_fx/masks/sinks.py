@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import EXPANDS, FLOAT_CASTS, argument, operation
 from mst_fx.graph.values import tensor_value
+from mst_fx.torch_api.tensors import SIXTEEN_BITS
 
 FIRST, LAST = "first", "last"
 _LAST_DIM = (-1, 3)
@@ -182,6 +184,17 @@ def has_own_sinks(softmax: fx.Node) -> bool:
     parts = [joined(source, column) for column in (LAST, FIRST)] if isinstance(source, fx.Node) else []
     sinks = [found[1] for found in parts if found is not None]
     return any(per_head(each, tensor_value(each).shape[1]) is None for each in sinks)  # type: ignore[union-attr]
+
+
+def before_widening(factor: fx.Node, values: Any) -> fx.Node:
+    """``x`` of ``x.float()`` where the values have the 16 bits of ``x``: kernels, and chunks with sinks, do not round its products either."""
+    source = factor.args[0] if operation(factor) in FLOAT_CASTS and factor.args else None
+    if not isinstance(source, fx.Node):
+        return factor
+    fakes = [_tensor_of(x) for x in (factor, source, values)]
+    types = [None if fake is None else fake.dtype for fake in fakes]
+    is_widened = types[0] == torch.float32 and types[1] in SIXTEEN_BITS and types[1] == types[2]
+    return source if is_widened else factor
 
 
 def _is_cast(node: fx.Node) -> bool:

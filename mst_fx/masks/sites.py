@@ -253,6 +253,8 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         return None
     if mask is not None and not isinstance(mask, fx.Node):
         return None
+    if chain.sinks is not None:
+        factors = tuple(sinks.before_widening(x, weighted.args[1]) for x in factors)  # type: ignore[assignment,union-attr]
     return Site(
         level,
         node,

@@ -47,7 +47,7 @@ from mst_fx.torch_api.modes import outside_of_kernels, without_autocast
 
 # Spans of one call: the kernels' grids are no larger.
 _MOST_SPANS = 65535
-# Scores of a chunk that are written out at once, if there are sinks: some 12 bytes each.
+# Scores of a chunk that are written out at once, if there are sinks: some 16 bytes each.
 _MOST_SCORES = 2**26
 
 
@@ -217,7 +217,9 @@ class _Call:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=is_causal, scale=self.scale
             )
-        scores = torch.matmul(query, key.transpose(2, 3)) * self.scale
+        # Rounded to 16 bits they lose what models with sinks keep (Flint's reach tens); a kernel does not round them either.
+        wide = query.dtype if self.sinks is None else sum_dtype(query.dtype)
+        scores = torch.matmul(query.to(wide), key.to(wide).transpose(2, 3)) * self.scale
         if self.softcap:
             cap = self.softcap if self.cap is None else self.softcap * self.cap
             scores = torch.tanh(scores / cap) * cap

@@ -599,3 +599,43 @@ def test_no_scores_in_memory() -> None:
     """A Boolean mask would take S² bytes, the scores of four heads 16 times that."""
     (found,) = call_metered(_measure, timeout=600)
     assert found < 6144**2
+
+
+# Flint: scores are kept in float32
+
+
+def _flint_model(dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    config = transformers.FlintConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, use_cache=False,
+    )  # fmt: skip
+    model: Any = transformers.FlintForCausalLM(config)
+    for layer in model.model.layers:  # so that scores reach tens
+        layer.self_attn.q_norm.weight.data.mul_(2.5)
+        layer.self_attn.k_norm.weight.data.mul_(2.5)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("how", ["", "left"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_in_float32_are_not_rounded(autocast: bool, how: str) -> None:
+    model = _flint_model(torch.float32 if autocast else torch.bfloat16)
+    exact = _flint_model()
+    exact.load_state_dict(model.state_dict())
+    inputs = _inputs(2, how)
+
+    def step(run: Callable[..., Any], of: nn.Module, is_cast: bool = autocast) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            return _step(run, of, inputs)
+
+    truth, eager = step(exact, exact, is_cast=False), step(model, model)
+    with mst_fx.watch() as report:
+        found = step(compile_mst(model, OPTIONS), model)
+    assert len(report.rewrites) == 2
+    for part in ("q_proj", "k_proj"):
+        names = [name for name in truth if part in name]
+        mine, plain = (
+            [relative_error(grads[name], truth[name]) for name in names] for grads in (found, eager)
+        )
+        assert len(names) == 2 and sum(mine) <= 1.1 * sum(plain)
