@@ -18,6 +18,7 @@ from mst_fx.plan.joint_graph import bytes_of, is_attention, is_read_whole, is_vi
 from mst_fx.torch_api.tensors import tree_leaves
 
 _LOOPS = ("mst_fx::loop", "mst_fx::loop_list")
+_EXPERTS = ("mst_fx::experts_loop", "mst_fx::experts_loop_backward")
 _LOOPS_WITH_GRADIENTS = ("mst_fx::loop_backward", "mst_fx::loop_with_grad")  # they make the inside again, too
 
 
@@ -119,6 +120,12 @@ def flops_of(node: fx.Node) -> float:
         return attention_flops(node)
     if operation(node) in (*_LOOPS, *_LOOPS_WITH_GRADIENTS):
         return _flops_of_loop(node)
+    if operation(node) in _EXPERTS:
+        return _flops_of_experts(node)
+    if operation(node) == "mst_fx::grouped_mm":
+        out, stack = tensor_of(node), tensor_of(node.args[1])  # type: ignore[arg-type]
+        assert out is not None and stack is not None
+        return 2.0 * hint(out.numel()) * stack.shape[1]
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
@@ -139,6 +146,17 @@ def _flops_of_loop(node: fx.Node) -> float:
     return inside * total / hint(run.forward.graph.find_nodes(op="placeholder")[0].meta["val"])
 
 
+def _flops_of_experts(node: fx.Node) -> float:
+    key, run = tensor_of(argument(node, "key")), body_of(str(argument(node, "body_key")))
+    assert key is not None
+    inside = sum(map(flops_of, run.forward.graph.nodes))
+    needs: Any = argument(node, "needs")
+    if needs is not None:
+        by_row = len(run.row_metas) - 1  # neither keys nor their ends have a gradient
+        inside += _flops_of_gradients(run, [*needs[:by_row], False, *needs[by_row:], False])
+    return inside * hint(key.numel()) / hint(run.forward.graph.find_nodes(op="placeholder")[0].meta["val"])
+
+
 def _flops_of_gradients(run: Body, needs: Sequence[bool]) -> float:
     """Of a body's products: as many as forward for each operand that depends on what needs a gradient."""
     _, *inputs = run.forward.graph.find_nodes(op="placeholder")  # behind the number of rows
@@ -147,7 +165,8 @@ def _flops_of_gradients(run: Body, needs: Sequence[bool]) -> float:
     for node in run.forward.graph.nodes:
         if node.op == "call_function" and not depends.isdisjoint(node.all_input_nodes):
             depends.add(node)
-            factors = [factor for factor in node.args[-2:] if isinstance(factor, fx.Node)]
+            is_grouped = operation(node) == "mst_fx::grouped_mm"
+            factors = [f for f in (node.args[:2] if is_grouped else node.args[-2:]) if isinstance(f, fx.Node)]
             found += flops_of(node) * sum(factor in depends for factor in factors)
     return found
 

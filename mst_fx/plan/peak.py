@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from mst_fx.bodies.body import Body, body_of
-from mst_fx.graph.sizes import hint
+from mst_fx.graph.sizes import hint, sum_dtype
 from mst_fx.graph.spelling import argument, operation
 from mst_fx.plan.joint_graph import (
     JointGraph,
@@ -35,6 +35,7 @@ from mst_fx.torch_api.overwriting import dead_operands
 from mst_fx.torch_api.tensors import tree_leaves
 
 _FORWARD_LOOPS = ("mst_fx::loop", "mst_fx::loop_list")
+_EXPERTS, _EXPERTS_BACKWARD = "mst_fx::experts_loop", "mst_fx::experts_loop_backward"
 _LOOP_BACKWARD, _LOOP_WITH_GRADIENT = "mst_fx::loop_backward", "mst_fx::loop_with_grad"
 
 
@@ -129,6 +130,8 @@ def scratch_of(node: fx.Node) -> int:
     name = operation(node)
     if name in (*_FORWARD_LOOPS, _LOOP_BACKWARD, _LOOP_WITH_GRADIENT):
         return _scratch_of_loop(node, name)
+    if name in (_EXPERTS, _EXPERTS_BACKWARD):
+        return _scratch_of_experts(node, name)
     if is_attention_backward(node):
         return _scratch_of_attention(node)
     return 0
@@ -166,6 +169,26 @@ def _scratch_of_loop(node: fx.Node, name: str) -> int:
     sums, results, largest = _sums_of_weights(node, run)
     # The sums are there beside the inside of a chunk; at the end each is rounded and goes.
     return max(inside, largest) + sums - results
+
+
+def _scratch_of_experts(node: fx.Node, name: str) -> int:
+    """The inside of a chunk of slots, and what rows are summed up in: in float32 for 16-bit types."""
+    run, slots = body_of(str(argument(node, "body_key"))), argument(node, "chunk_slots")
+    assert isinstance(slots, int)
+    inside = slots * _made_a_row(run)
+    if name == _EXPERTS:
+        out = tensor_of(node)
+        assert out is not None
+        return inside + _wide_bytes(out)
+    needs: Any = argument(node, "needs")
+    summed = itertools.compress(tree_leaves(node.args[0]), needs)
+    return 2 * inside + sum(_wide_bytes(tensor_of(x)) for x in summed if isinstance(x, fx.Node))
+
+
+def _wide_bytes(summed: Any) -> int:
+    """Bytes of the sum that a tensor is rounded from; 0 if it is that sum itself."""
+    wide = sum_dtype(summed.dtype)
+    return hint(summed.numel()) * wide.itemsize if wide != summed.dtype else 0
 
 
 def _sums_of_weights(node: fx.Node, run: Body) -> tuple[int, int, int]:
