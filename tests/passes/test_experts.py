@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+import transformers.integrations.moe  # registers its operator
 from torch import Tensor, nn
 
 import mst_fx
