@@ -62,6 +62,14 @@ def _replace(context: PassContext, region: SlotRegion, body: Body, chunk_size: C
             graph, torch.ops.mst_fx.experts_loop.default, rows, slots, region.key, shared, body.key, region.per,
             region.experts, chunk_size.chunk_rows * region.per, chunk_size.backward_rows * region.per,
         )  # fmt: skip
+    was, fake = tensor_value(region.combine), tensor_value(loop)
+    assert was is not None and fake is not None
+    if (str(was.shape), was.dtype) != (str(fake.shape), fake.dtype):
+        graph.erase_node(loop)
+        raise Refusal(
+            f"{region.combine.name} gives {tuple(was.shape)} of {was.dtype}, and no sum of slots",
+            Cause.EXPERTS,
+        )
     copy_provenance(next(iter(region.products)), loop)
     region.combine.replace_all_uses_with(loop)
     graph.erase_node(region.combine)

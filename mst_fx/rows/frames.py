@@ -168,6 +168,8 @@ class Frames:
             is_zero = isinstance(node.args[0], fx.Node) and operation(node.args[0]) in _ZEROS
             is_plain_sum = argument(node, "alpha", 1) == 1
             fake = tensor_value(node)
+            if name == "scatter_add" and not _have_one_shape(argument(node, "index"), slots):
+                return None  # only a part of the slots, or of their columns
             if isinstance(known, Origin) and self.of.get(slots) == known.order and is_zero and is_plain_sum:
                 assert fake is not None
                 count = self.slots_of(slots)  # type: ignore[arg-type]
@@ -236,17 +238,27 @@ def are_equal(size: Any, slots: Any, per: int = 1) -> bool:
 
 def _unexpanded(index: Any) -> Any:
     """The vector ``i`` of an index ``i[:, None].expand(-1, H)``."""
-    while isinstance(index, fx.Node) and operation(index) in EXPANDS | {
-        "unsqueeze",
-        "view",
-        "reshape",
-        "getitem",
-    }:
-        fake, source = tensor_value(index), index.args[0]
-        if fake is None or fake.ndim < 2 or not isinstance(source, fx.Node):
+    while isinstance(index, fx.Node) and (fake := tensor_value(index)) is not None and fake.ndim >= 2:
+        source = index.args[0] if index.args else None
+        parts = index.args[1] if operation(index) == "getitem" else ()
+        is_whole = all(
+            part in (None, Ellipsis, _FULL) for part in (parts if isinstance(parts, tuple) else (parts,))
+        )
+        is_same = operation(index) in EXPANDS | _WITH_A_COLUMN and is_whole
+        known = tensor_value(source) if isinstance(source, fx.Node) else None
+        if not is_same or known is None or not are_equal(known.shape[0], fake.shape[0]):
             break
         index = source
     return index
+
+
+_FULL = slice(None, None, None)
+_WITH_A_COLUMN = frozenset(("unsqueeze", "view", "reshape", "getitem"))
+
+
+def _have_one_shape(*nodes: Any) -> bool:
+    fakes = [tensor_value(node) if isinstance(node, fx.Node) else None for node in nodes]
+    return len({str(fake.shape) if fake is not None else None for fake in fakes}) == 1
 
 
 def factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -25,7 +25,7 @@ from mst_fx.graph.spelling import PERMUTES, argument, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.rows.fold import split_rows
-from mst_fx.rows.frames import NATURAL, Frames, Read, factors
+from mst_fx.rows.frames import NATURAL, Frames, Read, are_equal, factors
 from mst_fx.rows.routing import Keys, Offsets, Order, picked
 
 
@@ -160,6 +160,7 @@ class SlotRegionFinder:
             elif node not in same:
                 inputs |= self._operands(node, products, slots, views)
         key, experts = self._agreed(before, products)
+        self._check_sources(inputs, key, slots, per)
         inputs = {
             node: (read, key if read is Read.KEY else source) for node, (read, source) in inputs.items()
         }
@@ -190,6 +191,19 @@ class SlotRegionFinder:
         if len(experts) != 1:
             raise Refusal("its stacks have different numbers of matrices", Cause.EXPERTS)
         return keys.pop(), experts.pop()
+
+    def _check_sources(
+        self, inputs: dict[fx.Node, tuple[Read, fx.Node]], key: fx.Node, slots: Any, per: int
+    ) -> None:
+        """Rows have as many slots as are added up, and what is looked up is so by the keys of the products."""
+        for node, (read, source) in inputs.items():
+            fake, known = tensor_value(source), self.frames.facts.get(node)
+            if read is Read.ROW and (fake is None or not are_equal(fake.shape[0], slots, per)):
+                raise Refusal(
+                    f"{source.name} has other rows than those whose slots are added up", Cause.EXPERTS
+                )
+            if isinstance(known, Keys) and known != self.frames.facts.get(key):
+                raise Refusal(f"{node.name} holds other keys than those of the experts", Cause.EXPERTS)
 
     def _operands(
         self, node: fx.Node, products: dict[fx.Node, fx.Node], slots: Any, views: dict[fx.Node, None]
@@ -227,7 +241,8 @@ class SlotRegionFinder:
         return weights
 
     def _check(self, region: SlotRegion, inside: set[fx.Node]) -> None:
-        for node in (*region.nodes, *region.same, *region.inputs, *region.reading(Read.ROW)):
+        sources = [source for _, source in region.inputs.values()]
+        for node in (*region.nodes, *region.same, *region.inputs, *sources):
             for fake in tensors_of(node):
                 if not is_plain(fake):
                     raise Refusal(f"{node.name} is no plain tensor", Cause.NOT_PLAIN)
@@ -240,9 +255,15 @@ class SlotRegionFinder:
             if outside:
                 what = outside[0].name if outside[0].op != "output" else "the output of the graph"
                 raise Refusal(f"{what} reads {node.name}, a value of each slot", Cause.EXPERTS)
-        if len({self.contexts[node].grad for node in (*region.nodes, region.combine)}) > 1:
+        picks = [
+            node
+            for node, (read, source) in region.inputs.items()
+            if node is not source and read is not Read.KEY
+        ]
+        run = (*picks, *region.views, *region.nodes, *region.same, region.combine)
+        if len({self.contexts[node].grad for node in run}) > 1:
             raise Refusal("a part of it runs without gradients", Cause.NO_GRAD)
-        if len({self.contexts[node].inference for node in (*region.nodes, region.combine)}) > 1:
+        if len({self.contexts[node].inference for node in run}) > 1:
             raise Refusal("lies partly in inference_mode", Cause.NO_GRAD)
 
     # Products

@@ -276,9 +276,47 @@ def _read_outside(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Tensor
     return torch.zeros_like(x).index_add(0, perm // 2, out) + inner.mean()
 
 
+def _shuffled(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Tensor:
+    """Slots added to the rows of others."""
+    keys, perm = torch.sort(key.reshape(-1))
+    out = _grouped(F.silu(_grouped(x[perm // 2], m.ups, _ends(keys, 4))), m.downs, _ends(keys, 4))
+    index = (perm // 2)[:, None][torch.arange(perm.shape[0]).flip(0)].expand(-1, x.shape[1])
+    return torch.zeros_like(x).scatter_add(0, index, out * weights.reshape(-1)[perm, None])
+
+
+def _fewer_rows(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Tensor:
+    """Rows of four slots each, of which two and two are added up."""
+    keys, perm = torch.sort(key.reshape(-1))
+    rows = x[: x.shape[0] // 2]
+    out = _grouped(F.silu(_grouped(rows[perm // 4], m.ups, _ends(keys, 4))), m.downs, _ends(keys, 4))
+    return torch.zeros_like(x).index_add(0, perm // 2, out * weights.reshape(-1)[perm, None])
+
+
+def _other_table(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Tensor:
+    """A table that other keys than those of the matrices look up."""
+    of, rows = key.flatten(), x.repeat_interleave(2, dim=0)
+    other = (x[:, :4] * 3).topk(2).indices.flatten()
+    inner = torch.bmm(rows.unsqueeze(1), m.ups[of]).squeeze(1) + m.ups.sum(1)[other]
+    out = torch.bmm(F.silu(inner).unsqueeze(1), m.downs[of]).squeeze(1) * weights.flatten()[:, None]
+    return out.view(-1, 2, x.shape[1]).sum(1)
+
+
+def _picked_without_gradient(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Tensor:
+    """Weights that are picked under no_grad have no gradient from there."""
+    keys, perm = torch.sort(key.reshape(-1))
+    out = _grouped(F.silu(_grouped(x[perm // 2], m.ups, _ends(keys, 4))), m.downs, _ends(keys, 4))
+    with torch.no_grad():
+        picked = weights.reshape(-1)[perm, None]
+    return torch.zeros_like(x).index_add(0, perm // 2, out * picked) + 0 * weights.sum()
+
+
 @pytest.mark.parametrize(
     ("function", "bound", "reason"),
     [
+        (_shuffled, 4, ""),
+        (_fewer_rows, 4, "other rows"),
+        (_other_table, 4, "other keys"),
+        (_picked_without_gradient, 4, "without gradients"),
         (_wrong_bins, 5, "not proved to be those of keys below 4"),
         (_rolled, 4, "roll"),
         (_descending, 4, ""),
@@ -292,7 +330,11 @@ def _read_outside(m: _Stacks, x: Tensor, weights: Tensor, key: Tensor) -> Tensor
 def test_refusals(function: Spelled, bound: int, reason: str) -> None:
     """Nothing is rewritten, the numbers are eager's, and the reason names what is in the way."""
     report = _check_spelled(function, bound, *_routed(), is_rewritten=False, truth=function)
-    assert {r.cause for r in report.refusals} <= {Cause.EXPERTS, Cause.UNPROVED} and report.refusals
+    assert {r.cause for r in report.refusals} <= {
+        Cause.EXPERTS,
+        Cause.UNPROVED,
+        Cause.NO_GRAD,
+    } and report.refusals
     assert reason in report.refusals[0].reason
 
 
