@@ -105,12 +105,32 @@ def _chunk(
     after = tuple(n.format_node() or n.name for n in context.gm.graph.nodes if n not in known)
     for old, node in new.items():
         analysis.replaced(old, node)
-    inside = body.inside_bytes_a_row
     gradient = "none" if not any(needs) else "recompute" if gradient_of is None else "forward"
+    report_loop(context, kind, region.name, chunk_size, body, gradient, before, after, is_deferred)
+
+
+def report_loop(
+    context: PassContext,
+    kind: str,
+    name: str,
+    chunk_size: ChunkSize,
+    body: Body,
+    gradient: str,
+    before: tuple[str, ...],
+    after: tuple[str, ...],
+    is_deferred: bool = False,
+    slots: int = 1,
+) -> None:
+    """Puts a loop, and the text of its body, into the report.
+
+    Args:
+        slots: how many of what the body runs on a row has.
+    """
+    inside = body.inside_bytes_a_row * slots
     context.rewrote(
         Rewrite(
             kind=kind,
-            name=region.name,
+            name=name,
             rows=chunk_size.rows,
             chunk_rows=chunk_size.chunk_rows,
             chunks=chunk_size.chunks,

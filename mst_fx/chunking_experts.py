@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.trace_slots import trace_slots
 from mst_fx.chunk_rows import ChunkSize, mlp_chunk_size
+from mst_fx.chunking import report_loop
 from mst_fx.context import PassContext
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import add_call, copy_provenance, eliminate_dead_code
 from mst_fx.graph.modes import contexts
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.values import tensor_value
-from mst_fx.report import Fit, Rewrite
-from mst_fx.rows.frames import Read
+from mst_fx.report import Fit
+from mst_fx.rows.frames import Read, has_stacks
 from mst_fx.rows.slots import SlotRegion, SlotRegionFinder, name_of
 
 
 def chunk_experts(context: PassContext) -> None:
     """Replaces what experts make of their slots by loops; notes why where that cannot be."""
+    if not has_stacks(context.graph):
+        return
     modes = contexts(context.graph)
     finder = SlotRegionFinder(context.graph, modes)
     for products, region in list(finder.regions())[::-1]:  # a loop may read what another one gives
@@ -72,28 +77,15 @@ def _replace(context: PassContext, region: SlotRegion, body: Body, chunk_size: C
         )
     copy_provenance(next(iter(region.products)), loop)
     region.combine.replace_all_uses_with(loop)
-    graph.erase_node(region.combine)
-    for node in sorted((*region.nodes, *region.same), key=list(graph.nodes).index, reverse=True):
+    inside = {region.combine, *region.nodes, *region.same}
+    for node in [node for node in reversed(graph.nodes) if node in inside]:
         graph.erase_node(node)
     eliminate_dead_code(graph)
     after = tuple(n.format_node() or n.name for n in graph.nodes if n not in known)
-    inside = body.inside_bytes_a_row * region.per
     fakes = [tensor_value(node) for node in (*rows, *slots, *shared)]
     has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in fakes)
-    context.rewrote(
-        Rewrite(
-            kind="mlp",
-            name=region.name,
-            rows=chunk_size.rows,
-            chunk_rows=chunk_size.chunk_rows,
-            chunks=chunk_size.chunks,
-            intermediate_bytes=inside * chunk_size.rows,
-            chunk_bytes=inside * -(-chunk_size.rows // chunk_size.chunks),
-            gradient="recompute" if has_gradient else "none",
-            deferred=False,
-            body=body.key,
-            why=f"{chunk_size.why}; {region.per} slots a row, sorted by expert",
-            before=before,
-            after=after,
-        )
+    gradient = "recompute" if has_gradient else "none"
+    chunk_size = dataclasses.replace(
+        chunk_size, why=f"{chunk_size.why}; {region.per} slots a row, sorted by expert"
     )
+    report_loop(context, "mlp", region.name, chunk_size, body, gradient, before, after, slots=region.per)

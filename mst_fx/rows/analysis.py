@@ -142,7 +142,7 @@ class RowAnalysis:
 
     def _analyse(self, node: fx.Node) -> State:
         if node.op in ("placeholder", "get_attr"):
-            return self._source(node, "is an input of the graph", constant=_is_weight(node))
+            return self._source(node, "is an input of the graph", constant=is_weight(node))
         if node.op == "output" or not tensors_of(node):
             return State(reason="is not a tensor", constant=True)
         operands = [n for n in node.all_input_nodes if tensors_of(n)]
@@ -302,5 +302,6 @@ def _described(found: Any) -> Any:
     ]
 
 
-def _is_weight(node: fx.Node) -> bool:
+def is_weight(node: fx.Node) -> bool:
+    """Whether an input or attribute of a graph is a parameter, or an attribute of its module."""
     return node.op == "get_attr" or isinstance(value(node), torch.nn.Parameter)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import EXPANDS, GROUPED_PRODUCTS, MATMULS, PERMUTES, argument, operation
 from mst_fx.graph.values import is_plain, tensor_value, tensors_of
+from mst_fx.rows.analysis import is_weight
 from mst_fx.rows.fold import split_rows
 from mst_fx.rows.routing import Facts, Inverse, Keys, Order, Origin, Permutation, SortedKeys, facts_of, picked
 
@@ -41,7 +42,7 @@ class Read(enum.Enum):
 
 
 class Frames:
-    """The frames of a graph's values, if it has products with stacks of matrices that keys pick.
+    """The frames of the values of a graph that has products with stacks of matrices (:func:`has_stacks`).
 
     Attributes:
         facts: what is known of the graph's integers.
@@ -60,9 +61,8 @@ class Frames:
         self.combines: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.reasons: dict[fx.Node, str] = {}
         self._constant: dict[fx.Node, bool] = {}
-        if any(map(self.is_product, graph.nodes)):
-            for node in graph.nodes:
-                self._follow(node)
+        for node in graph.nodes:
+            self._follow(node)
 
     def _follow(self, node: fx.Node) -> None:
         """Finds the frame of a node from those of its operands."""
@@ -196,36 +196,37 @@ class Frames:
 
     def picked_stack(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Of a product of each slot with a matrix that was picked by its key: what picked it, and the stack."""
-        if operation(node) not in MATMULS:
-            return None
-        for operand in node.all_input_nodes:
-            while operation(operand) in PERMUTES and isinstance(operand.args[0], fx.Node):
-                operand = operand.args[0]
-            found = picked(operand)
-            if found is None:
-                continue
-            fake = tensor_value(found[0])
-            if (
-                isinstance(self.facts.get(found[1]), (Keys, SortedKeys))
-                and fake is not None
-                and fake.ndim == 3
-            ):
-                return operand, found[0]
+        for operand, (stack, index) in _picked_matrices(node):
+            if isinstance(self.facts.get(index), (Keys, SortedKeys)):
+                return operand, stack
         return None
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether a value is computed from weights and constants alone."""
         if node not in self._constant:
             if node.op in ("placeholder", "get_attr"):
-                fake = tensor_value(node)
-                found = node.op == "get_attr" or isinstance(fake, torch.nn.Parameter)
-            elif operation(node) in ("arange",):
-                found = False
+                found = is_weight(node)
             else:
                 tensors = [n for n in node.all_input_nodes if tensors_of(n)]
                 found = bool(tensors) and all(map(self.is_constant, tensors))
             self._constant[node] = found
         return self._constant[node]
+
+
+def has_stacks(graph: fx.Graph) -> bool:
+    """Whether any product of a graph may be one of rows with the matrices of their keys."""
+    return any(operation(n) in GROUPED_PRODUCTS or any(_picked_matrices(n)) for n in graph.nodes)
+
+
+def _picked_matrices(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, fx.Node]]]:
+    """The operands of a product that indices pick from a stack of matrices, or transposes of such, with the stack and the indices."""
+    for operand in node.all_input_nodes if operation(node) in MATMULS else ():
+        while operation(operand) in PERMUTES and isinstance(operand.args[0], fx.Node):
+            operand = operand.args[0]
+        found = picked(operand)
+        fake = tensor_value(found[0]) if found is not None else None
+        if found is not None and fake is not None and fake.ndim == 3:
+            yield operand, found
 
 
 _ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))

@@ -68,6 +68,11 @@ class SortedKeys:
 
     order: Order
 
+    @property
+    def key(self) -> Key:
+        """What was sorted."""
+        return self.order.key
+
 
 @dataclasses.dataclass(frozen=True)
 class Permutation:
@@ -195,7 +200,7 @@ def _of_member(node: fx.Node, source: fx.Node, member: int, facts: Facts) -> Fac
     name = operation(source)
     if name in ("topk", "max", "min") and member == 1:
         return _below_size(node, source, -1)
-    if name in ("sort", "argsort"):
+    if name == "sort":
         found = _sorted(source, facts)
         return found[member] if found is not None else None
     return None
@@ -248,8 +253,7 @@ def _of_cast(node: fx.Node, facts: Facts) -> Fact | None:
     if known is None or fake is None:
         return None
     if isinstance(known, (Keys, SortedKeys)):
-        key = known.key if isinstance(known, Keys) else known.order.key
-        return known if key.bound <= _EXACT.get(fake.dtype, 0) else None
+        return known if known.key.bound <= _EXACT.get(fake.dtype, 0) else None
     return known if fake.dtype in (torch.int32, torch.int64) else None
 
 
@@ -259,7 +263,7 @@ def _of_clamp(node: fx.Node, facts: Facts) -> Fact | None:
     low, high = argument(node, "min"), argument(node, "max")
     if not isinstance(known, (Keys, SortedKeys)):
         return None
-    bound = known.key.bound if isinstance(known, Keys) else known.order.key.bound
+    bound = known.key.bound
     is_touched = (low is not None and not (isinstance(low, int) and low <= 0)) or (
         high is not None and not (isinstance(high, int) and high >= bound - 1)
     )
@@ -300,7 +304,7 @@ def _of_histogram(node: fx.Node, facts: Facts) -> Fact | None:
     bins, low, high = argument(node, "bins", 100), argument(node, "min", 0), argument(node, "max", 0)
     if not isinstance(known, (Keys, SortedKeys)) or type(bins) is not int or bins > _MOST_BINS:
         return None
-    key = known.key if isinstance(known, Keys) else known.order.key
+    key = known.key
     # With one bin and no range, the range is that of the keys, which all are 0.
     is_whole = key.bound <= bins and low == 0 and high in (bins - 1, bins) and (high > 0 or bins == 1)
     return Counts(key, bins) if is_whole else None
@@ -310,8 +314,7 @@ def _of_one_hot(node: fx.Node, facts: Facts) -> Fact | None:
     known, fake = _fact(node.args[0] if node.args else None, facts), tensor_value(node)
     if not isinstance(known, (Keys, SortedKeys)) or fake is None or not isinstance(fake.shape[-1], int):
         return None
-    key = known.key if isinstance(known, Keys) else known.order.key
-    return OneHot(key, fake.shape[-1]) if key.bound <= fake.shape[-1] else None
+    return OneHot(known.key, fake.shape[-1]) if known.key.bound <= fake.shape[-1] else None
 
 
 def _of_sum(node: fx.Node, facts: Facts) -> Fact | None:
@@ -354,12 +357,18 @@ def _of_put(node: fx.Node, facts: Facts) -> Fact | None:
         places = argument(node, "indices")
         index = places[0] if isinstance(places, (list, tuple)) and len(places) == 1 else None
         source = argument(node, "values")
-        is_sum = argument(node, "accumulate", False)
+        is_plain_write = not argument(node, "accumulate", False)
     else:
-        index, source, is_sum = argument(node, "index"), argument(node, "src"), argument(node, "dim") != 0
+        index, source = argument(node, "index"), argument(node, "src")
+        is_plain_write = argument(node, "dim") == 0
     known, numbers = _fact(index, facts), _fact(source, facts)
     fake, whole = value(node), tensor_value(index) if isinstance(index, fx.Node) else None
-    if is_sum or not isinstance(known, Permutation) or not isinstance(numbers, Places) or whole is None:
+    if (
+        not is_plain_write
+        or not isinstance(known, Permutation)
+        or not isinstance(numbers, Places)
+        or whole is None
+    ):
         return None
     is_blank = isinstance(blank, fx.Node) and isinstance(fake, torch.Tensor) and fake.ndim == 1
     if not is_blank or slot_count(fake) != slot_count(whole) or numbers.size != slot_count(whole):

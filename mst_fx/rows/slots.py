@@ -92,12 +92,15 @@ class SlotRegionFinder:
         self.graph, self.contexts = graph, contexts
         self.frames = Frames(graph)
         self._mutated = mutated_storages(graph)
+        self._leading = {
+            combine: self._before(result) for combine, (result, _) in self.frames.combines.items()
+        }
 
     def regions(self) -> Iterator[tuple[list[fx.Node], SlotRegion | Refusal]]:
         """For each place where slots are added up, if they have been multiplied with the matrices of their keys: the products, and
         the region or why there is none."""
         for combine, (result, per) in self.frames.combines.items():
-            nodes = self._before(result)
+            nodes = self._leading[combine]
             products = [node for node in nodes if self.frames.is_product(node)]
             if not products:
                 continue
@@ -108,7 +111,7 @@ class SlotRegionFinder:
 
     def left_out(self) -> Iterator[tuple[fx.Node, str]]:
         """The products with stacks that lead to no place where slots are added up, and why."""
-        led = {node for result, _ in self.frames.combines.values() for node in self._before(result)}
+        led = {node for nodes in self._leading.values() for node in nodes}
         for node in self.graph.nodes:
             if self.frames.is_product(node) and node not in led:
                 yield node, self._why_not(node)

@@ -428,5 +428,6 @@ def test_memory() -> None:
 
 def test_what_is_said() -> None:
     model = _Residual(_block("mixtral", "grouped_mm"))
-    text = str(report_of(model, _EAGER, torch.randn(1, 21, 16, dtype=torch.float64)))
-    assert "block.experts" in text
+    report = report_of(model, _EAGER, torch.randn(1, 21, 16, dtype=torch.float64))
+    assert "block.experts" in str(report)
+    assert "grouped_mm" in report.bodies[report.rewrites[0].body]
