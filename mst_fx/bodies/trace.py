@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,13 +124,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
     with folder.mode:
         fakes = [meta.empty(folder.n) for meta in row_metas]
         fakes += [folder.shared(tensor_value(i.node)) for i in shared_inputs]  # type: ignore[arg-type]
-        with torch.no_grad(), enable_python_dispatcher():
-            for fake in fakes:
-                tracer.protect(fake)
-            gm = without_writes(make_fx(run_under(tracer, replay))(folder.n, *fakes), folder.n, fakes)
-    if any(node.op == "get_attr" for node in gm.graph.nodes):
-        raise Refusal("makes a tensor from Python numbers")
-    check_guards(folder)
+    gm = traced_on(folder, tracer, replay, fakes)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     metas = [
@@ -145,14 +139,27 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
-def without_writes(gm: fx.GraphModule, n: Any, fakes: list[torch.Tensor]) -> fx.GraphModule:
-    """A traced graph as a function without writes: those that there are go to temporaries, as the tracer has proved."""
-    if not any(_writes(node) for node in gm.graph.nodes):
-        return gm
-    return make_fx(torch.func.functionalize(gm, remove="mutations"))(n, *fakes)
+def traced_on(
+    folder: Folder, tracer: RowTracer, replay: Any, fakes: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """The ATen graph of a function of ``n`` and of operands, traced, and so proved, under a tracer; nothing in it writes.
+
+    Raises:
+        Refusal: if something in it is not row-wise, or depends on ``n``.
+    """
+    with folder.mode, torch.no_grad(), enable_python_dispatcher():
+        for fake in fakes:
+            tracer.protect(fake)
+        gm = make_fx(_under(tracer, replay))(folder.n, *fakes)
+        if any(_writes(node) for node in gm.graph.nodes):  # to temporaries, as proved above
+            gm = make_fx(torch.func.functionalize(gm, remove="mutations"))(folder.n, *fakes)
+    if any(node.op == "get_attr" for node in gm.graph.nodes):
+        raise Refusal("makes a tensor from Python numbers")
+    check_guards(folder)
+    return gm
 
 
-def run_under(tracer: RowTracer, function: Any) -> Any:
+def _under(tracer: RowTracer, function: Any) -> Any:
     def run(*args: Any) -> Any:
         with tracer:
             return function(*args)

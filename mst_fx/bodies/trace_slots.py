@@ -15,21 +15,19 @@ import torch
 from torch import fx
 
 from mst_fx.bodies.body import BODIES, Body, BodyConfig, OutputMeta, TensorMeta
-from mst_fx.bodies.trace import meta_of, run_under, without_writes
+from mst_fx.bodies.trace import meta_of, traced_on
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.fill import call
 from mst_fx.graph.modes import Context, autocast_contexts
 from mst_fx.graph.sizes import expression, settled, static_sizes
 from mst_fx.graph.spelling import COPIES, PERMUTES, operation
 from mst_fx.graph.values import tensor_value, tensors_of, value
-from mst_fx.rows.fold import Folder, check_guards, fold_rank, read_operand
+from mst_fx.rows.fold import Folder, fold_rank, read_operand
 from mst_fx.rows.frames import Read, factors
 from mst_fx.rows.labels import Row, is_same_size
 from mst_fx.rows.routing import picked
 from mst_fx.rows.slots import SlotRegion
 from mst_fx.rows.tracer import SlotTracer
-from mst_fx.torch_api.fakes import make_fx
-from mst_fx.torch_api.modes import enable_python_dispatcher
 from mst_fx.torch_api.tensors import tree_leaves
 
 aten = torch.ops.aten
@@ -84,15 +82,7 @@ class _Tracing:
             fakes = [meta.empty(folder.n) for meta in metas]
             fakes += [folder.shared(tensor_value(node)) for node in self.shared]  # type: ignore[arg-type]
             fakes.append(shared_metas[-1].empty())
-            with torch.no_grad(), enable_python_dispatcher():
-                for fake in fakes:
-                    self.tracer.protect(fake)
-                gm = without_writes(
-                    make_fx(run_under(self.tracer, self._replay))(folder.n, *fakes), folder.n, fakes
-                )
-        if any(node.op == "get_attr" for node in gm.graph.nodes):
-            raise Refusal("makes a tensor from Python numbers")
-        check_guards(folder)
+        gm = traced_on(folder, self.tracer, self._replay, fakes)
         scale_before_product(gm.graph)
         gm.graph.eliminate_dead_code()
         gm.recompile()

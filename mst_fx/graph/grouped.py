@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _ALIGNED_BYTES = 16
 
@@ -104,3 +105,9 @@ def _backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, Tensor | None, 
 
 
 grouped_mm.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.mst_fx.grouped_mm)
+def _flops(x: Any, stack: Any, ends: Any, *_: Any, **__: Any) -> Any:
+    """Of the shapes: two for each row and element of its matrix."""
+    return 2 * x[0] * stack[1] * stack[2]

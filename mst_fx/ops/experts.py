@@ -20,7 +20,9 @@ that does not fit into a chunk the parts are added up, in float32. Experts witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +37,24 @@ from mst_fx.ops.chunks import ByGroups, Sum, plain_mode
 from mst_fx.ops.loop import add_term, as_traced, weight_sum
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A chunk of sorted slots.
+
+    Attributes:
+        slots, origins, keys: of each place: the slot, the row that it is of, its key.
+        ends: where the slots of each expert end in the chunk, as int32.
+        bounds: the first place of each expert of the chunk, and the one behind its last.
+    """
+
+    chunk: ByGroups
+    slots: Tensor
+    origins: Tensor
+    keys: Tensor
+    ends: Tensor
+    bounds: list[tuple[int, int]]
+
+
 class _Slots:
     """Slots in the order of their keys, cut into chunks.
 
@@ -47,72 +67,60 @@ class _Slots:
         numbers = torch.arange(experts, device=key.device, dtype=key.dtype)
         ends = torch.searchsorted(self._keys, numbers, right=True)
         self._ends, self._per = ends.to(torch.int32), per
-        self.ends: list[int] = ends.tolist()
-        self.chunks = list(chunks.by_groups(self.ends, most))
-        self.total = key.numel()
+        self._host_ends: list[int] = ends.tolist()
+        self.chunks = list(chunks.by_groups(self._host_ends, most))
 
     @property
     def empty(self) -> list[int]:
         """The experts without slots."""
-        return [
-            expert for expert, end in enumerate(self.ends) if end == (self.ends[expert - 1] if expert else 0)
-        ]
+        pairs = itertools.pairwise([0, *self._host_ends])
+        return [expert for expert, (start, end) in enumerate(pairs) if start == end]
 
-    def of(self, chunk: ByGroups) -> tuple[Tensor, Tensor]:
-        """The slots of a chunk, and the rows that they are of."""
-        slots = self._order[chunk.start : chunk.end]
-        return slots, slots // self._per
-
-    def keys(self, chunk: ByGroups) -> Tensor:
-        return self._keys[chunk.start : chunk.end]
-
-    def ends_in(self, chunk: ByGroups) -> Tensor:
-        """Where the slots of each expert end in a chunk."""
-        return (self._ends - chunk.start).clamp_(0, chunk.size)
-
-    def bounds(self, chunk: ByGroups) -> list[tuple[int, int]]:
-        """The first place of each expert of a chunk in it, and the one behind its last."""
-        ends = [min(end, chunk.end) - chunk.start for end in self.ends[chunk.first : chunk.last + 1]]
-        return list(zip([0, *ends], ends, strict=False))
+    def parts(self) -> Iterator[_Part]:
+        for chunk in self.chunks:
+            place, slots = slice(chunk.start, chunk.end), self._order[chunk.start : chunk.end]
+            stops = [
+                min(end, chunk.end) - chunk.start for end in self._host_ends[chunk.first : chunk.last + 1]
+            ]
+            ends = (self._ends - chunk.start).clamp_(0, chunk.size)
+            bounds = list(itertools.pairwise([0, *stops]))
+            yield _Part(chunk, slots, slots // self._per, self._keys[place], ends, bounds)
 
 
 class _StackGradient:
     """The gradient of a stack of matrices, written expert by expert."""
 
-    def __init__(self, meta: TensorMeta, slots: _Slots) -> None:
+    def __init__(self, meta: TensorMeta, empty: Sequence[int]) -> None:
         self._result = torch.empty(meta.shape, dtype=meta.dtype, device=meta.device)
-        self._slots = slots
-        self._part: Sum | None = None
+        self._empty = empty
+        self._split: Sum | None = None
 
-    def add(self, chunk: ByGroups, left: Tensor, right: Tensor, is_first: bool) -> None:
-        """Adds ``left.t() @ right`` of each expert's slots in a chunk, the first time in place of what is there."""
-        if chunk.is_part:
-            self._part = self._part or self._started(chunk, left, right)
-            self._part.add_product(left.t(), right)
-            return
-        bounds, ends = self._slots.bounds(chunk), self._slots.ends_in(chunk)[chunk.first : chunk.last + 1]
+    def add(self, part: _Part, terms: Sequence[Term], values: Sequence[Tensor]) -> None:
+        """Writes the sum of ``left.t() @ right`` of each expert's slots in a chunk."""
+        chunk = part.chunk
         place = self._result[chunk.first : chunk.last + 1]
-        if is_first:
-            outer_into(place, left, right, bounds, ends)
-        else:
-            more = torch.empty_like(place)
-            outer_into(more, left, right, bounds, ends)
-            place.add_(more)
+        for index, term in enumerate(terms):
+            left, right = values[term.left], values[term.right]
+            if chunk.is_part:
+                self._split = self._split or self._started(left, right)
+                self._split.add_product(left.t(), right)
+                continue
+            written = torch.empty_like(place) if index else place
+            outer_into(written, left, right, part.bounds, part.ends[chunk.first : chunk.last + 1])
+            if index:
+                place.add_(written)
+        if self._split is not None and chunk.is_last_part:
+            place[0].copy_(self._split.result())
+            self._split = None
 
-    def _started(self, chunk: ByGroups, left: Tensor, right: Tensor) -> Sum:
+    def _started(self, left: Tensor, right: Tensor) -> Sum:
         shape = (left.shape[1], right.shape[1])
         wide = torch.empty(shape, dtype=sum_dtype(self._result.dtype), device=self._result.device)
         return Sum(wide, self._result.dtype)
 
-    def end(self, chunk: ByGroups) -> None:
-        """To be called when all of a chunk was added."""
-        if self._part is not None and chunk.is_last_part:
-            self._result[chunk.first].copy_(self._part.result())
-            self._part = None
-
     def result(self) -> Tensor:
-        if self._slots.empty:
-            self._result.index_fill_(0, torch.tensor(self._slots.empty, device=self._result.device), 0)
+        if self._empty:
+            self._result.index_fill_(0, torch.tensor(self._empty, device=self._result.device), 0)
         return self._result
 
 
@@ -122,24 +130,48 @@ class _SharedGradient:
     def __init__(self, total: Sum) -> None:
         self._total = total
 
-    def add(self, term: Term, values: Sequence[Tensor]) -> None:
-        add_term(self._total, term, values)
+    def add(self, part: _Part, terms: Sequence[Term], values: Sequence[Tensor]) -> None:
+        for term in terms:
+            add_term(self._total, term, values)
 
     def result(self) -> Tensor:
         return self._total.result()
 
 
+class _RowGradient:
+    """The gradient of rows, or of slots: what all slots give, added up where they are of one row.
+
+    Args:
+        places: how many rows or slots there are, and of what.
+    """
+
+    def __init__(self, like: Tensor, places: Sequence[int], is_by_row: bool) -> None:
+        self._like, self._is_by_row = like, is_by_row
+        dtype = sum_dtype(like.dtype) if is_by_row else like.dtype
+        self._total = torch.zeros(places, dtype=dtype, device=like.device)
+
+    def add(self, part: _Part, found: Tensor) -> None:
+        if self._is_by_row:
+            self._total.index_add_(0, part.origins, found.to(self._total.dtype))
+        else:
+            self._total.index_copy_(0, part.slots, found)
+
+    def result(self) -> Tensor:
+        return self._total.to(self._like.dtype).reshape(self._like.shape)
+
+
+def with_keys(body: Body, needs: Sequence[bool]) -> list[bool]:
+    """Which inputs of a body need a gradient, by which of a loop's do: neither keys, nor where they end, have one."""
+    by_row = len(body.row_metas) - 1
+    return [*needs[:by_row], False, *needs[by_row:], False]
+
+
 def _inputs(
-    slots: _Slots,
-    chunk: ByGroups,
-    row_inputs: Sequence[Tensor],
-    by_slot: Sequence[Tensor],
-    shared: Sequence[Tensor],
+    part: _Part, row_inputs: Sequence[Tensor], by_slot: Sequence[Tensor], shared: Sequence[Tensor]
 ) -> list[Any]:
     """What a body takes for a chunk."""
-    places, origins = slots.of(chunk)
-    picked = [*(x[origins] for x in row_inputs), *(x[places] for x in by_slot)]
-    return [chunk.size, *picked, slots.keys(chunk), *shared, slots.ends_in(chunk)]
+    picked = [*(x[part.origins] for x in row_inputs), *(x[part.slots] for x in by_slot)]
+    return [part.chunk.size, *picked, part.keys, *shared, part.ends]
 
 
 def _by_slot(body: Body, row_inputs: Sequence[Tensor], slot_inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -175,9 +207,9 @@ def experts_loop(
             of = _Slots(key, per, experts, chunk_slots)
             run = body.compiled_forward(chunks.sizes(of.chunks)).run
             by_slot, traced = _by_slot(body, row_inputs, slot_inputs), as_traced(shared, body.shared[:-1])
-            for chunk in of.chunks:
-                (found,) = run(_inputs(of, chunk, row_inputs, by_slot, traced))
-                out.index_add_(0, of.of(chunk)[1], found.to(out.dtype))
+            for part in of.parts():
+                (found,) = run(_inputs(part, row_inputs, by_slot, traced))
+                out.index_add_(0, part.origins, found.to(out.dtype))
                 del found
         return out.to(meta.dtype)
 
@@ -221,103 +253,36 @@ def experts_loop_backward(
 ) -> list[Tensor]:
     body = body_of(body_key)
     with plain_mode():
-        of = _Slots(key, per, experts, chunk_slots)
-        gradients = _Gradients(body, of, needs, row_inputs, slot_inputs)
-        if key.numel():
-            # Neither keys nor their ends have a gradient.
-            given = [
-                *needs[: len(row_inputs) + len(slot_inputs)],
-                False,
-                *needs[len(row_inputs) + len(slot_inputs) :],
-                False,
+        if not key.numel():
+            return [
+                torch.zeros_like(x) for x in itertools.compress([*row_inputs, *slot_inputs, *shared], needs)
             ]
-            compiled = body.compiled_backward(chunks.sizes(of.chunks), given, [True])
-            by_slot, traced = _by_slot(body, row_inputs, slot_inputs), as_traced(shared, body.shared[:-1])
-            assert compiled.positions is not None
-            for chunk in of.chunks:
-                inputs = _inputs(of, chunk, row_inputs, by_slot, traced)
-                inputs.append(tangent[of.of(chunk)[1]])
-                values = compiled.run(inputs)
-                gradients.add(chunk, compiled.positions.first, compiled.positions.terms, values)
-                del values
-        return gradients.result()
+        of = _Slots(key, per, experts, chunk_slots)
+        compiled = body.compiled_backward(chunks.sizes(of.chunks), with_keys(body, needs), [True])
+        assert compiled.positions is not None
+        first, terms = compiled.positions.first, compiled.positions.terms
+        by_slot, traced = _by_slot(body, row_inputs, slot_inputs), as_traced(shared, body.shared[:-1])
+        given = [(x, x.shape, True) for x in row_inputs]
+        given += [(x, flat.shape, False) for x, flat in zip(slot_inputs, by_slot, strict=True)]
+        of_rows = [_RowGradient(*each) for each in itertools.compress(given, needs)]
+        wanted = itertools.compress(range(len(shared)), needs[len(given) :])
+        of_shared = [_of_shared(body, index, those, of) for index, those in zip(wanted, terms, strict=True)]
+        for part in of.parts():
+            values = compiled.run([*_inputs(part, row_inputs, by_slot, traced), tangent[part.origins]])
+            for total, those in zip(of_shared, terms, strict=True):
+                total.add(part, those, values)
+            for index, gradient in enumerate(of_rows):
+                gradient.add(part, values[first + index])
+            del values
+        return [gradient.result() for gradient in (*of_rows, *of_shared)]
 
 
-class _Gradients:
-    """The gradients of all inputs that need one, in their order."""
-
-    def __init__(
-        self,
-        body: Body,
-        of: _Slots,
-        needs: Sequence[bool],
-        row_inputs: Sequence[Tensor],
-        slot_inputs: Sequence[Tensor],
-    ) -> None:
-        self._of, self._count = of, len(row_inputs)
-        self._places: list[Tensor] = []
-        self._shapes, self._dtypes = [], []
-        for index, x in enumerate([*row_inputs, *slot_inputs]):
-            if not needs[index]:
-                continue
-            if index < len(row_inputs):
-                self._places.append(torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device))
-            else:
-                self._places.append(
-                    torch.zeros((of.total, *body.row_metas[index].shape), dtype=x.dtype, device=x.device)
-                )
-            self._shapes.append(x.shape)
-            self._dtypes.append(x.dtype)
-        self._by_row = sum(needs[: len(row_inputs)])
-        shared_needs = needs[len(row_inputs) + len(slot_inputs) :]
-        self._wanted = [index for index, need in enumerate(shared_needs) if need]
-        self._body = body
-        self._shared: list[_StackGradient | _SharedGradient | None] = [None] * len(self._wanted)
-
-    def add(
-        self, chunk: ByGroups, first: int, terms: Sequence[Sequence[Term]], values: Sequence[Tensor]
-    ) -> None:
-        for position, those in enumerate(terms):
-            total = self._shared_of(position, those)
-            for index, term in enumerate(those):
-                if isinstance(total, _StackGradient):
-                    total.add(chunk, values[term.left], values[term.right], is_first=not index)
-                else:
-                    total.add(term, values)
-            if isinstance(total, _StackGradient):
-                total.end(chunk)
-        places, origins = self._of.of(chunk)
-        for index, place in enumerate(self._places):
-            found = values[first + index]
-            if index < self._by_row:
-                place.index_add_(0, origins, found.to(place.dtype))
-            else:
-                place.index_copy_(0, places, found)
-
-    def _shared_of(self, position: int, terms: Sequence[Term]) -> _StackGradient | _SharedGradient:
-        found = self._shared[position]
-        if found is None:
-            index = self._wanted[position]
-            if terms and all(term.grouped for term in terms):
-                found = _StackGradient(self._body.shared[index], self._of)
-            else:
-                found = _SharedGradient(weight_sum(self._body, index))
-            self._shared[position] = found
-        return found
-
-    def result(self) -> list[Tensor]:
-        results = [
-            place.to(dtype).reshape(shape)
-            for place, shape, dtype in zip(self._places, self._shapes, self._dtypes, strict=True)
-        ]
-        for position, total in enumerate(self._shared):
-            meta = self._body.shared[self._wanted[position]]
-            results.append(
-                total.result()
-                if total is not None
-                else torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
-            )
-        return results
+def _of_shared(
+    body: Body, index: int, terms: Sequence[Term], slots: _Slots
+) -> _StackGradient | _SharedGradient:
+    if terms and all(term.grouped for term in terms):
+        return _StackGradient(body.shared[index], slots.empty)
+    return _SharedGradient(weight_sum(body, index))
 
 
 @experts_loop_backward.register_fake

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
@@ -14,6 +15,7 @@ from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import argument, operation
 from mst_fx.masks import formula
+from mst_fx.ops.experts import with_keys
 from mst_fx.plan.joint_graph import bytes_of, is_attention, is_read_whole, is_view, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -118,14 +120,8 @@ def flops_of(node: fx.Node) -> float:
         return 0.0
     if is_attention(node):
         return attention_flops(node)
-    if operation(node) in (*_LOOPS, *_LOOPS_WITH_GRADIENTS):
+    if operation(node) in (*_LOOPS, *_LOOPS_WITH_GRADIENTS, *_EXPERTS):
         return _flops_of_loop(node)
-    if operation(node) in _EXPERTS:
-        return _flops_of_experts(node)
-    if operation(node) == "mst_fx::grouped_mm":
-        out, stack = tensor_of(node), tensor_of(node.args[1])  # type: ignore[arg-type]
-        assert out is not None and stack is not None
-        return 2.0 * hint(out.numel()) * stack.shape[1]
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
@@ -135,26 +131,23 @@ def flops_of(node: fx.Node) -> float:
 
 
 def _flops_of_loop(node: fx.Node) -> float:
-    rows = tensor_of(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
-    assert rows is not None
-    run = body_of(str(argument(node, "body_key")))
+    run, needs = body_of(str(argument(node, "body_key"))), argument(node, "needs")
     inside = sum(map(flops_of, run.forward.graph.nodes))
-    if operation(node) in _LOOPS_WITH_GRADIENTS:
-        needs: Any = argument(node, "needs")
-        inside += _flops_of_gradients(run, needs)
-    total = math.prod(map(hint, rows.shape[: rows.ndim - len(run.row_metas[0].shape)]))
+    if operation(node) in _EXPERTS:
+        needs = None if needs is None else with_keys(run, needs)
+        total = hint(_tensor(argument(node, "key")).numel())
+    else:
+        rows = _tensor(next(arg for arg in tree_leaves(node.args[0]) if isinstance(arg, fx.Node)))
+        total = math.prod(map(hint, rows.shape[: rows.ndim - len(run.row_metas[0].shape)]))
+    if needs is not None:
+        inside += _flops_of_gradients(run, needs)  # type: ignore[arg-type]
     return inside * total / hint(run.forward.graph.find_nodes(op="placeholder")[0].meta["val"])
 
 
-def _flops_of_experts(node: fx.Node) -> float:
-    key, run = tensor_of(argument(node, "key")), body_of(str(argument(node, "body_key")))
-    assert key is not None
-    inside = sum(map(flops_of, run.forward.graph.nodes))
-    needs: Any = argument(node, "needs")
-    if needs is not None:
-        by_row = len(run.row_metas) - 1  # neither keys nor their ends have a gradient
-        inside += _flops_of_gradients(run, [*needs[:by_row], False, *needs[by_row:], False])
-    return inside * hint(key.numel()) / hint(run.forward.graph.find_nodes(op="placeholder")[0].meta["val"])
+def _tensor(node: Any) -> torch.Tensor:
+    found = tensor_of(node)
+    assert found is not None
+    return found
 
 
 def _flops_of_gradients(run: Body, needs: Sequence[bool]) -> float:
