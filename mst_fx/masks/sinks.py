@@ -24,6 +24,11 @@ FIRST, LAST = "first", "last"
 _LAST_DIM = (-1, 3)
 
 
+def _is_last(dims: Any) -> bool:
+    """Whether a reduction is along the last of four dimensions alone."""
+    return dims in _LAST_DIM or (isinstance(dims, (list, tuple)) and list(dims) in ([-1], [3]))
+
+
 def dropped_column(node: fx.Node) -> str | None:
     """Which column of ``[B, H, Q, K + 1]`` a node leaves out: of ``x[..., :-1]`` and ``x[..., 1:]``; None: it is no such slice."""
     found, source = tensor_value(node), _tensor_of(node.args[0]) if node.args else None
@@ -67,7 +72,7 @@ def less_its_maximum(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | Non
     last = inner[-1]
     is_maximum = operation(last) in ("max", "amax") and last.args[0] is source
     dims = argument(last, "dim")
-    is_of_rows = dims in _LAST_DIM or (isinstance(dims, (list, tuple)) and list(dims) in ([-1], [3]))
+    is_of_rows = _is_last(dims)
     if not is_maximum or not is_of_rows or argument(last, "keepdim", False) is not True:
         return None
     return source, tuple(inner)
@@ -146,7 +151,7 @@ def _difference(factor: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]
     if fakes[0].ndim != fakes[1].ndim:  # one dimension stands for another otherwise
         return None
     dims = argument(found, "dim")
-    is_of_rows = dims in _LAST_DIM or (isinstance(dims, (list, tuple)) and list(dims) in ([-1], [3]))
+    is_of_rows = _is_last(dims)
     is_column = factor_fake.ndim == 4 and factor_fake.shape[-1] == 1
     scores = found.args[0]
     return (scores, sinks, tuple(inner)) if is_of_rows and is_column and isinstance(scores, fx.Node) else None
