@@ -24,9 +24,11 @@ from mst_fx.passes import (
     dead_code,
     defer_logits,
     dropouts,
+    einsums,
     embeddings,
     functional,
     gathered_rows,
+    heads,
     inline,
     memory_plan,
     mlp,
@@ -38,6 +40,7 @@ from mst_fx.passes import (
     scalars,
     stacks,
     sum_losses,
+    triangles,
     values,
     vocab,
 )
@@ -67,7 +70,17 @@ STAGES: tuple[Stage, ...] = (
         gives=frozenset({"operands"}),
     ),
     # The program with all its checkpointed layers: masks are made outside of them.
-    Stage("attention", attention.run, needs=frozenset({"operands"}), gives=frozenset({"attention"})),
+    Stage(
+        "attention",
+        attention.run,
+        prepared_by=(
+            Helper("triangles", triangles.run),
+            Helper("einsums", einsums.run),
+            Helper("heads", heads.run, gives=frozenset({"heads"})),
+        ),
+        needs=frozenset({"operands", "heads"}),
+        gives=frozenset({"attention"}),
+    ),
     # Behind attention, of which a number that changes is the cap.
     Stage(
         "numbers",

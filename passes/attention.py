@@ -10,13 +10,14 @@ After, by what the mask says (:mod:`mst_fx.masks.formula`)::
 
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)   # causal; or no mask at all
     out = mst_fx.attention(q, k, v, key_vectors, query_vectors, reach, …)          # anything else, and with sinks
+    out = mst_fx.biased_attention(q, k, v, of_keys, of_distances, …)               # and with ALiBi, or a bias by distance
 
-The second form is a loop over chunks of queries. Vectors that are constants are evaluated here; for others
+The second and the third are a loop over chunks of queries. Vectors that are constants are evaluated here; for others
 (``attention_mask``, ``position_ids``, dynamic shapes) one op a step finds the keys in reach, and whether the
 mask happens to be causal. The mask's construction has no reader any more, inside of checkpointed layers too.
 
-Not supported, and refused: masks that are inputs of S² elements, masks with a gradient or that differ between
-heads (relative position biases), dropout, and attention weights that somebody else reads.
+Not supported, and refused: masks that are inputs of S² elements, biases that depend on more than a key or a distance
+(:mod:`mst_fx.masks.biases`), dropout, and attention weights that somebody else reads.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ from mst_fx.graph.spelling import SOFTMAXES, operation
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks import formula
+from mst_fx.masks.biases import vectors_of
 from mst_fx.masks.reach import CAUSAL
+from mst_fx.masks.scores import is_of_block, is_of_scores, is_product
 from mst_fx.masks.sinks import has_own_sinks
 from mst_fx.masks.sites import (
     Site,
     find_sites,
-    is_of_scores,
     is_ours,
-    is_product,
     scaled_query,
     sinks_of_heads,
     ungrouped,
@@ -66,12 +67,13 @@ def run(context: PassContext) -> bool:
     """Rewrites every attention of a program, those of checkpointed layers included."""
     top = Level(context.gm)
     found: list[Understood] = []
+    vectors: dict[fx.Node, fx.Node] = {}
     sites = list(find_sites(top))
     mutated = {storage for level in all_levels(top) for storage in mutated_storages(level.gm.graph)}
     for site in sites:
         name = module_path(site.out) or site.out.name
         try:
-            understood = _understood(context, site, mutated)
+            understood = _understood(context, site, mutated, vectors)
         except Refusal as refusal:
             context.refuse("attention", name, str(refusal), refusal.cause)
             continue
@@ -81,14 +83,22 @@ def run(context: PassContext) -> bool:
     reaches = _add_reaches(top, [u for u in found if u.table is None])
     counted: set[fx.Node] = set()
     for understood in found:
-        _replace(context, understood, reaches, counted)
+        old = understood.site.out
+        new = _replace(context, understood, reaches, counted)
+        for other in found:
+            other.site.replace_operand(old, new)
     for graph in {id(u.site.level.gm): u.site.level.gm for u in found}.values():
         _drop_unused_operands(top, graph)
     return bool(found)
 
 
-def _understood(context: PassContext, site: Site, mutated: set[int]) -> Understood | None:
+def _understood(
+    context: PassContext, site: Site, mutated: set[int], vectors: dict[fx.Node, fx.Node]
+) -> Understood | None:
     """What the mask of a site says; None: there is nothing to gain.
+
+    Args:
+        vectors: of the biases so far; is added to.
 
     Raises:
         Refusal: if the mask is not understood.
@@ -101,6 +111,8 @@ def _understood(context: PassContext, site: Site, mutated: set[int]) -> Understo
     if hint(queries) <= chunk and not changes(queries):
         return None
     found = understand(site, chunk, mutated)
+    if found is not None and found.is_biased:
+        found = dataclasses.replace(found, vectors=vectors_of(found.biases, site.level, site.out, vectors))
     # Asked last: a guard that gains nothing would compile longer batches anew.
     return None if found is None or context.shared.bounds.fits(queries, chunk) else found
 
@@ -132,7 +144,9 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
                 )
                 reason = f"{node.name}: softmax of scores, {rest}"
                 context.refuse("attention", name, reason, Cause.SCORES)
-            elif is_product(node) and name not in refused and _without_softmax(node):
+            elif (
+                is_product(node) and name not in refused and not is_of_block(node) and _without_softmax(node)
+            ):
                 refused.add(name)
                 reason = f"{node.name}: scores without a softmax, and no attention known here"
                 context.refuse("attention", name, reason, Cause.SCORES)
@@ -279,8 +293,8 @@ _ANY_STRIDES = {"transpose", "permute", "reshape", "contiguous"}
 
 def _replace(
     context: PassContext, understood: Understood, reaches: dict[Any, _ReachNodes], counted: set[fx.Node]
-) -> None:
-    """Puts a fused call in the place of a site, and into the report.
+) -> fx.Node:
+    """Puts a fused call in the place of a site, and into the report; its output.
 
     Args:
         reaches: of the masks whose values are not known yet.
@@ -290,6 +304,8 @@ def _replace(
     before = site.out.format_node() or site.out.name
     with graph.inserting_before(site.out):
         call = _fused_call(understood, reaches)
+        if site.dtype not in (None, tensor_value(site.out).dtype):  # type: ignore[union-attr]
+            call = add_call(graph, "to", call, tensor_value(site.out).dtype)  # type: ignore[union-attr]
         new = _with_strides_of(site.out, call)
     replace_with(site.out, new)
     for node in site.inner:
@@ -319,6 +335,7 @@ def _replace(
             form=understood.form,
         )
     )
+    return new
 
 
 def _fused_call(understood: Understood, reaches: dict[Any, _ReachNodes]) -> fx.Node:
@@ -330,8 +347,9 @@ def _fused_call(understood: Understood, reaches: dict[Any, _ReachNodes]) -> fx.N
     parts = [site.query, key, values]
     fakes = [tensor_value(part) for part in parts]
     # Under autocast the fused call casts; the eager one has cast where it multiplied.
+    dtype = site.dtype or out.dtype
     cast = [
-        part if fake is not None and fake.dtype == out.dtype else add_call(graph, "to", part, out.dtype)
+        part if fake is not None and fake.dtype == dtype else add_call(graph, "to", part, dtype)
         for part, fake in zip(parts, fakes, strict=True)
     ]
     cast[0] = scaled_query(site, cast[0])
@@ -346,10 +364,7 @@ def _fused_call(understood: Understood, reaches: dict[Any, _ReachNodes]) -> fx.N
         vectors = reaches[understood.reach_key].imported(level)
     elif not understood.is_native and (mask.keys or mask.queries):
         vectors = _ReachNodes(*_vector_nodes(level.top, understood, level.at_top(site.out))).imported(level)
-    both = add_call(
-        graph,
-        torch.ops.mst_fx.attention.default,
-        *cast,
+    operands = (
         list(vectors.keys),
         list(vectors.queries),
         vectors.tables,
@@ -361,9 +376,13 @@ def _fused_call(understood: Understood, reaches: dict[Any, _ReachNodes]) -> fx.N
         site.scale,
         site.softcap,
         mask.fill,
-        _cap_tensor(site),
-        _sinks_vector(site),
     )
+    if understood.is_biased:
+        biased, hiding = torch.ops.mst_fx.biased_attention.default, understood.biases.hiding
+        both = add_call(graph, biased, *cast, *understood.vectors, *operands, hiding)
+    else:
+        more = (_cap_tensor(site), _sinks_vector(site))
+        both = add_call(graph, torch.ops.mst_fx.attention.default, *cast, *operands, *more)
     return add_call(graph, operator.getitem, both, 0)
 
 

@@ -80,9 +80,11 @@ def _beside_zeros(node: fx.Node, level: Level, mutated: Collection[int]) -> fx.N
 
 def _chosen_by(node: fx.Node, mutated: Collection[int]) -> tuple[fx.Node, float] | None:
     """The condition of ``where(mask, 0, fill)``, and the fill."""
-    if node.target not in (torch.where, aten.where.self) or len(node.args) != 3:
+    if node.target not in (torch.where, aten.where.self, "where") or len(node.args) != 3:
         return None
     mask, zero, masked = node.args
+    if node.op == "call_method":
+        mask, zero = zero, mask
     fill = number_in(masked, mutated)
     is_zero = number_in(zero, mutated) == 0 or (isinstance(zero, fx.Node) and fill_of(zero, mutated) == 0)
     if not isinstance(mask, fx.Node) or not is_zero or fill is None or fill >= -1e4:

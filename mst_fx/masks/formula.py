@@ -78,6 +78,9 @@ class Or:
 
 Mask = Constant | Compare | Holds | Not | And | Or
 
+# How a score is hidden: ``score + bias + fill``, ``score + fill``, ``fill``, ``max(score + bias + fill, fill)``.
+ADDS, NO_BIAS, NO_SCORE, AT_LEAST = "adds", "instead of the bias", "instead of the score", "at least"
+
 TRUE, FALSE = Constant(True), Constant(False)
 
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {

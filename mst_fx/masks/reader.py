@@ -16,7 +16,7 @@ from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import CASTS, COPIES, EXPANDS, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.masks import formula
-from mst_fx.masks.constants import fill_of
+from mst_fx.masks.constants import fill_of, number_in
 from mst_fx.masks.formula import TRUE, Compare, Constant, Holds, Mask
 
 
@@ -112,13 +112,43 @@ class Reader:
         if name in _NOT and count == 1:
             return formula.negated(self._part(node.args[0]))
         if name in formula.COMPARE and count == 2:
-            return self._compare(name, *node.args)
-        return None
+            return self._of_choice(name, *node.args) or self._compare(name, *node.args)
+        return self._of_choice("ne", node.args[0], 0) if name in CASTS and count else None
+
+    def _of_choice(self, op: str, left: Any, right: Any) -> Mask | None:
+        """The formula of ``where(mask, a, b) op number``; None for others."""
+        number = number_in(right, self._mutated)
+        node = self._choice_behind(left)
+        if number is None or node is None:
+            return None
+        fakes = [x for x in (tensor_value(left), tensor_value(node)) if x is not None and is_plain(x)]
+        numbers = [number_in(x, self._mutated) for x in node.args[1:]]
+        if None in numbers or len(fakes) < 2 or fakes[0].dtype != fakes[1].dtype:
+            return None
+        if any(storage_key(x) in self._mutated for x in fakes):
+            return None
+        found = [formula.COMPARE[op](x, number) for x in numbers]
+        if found[0] == found[1]:
+            return Constant(bool(found[0]))
+        return self._part(node.args[0]) if found[0] else formula.negated(self._part(node.args[0]))
+
+    def _choice_behind(self, node: Any) -> fx.Node | None:
+        """The ``where(mask, a, b)`` whose values a node has."""
+        while isinstance(node, fx.Node) and operation(node) != "where":
+            source = _passed_on(node)
+            node = self._resolve(source) if source is not None else None
+        is_function = isinstance(node, fx.Node) and node.op == "call_function" and len(node.args) == 3
+        return node if is_function else None
 
     def _not_understood(self, node: fx.Node) -> Refusal:
         outside = made_outside(node, self._resolve, self.queries, self.keys)
         if outside is not None:
             return Refusal(*outside)
+        if operation(node).startswith("scatter") and any(map(_is_choice, node.all_input_nodes)):
+            reason = (
+                "lets each query see the keys that scored highest (top-k), which no formula of positions says"
+            )
+            return Refusal(f"{node.name}: the mask {reason}", Cause.MASK)
         return Refusal(f"{node.name} ({plain_name(node)}) in the mask is not understood", Cause.MASK)
 
     def _part(self, operand: Any) -> Mask:
@@ -281,6 +311,13 @@ def _passed_on(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     is_same = operation(node) in _PASSING or _only_adds_dims(node)
     return source if is_same and isinstance(source, fx.Node) else None
+
+
+def _is_choice(node: fx.Node) -> bool:
+    """Whether a node is the indices of ``topk``, through casts and more dimensions."""
+    while operation(node) in _PASSING | {"getitem"} and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return operation(node) in ("topk", "sort", "argsort")
 
 
 def _only_adds_dims(node: fx.Node) -> bool:

@@ -31,10 +31,13 @@ from mst_fx.graph.spelling import (
     operation,
 )
 from mst_fx.graph.subgraphs import attribute, called_graph
-from mst_fx.graph.values import tensor_value, value
+from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import mutated_storages, writes_in_place
 from mst_fx.masks import sinks
+from mst_fx.masks.biases import NOT_HIDDEN, Hidden, choice
 from mst_fx.masks.constants import fill_of, number_of
+from mst_fx.masks.scales import cast_for, factor, have_same_type, is_scaling, is_wide_cast, softcap_of
+from mst_fx.masks.scores import is_of_scores
 from mst_fx.torch_api.attention import is_fused
 
 
@@ -52,6 +55,11 @@ class Site:
         scaling: a product of the scores with a number that changes from step to step, or is negative, which the
             query takes over.
         sinks: a score more for each query, as :mod:`mst_fx.masks.sinks` finds it in the graph.
+        others: what else is added to the scores than ``mask``.
+        hidden: what is done to the scores then.
+        behind: a number by which the scores are multiplied with the mask in them; ``scale`` has it.
+        dtype: that in which all is computed, where queries and keys were cast to a wider one than the values (GPT-J), or the
+            other way round; None: that of the output.
     """
 
     level: Level
@@ -69,6 +77,16 @@ class Site:
     scaling: fx.Node | None = None
     cap: fx.Node | None = None
     sinks: fx.Node | None = None
+    others: tuple[fx.Node, ...] = ()
+    hidden: Hidden = NOT_HIDDEN
+    behind: float = 1.0
+    dtype: torch.dtype | None = None
+
+    def replace_operand(self, old: fx.Node, new: fx.Node) -> None:
+        """Another node has the value of one that is no more."""
+        for name in ("query", "key", "value"):
+            if getattr(self, name) is old:
+                setattr(self, name, new)
 
 
 def find_sites(level: Level) -> Iterator[Site]:
@@ -112,9 +130,6 @@ def _fused(level: Level, node: fx.Node) -> Site | None:
     )
 
 
-_PRODUCTS = MATMULS | {"baddbmm", "einsum"}
-
-
 @dataclasses.dataclass
 class _Chain:
     """The nodes of a written-out attention from its end to its scores, peeled off one by one.
@@ -134,7 +149,7 @@ class _Chain:
 
     def step(self, node: Any) -> fx.Node | None:
         """The node itself, if nobody but the chain reads it."""
-        if not isinstance(node, fx.Node) or len(node.users.keys() - self.beside) != 1:
+        if not isinstance(node, fx.Node) or len(node.users.keys() - self.beside) > 1:
             return None
         self.inner.append(node)
         return node
@@ -168,6 +183,8 @@ class _Chain:
                 column = dropped
             elif operation(current) not in FLOAT_CASTS and not is_identity_dropout(current):
                 return None
+            elif operation(current) == "type_as":  # may read the scores a second time, for their type
+                self.beside.add(current)
             current = self.step(current.args[0])
         if current is None or not _is_last_dim(current):
             return None
@@ -194,24 +211,58 @@ class _Chain:
         self.sinks = found[1]
         return found[0]
 
-    def mask(self, masked: Any) -> tuple[fx.Node | None, Any] | None:
-        """The scores before a mask was added, and the mask, if there is one; None: two are added."""
-        mask = None
-        current = self.step(masked)
+    def mask(self, masked: Any) -> tuple[fx.Node | None, list[fx.Node], Hidden] | None:
+        """The scores before masks and biases were added, what was added, and how they are hidden; None: a number was added."""
+        added: list[fx.Node] = []
+        while (
+            isinstance(masked, fx.Node)
+            and is_wide_cast(masked)
+            and len(masked.users.keys() - self.beside) <= 1
+        ):
+            self.inner.append(masked)
+            masked = masked.args[0]
+        current, hidden = self._hidden(masked)
         while current is not None and operation(current) == "add" and not current.kwargs:
             left, right = current.args[:2]
+            are_scores = [isinstance(x, fx.Node) and is_of_scores(x) for x in (left, right)]
             scores_first = isinstance(left, fx.Node) and len(left.users) == 1
-            added, scores = (right, left) if scores_first else (left, right)
-            if not _is_nothing(self.level, current, added, scores):
-                if mask is not None:
+            scores_first = are_scores[0] if are_scores[0] != are_scores[1] else scores_first
+            other, scores = (right, left) if scores_first else (left, right)
+            if not _is_nothing(self.level, current, other, scores):
+                if not isinstance(other, fx.Node):
                     return None
-                mask = added
+                added.append(other)
             current = self.step(scores)
-        return current, mask
+        return current, added[::-1], hidden
+
+    def _hidden(self, masked: Any) -> tuple[fx.Node | None, Hidden]:
+        """What is before ``masked_fill``, ``where`` with a number, or ``max`` with one, and that."""
+        current, at_least = self.step(masked), None
+        if current is not None and operation(current) in ("max", "maximum") and len(current.args) == 2:
+            at_least = fill_of(current.args[1]) if isinstance(current.args[1], fx.Node) else None
+            if at_least is None or current.kwargs or not have_same_type(current, current.args[0]):
+                return None, NOT_HIDDEN
+            return self.step(current.args[0]), Hidden(at_least=float(at_least))
+        found = choice(current, ()) if current is not None else None
+        if found is None:
+            return current, NOT_HIDDEN
+        mask, scores, fill, negated = found
+        return self.step(scores), Hidden(mask, fill, negated)
+
+    def behind(self, masked: Any) -> tuple[Any, float]:
+        """What is masked scores, before they are multiplied with a number, and that."""
+        number = factor(masked) if isinstance(masked, fx.Node) else None
+        if (
+            number is None
+            or number <= 0.0
+            or operation(masked.args[0]) not in ("add", "masked_fill", "where")
+        ):
+            return masked, 1.0
+        return (masked.args[0], number) if self.step(masked) is not None else (None, 1.0)
 
     def softcap(self, current: fx.Node | None) -> tuple[fx.Node | None, float, fx.Node | None] | None:
-        """The scores before they were capped, and what :func:`_softcap` says; None: somebody reads what is in between."""
-        softcap, cap = _softcap(current)
+        """The scores before they were capped, and what :func:`softcap` says; None: somebody reads what is in between."""
+        softcap, cap = softcap_of(current)
         if current is None or not softcap:
             return current, 0.0, None
         tanh = self.step(current.args[0])
@@ -220,8 +271,8 @@ class _Chain:
 
     def scale(self, current: fx.Node | None) -> tuple[fx.Node | None, float, fx.Node | None]:
         """The product of queries and keys, its scale, and the product with a number that the query takes over."""
-        scaling = current if current is not None and _is_scaling(current) else None
-        scale = 1.0 if scaling is not None else _factor(current)
+        scaling = current if current is not None and is_scaling(current) else None
+        scale = 1.0 if scaling is not None else factor(current)
         # A causal kernel's NaN: torch 2.13 scales minus infinity, on a CPU.
         if scale is not None and scale <= 0.0:
             scaling, scale = current, 1.0
@@ -242,32 +293,37 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
     chain = _Chain(level)
     weighted = chain.scaled(node)
     masked = chain.softmax(weighted.args[0]) if weighted is not None and len(weighted.args) > 1 else None
+    masked, behind = chain.behind(masked)
     unmasked = chain.mask(masked) if masked is not None else None
     uncapped = chain.softcap(unmasked[0]) if unmasked is not None else None
     if unmasked is None or uncapped is None:
         return None
-    mask, (current, softcap, cap) = unmasked[1], uncapped
+    (_, added, hidden), (current, softcap, cap) = unmasked, uncapped
     product, scale, scaling = chain.scale(current)
     factors = _query_and_key(product)
     if factors is None or not _have_heads(*product.args[:2], weighted.args[1]):  # type: ignore[union-attr]
         return None
-    if mask is not None and not isinstance(mask, fx.Node):
-        return None
     if chain.sinks is not None:
         factors = tuple(sinks.before_widening(x, weighted.args[1]) for x in factors)  # type: ignore[assignment,union-attr]
+    if behind != 1.0 and (softcap or scaling is not None):
+        return None
     return Site(
         level,
         node,
         *factors,
         weighted.args[1],  # type: ignore[arg-type,union-attr]
-        mask,
-        scale,
+        added[0] if added else None,
+        scale * behind,
         softcap,
         inner=tuple(chain.inner),
         is_eager=True,
         scaling=scaling,
         cap=cap,
         sinks=chain.sinks,
+        others=tuple(added[1:]),
+        hidden=hidden,
+        behind=behind,
+        dtype=cast_for(product, *factors, weighted.args[1], node),  # type: ignore[arg-type,union-attr]
     )
 
 
@@ -288,29 +344,6 @@ def _have_heads(*operands: Any) -> bool:
     """Whether all are tensors ``[B, H, S, D]``."""
     fakes = [tensor_value(x) for x in operands if isinstance(x, fx.Node)]
     return len(fakes) == len(operands) and all(fake is not None and fake.ndim == 4 for fake in fakes)
-
-
-def _softcap(product: fx.Node | None) -> tuple[float, fx.Node | None]:
-    """The softcap of ``tanh(scores / softcap) * softcap``, and the number that changes by which it is multiplied; 0, None: none."""
-    tanh = product.args[0] if product is not None and product.args else None
-    inner = tanh.args[0] if _is_tanh(tanh) and tanh.args else None  # type: ignore[union-attr]
-    if product is None or not isinstance(inner, fx.Node):
-        return 0.0, None
-    changing = [_is_scaling(node) for node in (product, inner)]
-    if any(changing):  # no value of it may be written down, nor two be compared
-        is_cap = all(changing) and product.args[1] is inner.args[1]
-        is_cap = is_cap and (operation(product), operation(inner)) == ("mul", "div")
-        return (1.0, product.args[1]) if is_cap else (0.0, None)  # type: ignore[return-value]
-    factor, divisor = _factor(product), _factor(inner)
-    is_softcap = factor is not None and divisor is not None and abs(divisor * factor - 1.0) <= 1e-6
-    return (factor or 0.0, None) if is_softcap else (0.0, None)
-
-
-def _is_scaling(node: fx.Node) -> bool:
-    """Whether a node is ``x * c`` or ``x / c`` with a number that changes: no value of it may be written down."""
-    number = value(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], fx.Node) else None
-    is_scaled = operation(node) in ("mul", "div") and not node.kwargs
-    return is_scaled and isinstance(number, torch.SymFloat) and not expression(number).is_number
 
 
 def scaled_query(site: Site, query: fx.Node) -> fx.Node:
@@ -340,54 +373,6 @@ def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any) -> bool:
     return same and fill_of(zeros, written) == 0
 
 
-def is_product(node: fx.Node) -> bool:
-    """Whether a node multiplies matrices, or stacks of them."""
-    return operation(node) in _PRODUCTS
-
-
-def _is_weight(node: fx.Node) -> bool:
-    """Whether a value is a parameter, or made of one alone: transposed, cast."""
-    while node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
-        (node,) = node.all_input_nodes
-    return isinstance(value(node), torch.nn.Parameter)
-
-
-def is_of_scores(node: fx.Node) -> bool:
-    """Whether a softmax, or a product itself, is that of a product of two activations, ``[.., Q, D]`` and ``[.., D, K]``, and not of
-    logits, whose one factor is a matrix, or of experts', whose one factor is a stack of them."""
-    fake = tensor_value(node)
-    assert fake is not None
-    count, stack, seen = expression(fake.numel()), [node], set()
-    while stack:
-        current = stack.pop()
-        found = tensor_value(current)
-        if current in seen or found is None or expression(found.numel()) != count:
-            continue
-        seen.add(current)
-        if is_product(current):
-            factors = current.all_input_nodes[-2:]
-            fakes = [x for x in map(tensor_value, factors) if x is not None]
-            return len(fakes) == 2 and all(x.ndim > 2 for x in fakes) and not any(map(_is_weight, factors))
-        stack += current.all_input_nodes
-    return False
-
-
-def _factor(node: fx.Node | None) -> float | None:
-    """``c`` of ``x * c`` and ``1 / c`` of ``x / c``."""
-    if node is None or len(node.args) != 2 or node.kwargs:
-        return None
-    if operation(node) == "mul":
-        return number_of(node.args[1])
-    if operation(node) == "div":
-        divisor = number_of(node.args[1])
-        return None if not divisor else 1.0 / divisor
-    return None
-
-
-def _is_tanh(node: Any) -> bool:
-    return isinstance(node, fx.Node) and operation(node) == "tanh"
-
-
 def _is_last_dim(node: fx.Node) -> bool:
     return argument(node, "dim") in (-1, 3)
 
@@ -398,7 +383,7 @@ def is_ours(site: Site) -> bool:
     query, value, out = map(tensor_value, (site.query, site.value, site.out))
     if query is None or value is None or out is None:
         return False
-    return is_fused(query, value, out.dtype)
+    return is_fused(query, value, site.dtype or out.dtype)
 
 
 def is_grouped(site: Site) -> bool:
@@ -410,7 +395,7 @@ def ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:
     """Keys and values before ``repeat_kv``, where a kernel takes grouped heads; otherwise as they are."""
     key, values = _before_repeat(site.key), _before_repeat(site.value)
     query, wide, out = map(tensor_value, (site.query, values, site.out))
-    if query is None or wide is None or out is None or not is_fused(query, wide, out.dtype):
+    if query is None or wide is None or out is None or not is_fused(query, wide, site.dtype or out.dtype):
         return site.key, site.value
     fakes = [tensor_value(key), tensor_value(values)]
     if fakes[0] is None or fakes[1] is None or fakes[0].shape[1] != fakes[1].shape[1]:

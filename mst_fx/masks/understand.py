@@ -14,9 +14,10 @@ from mst_fx.graph.levels import Level, all_levels
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.values import tensor_value
 from mst_fx.masks import formula, reach, sites
+from mst_fx.masks.biases import NO_BIASES, NOT_HIDDEN, Biases, BooleanPart, Splitter
 from mst_fx.masks.boolean import boolean_mask
 from mst_fx.masks.constants import evaluated
-from mst_fx.masks.formula import Compare, Holds, Mask
+from mst_fx.masks.formula import ADDS, Compare, Holds, Mask
 from mst_fx.masks.reach import CAUSAL, FULL, Vectors
 from mst_fx.masks.reader import Reader
 from mst_fx.masks.sites import Site
@@ -91,6 +92,8 @@ class Understood:
         table: that of the mask's reach, where it is known before the graph runs.
         form: the mask in words, for the report.
         given: what the graph that made the mask says of it.
+        biases: what is added to scores besides.
+        vectors: these as nodes: for each key, and for each distance.
     """
 
     site: Site
@@ -99,11 +102,18 @@ class Understood:
     table: Tensor | None
     form: str
     given: Given | None = None
+    biases: Biases = NO_BIASES
+    vectors: tuple[fx.Node | None, fx.Node | None] = (None, None)
 
     @property
     def is_native(self) -> bool:
         """Whether torch's own kernel has the form of the mask."""
-        return _is_native(self.site, self.table)
+        return _is_native(self.site, self.table) and self.biases.is_empty
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether it takes :mod:`mst_fx.ops.biased`: a bias, or scores hidden otherwise than by a sum."""
+        return not self.is_native and (not self.biases.is_empty or self.biases.hiding != ADDS)
 
     @property
     def reach_key(self) -> tuple[Any, ...]:
@@ -132,15 +142,78 @@ def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood |
     queries, keys = query.shape[2], key.shape[2]
     if site.causal:
         return Understood(site, NO_MASK, chunk, reach.native_table(CAUSAL), "causal")
-    read = NO_MASK if site.mask is None else read_mask(site.mask, site.level, queries, keys, mutated)
+    read, biases = _read(site, queries, keys, mutated)
+    if site.behind != 1.0:
+        if not biases.is_empty:
+            raise Refusal(f"{site.out.name}: scores are scaled with a bias in them", Cause.SCORES)
+        read = dataclasses.replace(read, fill=max(read.fill * site.behind, torch.finfo(query.dtype).min))
     given = _given(site, read, chunk)
     table = _table(site, read, (queries, keys), chunk, given)
     inside = [node for node in (*read.keys, *read.queries) if node.graph is not site.level.top.gm.graph]
-    if inside and not _is_native(site, table):
+    if inside and not (_is_native(site, table) and biases.is_empty):
         raise Refusal(f"{inside[0].name} of the mask is computed inside of a checkpointed layer", Cause.MASK)
     is_static = isinstance(queries, int) and isinstance(keys, int)
     form = form_name(read.formula, table, read.vectors if is_static else None, hint(queries))
-    return Understood(site, read, chunk, table, form, given)
+    if not biases.is_empty:
+        form = "bias" if form == "full" else f"bias, {form}"
+    return Understood(site, read, chunk, table, form, given, biases)
+
+
+def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tuple[Read, Biases]:
+    """The mask and the biases of a site."""
+    is_plain = not site.others and site.hidden == NOT_HIDDEN
+    if site.mask is None and is_plain:
+        return NO_MASK, NO_BIASES
+    first: Refusal | None = None
+    try:
+        if is_plain and site.mask is not None:
+            return read_mask(site.mask, site.level, queries, keys, mutated), NO_BIASES
+    except Refusal as refusal:
+        first = refusal
+    splitter = Splitter(site.level, queries, keys, mutated)
+    try:
+        splitter.split([node for node in (site.mask, *site.others) if node is not None], site.hidden)
+        biases = splitter.biases()
+        if not biases.is_empty and (site.softcap or site.sinks is not None):
+            raise Refusal(f"{site.out.name}: a bias beside sinks or capped scores", Cause.SCORES)
+        _check_types(site, biases)
+        return _read_parts(splitter.masks, site, queries, keys, mutated), biases
+    except Refusal:
+        if first is not None and not _has_heads(site.mask):
+            raise first from None
+        raise
+
+
+def _check_types(site: Site, biases: Biases) -> None:
+    """Refuses a bias that torch's fused attention reads as if it were of the query's type (2.13, on a CPU)."""
+    query, mask = tensor_value(site.query), tensor_value(site.mask) if site.mask is not None else None
+    if site.is_eager or biases.is_empty or query is None or mask is None or _under_autocast(site):
+        return
+    if mask.dtype != query.dtype:
+        raise Refusal(f"{site.out.name}: the bias has another type than the query", Cause.MASK)
+
+
+def _has_heads(mask: fx.Node | None) -> bool:
+    """Whether what is added may be a bias: it differs between heads, or has a gradient."""
+    fake = tensor_value(mask) if mask is not None else None
+    return fake is not None and (fake.requires_grad or (fake.ndim > 2 and fake.shape[-3] != 1))
+
+
+def _read_parts(
+    parts: Sequence[BooleanPart], site: Site, queries: Any, keys: Any, mutated: Collection[int]
+) -> Read:
+    """The formula of several masks, all of which must let a key through."""
+    if not parts:
+        return NO_MASK
+    if len({part.batch_first for part in parts}) > 1:
+        raise Refusal(f"{parts[0].node.name}: masks of different dimensions", Cause.MASK)
+
+    def found(reader: Reader) -> Mask:
+        masks = [(reader.read(part.node), part.negated) for part in parts]
+        return formula.both(formula.negated(mask) if negated else mask for mask, negated in masks)
+
+    read = _read_formula(found, parts[0].batch_first, parts[0].node.name, site.level, queries, keys, mutated)
+    return dataclasses.replace(read, fill=parts[0].fill)
 
 
 def _table(site: Site, read: Read, sizes: tuple[Any, Any], chunk: int, given: Given | None) -> Tensor | None:
@@ -164,7 +237,7 @@ def _check(site: Site) -> None:
         raise Refusal(f"{site.out.name}: the scale {site.scale} is not positive")
     fakes = map(tensor_value, (site.query, site.key, site.value, site.out))
     types = {fake.dtype for fake in fakes if fake is not None}
-    if len(types) > 1 and not _under_autocast(site):
+    if len(types) > 1 and site.dtype is None and not _under_autocast(site):
         raise Refusal(f"{site.out.name}: query, key, value and output have different types", Cause.SCORES)
     if site.sinks is not None and sites.sinks_of_heads(site) is None:
         raise Refusal(f"{site.sinks.name}: attention sinks that may differ between queries", Cause.SCORES)
@@ -224,15 +297,37 @@ def read_mask(node: fx.Node, level: Level, queries: Any, keys: Any, mutated: Col
     fake = tensor_value(node)
     if fake is None or fake.requires_grad:
         raise Refusal(f"{node.name}: the mask has a gradient", Cause.MASK)
+    boolean = boolean_mask(node, level, queries, keys, mutated)
+
+    def found(reader: Reader) -> Mask:
+        return formula.TRUE if boolean.node is None else reader.read(boolean.node)
+
+    read = _read_formula(found, boolean.batch_first, node.name, level, queries, keys, mutated)
+    return dataclasses.replace(read, fill=boolean.fill)
+
+
+def _read_formula(
+    of: Callable[[Reader], Mask],
+    batch_first: bool,
+    name: str,
+    level: Level,
+    queries: Any,
+    keys: Any,
+    mutated: Collection[int],
+) -> Read:
+    """What a reader finds, without the parts that constants make true.
+
+    Args:
+        name: the mask's, for a refusal.
+    """
     known: dict[fx.Node, Any] = {}
     limit = 64 * (hint(queries) + hint(keys))
 
     def constant(node: fx.Node) -> Any:
         return evaluated(node, known, limit, mutated)
 
-    boolean = boolean_mask(node, level, queries, keys, mutated)
-    reader = Reader(queries, keys, level.resolve, constant, mutated, boolean.batch_first)
-    found = formula.TRUE if boolean.node is None else reader.read(boolean.node)
+    reader = Reader(queries, keys, level.resolve, constant, mutated, batch_first)
+    found = of(reader)
     nodes = _Nodes(tuple(reader.key_nodes), tuple(reader.query_nodes), constant)
 
     def is_true(part: Mask) -> bool:
@@ -242,8 +337,8 @@ def read_mask(node: fx.Node, level: Level, queries: Any, keys: Any, mutated: Col
 
     read = nodes.read(formula.both(part for part in formula.conjuncts(found) if not is_true(part)))
     if read.formula == formula.FALSE:
-        raise Refusal(f"{node.name}: the mask lets nothing through", Cause.MASK)
-    return dataclasses.replace(read, fill=boolean.fill)
+        raise Refusal(f"{name}: the mask lets nothing through", Cause.MASK)
+    return read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ is a pass. Importing this package registers all of them, and ``mst_fx/__init__``
 from mst_fx.ops import (
     arena,
     attention,
+    biased,
     buffer,
     chunks,
     dropout,
@@ -21,6 +22,6 @@ from mst_fx.ops import (
 )
 
 __all__ = [
-    "arena", "attention", "buffer", "chunks", "dropout", "embedding", "experts", "gate", "loop", "loop_over",
+    "arena", "attention", "biased", "buffer", "chunks", "dropout", "embedding", "experts", "gate", "loop", "loop_over",
     "offload", "port", "scaled",
 ]  # fmt: skip

@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ def _(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
     """The operands of one call.
 
     Attributes:
@@ -130,6 +130,8 @@ class _Call:
     fill: float
     cap: Tensor | None
     sinks: Tensor | None
+
+    most_scores: ClassVar[int] = _MOST_SCORES
 
     @functools.cached_property
     def _table(self) -> list[list[int]]:
@@ -178,25 +180,31 @@ class _Call:
         queries, keys = slice(chunk.start, chunk.end), slice(chunk.window.first, chunk.window.last)
         return self.query[:, :, queries], self.key[:, :, keys], self.value[:, :, keys]
 
-    def by_heads(self) -> Iterator[tuple[slice, slice, _Call]]:
+    def by_heads(self) -> Iterator[tuple[slice, slice, Call]]:
         """This call; or one after the other those of some heads, where with sinks the scores of a chunk are written out and large.
         Before each the heads of queries, and those of keys and values, that it has."""
         heads, groups = self.query.shape[1], self.key.shape[1]
         each = heads // groups
         scores = self.query.shape[0] * each * min(self.chunk, self.query.shape[2]) * self.key.shape[2]
-        at_once = max(1, _MOST_SCORES // max(1, scores))
-        if self.sinks is None or at_once >= groups:
+        at_once = max(1, self.most_scores // max(1, scores))
+        if not self.writes_scores or at_once >= groups:
             yield slice(0, heads), slice(0, groups), self
             return
         for first in range(0, groups, at_once):
             few = slice(first, min(first + at_once, groups))
             many = slice(few.start * each, few.stop * each)
-            query, key, value = self.query[:, many], self.key[:, few], self.value[:, few]
-            yield (
-                many,
-                few,
-                dataclasses.replace(self, query=query, key=key, value=value, sinks=self.sinks[many]),
-            )
+            yield many, few, dataclasses.replace(self, **self.of_heads(many, few))
+
+    @property
+    def writes_scores(self) -> bool:
+        """Whether the scores of a chunk are written out: those of some heads at a time, if they are many."""
+        return self.sinks is not None
+
+    def of_heads(self, many: slice, few: slice) -> dict[str, Any]:
+        """The operands that have heads: those of some heads of queries, and of keys and values."""
+        sinks = None if self.sinks is None else self.sinks[many]
+        query, key, value = self.query[:, many], self.key[:, few], self.value[:, few]
+        return {"query": query, "key": key, "value": value, "sinks": sinks}
 
     def attend(
         self, chunk: Reaching, query: Tensor, key: Tensor, value: Tensor, sums: Rows | None = None
@@ -241,25 +249,26 @@ class _Call:
 
     def _chunk_mask(self, chunk: Reaching) -> Tensor | None:
         """``[b, 1, end - start, last - first]``: Boolean (True: may see), or what is added to the scores."""
+        found, zero = self.allowed(chunk), self.query.new_zeros(())
+        return found if found is None or self.fill == 0.0 else zero.where(found, self.fill)
+
+    def allowed(self, chunk: Reaching) -> Tensor | None:
+        """``[b, 1, end - start, last - first]``: True where a query may see a key; None: everywhere."""
         window = chunk.window
         if window.kind == WHOLE:
             return None
         vectors, device = Vectors(self.keys, self.queries), self.query.device
-        found = reach.allowed(
-            formula.parse(self.mask), vectors, chunk.start, chunk.end, window.first, window.last, device
-        )
-        found = found.expand(-1, chunk.size, window.last - window.first)[:, None]
-        if self.fill == 0.0:
-            return found
-        return torch.zeros((), dtype=self.query.dtype, device=device).where(found, self.fill)
+        mask, keys = formula.parse(self.mask), (window.first, window.last)
+        found = reach.allowed(mask, vectors, chunk.start, chunk.end, *keys, device)
+        return found.expand(-1, chunk.size, window.last - window.first)[:, None]
 
 
-def _as_promised(x: Tensor) -> Tensor:
+def as_promised(x: Tensor) -> Tensor:
     """``x``, or a copy of it in the memory order of :func:`empty_output`."""
     return x if x.transpose(1, 2).is_contiguous() else empty_output(x).copy_(x)
 
 
-def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return empty_output(query, width=value.shape[3]), query.new_empty(
         query.shape[:3], dtype=sum_dtype(query.dtype)
     )
@@ -274,14 +283,14 @@ _SCHEMA = (
 
 @torch.library.custom_op("mst_fx::attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
-    call = _Call(*args)
+    call = Call(*args)
     operands = (call.query, call.key, call.value)
     with without_autocast():
         if call.kernel is not None:
             out, sums = call.kernel.forward(*operands)
-            out, sums = _as_promised(out), sums.contiguous()
+            out, sums = as_promised(out), sums.contiguous()
             return out, sums if call.sinks is None else _with_sinks(out, sums, call.sinks)
-        out, sums = _outputs(call.query, call.value)
+        out, sums = outputs(call.query, call.value)
         for heads, _, part in call.by_heads():
             _attend_by_chunks(part, out[:, heads], sums[:, heads])
     return out, sums
@@ -294,7 +303,7 @@ def _with_sinks(out: Tensor, sums: Tensor, sinks: Tensor) -> Tensor:
     return total
 
 
-def _attend_by_chunks(call: _Call, out: Tensor, sums: Tensor) -> None:
+def _attend_by_chunks(call: Call, out: Tensor, sums: Tensor) -> None:
     """Fills ``out``, and ``sums`` where there are sinks, whose gradient and backward pass ask for them."""
     result, totals = Rows(out, dim=2), Rows(sums, dim=2) if call.sinks is not None else None
     for chunk in call.chunks():
@@ -308,7 +317,7 @@ def _attend_by_chunks(call: _Call, out: Tensor, sums: Tensor) -> None:
 
 @attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _outputs(query, value)
+    return outputs(query, value)
 
 
 _BACKWARD_SCHEMA = f"Tensor tangent, Tensor out, Tensor sums, {_SCHEMA}"
@@ -322,12 +331,12 @@ _BACKWARD_SCHEMA = f"Tensor tangent, Tensor out, Tensor sums, {_SCHEMA}"
 def attention_backward(
     tangent: Tensor, out: Tensor, sums: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = _gradients(_Call(*args), tangent, out, sums, (None, None, None))
-    return _as_promised(found[0]), _as_promised(found[1]), _as_promised(found[2])
+    found = _gradients(Call(*args), tangent, out, sums, (None, None, None))
+    return as_promised(found[0]), as_promised(found[1]), as_promised(found[2])
 
 
 def _gradients(
-    call: _Call, tangent: Tensor, out: Tensor, sums: Tensor, over: Sequence[Tensor | None]
+    call: Call, tangent: Tensor, out: Tensor, sums: Tensor, over: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of query, key and value.
 
@@ -350,7 +359,7 @@ def _gradients(
 
 
 def _gradients_by_chunks(
-    call: _Call, tangent: Tensor, over: Sequence[Tensor | None]
+    call: Call, tangent: Tensor, over: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
     # A chunk of the tangent is read once: the gradient of its queries may take its place.
     grad_query = Rows(empty_output(call.query) if over[0] is None else over[0], dim=2)
@@ -390,8 +399,8 @@ def attention_backward_over(
     tangent: Tensor, out: Tensor, sums: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     over = args[-3:]
-    found = _gradients(_Call(*args[:-3]), tangent, out, sums, over)
-    q, k, v = (_as_promised(x) if y is None else _nothing(y) for x, y in zip(found, over, strict=True))
+    found = _gradients(Call(*args[:-3]), tangent, out, sums, over)
+    q, k, v = (as_promised(x) if y is None else _nothing(y) for x, y in zip(found, over, strict=True))
     return q, k, v
 
 

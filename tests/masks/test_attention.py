@@ -339,7 +339,7 @@ def test_written_masks(name: str, batch: int) -> None:
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (lambda k, q: torch.ones(SEQ, SEQ, dtype=torch.bool).tril(), "tril"),
+        (lambda k, q: ((k <= q) & (k > 3)).tril(), "tril"),
         (lambda k, q: (k * q) % 3 == 0, "remainder|mod"),
         (lambda k, q: (k <= q).cumsum(-1) > 2, "cumsum|gt"),
         (lambda k, q: torch.rand(SEQ, SEQ) > 0.5, "rand|gt"),
@@ -403,7 +403,7 @@ def test_a_view_of_the_output_still_works() -> None:
     assert _forms(check(Viewed(), (x,), options=OPTIONS)) == ["full"]
 
 
-@pytest.mark.parametrize("how", ["alpha", "types", "in place"])
+@pytest.mark.parametrize("how", ["alpha", "in place"])
 def test_attention_written_out_otherwise_is_left_alone(how: str) -> None:
     class Other(WrittenOut):
         def forward(self, x: Tensor) -> Any:
@@ -411,11 +411,9 @@ def test_attention_written_out_otherwise_is_left_alone(how: str) -> None:
             scores = query @ (key.clone().transpose_(2, 3) if how == "in place" else key.transpose(2, 3))
             if how == "in place":
                 return scores.softmax(-1) @ value
-            if how == "alpha":
-                place = torch.arange(x.shape[1])
-                mask = torch.where(place[None, :] <= place[:, None], 0.0, float("-inf"))
-                return torch.add(mask, scores, alpha=3).softmax(-1) @ value
-            return scores.softmax(-1).float() @ value.float()
+            place = torch.arange(x.shape[1])
+            mask = torch.where(place[None, :] <= place[:, None], 0.0, float("-inf"))
+            return torch.add(mask, scores, alpha=3).softmax(-1) @ value
 
     x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
     report = check(Other(), (x,), options=OPTIONS)
@@ -526,7 +524,7 @@ def _written(k: Tensor, q: Tensor, marks: Tensor) -> Tensor:
             "mask",
         ),
         (lambda k, q, marks: _minus(k <= q).index_fill_(0, k[0, :3], -9.0), "index|in place", "mask"),
-        (lambda k, q, marks: (k - q) * 0.5 * torch.ones((), dtype=torch.float64), "mul", "mask"),
+        (lambda k, q, marks: (k * q) * 0.5 * torch.ones((), dtype=torch.float64), "mul", "mask"),
         (lambda k, q, marks: marks[:4, :, None] == marks[:4, None, :], "between heads", "mask"),
         (lambda k, q, marks: _minus(marks.expand(SEQ, SEQ) > k), "an input of this graph", "mask-input"),
         (lambda k, q, marks: (k <= q) & (marks > 0), "an input of this graph", "mask-input"),
@@ -543,7 +541,7 @@ def test_reasons_are_true(mask: Callable[..., Tensor], reason: str, cause: str) 
     assert any(part in refused.reason for part in reason.split("|")) and refused.cause == cause, refused
 
 
-def test_attention_of_three_dimensions_is_refused_and_logits_are_none() -> None:
+def test_attention_of_three_dimensions_that_is_not_known_is_refused_and_logits_are_none() -> None:
     """``[B·heads, S, S]``, as in xglm; a softmax over a vocabulary is no attention."""
 
     class Three(nn.Module):
@@ -567,7 +565,7 @@ def test_attention_of_three_dimensions_is_refused_and_logits_are_none() -> None:
             return torch.bmm(F.softmax(scores, -1), value)
 
     x = torch.randn(2, SEQ, 16, dtype=torch.float64)
-    for way, expected in {"bmm": 1, "baddbmm": 1, "einsum": 1, "logits": 0, "matrix": 0}.items():
+    for way, expected in {"bmm": 1, "baddbmm": 0, "einsum": 1, "logits": 0, "matrix": 0}.items():
         refused = [r for r in report_of(Three(way), OPTIONS, x).refusals if r.kind == "attention"]
         assert [str(r.cause.value) for r in refused] == ["scores"] * expected, way
 
@@ -705,11 +703,10 @@ def test_fully_masked_rows_of_eager_attention(name: str) -> None:
     assert len(_forms(check_parity(model, inputs, 1e-6, 1e-5, ALONE))) == layers
 
 
-@pytest.mark.parametrize(("name", "variant"), [("t5", ""), ("llama", "square")])
-def test_models_that_are_refused(name: str, variant: str) -> None:
-    model, inputs = _model(name, False, False), attention_batch(name, 1, variant)
+def test_models_that_are_refused() -> None:
+    model, inputs = _model("llama", False, False), attention_batch("llama", 1, "square")
     report = check_parity(model, inputs, _BAR, _BAR, ALONE)
-    assert _forms(report) == (["full"] if name == "t5" else []), "T5's cross-attention has a bias of zeros"
+    assert not _forms(report)
     reasons = {r.reason for r in report.refusals if r.kind == "attention"}
     assert reasons and all("mask" in reason for reason in reasons), reasons
 
