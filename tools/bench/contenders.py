@@ -15,7 +15,7 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 from mst_fx.diagnose.model_of import random_model
-from tools.bench.models import CLASSES, MODELS, Head, SwiGLU, config_of
+from tools.bench.models import CLASSES, MODELS, Experts, Head, SwiGLU, config_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,16 @@ class Contender:
         checkpoint: with gradient checkpointing of each layer.
         options: of mst.
         mode: of ``torch.compile``, for "inductor" and "mst" (there, instead of options).
+        attention: transformers' implementation of attention, None: what the model takes by itself.
+        experts: transformers' implementation of experts, likewise.
     """
 
     way: str
     checkpoint: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mode: str | None = None
+    attention: str | None = None
+    experts: str | None = None
 
 
 _ATTENTION_ONLY = {"passes": ("attention",)}
@@ -60,6 +64,12 @@ BLOCKS = {
         "mst": Contender("mst"),
         "mst-16bit-sums": Contender("mst", options={"accumulate": "weight"}),
     },
+    "experts": {
+        "eager": Contender("eager"),
+        "eager+ckpt": Contender("eager", True),
+        "inductor+ckpt": Contender("inductor", True),
+        "mst": Contender("mst"),
+    },
     "head": {
         "eager": Contender("eager"),
         "inductor": Contender("inductor"),
@@ -74,7 +84,8 @@ BLOCKS = {
 def find_contender(name: str, known: Mapping[str, Contender]) -> Contender:
     """A contender by its name, or a variant of mst or Inductor: ``mst[chunk_rows=8192;accumulate=weight]``.
 
-    Settings are options of mst, ``inductor.NAME`` patches of Inductor's config, and ``mode``.
+    Settings are options of mst, ``inductor.NAME`` patches of Inductor's config, ``mode``, and for every contender ``attention`` and
+    ``experts``, transformers' implementations: ``eager+ckpt[experts=batched_mm]``.
 
     Raises:
         ValueError: for a name that is not known.
@@ -84,20 +95,20 @@ def find_contender(name: str, known: Mapping[str, Contender]) -> Contender:
     base, _, settings = name.removesuffix("]").partition("[")
     if base not in known:
         raise ValueError(f"unknown contender {name!r}; there are {', '.join(known)}")
-    mode, options = known[base].mode, dict(known[base].options)
+    fields, options = {}, dict(known[base].options)
     for setting in filter(None, settings.split(";")):
         key, _, text = setting.partition("=")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        if key == "mode":
-            mode = value
+        if key in ("mode", "attention", "experts"):
+            fields[key] = value
         elif key.startswith("inductor."):
             options["inductor"] = {**options.get("inductor", {}), key.removeprefix("inductor."): value}
         else:
             options[key] = value
-    return dataclasses.replace(known[base], mode=mode, options=options)
+    return dataclasses.replace(known[base], options=options, **fields)
 
 
 def make_model(
@@ -120,7 +131,7 @@ def make_model(
     _patch_liger(family, contender.way)
     made = random_model(
         getattr(transformers, f"{CLASSES[family]}ForCausalLM"),
-        config_of(model, seq, **overrides),
+        config_of(model, seq, attention=contender.attention, experts=contender.experts, **overrides),
         device=device,
         dtype=torch.bfloat16 if device == "cuda" else torch.float32,
         checkpointing=contender.checkpoint,
@@ -161,6 +172,14 @@ def compiled(module: nn.Module, contender: Contender) -> Callable[..., Any]:
             module, backend="mst", options=dict(contender.options) or None, mode=contender.mode
         )
     return module
+
+
+def expert_block(model: str, contender: Contender, seq: int, device: str) -> nn.Module:
+    """The norm, router and experts of a model's layer, with the residual: ``[B, S, H]`` → ``[B, S, H]``."""
+    one = {"num_hidden_layers": 1, "vocab_size": 128}
+    plain = dataclasses.replace(contender, checkpoint=False)
+    made = Experts(make_model(model, plain, seq, device, **one).model.layers[0])  # type: ignore[union-attr, index]
+    return _Checkpointed(made) if contender.checkpoint else made
 
 
 def block(kind: str, contender: Contender, hidden: int, wide: int, device: str) -> nn.Module:

@@ -31,11 +31,23 @@ class Shape:
     layers: int
 
 
-def config_of(model: str, seq: int, **overrides: Any) -> Any:
-    """The Hugging Face config of a shape, for sequences of ``seq`` tokens."""
+def config_of(
+    model: str, seq: int, *, attention: str | None = None, experts: str | None = None, **overrides: Any
+) -> Any:
+    """The Hugging Face config of a shape, for sequences of ``seq`` tokens.
+
+    Args:
+        attention: transformers' implementation of attention, None: what the model takes by itself.
+        experts: transformers' implementation of experts, likewise.
+    """
     family, known = MODELS[model]
     known = {**known, "max_position_embeddings": max(seq, 2048), "use_cache": False, **overrides}
-    return getattr(transformers, f"{CLASSES[family]}Config")(**known)
+    made = getattr(transformers, f"{CLASSES[family]}Config")(**known)
+    if attention is not None:
+        made._attn_implementation = attention
+    if experts is not None:
+        made._experts_implementation = experts
+    return made
 
 
 def make_llama(
@@ -85,6 +97,18 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+class Experts(nn.Module):
+    """What a decoder layer of transformers does behind its attention: ``[B, S, H]`` → ``[B, S, H]``."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.norm, self.experts = layer.post_attention_layernorm, layer.mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.experts(self.norm(x))
+        return x + (out[0] if isinstance(out, tuple) else out)  # type: ignore[no-any-return]
 
 
 class Head(nn.Module):

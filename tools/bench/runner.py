@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools.bench.contenders import Contender, block, compiled, loss_function, make_model
+from tools.bench.contenders import (
+    Contender,
+    block,
+    compiled,
+    expert_block,
+    loss_function,
+    make_model,
+)
 from tools.bench.models import config_of, text_tokens
 from tools.meters.gpu import describe_peak, kernel_table
 
@@ -21,7 +28,7 @@ class Case:
     """What all contenders of a table run.
 
     Attributes:
-        level: "model", "mlp" or "head".
+        level: "model", "mlp", "experts" or "head".
         model: of :data:`tools.bench.models.MODELS`.
         seq: tokens; rows of a block.
         window: of a sliding window, 0: none.
@@ -87,8 +94,11 @@ class Runner:
             self._step = self._training_step(contender, case)
         else:
             config = config_of(case.model, case.seq)
-            wide = config.intermediate_size if case.level == "mlp" else config.vocab_size
-            self._model = block(case.level, contender, config.hidden_size, wide, case.device)
+            if case.level == "experts":
+                self._model = expert_block(case.model, contender, case.seq, case.device)
+            else:
+                wide = config.intermediate_size if case.level == "mlp" else config.vocab_size
+                self._model = block(case.level, contender, config.hidden_size, wide, case.device)
             self._step = self._block_step(contender, case, config.hidden_size)
         self._parameters = _Parameters(self._model)
         self._leaves: list[Tensor] = list(self._model.parameters())

@@ -5,6 +5,8 @@
     python -m tools.bench --documents 4096 --seq 65536 --only mst+ckpt
     python -m tools.bench --lora 16 --seq 32768 --only eager+ckpt,liger+ckpt,mst+ckpt     # PEFT's LoRA
     python -m tools.bench --level mlp --seq 65536                 # one MLP; --level head: one head with its loss
+    python -m tools.bench --level experts --model qwen3-30b-a3b   # norm, router and experts of one layer
+    python -m tools.bench --model gpt-oss-20b --layers 4 --only "mst+ckpt,eager+ckpt[attention=flex_attention;experts=batched_mm]"
     python -m tools.bench --only mst+ckpt --seq 32768 --kernels mst+ckpt --alive mst+ckpt  # where time and memory go
     python -m tools.bench --only "mst,mst[chunk_rows=8192],mst[mode=reduce-overhead]"      # variants
     python -m tools.bench --cpu                                   # a small size that runs anywhere
@@ -141,7 +143,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     head = ["contender", "s a step (fastest – slowest)", "peak GiB", "above parameters", "and gradients"]
     head += ["TFLOP/s", "of peak"] if case.level == "model" and not special else []
     lines: list[Sequence[Any]] = [
-        [*head, "first step s", "loss" if case.level != "mlp" else "norm", "gradient norm"]
+        [*head, "first step s", "norm" if case.level in ("mlp", "experts") else "loss", "gradient norm"]
     ]
     for r in results:
         if "step_seconds" not in r:
@@ -190,7 +192,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if arguments.cpu:
-        arguments.model, arguments.layers, arguments.seq = "tiny", 2, [1024]
+        tiny = "tiny-moe" if arguments.level == "experts" else "tiny"
+        arguments.model, arguments.layers, arguments.seq = tiny, 2, [1024]
     name = arguments.name or arguments.level
     results: list[dict[str, Any]] = []
     tables: list[str] = []
@@ -217,7 +220,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--level", choices=("model", "mlp", "head"), default="model")
+    add("--level", choices=("model", "mlp", "experts", "head"), default="model")
     add("--model", choices=sorted(MODELS), default="llama3-8b", help="whose shapes")
     add("--layers", type=int, default=8)
     add("--seq", type=numbers, default=[16384, 32768], help="tokens, separated by commas")
