@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
+import mst_fx
 from tools.bench.tables import MIB, markdown_table, write_results
 
 _TOKENS_OF_TRUTH = 1024
@@ -131,7 +132,11 @@ def _step(attend: Attention, operands: list[Tensor], tangent: Tensor) -> list[Te
 
 
 def errors_of(way: str, arguments: argparse.Namespace, device: str, dtype: torch.dtype) -> list[float]:
-    """Of the output and of each gradient, ``‖x - truth‖ / ‖truth‖``."""
+    """Of the output and of each gradient, ``‖x - truth‖ / ‖truth‖``.
+
+    Raises:
+        RuntimeError: mst left the attention as it is.
+    """
     size = _TOKENS_OF_TRUTH
     operands, tangent = operands_of(arguments, size, device, dtype)
     wide = [x.detach().double().requires_grad_() for x in operands]
@@ -141,7 +146,10 @@ def errors_of(way: str, arguments: argparse.Namespace, device: str, dtype: torch
         wide,
         tangent.double(),
     )
-    found = _step(attention_of(way, size, arguments.window, device), operands, tangent)
+    with mst_fx.watch() as report:
+        found = _step(attention_of(way, size, arguments.window, device), operands, tangent)
+    if way in _WRITTEN and not report.rewrites:
+        raise RuntimeError(f"{way} is not rewritten: {report.refusals}")
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
 
 
@@ -184,9 +192,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append((r["way"], f"{r['median_ms']:.2f}", f"{ratio:.3f}", f"{r['peak'] / MIB:.0f}", errors))
     first = results[0]
     window = f", window {first['window']}" if first["window"] else ""
-    title = (
-        f"### {first['seq']:,} tokens, {first['heads']} heads, {first['kv_heads']} of keys, {first['width']} wide"
-    )
+    title = f"### {first['seq']:,} tokens, {first['heads']} heads, {first['kv_heads']} of keys, {first['width']} wide"
     return f"{title}{window}\n\n{markdown_table(lines)}"
 
 
