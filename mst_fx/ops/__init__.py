@@ -18,10 +18,11 @@ from mst_fx.ops import (
     loop_over,
     offload,
     port,
+    row_sums,
     scaled,
 )
 
 __all__ = [
     "arena", "attention", "biased", "buffer", "chunks", "dropout", "embedding", "experts", "gate", "loop", "loop_over",
-    "offload", "port", "scaled",
+    "offload", "port", "row_sums", "scaled",
 ]  # fmt: skip

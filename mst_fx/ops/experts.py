@@ -35,6 +35,7 @@ from mst_fx.graph.sizes import sum_dtype
 from mst_fx.ops import chunks
 from mst_fx.ops.chunks import ByGroups, Sum, plain_mode
 from mst_fx.ops.loop import add_term, as_traced, weight_sum
+from mst_fx.ops.row_sums import add_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ class _RowGradient:
 
     def add(self, part: _Part, found: Tensor) -> None:
         if self._is_by_row:
-            self._total.index_add_(0, part.origins, found.to(self._total.dtype))
+            add_rows(self._total, part.origins, found)
         else:
             self._total.index_copy_(0, part.slots, found)
 
@@ -209,7 +210,7 @@ def experts_loop(
             by_slot, traced = _by_slot(body, row_inputs, slot_inputs), as_traced(shared, body.shared[:-1])
             for part in of.parts():
                 (found,) = run(_inputs(part, row_inputs, by_slot, traced))
-                out.index_add_(0, part.origins, found.to(out.dtype))
+                add_rows(out, part.origins, found)
                 del found
         return out.to(meta.dtype)
 
