@@ -139,7 +139,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """The results of one case as Markdown."""
     first = results[0]
     case = Case(**{field.name: first[field.name] for field in dataclasses.fields(Case)})
-    special = case.documents or case.window or case.lora
+    # Arithmetic is counted for one MLP and full causal attention.
+    is_dense = not hasattr(config_of(case.model, case.seq), "num_experts_per_tok")
+    special = case.documents or case.window or case.lora or not is_dense
     head = ["contender", "s a step (fastest – slowest)", "peak GiB", "above parameters", "and gradients"]
     head += ["TFLOP/s", "of peak"] if case.level == "model" and not special else []
     lines: list[Sequence[Any]] = [
