@@ -119,7 +119,7 @@ def _understood(
 
 def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) -> None:
     """Notes Q×K scores, with a softmax or without, that are part of no attention that was recognised."""
-    claimed = {node for site in eager for node in site.inner}
+    claimed = {node for site in eager for node in (site.out, *site.inner)}
 
     def is_large(fake: Tensor | None) -> bool:
         if fake is None or fake.ndim < 3:

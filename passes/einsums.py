@@ -64,7 +64,7 @@ def _product(node: fx.Node) -> _Product | None:
         return None
     first, second, out = terms
     shared, out_set = set(first) & set(second), set(out)
-    batch = [x for x in first if x in shared & out_set]
+    batch = [x for x in out if x in shared & out_set]  # in memory, too, as einsum has it
     inner = [x for x in first if x in shared - out_set]
     row = [x for x in first if x in out_set - shared]
     column = [x for x in second if x in out_set - shared]

@@ -70,9 +70,14 @@ def _chain_to(out: fx.Node) -> list[fx.Node] | None:
 
 
 def _are_products(chain: list[fx.Node]) -> bool:
-    """Whether queries and keys, and values, have three dimensions each."""
+    """Whether queries and keys, and values, are ``[N, ·, ·]`` each, and all views in between ``[B, H, Q, K]``."""
     scores, out = chain[-1], chain[0]
-    return all(isinstance(x, fx.Node) and _rank(x) == 3 for x in (*_factors(scores), out.args[1]))
+    factors = (*_factors(scores), out.args[1])
+    if not all(isinstance(x, fx.Node) and _rank(x) == 3 for x in factors):
+        return False
+    counts = {expression(x.shape[0]) for x in map(tensor_value, (scores, *factors)) if x is not None}
+    splits = {tuple(map(expression, x.shape[:2])) for x in map(tensor_value, chain) if x is not None and x.ndim == 4}
+    return len(counts) == 1 and len(splits) <= 1 and all(heads.is_number for _, heads in splits)
 
 
 def _factors(scores: fx.Node) -> tuple[Any, Any]:

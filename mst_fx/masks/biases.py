@@ -24,13 +24,13 @@ from mst_fx.graph.edit import add_call
 from mst_fx.graph.levels import Level
 from mst_fx.graph.names import plain_name
 from mst_fx.graph.sizes import expression
-from mst_fx.graph.spelling import EMBEDDINGS, PRODUCTS, operation
+from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value
-from mst_fx.masks.boolean import boolean_mask, where_of
+from mst_fx.masks.boolean import aligned_where_of, boolean_mask
 from mst_fx.masks.constants import number_in
 from mst_fx.masks.distances import Distances, flat_heads, read_distances
-from mst_fx.masks.formula import ADDS, AT_LEAST, NO_BIAS, NO_SCORE
-from mst_fx.torch_api.tensors import tree_leaves
+from mst_fx.masks.formula import ADDS, AT_LEAST, BY_BIAS, NO_BIAS, NO_SCORE
+from mst_fx.masks.hiding import may_hide
 
 # No score comes near it, whatever the bias: one of a slope of 1 and a million tokens is -1e6.
 _HIDES = -1e8
@@ -100,15 +100,21 @@ class Splitter:
         of_keys, of_distances, hiding: as of :class:`Biases`.
     """
 
-    def __init__(self, level: Level, queries: Any, keys: Any, mutated: Collection[int]) -> None:
-        self._level, self._queries, self._keys, self._mutated = level, queries, keys, mutated
+    def __init__(
+        self, level: Level, heads: Any, queries: Any, keys: Any, mutated: Collection[int]
+    ) -> None:
+        self._level, self._heads, self._queries, self._keys = level, heads, queries, keys
+        self._mutated = mutated
         self.masks: list[BooleanPart] = []
         self.of_keys: list[fx.Node] = []
         self.of_distances: list[Distances] = []
         self.hiding = ADDS
 
-    def split(self, added: Sequence[fx.Node], hidden: Hidden) -> None:
+    def split(self, added: Sequence[fx.Node], hidden: Hidden, is_fused: bool) -> None:
         """Of all that is added.
+
+        Args:
+            is_fused: a Boolean mask is one; to written-out scores it is added as 0 and 1.
 
         Raises:
             Refusal: naming what is neither a mask nor a known bias.
@@ -116,7 +122,11 @@ class Splitter:
         if hidden.mask is not None:
             self._add_mask(hidden.mask, hidden.fill, NO_SCORE, hidden.negated)
         for node in added:
-            self._term(node)
+            fake = tensor_value(node)
+            if is_fused and fake is not None and fake.dtype == torch.bool:
+                self._add_mask(self._level.resolve(node), float("-inf"), ADDS)
+            else:
+                self._term(node)
         if hidden.at_least is None:
             return
         if hidden.mask is not None or len(self.masks) != 1 or self.masks[0].fill != hidden.at_least:
@@ -128,8 +138,6 @@ class Splitter:
     def _term(self, node: fx.Node) -> None:
         node = self._level.resolve(node)
         fake = tensor_value(node)
-        if fake is not None and fake.dtype == torch.bool:  # of fused attention
-            return self._add_mask(node, float("-inf"), ADDS)
         if fake is None or not is_plain(fake) or not fake.is_floating_point():
             raise Refusal(f"{node.name} ({plain_name(node)}) is added to scores", Cause.MASK)
         if storage_key(fake) in self._mutated:
@@ -140,7 +148,7 @@ class Splitter:
             return None
         if not fake.requires_grad and _is_one(sizes[1]) and self._is_mask_alone(node):
             return None
-        first = where_of(node, self._level)
+        first = aligned_where_of(node, self._level)
         parts = [part for part in first.args if isinstance(part, fx.Node)]
         if operation(first) == "add" and len(first.args) == len(parts) == 2 and not first.kwargs:
             for part in parts:
@@ -159,7 +167,7 @@ class Splitter:
             if boolean.node is not None:
                 self.masks.append(BooleanPart(boolean.node, boolean.fill, boolean.batch_first))
             return True
-        found = choice(where_of(node, self._level), self._mutated)
+        found = choice(aligned_where_of(node, self._level), self._mutated)
         if found is None or number_in(found[1], self._mutated) != 0:
             return False
         mask, _, fill, negated = found
@@ -193,25 +201,11 @@ class Splitter:
         parts = (*self.of_keys, *(each.bias for each in self.of_distances))
         if any(fill > _HIDES for fill in fills if fill) and parts:
             raise Refusal("a bias may outweigh the number that hides scores", Cause.MASK)
-        # Where all keys that a mask lets through are hidden by a bias, those that it hides count, too: unless by minus infinity.
-        if any(fills) and any(map(_may_hide, parts)):
-            raise Refusal("a bias hides keys by a number, and a mask does", Cause.MASK)
+        if any(may_hide(part, self._level, self._heads, self._keys) for part in parts):
+            if any(fills):
+                raise Refusal("a bias may hide keys by a number, and a mask does", Cause.MASK)
+            self.hiding = BY_BIAS
         return Biases(tuple(self.of_keys), tuple(self.of_distances), self.hiding)
-
-
-def _may_hide(bias: fx.Node) -> bool:
-    """Whether a bias is made with a number that hides a score, as padding that is added as one is."""
-    stack, seen = [bias], set()
-    while stack:
-        node = stack.pop()
-        if node in seen or operation(node) in PRODUCTS | EMBEDDINGS:
-            continue
-        seen.add(node)
-        numbers = [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, (int, float))]
-        if any(number <= -1e4 for number in numbers):
-            return True
-        stack += node.all_input_nodes
-    return False
 
 
 def choice(node: fx.Node, mutated: Collection[int]) -> tuple[fx.Node, fx.Node, float, bool] | None:

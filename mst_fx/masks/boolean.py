@@ -75,7 +75,14 @@ def _beside_zeros(node: fx.Node, level: Level, mutated: Collection[int]) -> fx.N
         return None
     parts = [level.resolve(part) for part in node.args if isinstance(part, fx.Node)]
     others = [part for part in parts if fill_of(where_of(part, level), mutated) != 0]
-    return others[0] if len(parts) == 2 and len(others) == 1 else None
+    if len(parts) != 2 or len(others) != 1 or _is_boolean(others[0]):  # a Boolean one is added as 0 and 1
+        return None
+    return others[0]
+
+
+def _is_boolean(node: fx.Node) -> bool:
+    fake = tensor_value(node)
+    return fake is None or fake.dtype == torch.bool
 
 
 def _chosen_by(node: fx.Node, mutated: Collection[int]) -> tuple[fx.Node, float] | None:
@@ -105,6 +112,21 @@ def where_of(node: fx.Node, level: Level | None) -> fx.Node:
     """The first node of which a mask is a cast, or the whole."""
     *_, first = _steps(node, level)
     return first
+
+
+def aligned_where_of(node: fx.Node, level: Level) -> fx.Node:
+    """The same, as long as dimensions counted from the last one mean the same: not of ``[B, 1, Q, K]`` the ``[B, Q, K]``."""
+    found = node
+    for step in _steps(node, level):
+        fake = tensor_value(step)
+        if step is not found and gives_heads(found, step) and not (fake is not None and _is_one(fake.shape[0])):
+            break
+        found = step
+    return found
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 _SAME = FLOAT_CASTS | COPIES

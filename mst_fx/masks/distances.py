@@ -149,6 +149,8 @@ def _again(node: fx.Node, place: Place, made: dict[fx.Node, fx.Node]) -> fx.Node
         if not all(isinstance(size, int) for size in sizes):
             raise Refusal(f"{node.name} in the bias has dynamic sizes", Cause.MASK)
         target, args, kwargs = "expand", (args[0], *sizes), {}
+    if operation(node) == "getitem" and not isinstance(args[1], fx.Node):
+        args = (args[0], _of_whole(args[1]))
     if operation(node) in SIZED_VIEWS:
         fake = tensor_value(node)
         assert fake is not None
@@ -160,6 +162,12 @@ def _again(node: fx.Node, place: Place, made: dict[fx.Node, fx.Node]) -> fx.Node
             raise Refusal(f"{node.name} in the bias has dynamic sizes", Cause.MASK)
         target, args, kwargs = torch.reshape, (args[0], sizes), {}
     return add_call(node.graph, target, *args, **kwargs)
+
+
+def _of_whole(index: Any) -> Any:
+    """An index without the sizes that it says: ``[:, :, :Q, :K]`` → ``[:, :, :, :]``. One that picks from a table has none."""
+    parts = index if isinstance(index, (tuple, list)) else (index,)
+    return tuple(slice(None) if isinstance(part, slice) else part for part in parts)
 
 
 def _check_same(node: fx.Node, new: fx.Node, place: Place) -> None:
@@ -197,6 +205,7 @@ def read_distances(bias: fx.Node, level: Level, mutated: Collection[int]) -> Dis
     assert fake is not None
     reader = _Reader(bias, level, mutated)
     reader.visit(bias, Place(fake.ndim - 2, fake.ndim - 1))
+    reader.check_depends(bias)
     return Distances(bias, tuple(reader.places.items()), reader.differences)
 
 
@@ -242,7 +251,19 @@ class _Reader:
             self._check_unwritten(node)
         for operand, where in self._operands(node, place):
             self.visit(operand, where)
+        for operand in node.all_input_nodes:  # the table, say: it is read once more, and later
+            if operand not in self.places:
+                self._check_unwritten(operand)
         self.places[node] = place
+
+    def check_depends(self, bias: fx.Node) -> None:
+        """Refuses a bias that no distance makes: what is the same for all queries and keys has the shape of none."""
+        depends = set(self.differences)
+        for node in self.places:
+            if not depends.isdisjoint(node.all_input_nodes):
+                depends.add(node)
+        if bias not in depends:
+            raise Refusal(f"{bias.name} ({plain_name(bias)}): a bias that does not depend on distances", Cause.MASK)
 
     def _refusal(self, node: fx.Node) -> Refusal:
         """Of what is no formula of distances."""
@@ -397,7 +418,7 @@ class _Reader:
                 if not isinstance(other, int) or isinstance(other, bool):
                     return self._constant_first(node)
                 shift += other if operation(current) == "add" else -other
-            elif operation(current) not in _VIEWS_OF_VECTORS:
+            elif operation(current) not in _VIEWS_OF_VECTORS or not _keeps_order(current):
                 return self._constant_first(node)
             current = self._level.resolve(source)  # type: ignore[arg-type]
 
@@ -410,6 +431,14 @@ class _Reader:
         flat = known.flatten()
         counted = torch.arange(len(flat), dtype=flat.dtype) + flat[0]
         return int(flat[0]) if bool((flat == counted).all()) and float(flat[0]).is_integer() else None
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    """Whether a view that has as many elements as its source has the same ones: an index by a tensor may pick others."""
+    if operation(node) != "getitem":
+        return not any(isinstance(arg, torch.dtype) for arg in node.args) or operation(node) in CASTS
+    parts = node.args[1] if isinstance(node.args[1], (tuple, list)) else [node.args[1]]
+    return all(part is None or part is Ellipsis or isinstance(part, slice) for part in parts)
 
 
 def _start_of_arange(node: fx.Node, fake: Any) -> int | None:

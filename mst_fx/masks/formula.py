@@ -80,6 +80,8 @@ Mask = Constant | Compare | Holds | Not | And | Or
 
 # How a score is hidden: ``score + bias + fill``, ``score + fill``, ``fill``, ``max(score + bias + fill, fill)``.
 ADDS, NO_BIAS, NO_SCORE, AT_LEAST = "adds", "instead of the bias", "instead of the score", "at least"
+# A mask hides by minus infinity, and a bias may by a number.
+BY_BIAS = "by a bias"
 
 TRUE, FALSE = Constant(True), Constant(False)
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.levels import Level, all_levels
-from mst_fx.graph.sizes import hint
+from mst_fx.graph.sizes import expression, hint
 from mst_fx.graph.values import tensor_value
 from mst_fx.masks import formula, reach, sites
 from mst_fx.masks.biases import NO_BIASES, NOT_HIDDEN, Biases, BooleanPart, Splitter
@@ -166,13 +166,15 @@ def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tupl
         return NO_MASK, NO_BIASES
     first: Refusal | None = None
     try:
-        if is_plain and site.mask is not None:
+        if is_plain and site.mask is not None and not _is_added_as_numbers(site):
             return read_mask(site.mask, site.level, queries, keys, mutated), NO_BIASES
     except Refusal as refusal:
         first = refusal
-    splitter = Splitter(site.level, queries, keys, mutated)
+    query = tensor_value(site.query)
+    assert query is not None
+    splitter = Splitter(site.level, query.shape[1], queries, keys, mutated)
     try:
-        splitter.split([node for node in (site.mask, *site.others) if node is not None], site.hidden)
+        splitter.split([node for node in (site.mask, *site.others) if node is not None], site.hidden, not site.is_eager)
         biases = splitter.biases()
         if not biases.is_empty and (site.softcap or site.sinks is not None):
             raise Refusal(f"{site.out.name}: a bias beside sinks or capped scores", Cause.SCORES)
@@ -182,6 +184,12 @@ def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tupl
         if first is not None and not _has_heads(site.mask):
             raise first from None
         raise
+
+
+def _is_added_as_numbers(site: Site) -> bool:
+    """Whether a Boolean mask is added to scores: 0 and 1."""
+    fake = tensor_value(site.mask) if site.mask is not None else None
+    return site.is_eager and fake is not None and fake.dtype == torch.bool
 
 
 def _check_types(site: Site, biases: Biases) -> None:
@@ -239,10 +247,22 @@ def _check(site: Site) -> None:
     types = {fake.dtype for fake in fakes if fake is not None}
     if len(types) > 1 and site.dtype is None and not _under_autocast(site):
         raise Refusal(f"{site.out.name}: query, key, value and output have different types", Cause.SCORES)
+    if not _have_same_heads(site):
+        raise Refusal(f"{site.out.name}: query, key and value have other batches or heads", Cause.SCORES)
     if site.sinks is not None and sites.sinks_of_heads(site) is None:
         raise Refusal(f"{site.sinks.name}: attention sinks that may differ between queries", Cause.SCORES)
     if site.dropout and site.mask is not None:
         raise Refusal(f"{site.out.name}: attention weights are dropped at random", Cause.SCORES)
+
+
+def _have_same_heads(site: Site) -> bool:
+    """Whether each has its own: what torch would repeat (one head of scores for all of the values, say), our kernels do not."""
+    fakes = map(tensor_value, (site.query, site.key, site.value, site.out))
+    shapes = [[expression(size) for size in fake.shape] for fake in fakes if fake is not None]
+    if any(len(shape) != 4 for shape in shapes):
+        return False
+    query, key, value, out = shapes
+    return query[:3] == out[:3] and query[0] == key[0] == value[0] and key[1] == value[1]
 
 
 def _gains(site: Site) -> bool:

@@ -13,7 +13,9 @@
 
 ``hiding`` says what becomes of a score that the mask hides with a finite number, which shows where a query sees no key, and all count
 alike: "adds" the number to score and bias; "instead of the bias"; "instead of the score"; "at least" that number, once it was added.
-Half of a gradient is lost where a score is equal to it (``torch.max``). If ``fill`` is 0 they do not count at all.
+Half of a gradient is lost where a score is equal to it (``torch.max``). If ``fill`` is 0 they do not count at all; "by a bias" then says
+that a bias may hide keys by a number, and the scores of a chunk are written out: for a query of which all are that low fused kernels give
+wrong gradients.
 
 ``sums`` are those of :mod:`mst_fx.ops.attention`, where no bias is left and a kernel runs.
 """
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mst_fx.graph.sizes import sum_dtype
-from mst_fx.masks.formula import AT_LEAST, NO_BIAS, NO_SCORE
+from mst_fx.masks.formula import AT_LEAST, BY_BIAS, NO_BIAS, NO_SCORE
 from mst_fx.masks.reach import BLIND, HEADER, WHOLE
 from mst_fx.ops.attention import Call, as_promised, outputs
 from mst_fx.ops.chunks import Reaching, Rows, Window, by_reach
@@ -108,7 +110,7 @@ class _Biased(Call):
             by_distance = of_distances.unfold(2, keys, 1).flip(2)
             bias = by_distance if bias is None else bias + by_distance
         allowed = self.allowed(chunk)
-        is_fused = not self.softcap and chunk.window.kind != BLIND and bias is not None
+        is_fused = not self.softcap and chunk.window.kind != BLIND and self.hiding != BY_BIAS and bias is not None
         if is_fused and bias.dtype == query.dtype:  # type: ignore[union-attr]
             hidden = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))  # type: ignore[union-attr]
             return F.scaled_dot_product_attention(query, key, value, attn_mask=hidden, scale=self.scale)
@@ -124,7 +126,10 @@ class _Biased(Call):
         if bias is not None:
             is_instead = allowed is not None and self.hiding == NO_BIAS
             scores = scores + (bias.masked_fill(~allowed, 0.0) if is_instead else bias)  # type: ignore[operator]
-        if allowed is not None and (self.fill == 0.0 or self.hiding == NO_SCORE):
+        if allowed is not None and self.hiding == BY_BIAS:
+            blind = ~allowed.any(-1, keepdim=True)  # of minus infinity alone there is no softmax
+            scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(blind, 0.0)
+        elif allowed is not None and (self.fill == 0.0 or self.hiding == NO_SCORE):
             scores = scores.masked_fill(~allowed, fill)
         elif allowed is not None:
             scores = scores + torch.zeros((), dtype=scores.dtype, device=scores.device).where(allowed, fill)

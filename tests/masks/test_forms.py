@@ -203,7 +203,7 @@ def picked_keys(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) 
 
 LEFT: list[tuple[Form, str]] = [
     (table_without_gradient, "under no_grad"),
-    (padding_as_a_bias, "a bias hides keys by a number, and a mask does"),
+    (padding_as_a_bias, "a bias may hide keys by a number, and a mask does"),
     (scaled_with_its_bias, "scaled with a bias in them"),
     (triangle_of_others, "not known to depend on distances alone"),
     (triangle_compared_otherwise, ""),
