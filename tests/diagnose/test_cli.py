@@ -160,7 +160,7 @@ def test_argparse_mistakes(arguments: list[str], capsys: pytest.CaptureFixture[s
 
 def test_strict_refusals_fail(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(
-        capsys, "explain", "BloomForCausalLM", "--set", "n_layer=1", "--seq", "512",
+        capsys, "explain", "GPTBigCodeForCausalLM", "--set", "n_layer=1", "--seq", "512",
         "--option", "strict=True",
     )  # fmt: skip
     assert code == 1
