@@ -26,6 +26,7 @@ from torch import fx
 from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, copy_provenance, replace_with
 from mst_fx.graph.levels import Level, all_levels
+from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import DROPOUTS, FLOAT_CASTS, RESHAPES, SOFTMAXES, argument, operation
 from mst_fx.graph.values import tensor_value
@@ -42,7 +43,7 @@ def run(context: PassContext) -> bool:
     """Rewrites all graphs of a program."""
     changed = False
     for level in all_levels(Level(context.gm)):
-        for node in list(level.gm.graph.nodes):
+        for node in outside_transforms(level.gm.graph):
             chain = _chain_to(node)
             if chain is not None:
                 _write(chain)
@@ -138,6 +139,8 @@ def _heads_of(links: list[fx.Node]) -> Any:
 
 def _split(node: Any, heads: int) -> fx.Node:
     """``[B, H, …]`` of ``[N, …]``."""
+    if heads == 1:  # which a mask is read through
+        return add_call(node.graph, torch.unsqueeze, node, 1)
     return add_call(node.graph, "unflatten", node, 0, (-1, heads))
 
 

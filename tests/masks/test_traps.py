@@ -184,11 +184,25 @@ def einsum_of_heads_first(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding
     return _weigh(_scores(q, k) + _alibi(m), v) + other.sum()
 
 
+def triangle_of_sequences(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    """It is viewed as a triangle in memory, not as one that is repeated."""
+    ones = torch.tril(torch.ones(BATCH, 3, SEQ, SEQ, dtype=torch.bool))
+    return _weigh(_scores(q, k) + _alibi(m), v) + ones.view(-1, SEQ).sum()
+
+
+def masks_of_one_head(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    hidden = (_distance() > 0) | (padding[:, 0] < 0)
+    scores = torch.bmm(q[:, 0], k[:, 0].transpose(1, 2)).masked_fill(hidden, LOW)
+    return torch.bmm(scores.softmax(-1), v[:, 0])[:, None].expand(-1, HEADS, -1, -1)
+
+
 FIRE: list[tuple[Form, str]] = [
     (whole_slices, "bias"),
     (sequences_as_rows, "bias"),
     (padding_beside_infinity, "bias, causal"),
     (einsum_of_heads_first, "bias"),
+    (triangle_of_sequences, "bias"),
+    (masks_of_one_head, "general: k0 <= q0 and not k1"),
 ]
 
 
