@@ -20,6 +20,7 @@ from mst_fx.masks import formula
 from mst_fx.masks.formula import And, Compare, Holds, Mask
 from mst_fx.masks.reach import CAUSAL, HEADER, Vectors, allowed
 from mst_fx.ops import attention as ops
+from mst_fx.torch_api import attention as kernels
 from tests.direct import check
 from tests.helpers import compile_mst, relative_error, worst_error
 from tools.meters.cpu import call_metered, is_available
@@ -193,6 +194,33 @@ def test_a_compiler_fuses_the_gradient_of_sinks() -> None:
     made = code[code.index("def call") :].splitlines()
     wide = [line for line in made if "empty_strided" in line and "float32" in line]
     assert len(wide) == 2 and "(1, 4, 64)" in wide[0] and "(4, )" in wide[1], wide
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [False, True])
+def test_sinks_read_the_tangent_before_it_is_written_over(
+    window: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        kernels, "_BUSY", 1
+    )  # heads one at a time, whose gradients go where tangent, keys and values were
+    model = Written("gpt-oss", window)
+    after = nn.Linear(16, 16).double()  # whose gradient is the tangent, a new tensor
+    x, wanted = (
+        torch.randn(2, SEQ, 16, dtype=torch.float64),
+        [*model.query.parameters(), *model.pair.parameters()],
+    )
+    wanted.append(model.sinks)
+
+    def loss(x: Tensor) -> Tensor:
+        return after(model(x)).pow(2).sum()  # type: ignore[no-any-return]
+
+    truth = torch.autograd.grad(loss(x), wanted)
+    run = compile_mst(loss, {**OPTIONS, "inner": "inductor"})
+    found, codes = run_and_get_code(lambda: torch.autograd.grad(run(x), wanted))
+    assert any("attention_backward_over" in code for code in codes)
+    for mine, true in zip(found, truth, strict=True):
+        assert relative_error(mine, true) <= 1e-10
 
 
 # How it is written
