@@ -77,7 +77,9 @@ def _are_products(chain: list[fx.Node]) -> bool:
     if not all(isinstance(x, fx.Node) and _rank(x) == 3 for x in factors):
         return False
     counts = {expression(x.shape[0]) for x in map(tensor_value, (scores, *factors)) if x is not None}
-    splits = {tuple(map(expression, x.shape[:2])) for x in map(tensor_value, chain) if x is not None and x.ndim == 4}
+    splits = {
+        tuple(map(expression, x.shape[:2])) for x in map(tensor_value, chain) if x is not None and x.ndim == 4
+    }
     return len(counts) == 1 and len(splits) <= 1 and all(heads.is_number for _, heads in splits)
 
 

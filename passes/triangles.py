@@ -79,7 +79,9 @@ def _compared(node: fx.Node, fill: float | bool) -> fx.Node:
     for _ in range(fake.ndim - 2):
         inside = add(torch.unsqueeze, inside, 0)
     if fake.ndim > 2:
-        inside = add("contiguous", add("expand", inside, *fake.shape))  # as it was: whoever views it counts on that
+        inside = add(
+            "contiguous", add("expand", inside, *fake.shape)
+        )  # as it was: whoever views it counts on that
     if fake.dtype == torch.bool:
         return inside
     return add(

@@ -100,9 +100,7 @@ class Splitter:
         of_keys, of_distances, hiding: as of :class:`Biases`.
     """
 
-    def __init__(
-        self, level: Level, heads: Any, queries: Any, keys: Any, mutated: Collection[int]
-    ) -> None:
+    def __init__(self, level: Level, heads: Any, queries: Any, keys: Any, mutated: Collection[int]) -> None:
         self._level, self._heads, self._queries, self._keys = level, heads, queries, keys
         self._mutated = mutated
         self.masks: list[BooleanPart] = []

@@ -119,7 +119,11 @@ def aligned_where_of(node: fx.Node, level: Level) -> fx.Node:
     found = node
     for step in _steps(node, level):
         fake = tensor_value(step)
-        if step is not found and gives_heads(found, step) and not (fake is not None and _is_one(fake.shape[0])):
+        if (
+            step is not found
+            and gives_heads(found, step)
+            and not (fake is not None and _is_one(fake.shape[0]))
+        ):
             break
         found = step
     return found

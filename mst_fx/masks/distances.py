@@ -263,7 +263,9 @@ class _Reader:
             if not depends.isdisjoint(node.all_input_nodes):
                 depends.add(node)
         if bias not in depends:
-            raise Refusal(f"{bias.name} ({plain_name(bias)}): a bias that does not depend on distances", Cause.MASK)
+            raise Refusal(
+                f"{bias.name} ({plain_name(bias)}): a bias that does not depend on distances", Cause.MASK
+            )
 
     def _refusal(self, node: fx.Node) -> Refusal:
         """Of what is no formula of distances."""

@@ -21,7 +21,9 @@ from mst_fx.torch_api.tensors import tree_leaves
 # Biases that only weigh keys stay far below: a slope of 1 and ten thousand tokens are it.
 _LARGE = 1e4
 _LOGARITHMS = frozenset(("log", "log2", "log10", "logit"))
-_SAY_SIZES = RESHAPES | EXPANDS | {"arange", "getitem", "zeros", "ones", "new_zeros", "new_ones", "narrow", "size"}
+_SAY_SIZES = (
+    RESHAPES | EXPANDS | {"arange", "getitem", "zeros", "ones", "new_zeros", "new_ones", "narrow", "size"}
+)
 
 
 def may_hide(bias: fx.Node, level: Level, heads: Any, keys: Any) -> bool:

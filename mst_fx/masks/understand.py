@@ -174,7 +174,9 @@ def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tupl
     assert query is not None
     splitter = Splitter(site.level, query.shape[1], queries, keys, mutated)
     try:
-        splitter.split([node for node in (site.mask, *site.others) if node is not None], site.hidden, not site.is_eager)
+        splitter.split(
+            [node for node in (site.mask, *site.others) if node is not None], site.hidden, not site.is_eager
+        )
         biases = splitter.biases()
         if not biases.is_empty and (site.softcap or site.sinks is not None):
             raise Refusal(f"{site.out.name}: a bias beside sinks or capped scores", Cause.SCORES)

@@ -110,7 +110,9 @@ class _Biased(Call):
             by_distance = of_distances.unfold(2, keys, 1).flip(2)
             bias = by_distance if bias is None else bias + by_distance
         allowed = self.allowed(chunk)
-        is_fused = not self.softcap and chunk.window.kind != BLIND and self.hiding != BY_BIAS and bias is not None
+        is_fused = (
+            not self.softcap and chunk.window.kind != BLIND and self.hiding != BY_BIAS and bias is not None
+        )
         if is_fused and bias.dtype == query.dtype:  # type: ignore[union-attr]
             hidden = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))  # type: ignore[union-attr]
             return F.scaled_dot_product_attention(query, key, value, attn_mask=hidden, scale=self.scale)

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from tests.helpers import check_parity
 
 OPTIONS: dict[str, Any] = {"inner": "aot_eager", "attention_chunk_rows": 5, "passes": ("attention",)}
-BATCH, HEADS, SEQ, WIDTH = 4, 4, 23, 32  # as many heads as sequences: one is taken for the other if nobody looks
+BATCH, HEADS, SEQ, WIDTH = (
+    4,
+    4,
+    23,
+    32,
+)  # as many heads as sequences: one is taken for the other if nobody looks
 LOW = torch.finfo(torch.float64).min
 _BAR = 1e-11
 Form = Callable[["Attention", Tensor, Tensor, Tensor, Tensor], Tensor]
