@@ -30,11 +30,11 @@ from mst_fx.graph.edit import add_call
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.levels import Level
 from mst_fx.graph.names import plain_name
-from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import CASTS, COPIES, EMBEDDINGS, EXPANDS, SIZED_VIEWS, argument, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
 from mst_fx.graph.writes import writes_in_place
-from mst_fx.masks.constants import evaluated
+from mst_fx.masks.counted import EXACT, first_position
 from mst_fx.masks.places import Place, order_of, picked, viewed, widened
 
 _NAMES_OF_POINTWISE = """
@@ -52,9 +52,6 @@ _OUT_OF_PLACE: dict[str, Callable[..., Any]] = {
     "neg": torch.neg,
 }
 _MAKE_NEW_ONES = frozenset(("add", "sub", "rsub", "mul", "div", "where", "neg", "abs"))
-# What counts tokens without rounding.
-_EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
-_VIEWS_OF_VECTORS = CASTS | COPIES | EXPANDS | {"getitem", "unsqueeze", "view", "reshape", "squeeze"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,13 +371,13 @@ class _Reader:
             not isinstance(left, fx.Node)
             or not isinstance(right, fx.Node)
             or fake is None
-            or fake.dtype not in _EXACT
+            or fake.dtype not in EXACT
         ):
             return None
         kinds = [self._varies(operand, place, fake.ndim) for operand in (left, right)]
         if sorted(kinds) != ["keys", "queries"]:
             return None
-        starts = [self._first(operand) for operand in (left, right)]
+        starts = [first_position(operand, self._level, self._mutated) for operand in (left, right)]
         if None in starts:
             raise Refusal(
                 f"{node.name} in the bias is no difference of positions that count tokens", Cause.MASK
@@ -400,55 +397,3 @@ class _Reader:
             if not (isinstance(size, int) and size == 1)
         }
         return {place.queries: "queries", place.keys: "keys"}.get(*wide, "") if len(wide) == 1 else ""  # type: ignore[call-overload,no-any-return]
-
-    def _first(self, node: fx.Node) -> int | None:
-        """The first position of a vector that counts tokens; None: it is no such vector."""
-        shift, current = 0, self._level.resolve(node)
-        while True:
-            fake = tensor_value(current)
-            if fake is None or fake.dtype not in _EXACT or storage_key(fake) in self._mutated:
-                return None
-            if operation(current) == "arange":
-                start = _start_of_arange(current, fake)
-                return self._constant_first(node) if start is None else start + shift
-            source = current.args[0] if current.args else None
-            inner = tensor_value(source) if isinstance(source, fx.Node) else None
-            if inner is None or expression(inner.numel()) != expression(fake.numel()):
-                return self._constant_first(node)
-            if operation(current) in ("add", "sub") and len(current.args) == 2 and not current.kwargs:
-                other = current.args[1]
-                if not isinstance(other, int) or isinstance(other, bool):
-                    return self._constant_first(node)
-                shift += other if operation(current) == "add" else -other
-            elif operation(current) not in _VIEWS_OF_VECTORS or not _keeps_order(current):
-                return self._constant_first(node)
-            current = self._level.resolve(source)  # type: ignore[arg-type]
-
-    def _constant_first(self, node: fx.Node) -> int | None:
-        fake = tensor_value(node)
-        assert fake is not None
-        known = evaluated(node, {}, hint(fake.numel()), self._mutated)
-        if not isinstance(known, torch.Tensor) or known.dtype not in _EXACT or not known.numel():
-            return None
-        flat = known.flatten()
-        counted = torch.arange(len(flat), dtype=flat.dtype) + flat[0]
-        return int(flat[0]) if bool((flat == counted).all()) and float(flat[0]).is_integer() else None
-
-
-def _keeps_order(node: fx.Node) -> bool:
-    """Whether a view that has as many elements as its source has the same ones: an index by a tensor may pick others."""
-    if operation(node) != "getitem":
-        return not any(isinstance(arg, torch.dtype) for arg in node.args) or operation(node) in CASTS
-    parts = node.args[1] if isinstance(node.args[1], (tuple, list)) else [node.args[1]]
-    return all(part is None or part is Ellipsis or isinstance(part, slice) for part in parts)
-
-
-def _start_of_arange(node: fx.Node, fake: Any) -> int | None:
-    """Where ``arange`` starts, if it counts by ones."""
-    given = list(node.args)
-    if any(name in node.kwargs for name in ("start", "end", "step")) or not given:
-        return None
-    start = given[0] if len(given) > 1 else 0
-    step = given[2] if len(given) > 2 else 1
-    is_int = isinstance(start, int) and not isinstance(start, bool)
-    return start if is_int and step == 1 and fake.ndim == 1 else None  # type: ignore[return-value]

@@ -346,6 +346,16 @@ def _have_heads(*operands: Any) -> bool:
     return len(fakes) == len(operands) and all(fake is not None and fake.ndim == 4 for fake in fakes)
 
 
+def have_same_heads(site: Site) -> bool:
+    """Whether each has its own: what torch would repeat (one head of scores for all of the values, say), our kernels do not."""
+    fakes = map(tensor_value, (site.query, site.key, site.value, site.out))
+    shapes = [[expression(size) for size in fake.shape] for fake in fakes if fake is not None]
+    if any(len(shape) != 4 for shape in shapes):
+        return False
+    query, key, value, out = shapes
+    return query[:3] == out[:3] and query[0] == key[0] == value[0] and key[1] == value[1]
+
+
 def scaled_query(site: Site, query: fx.Node) -> fx.Node:
     """The query of a site, times the number that scaled its scores; at the graph's insertion point."""
     if site.scaling is None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.levels import Level, all_levels
-from mst_fx.graph.sizes import expression, hint
+from mst_fx.graph.sizes import hint
 from mst_fx.graph.values import tensor_value
 from mst_fx.masks import formula, reach, sites
 from mst_fx.masks.biases import NO_BIASES, NOT_HIDDEN, Biases, BooleanPart, Splitter
@@ -249,22 +249,12 @@ def _check(site: Site) -> None:
     types = {fake.dtype for fake in fakes if fake is not None}
     if len(types) > 1 and site.dtype is None and not _under_autocast(site):
         raise Refusal(f"{site.out.name}: query, key, value and output have different types", Cause.SCORES)
-    if not _have_same_heads(site):
+    if not sites.have_same_heads(site):
         raise Refusal(f"{site.out.name}: query, key and value have other batches or heads", Cause.SCORES)
     if site.sinks is not None and sites.sinks_of_heads(site) is None:
         raise Refusal(f"{site.sinks.name}: attention sinks that may differ between queries", Cause.SCORES)
     if site.dropout and site.mask is not None:
         raise Refusal(f"{site.out.name}: attention weights are dropped at random", Cause.SCORES)
-
-
-def _have_same_heads(site: Site) -> bool:
-    """Whether each has its own: what torch would repeat (one head of scores for all of the values, say), our kernels do not."""
-    fakes = map(tensor_value, (site.query, site.key, site.value, site.out))
-    shapes = [[expression(size) for size in fake.shape] for fake in fakes if fake is not None]
-    if any(len(shape) != 4 for shape in shapes):
-        return False
-    query, key, value, out = shapes
-    return query[:3] == out[:3] and query[0] == key[0] == value[0] and key[1] == value[1]
 
 
 def _gains(site: Site) -> bool:
