@@ -21,6 +21,7 @@ from mst_fx.torch_api.tensors import tree_leaves
 # Biases that only weigh keys stay far below: a slope of 1 and ten thousand tokens are it.
 _LARGE = 1e4
 _LOGARITHMS = frozenset(("log", "log2", "log10", "logit"))
+_MOVES = frozenset(("add", "sub", "rsub", "clamp", "remainder", "floor_divide"))
 _SAY_SIZES = (
     RESHAPES | EXPANDS | {"arange", "getitem", "zeros", "ones", "new_zeros", "new_ones", "narrow", "size"}
 )
@@ -42,13 +43,21 @@ def may_hide(bias: fx.Node, level: Level, heads: Any, keys: Any) -> bool:
         if node.op in ("placeholder", "get_attr"):
             if _is_unknown(node, fake, heads, keys):
                 return True
-        elif name in _LOGARITHMS or (name not in _SAY_SIZES and any(map(_is_large, _numbers(node)))):
+        elif name in _LOGARITHMS or (
+            not _moves_positions(node, fake) and any(map(_is_large, _numbers(node)))
+        ):
             return True
         elif name == "getitem":  # what is picked by is no bias
             stack.append(node.args[0])  # type: ignore[arg-type]
         else:
             stack += node.all_input_nodes
     return False
+
+
+def _moves_positions(node: fx.Node, fake: Any) -> bool:
+    """Whether the numbers of a node are sizes, or those by which positions are moved: as large as a sequence is long."""
+    name = operation(node)
+    return name in _SAY_SIZES or (name in _MOVES and not fake.is_floating_point())
 
 
 def _numbers(node: fx.Node) -> list[float]:

@@ -183,6 +183,12 @@ def padding_beside_infinity(m: Attention, q: Tensor, k: Tensor, v: Tensor, paddi
     return _weigh(_scores(q, k) + _causal(-math.inf) + padding, v)
 
 
+def positions_far_along(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    """The numbers by which they are moved are large, and hide nothing."""
+    place = torch.arange(20000, 20000 + SEQ) - 20000
+    return _weigh(_scores(q, k) + m.slopes[:, None, None] * place + _causal(LOW), v)
+
+
 def einsum_of_heads_first(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
     """The other product is viewed as einsum has it in memory."""
     other = torch.einsum("hbqd,hbkd->bhqk", q.transpose(0, 1), k.transpose(0, 1)).view(-1, SEQ, SEQ)
@@ -205,6 +211,7 @@ FIRE: list[tuple[Form, str]] = [
     (whole_slices, "bias"),
     (sequences_as_rows, "bias"),
     (padding_beside_infinity, "bias, causal"),
+    (positions_far_along, "bias, causal"),
     (einsum_of_heads_first, "bias"),
     (triangle_of_sequences, "bias"),
     (masks_of_one_head, "general: k0 <= q0 and not k1"),
