@@ -35,6 +35,7 @@ from mst_fx.passes import (
     one_hots,
     picks,
     positional,
+    repeated_rows,
     routing,
     row_slices,
     scalars,
@@ -96,6 +97,7 @@ STAGES: tuple[Stage, ...] = (
         scope=Scope.EACH_GRAPH,
         prepared_by=(
             Helper("functional", functional.run, gives=frozenset({"no-writes"})),
+            Helper("repeated_rows", repeated_rows.run, needs=frozenset({"no-writes"})),
             Helper("dropouts", dropouts.put_in, gives=frozenset({"seeded-dropouts"})),
         ),
         followed_by=(Helper("dropouts_back", dropouts.take_out, needs=frozenset({"seeded-dropouts"})),),
