@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from mst_fx import backend
 from mst_fx.context import JointContext
 from mst_fx.listeners import on_plan
 from mst_fx.ops.arena import ARENA, Arena
@@ -28,7 +27,7 @@ from mst_fx.plan.layers import Begin, layers_of
 from mst_fx.plan.peak import calls_of, curve_of, peak_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
-from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
+from tests.helpers import SMALL_CHUNKS, ToyLM, compile_mst, loss_of, step, token_batch, worst_error
 from tests.models import ACCEPTED, inputs_of
 from tests.plan.ways import PLAIN, STRICT, Ways
 
@@ -41,6 +40,12 @@ def _model(name: str = "llama", layers: int = _LAYERS, length: int = _LENGTH) ->
     entry = ACCEPTED[name]
     model = entry.build(num_hidden_layers=layers) if name == "llama" else entry.build()
     return model.train(), inputs_of(entry, 1, length)
+
+
+def _toy(layers: int, length: int = _LENGTH) -> tuple[ToyLM, dict[str, Any]]:
+    """In float64, with a capture of a third of the time."""
+    torch.manual_seed(0)
+    return ToyLM(layers=layers), token_batch(1, length)
 
 
 class Sending:
@@ -69,16 +74,9 @@ def _way(sending: Sending) -> tuple[tuple[Stage, ...], dict[str, Any]]:
     return (Stage("memory", sending.__call__, when=When.JOINT),), STRICT
 
 
-def _sending(monkeypatch: pytest.MonkeyPatch, index: int) -> Sending:
-    found = Sending(index)
-    monkeypatch.setattr(backend, "JOINT_STAGES", (Stage("memory", found, when=When.JOINT),))
-    monkeypatch.setattr("mst_fx.joint._key", lambda *_: str(index))
-    return found
-
-
 def test_every_choice_on_the_host_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the passes the arena holds what the plan sends, and nothing afterwards."""
-    model, batch = _model()
+    model, batch = _toy(_LAYERS)
     every: list[Sending] = []
 
     def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
@@ -93,8 +91,8 @@ def test_every_choice_on_the_host_has_the_same_bits(monkeypatch: pytest.MonkeyPa
         found = compiled.run(**batch)
         assert ARENA.used == sending.host > 0
         model.zero_grad(set_to_none=True)
-        found.loss.backward()
-        assert torch.equal(found.loss, loss)
+        loss_of(found).backward()
+        assert torch.equal(loss_of(found), loss)
         assert all(torch.equal(p.grad, truth[name]) for name, p in model.named_parameters())
         del found
         gc.collect()
@@ -104,14 +102,14 @@ def test_every_choice_on_the_host_has_the_same_bits(monkeypatch: pytest.MonkeyPa
 
 def test_graphs_that_live_on_are_dropped_or_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two graphs alive at once, one retained; one dropped; one whose backward pass raises: nobody reads another's memory."""
-    model, batch = _model()
+    model, batch = _toy(_LAYERS)
     sending = Sending(1)
     ways = Ways(monkeypatch, model, [PLAIN, _way(sending)])
     loss, truth = step(model, ways.run, batch)
     ways.now, compiled = 1, ways.run
 
     def gradients(found: Any, **kwargs: Any) -> list[Any]:
-        return list(torch.autograd.grad(found.loss, list(model.parameters()), **kwargs))
+        return list(torch.autograd.grad(loss_of(found), list(model.parameters()), **kwargs))
 
     first, second, dropped = compiled(**batch), compiled(**batch), compiled(**batch)
     assert ARENA.used == 3 * sending.host
@@ -128,18 +126,18 @@ def test_graphs_that_live_on_are_dropped_or_raise(monkeypatch: pytest.MonkeyPatc
     third = compiled(**batch)
     handle = next(iter(model.parameters())).register_post_accumulate_grad_hook(fail)
     with pytest.raises(InterruptedError):
-        third.loss.backward()
+        loss_of(third).backward()
     handle.remove()
     del first, second, third
     gc.collect()
     assert ARENA.used == 0
     fourth = compiled(**batch)
-    assert torch.equal(fourth.loss, loss) and all(map(torch.equal, gradients(fourth), expected))
+    assert torch.equal(loss_of(fourth), loss) and all(map(torch.equal, gradients(fourth), expected))
 
 
 def test_layers_between_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fetched ahead is that of the next layer alone; others start their copies where they begin."""
-    model, batch = _model(layers=4)
+    model, batch = _toy(layers=4)
     every = [Sending(0, sent) for sent in ((0,), (1,), (0, 2))]
     compiled = Ways(monkeypatch, model, [PLAIN, *map(_way, every)])
     loss, truth = step(model, compiled.run, batch)
@@ -151,32 +149,36 @@ def test_layers_between_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_kinds_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = _model("gemma2")
-    sending = Sending(1)
-    compiled = Ways(monkeypatch, model, [PLAIN, _way(sending)])
+    every = [Sending(1), Sending(100)]
+    compiled = Ways(monkeypatch, model, [PLAIN, *map(_way, every)])
     loss, truth = step(model, compiled.run, batch)
-    compiled.now = 1
-    found, gradients = step(model, compiled.run, batch)
-    assert sending.host > 0 and torch.equal(found, loss)
-    assert all(torch.equal(gradients[name], gradient) for name, gradient in truth.items())
+    for compiled.now, sending in enumerate(every, start=1):
+        found, gradients = step(model, compiled.run, batch)
+        assert sending.host > 0 and torch.equal(found, loss)
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in truth.items())
+    assert every[0].host < every[1].host
 
 
 @pytest.mark.slow
 def test_by_inductor(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """To rounding, as Inductor fuses; and it meets no operator of ours that it was not told of, which takes torch 2.11 forever."""
-    model, batch = _model()
-    loss, truth = step(model, compile_mst(model, SMALL_CHUNKS), batch)
-    sending = _sending(monkeypatch, 1)
+    model, batch = _model(layers=2)
+    sending = Sending(1)
+    stages, options = _way(sending)
+    by_inductor = {**options, "inner": "inductor", "inductor": {"force_disable_caches": True}}
+    compiled = Ways(monkeypatch, model, [PLAIN, (stages, by_inductor)])
     log = logging.getLogger("torch._inductor.graph")
     monkeypatch.setattr(log, "disabled", False)
     with caplog.at_level(logging.INFO, logger=log.name):
-        options = {**SMALL_CHUNKS, "inner": "inductor", "strict": True}
-        found, gradients = step(model, compile_mst(model, options), batch)
+        loss, truth = step(model, compiled.run, batch)
+        compiled.now = 1
+        found, gradients = step(model, compiled.run, batch)
     assert sending.host > 0 and worst_error(gradients, truth) < 1e-5
     assert float((found - loss).abs()) < 1e-5
     assert not [
         record
         for record in caplog.records
-        if "implicit fallback" in record.msg and "mst_fx" in str(record.args)
+        if "implicit fallback" in record.msg and "mst_fx" in record.getMessage()
     ]
 
 
@@ -186,7 +188,7 @@ def test_a_budget_that_the_host_makes_fit(
     """With bytes of the host less is made again on the same device; where it cannot be had, a warning says so and the plan does without."""
     pytest.importorskip("scipy", reason="the ladder without it sends layers only where nothing else fits")
     monkeypatch.setattr("mst_fx.passes.memory_plan.ways_in_groups", lambda *_: [])  # would need less yet
-    model, batch = _model(layers=4, length=1024)
+    model, batch = _model(layers=3, length=512)
     found: list[Any] = []
     budgets: list[int] = []
 
@@ -265,18 +267,18 @@ def test_ctrl_c_while_a_buffer_is_given_back_is_raised() -> None:
 @pytest.mark.slow
 def test_a_longer_sequence_than_the_plan_holds_is_planned_anew() -> None:
     """One graph of all lengths, as far as its plan's budget goes."""
-    model, _ = _model(layers=2)
+    model, _ = _toy(layers=2)
     found: list[Any] = []
-    compiled = compile_mst(model, {**SMALL_CHUNKS, "memory": 4_000_000}, dynamic=True)
+    compiled = compile_mst(model, {**SMALL_CHUNKS, "memory": 2_500_000}, dynamic=True)
     counts = []
     with on_plan.listening(found.append):
         for length in (300, 200, 280, 700):
-            ids = torch.randint(0, 50, (1, length))
-            loss, gradients = step(model, compiled, {"input_ids": ids, "labels": ids})
+            batch = token_batch(1, length)
+            loss, gradients = step(model, compiled, batch)
             counts.append(len(found))
     assert counts == [1, 1, 1, 2] and all(plan.peak <= plan.budget for plan in found)
-    expected, truth = step(model, model, {"input_ids": ids, "labels": ids})
-    assert float((loss - expected).abs()) < 1e-5 and worst_error(gradients, truth) < 1e-5
+    expected, truth = step(model, model, batch)
+    assert float((loss - expected).abs()) < 1e-12 and worst_error(gradients, truth) < 1e-12
 
 
 def _whole(
@@ -287,7 +289,7 @@ def _whole(
 
 def test_what_attention_gave_comes_back_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's values come in two parts, and the next layer's only with the second: the backward pass of its MLP has less beside it."""
-    model, batch = _model(layers=5)
+    model, batch = _model(layers=4)
     sending = Sending(-1)
     found: list[tuple[int, int]] = []
 
@@ -306,5 +308,5 @@ def test_what_attention_gave_comes_back_when_it_is_read(monkeypatch: pytest.Monk
 
     Ways(monkeypatch, model, ways()).run(**batch)
     (parts, in_parts), (wholes, at_once) = found
-    assert wholes == 4 and parts == 2 * wholes
+    assert wholes == 3 and parts == 2 * wholes
     assert in_parts < 0.95 * at_once
