@@ -2,8 +2,9 @@
 
 A server is a fresh Python that has imported torch, its compilers and transformers, and has run nothing yet. Each
 call is a fork of it: with its own environment, folder, output and process group, ended when it takes too long.
-A test process starts a server when it first needs one, and one more for each set of variables that only count
-when a process starts (``LD_PRELOAD``).
+A test process starts a server when it first needs one, with the meter of ``tools.meters.cpu`` loaded, which counts for
+the forks that ask it; a call whose ``LD_PRELOAD``, which only counts when a process starts, is another library gets
+one more.
 """
 
 from __future__ import annotations
@@ -28,17 +29,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_AT_START = ("LD_PRELOAD",)
 
 
 class _Server:
-    def __init__(self, at_start: dict[str, str]) -> None:
+    def __init__(self, preload: str) -> None:
         ours, theirs = socket.socketpair()
         self._socket = ours
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.apart", str(theirs.fileno())],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **at_start},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LD_PRELOAD": preload},
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
@@ -60,16 +60,18 @@ class _Server:
         self.process.wait()  # which makes its CPU time ours
 
 
-_servers: dict[tuple[str, ...], _Server] = {}
+_servers: dict[str, _Server] = {}
 
 
-def _server(environment: dict[str, str]) -> _Server:
-    key = tuple(environment.get(name, "") for name in _AT_START)
-    if key not in _servers:
+def _server(preload: str | None) -> _Server:
+    from tools.meters import cpu
+
+    library = preload or (str(cpu.library_path()) if cpu.is_available() else "")
+    if library not in _servers:
         if not _servers:
             atexit.register(stop)
-        _servers[key] = _Server({name: environment[name] for name in _AT_START if name in environment})
-    return _servers[key]
+        _servers[library] = _Server(library)
+    return _servers[library]
 
 
 def stop() -> None:
@@ -97,7 +99,7 @@ def _call(
     timeout: float,
 ) -> int:
     request = {"function": function, "args": args, "env": environment, "cwd": str(Path(cwd).resolve())}
-    status = _server(environment).call(request, outputs, math.ceil(timeout))
+    status = _server(environment.get("LD_PRELOAD")).call(request, outputs, math.ceil(timeout))
     if status is None:
         raise subprocess.TimeoutExpired(function.__qualname__, timeout)
     return status
@@ -238,7 +240,7 @@ def _run(request: dict[str, Any], outputs: Sequence[int]) -> int:
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(request["cwd"])
     os.environ.clear()
-    os.environ.update({name: value for name, value in request["env"].items() if name not in _AT_START})
+    os.environ.update({name: value for name, value in request["env"].items() if name != "LD_PRELOAD"})
     sys.path[1:1] = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     return status_of(request["function"], *request["args"])
 
