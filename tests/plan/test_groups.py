@@ -25,7 +25,7 @@ from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
-from tests.helpers import step, worst_error
+from tests.helpers import ToyLM, loss_of, step, token_batch, worst_error
 from tests.models import ACCEPTED, inputs_of
 from tests.plan.ways import PLAIN, STRICT, Ways
 from tools.meters.cpu import measure_cpu
@@ -34,10 +34,10 @@ _LENGTH = 96
 _LAYERS = 4
 
 
-def _model(layers: int = _LAYERS, length: int = _LENGTH, **config: Any) -> tuple[Any, dict[str, Any]]:
+def _model(layers: int, length: int) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     entry = ACCEPTED["llama"]
-    return entry.build(num_hidden_layers=layers, **config).train(), inputs_of(entry, 1, length)
+    return entry.build(num_hidden_layers=layers).train(), inputs_of(entry, 1, length)
 
 
 class Grouped:
@@ -70,7 +70,8 @@ def _way(grouped: Grouped) -> tuple[Sequence[Stage], dict[str, Any]]:
 
 def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the device and on the host, of two layers and more; attention runs again for each start, unless it is kept."""
-    model, batch = _model()
+    torch.manual_seed(0)
+    model, batch = ToyLM(layers=_LAYERS), token_batch(1, _LENGTH)
     every = [
         Grouped(0, 2),
         Grouped(0, 3),
@@ -84,8 +85,8 @@ def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         found = compiled.run(**batch)
         assert bool(ARENA.used) == grouped.is_sent
         model.zero_grad(set_to_none=True)
-        found.loss.backward()
-        assert torch.equal(found.loss, loss)
+        loss_of(found).backward()
+        assert torch.equal(loss_of(found), loss)
         assert all(torch.equal(p.grad, truth[name]) for name, p in model.named_parameters())
         inner = sum(not choice.keeps_start for choice in grouped.chosen)
         assert len(groups_of(grouped.chosen)[0]) == grouped.size

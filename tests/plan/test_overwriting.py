@@ -155,14 +155,14 @@ def test_by_inductor(
     checkpointed: bool, long: list[list[str]], loops: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkpointed layers: loops, and all three of attention. Without: what the forward pass has kept stays, and a second backward pass gives the same."""
-    model, batch = _model()
+    model, batch = _model(1)
     _, truth = step(model, lambda **b: model(**b), batch)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = Ways(monkeypatch, model, [PLAIN, PLAIN], _BY_INDUCTOR)
     loss, found = step(model, compiled.run, batch)
-    assert long == [["tangent", "key", "value"] if checkpointed else ["tangent"]] * 2
-    assert loops == [True, True]
+    assert long == [["tangent", "key", "value"] if checkpointed else ["tangent"]]
+    assert loops == [True]
     assert worst_error(found, truth) < 1e-6  # float32 inside of its norms
     again = _two_backward_passes(compiled.run, model, batch)
     assert all(torch.equal(found[name], x) for each in again for name, x in each.items())
