@@ -78,8 +78,9 @@ def test_layers_are_told_apart_by_the_config() -> None:
 
 @pytest.mark.slow
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["fit", "llama3-8b", "--memory", "2GiB", "--device", "h200", *_SMALL]
-    assert cli.main([*arguments, "--host", "8GiB", "--seq", "16384"]) == 0
+    arguments = ["fit", "llama3-8b", "--memory", "512MiB", "--device", "h200", *_SMALL]
+    three = ["--set=num_hidden_layers=3"]  # of four with memory of the host all would be traced
+    assert cli.main([*arguments, *three, "--host", "8GiB", "--seq", "16384"]) == 0
     out = capsys.readouterr().out
     assert "Copies to the host and back" in out
     assert "All of it is predicted" in out and "the plan at 16,384 tokens: " in out
@@ -89,7 +90,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert longest[0] < longest[1] < min(longest[2:])
     for way in found["ways"]:
         points = {point["seq"]: point for point in way["points"]}
-        assert way["longest"] in points and all(point["peak"] <= 2 * 2**30 for point in points.values())
+        assert way["longest"] in points and all(point["peak"] <= 2**29 for point in points.values())
     planned, checkpointed = found["ways"][3]["points"], found["ways"][2]["points"]
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(planned, checkpointed, strict=False))
 

@@ -476,9 +476,18 @@ def _gpt_oss_model(how: str = "", dtype: torch.dtype = torch.float64) -> Any:
             _Norm, (layer.input_layernorm, layer.post_attention_layernorm)
         )
     model.model.norm = _Norm(model.model.norm)
+    if "no experts" in how:
+        for layer in model.model.layers:
+            layer.mlp = nn.Identity()
+            layer.forward = _without_router.__get__(layer)
     if "checkpoint" in how:
         model.gradient_checkpointing_enable()
     return model
+
+
+def _without_router(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    return hidden_states + attended  # type: ignore[no-any-return]
 
 
 def _inputs(batch: int, how: str) -> dict[str, Tensor]:
@@ -504,10 +513,10 @@ def _step(run: Callable[..., Any], model: nn.Module, inputs: dict[str, Tensor]) 
     [
         (1, ""),
         (3, "checkpoint"),
-        (3, "left checkpoint"),
-        (2, "right"),
-        (2, "dynamic"),
-        pytest.param(2, "inductor checkpoint", marks=pytest.mark.slow),
+        (3, "no experts, left checkpoint"),
+        (2, "no experts, right"),
+        (2, "no experts, dynamic"),
+        pytest.param(2, "no experts, inductor checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_gpt_oss(batch: int, how: str) -> None:
@@ -515,7 +524,7 @@ def test_gpt_oss(batch: int, how: str) -> None:
     model, inputs = _gpt_oss_model(how), _inputs(batch, how)
     truth = _step(model, model, inputs)
     options = {**OPTIONS, "inner": "inductor"} if "inductor" in how else OPTIONS
-    more: dict[str, Any] = {"dynamic": True} if how == "dynamic" else {}
+    more: dict[str, Any] = {"dynamic": True} if "dynamic" in how else {}
     with mst_fx.watch() as report:
         found = _step(compile_mst(model, options, **more), model, inputs)
     assert sum("sinks" in name for name in truth) == 2
@@ -530,8 +539,8 @@ def test_gpt_oss(batch: int, how: str) -> None:
 def test_gpt_oss_in_16_bits() -> None:
     """The worst gradient of several models. (Those of the sinks: of the operator, above.)"""
     ratios: list[float] = []
-    compiled = compile_mst(model := _gpt_oss_model(dtype=torch.bfloat16), OPTIONS)
-    exact = _gpt_oss_model()
+    compiled = compile_mst(model := _gpt_oss_model("no experts", torch.bfloat16), OPTIONS)
+    exact = _gpt_oss_model("no experts")
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
@@ -546,7 +555,7 @@ def test_gpt_oss_in_16_bits() -> None:
 
 def test_prompt_and_what_follows() -> None:
     """Without gradients, with a cache: all queries, and then some that have keys before them."""
-    model = _gpt_oss_model().eval()
+    model = _gpt_oss_model("no experts").eval()
     model.config.use_cache = True
     inputs = _inputs(2, "")["input_ids"]
 
@@ -600,10 +609,7 @@ def _measure() -> list[int]:
     from tools.meters.cpu import malloc_meter
 
     seq = 6144
-    model = _gpt_oss_model("checkpoint", torch.float32).model
-    for layer in model.layers:
-        layer.mlp = nn.Identity()
-        layer.forward = _without_router.__get__(layer)
+    model = _gpt_oss_model("no experts, checkpoint", torch.float32).model
     model.config.max_position_embeddings = seq
     ids = torch.randint(64, (1, seq))
     options: Any = {"inner": "aot_eager", "passes": ("attention",)}
@@ -614,11 +620,6 @@ def _measure() -> list[int]:
     level = meter.current()
     run(input_ids=ids).last_hidden_state.sum().backward()
     return [meter.peak() - level]
-
-
-def _without_router(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-    return hidden_states + attended  # type: ignore[no-any-return]
 
 
 @pytest.mark.slow
