@@ -345,13 +345,13 @@ def test_refusals(function: Spelled, bound: int, reason: str) -> None:
 def test_routing_is_computed_once() -> None:
     """Under checkpointing, whose backward pass would choose again, and might choose otherwise."""
     entry = ACCEPTED["mixtral"]
-    model = entry.build(num_hidden_layers=2).train()
+    model = entry.build(num_hidden_layers=1).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     batch = inputs_of(entry, 1, 40, torch.float32)
     run = compile_mst(model, {"inner": "aot_eager", "chunk_rows": 16, "vocab_chunk_rows": 16})
     step(model, run, batch)
     ran = [name for name, _ in operators(lambda: step(model, run, batch))]
-    assert ran.count("aten::topk") == 2 == ran.count("mst_fx::experts_loop_backward")
+    assert ran.count("aten::topk") == 1 == ran.count("mst_fx::experts_loop_backward")
 
 
 def test_without_gradients() -> None:

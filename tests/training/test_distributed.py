@@ -50,7 +50,6 @@ class Case:
 _CASES = (
     Case("eager"),
     Case("eager", checkpointing=True),
-    Case("inside"),
     Case("inside", checkpointing=True),
     Case("around", static_graph=True),
     Case("inside", split=True, bucket_mb=_TINY),
