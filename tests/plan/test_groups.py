@@ -71,7 +71,8 @@ def _way(grouped: Grouped) -> tuple[Sequence[Stage], dict[str, Any]]:
 def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the device and on the host, of two layers and more; attention runs again for each start, unless it is kept."""
     torch.manual_seed(0)
-    model, batch = ToyLM(layers=_LAYERS), token_batch(1, _LENGTH)
+    model: Any = ToyLM(layers=_LAYERS)
+    batch = token_batch(1, _LENGTH)
     every = [
         Grouped(0, 2),
         Grouped(0, 3),

@@ -42,7 +42,7 @@ def _model(name: str = "llama", layers: int = _LAYERS, length: int = _LENGTH) ->
     return model.train(), inputs_of(entry, 1, length)
 
 
-def _toy(layers: int, length: int = _LENGTH) -> tuple[ToyLM, dict[str, Any]]:
+def _toy(layers: int, length: int = _LENGTH) -> tuple[Any, dict[str, Any]]:
     """In float64, with a capture of a third of the time."""
     torch.manual_seed(0)
     return ToyLM(layers=layers), token_batch(1, length)
