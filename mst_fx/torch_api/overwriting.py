@@ -11,7 +11,8 @@ which a second backward pass reads again, and tangents from outside), what has a
 otherwise than the gradient; and attention whose gradients one call of a kernel makes, where nothing would be gained.
 
 ``auto_functionalized`` gives what a copy of each ``over_…`` would have become. Inductor decides by an analysis of its own
-(``fx_passes/reinplace.py``), in the last graph, whether the copy can be left out: were ours wrong, memory would be lost, and not the numbers.
+(``fx_passes/reinplace.py``), in the last graph, whether the copy can be left out: were ours wrong, memory would be lost, and not the numbers,
+but for one mistake of Inductor's (:func:`_has_run`).
 So only Inductor gets such graphs: eager graphs have no pass that leaves copies out.
 
 ``torch._higher_order_ops.auto_functionalize``: what AOTAutograd makes of calls of operators that write to their operands; no
@@ -168,7 +169,30 @@ def _is_dead(node: fx.Node, operand: fx.Node, order: Order, is_given: IsGiven) -
     if sum(x in aliases for x in _leaves(node)) != 1:
         return False
     readers = (user for alias in aliases for user in alias.users if user not in aliases and user is not node)
-    return all(user.op == "call_function" and order[user] < order[node] for user in readers)
+    return all(_has_run(reader, node, order) for reader in readers)
+
+
+def _has_run(reader: fx.Node, node: fx.Node, order: Order) -> bool:
+    """Whether a reader has surely run when Inductor runs a call.
+
+    Arithmetic may be put off until it is read: Inductor lets it run when a call is about to write to what it reads, but then
+    registers it behind that call (``FallbackKernel.__init__``, ``MutationOutput``), and it reads what was written (torch 2.11 to 2.13).
+    """
+    waiting, seen = [reader], {reader}
+    while waiting:
+        reader = waiting.pop()
+        if reader.op != "call_function" or order[reader] >= order[node]:
+            return False
+        if not _runs_at_once(reader):
+            following = set(reader.users) - seen
+            seen |= following
+            waiting += following
+    return True
+
+
+def _runs_at_once(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, OpOverload) and (target in _PRODUCTS or target.namespace == "mst_fx")
 
 
 def _leaves(node: fx.Node) -> Iterator[Any]:

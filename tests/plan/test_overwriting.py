@@ -19,7 +19,7 @@ from mst_fx.ops import loop, loop_over
 from mst_fx.plan.joint_graph import JointGraph, is_attention_backward
 from mst_fx.plan.peak import calls_of, curve_of, held_by, scratch_of
 from mst_fx.torch_api import attention, inductor, overwriting
-from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
+from tests.helpers import SMALL_CHUNKS, compile_mst, relative_error, step, worst_error
 from tests.models import ACCEPTED, inputs_of
 from tests.plan.test_memory_plan import Chosen, _stages
 from tests.plan.ways import PLAIN, Ways
@@ -329,3 +329,32 @@ def test_peaks_know_it(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart["own"] == 96 * (4 + 2 + 2) * 16 * 4
     assert over["own"] == (apart["own"] // 2 if kept else 0)
     assert over["alive"] - over["own"] == apart["alive"] - apart["own"]
+
+
+@pytest.mark.slow
+def test_arithmetic_that_is_put_off() -> None:
+    """Inductor computes what reads a tangent where it is read; two MLPs side by side have one tangent, of which the last may not take
+    the place."""
+    torch.manual_seed(0)
+    weights = [
+        torch.randn(*shape, dtype=torch.float64).requires_grad_()
+        for shape in ((16, 48), (48, 16), (16, 40), (40, 16))
+    ]
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.nn.functional.silu(x @ up) @ down
+
+    def inside(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 16)
+        out = mlp(rows, *weights[:2]) + mlp(rows, *weights[2:])
+        return ((out - x.view_as(out)) ** 2).mean()
+
+    def run(x: Tensor) -> Tensor:
+        found: Tensor = torch.utils.checkpoint.checkpoint(inside, x, use_reentrant=False)
+        return found
+
+    compiled = compile_mst(run, {"chunk_rows": 7, "inductor": {"force_disable_caches": True}})
+    x = torch.randn(3, 21, 16, dtype=torch.float64).requires_grad_()
+    found, truth = (torch.autograd.grad(way(x), [x, *weights]) for way in (compiled, run))
+    for mine, true in zip(found, truth, strict=True):
+        assert relative_error(mine, true) <= 1e-12
