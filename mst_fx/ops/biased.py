@@ -116,7 +116,9 @@ class _Biased(Call):
         if is_fused and bias.dtype == query.dtype:  # type: ignore[union-attr]
             hidden = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))  # type: ignore[union-attr]
             return F.scaled_dot_product_attention(query, key, value, attn_mask=hidden, scale=self.scale)
-        scores = torch.matmul(query, key.transpose(2, 3)) * self.scale
+        # With a wider bias scores are as wide: eager attention rounds them once, behind the bias, or (in a kernel) never.
+        wide = query.dtype if bias is None else torch.promote_types(query.dtype, bias.dtype)
+        scores = torch.matmul(query.to(wide), key.to(wide).transpose(2, 3)) * self.scale
         if self.softcap:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         weights = self._weights(scores, bias, allowed).to(query.dtype)
