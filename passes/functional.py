@@ -59,13 +59,15 @@ def run(context: PassContext) -> None:
         done.add(storage)
         rewrite = _Rewrite(graph, storage)
         try:
-            rewrite.run()
+            rewrite.make()
         except Refusal as refusal:
             log.debug("a write in place is left: %s", refusal)
             rewrite.undo()
         except Exception:  # a call does not run on fakes as it is made here; old nodes are as they were
             log.debug("a write in place is left", exc_info=True)
             rewrite.undo()
+        else:
+            rewrite.commit()
 
 
 def _next_storage(graph: fx.Graph, done: set[int]) -> int | None:
@@ -93,6 +95,7 @@ class _Rewrite:
         self.views = [node for node in graph.nodes if node.op != "output" and self._has(node)]
         self.parents: dict[fx.Node, fx.Node] = {}
         self.new: list[fx.Node] = []
+        self.writers: list[fx.Node] = []
         # What stands for a view since the last write, and the readers to be changed.
         self.current: dict[fx.Node, fx.Node] = {}
         self.changes: list[tuple[fx.Node, fx.Node, fx.Node]] = []
@@ -100,19 +103,22 @@ class _Rewrite:
     def _has(self, node: fx.Node) -> bool:
         return any(is_plain(fake) and storage(fake) == self.storage for fake in tensors_of(node))
 
-    def run(self) -> None:
+    def make(self) -> None:
+        """Makes the new values beside the old ones, which stay as they are.
+
+        Raises:
+            Refusal: the writes have to stay.
+        """
         self._check()
         readers = {user for view in self.views for user in view.users}
-        writers = []
         for node in sorted(readers, key=self.order.__getitem__):
             if writes_in_place(node) and self._is_view(node.args[0]):
                 self._write(node)
-                writers.append(node)
+                self.writers.append(node)
             else:
                 for operand in node.all_input_nodes:
                     if operand in self.current and self.current[operand] is not operand:
                         self.changes.append((node, operand, self.current[operand]))
-        self._commit(writers)
 
     def undo(self) -> None:
         for node in reversed(self.new):
@@ -239,11 +245,12 @@ class _Rewrite:
                 fresh[view] = add(view.target, source, *view.args[1:], **view.kwargs)
         return fresh[view]
 
-    def _commit(self, writers: list[fx.Node]) -> None:
+    def commit(self) -> None:
+        """Puts the new values in the place of the old ones: what fails here fails the pass, whose copy of the graph is dropped."""
         for reader, old, new in self.changes:
             reader.replace_input_with(old, new)
-        for node in sorted({*self.views[1:], *writers}, key=self.order.__getitem__, reverse=True):
-            if node in writers or not (node.users or node.is_impure()):
+        for node in sorted({*self.views[1:], *self.writers}, key=self.order.__getitem__, reverse=True):
+            if node in self.writers or not (node.users or node.is_impure()):
                 self.graph.erase_node(node)
         for node in reversed(self.new):
             if not node.users:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 import transformers.integrations.moe  # registers its operator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mst_fx
 from mst_fx.errors import Cause
@@ -352,6 +354,21 @@ def test_routing_is_computed_once() -> None:
     step(model, run, batch)
     ran = [name for name, _ in operators(lambda: step(model, run, batch))]
     assert ran.count("aten::topk") == 1 == ran.count("mst_fx::experts_loop_backward")
+
+
+def test_ties() -> None:
+    """Pairs of experts score the same, also at the last place: each row stays with those that the forward pass took."""
+    model, other = (_Residual(_block("qwen3", how)) for how in ("grouped_mm", "eager"))
+    for each in (model, other):
+        gate = each.get_parameter("block.gate.weight").data
+        gate[1::2] = gate[::2]
+    x = torch.randn(3, 21, 16, dtype=torch.float64, requires_grad=True)
+    run = compile_mst(
+        functools.partial(checkpoint, model, use_reentrant=False), {**_EAGER, "inner": "aot_eager"}
+    )
+    _, truth = step(other, other, {"x": x})
+    _, found = step(model, run, {"x": x})
+    assert worst_error(found, truth) < 1e-10
 
 
 def test_without_gradients() -> None:
