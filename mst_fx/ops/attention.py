@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,10 @@ class Call:
     cap: Tensor | None
     sinks: Tensor | None
 
-    most_scores: ClassVar[int] = _MOST_SCORES
+    @property
+    def most_scores(self) -> int:
+        """How many scores of a chunk of queries are written out at once, if it is more than those of one head."""
+        return _MOST_SCORES
 
     @functools.cached_property
     def _table(self) -> list[list[int]]:
