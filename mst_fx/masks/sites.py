@@ -32,12 +32,12 @@ from mst_fx.graph.spelling import (
 )
 from mst_fx.graph.subgraphs import attribute, called_graph
 from mst_fx.graph.values import tensor_value
-from mst_fx.graph.writes import mutated_storages, writes_in_place
+from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks import sinks
 from mst_fx.masks.biases import NOT_HIDDEN, Hidden, choice
 from mst_fx.masks.constants import fill_of, number_of
 from mst_fx.masks.scales import cast_for, factor, have_same_type, is_scaling, is_wide_cast, softcap_of
-from mst_fx.masks.scores import is_of_scores
+from mst_fx.masks.scores import is_of_scores, transposed
 from mst_fx.torch_api.attention import is_fused
 
 
@@ -331,13 +331,8 @@ def _query_and_key(scores: fx.Node | None) -> tuple[Any, Any] | None:
     """``q`` and ``k`` of ``matmul(q, k.transpose(2, 3))``."""
     if scores is None or operation(scores) not in MATMULS:
         return None
-    query, transposed = scores.args[:2]
-    if not isinstance(transposed, fx.Node) or operation(transposed) != "transpose":
-        return None
-    if writes_in_place(transposed):  # and so would the key be transposed that is read in its place
-        return None
-    dims = {x % 4 for x in transposed.args[1:3] if isinstance(x, int)}
-    return (query, transposed.args[0]) if dims == {2, 3} else None
+    query, key = scores.args[0], transposed(scores.args[1])
+    return None if key is None else (query, key)
 
 
 def _have_heads(*operands: Any) -> bool:

@@ -132,9 +132,9 @@ class Call:
     sinks: Tensor | None
 
     @property
-    def most_scores(self) -> int:
-        """How many scores of a chunk of queries are written out at once, if it is more than those of one head."""
-        return _MOST_SCORES
+    def most_scores(self) -> int | None:
+        """How many scores of a chunk of queries are written out at once, if it is more than those of one head; None: none are."""
+        return None if self.sinks is None else _MOST_SCORES
 
     @functools.cached_property
     def _table(self) -> list[list[int]]:
@@ -189,19 +189,15 @@ class Call:
         heads, groups = self.query.shape[1], self.key.shape[1]
         each = heads // groups
         scores = self.query.shape[0] * each * min(self.chunk, self.query.shape[2]) * self.key.shape[2]
-        at_once = max(1, self.most_scores // max(1, scores))
-        if not self.writes_scores or at_once >= groups:
+        most = self.most_scores
+        at_once = groups if most is None else max(1, most // max(1, scores))
+        if at_once >= groups:
             yield slice(0, heads), slice(0, groups), self
             return
         for first in range(0, groups, at_once):
             few = slice(first, min(first + at_once, groups))
             many = slice(few.start * each, few.stop * each)
             yield many, few, dataclasses.replace(self, **self.of_heads(many, few))
-
-    @property
-    def writes_scores(self) -> bool:
-        """Whether the scores of a chunk are written out: those of some heads at a time, if they are many."""
-        return self.sinks is not None
 
     def of_heads(self, many: slice, few: slice) -> dict[str, Any]:
         """The operands that have heads: those of some heads of queries, and of keys and values."""
@@ -252,8 +248,10 @@ class Call:
 
     def _chunk_mask(self, chunk: Reaching) -> Tensor | None:
         """``[b, 1, end - start, last - first]``: Boolean (True: may see), or what is added to the scores."""
-        found, zero = self.allowed(chunk), self.query.new_zeros(())
-        return found if found is None or self.fill == 0.0 else zero.where(found, self.fill)
+        found = self.allowed(chunk)
+        if found is None or self.fill == 0.0:
+            return found
+        return self.query.new_zeros(()).where(found, self.fill)
 
     def allowed(self, chunk: Reaching) -> Tensor | None:
         """``[b, 1, end - start, last - first]``: True where a query may see a key; None: everywhere."""

@@ -73,10 +73,6 @@ class _Biased(Call):
         """A kernel of few heads does not fill a GPU: 64 queries of a head are one of its blocks. Below S² of 8,192 tokens."""
         return 2**26 - 1 if self.query.is_cuda else 2**24
 
-    @property
-    def writes_scores(self) -> bool:
-        return True
-
     def of_heads(self, many: slice, few: slice) -> dict[str, Any]:
         biases = {"of_keys": self.of_keys, "of_distances": self.of_distances}
         return super().of_heads(many, few) | {name: _heads_of(bias, many) for name, bias in biases.items()}

@@ -138,7 +138,26 @@ def of_attention(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor)
     return _weigh((_scores(first, k) + _alibi(m, q)).masked_fill(hidden, -math.inf), v)
 
 
+def _causal(scores: Tensor, v: Tensor) -> Tensor:
+    return _weigh(scores.masked_fill(_distance(scores) > 0, -math.inf), v)
+
+
+def key_by_its_attribute(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    return _causal(q @ k.mT / 3.0, v)
+
+
+def key_permuted(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    return _causal(q @ k.permute(0, 1, 3, 2) / 3.0, v)
+
+
+def key_by_keywords(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    return _causal(q @ torch.transpose(k, dim0=-1, dim1=2) / 3.0, v)
+
+
 FIRE: list[tuple[Form, list[str]]] = [
+    (key_by_its_attribute, ["causal"]),
+    (key_permuted, ["causal"]),
+    (key_by_keywords, ["causal"]),
     (filled_with_a_billion, ["bias, causal"]),
     (triangle_of_infinity, ["bias, causal"]),
     (triangle_of_ones, ["causal"]),
