@@ -305,7 +305,7 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         return None
     if chain.sinks is not None:
         factors = tuple(sinks.before_widening(x, weighted.args[1]) for x in factors)  # type: ignore[assignment,union-attr]
-    if behind != 1.0 and (softcap or scaling is not None):
+    if (behind != 1.0 and (softcap or scaling is not None)) or _loses_gradient(chain, node, *factors):
         return None
     return Site(
         level,
@@ -325,6 +325,14 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
         behind=behind,
         dtype=cast_for(product, *factors, weighted.args[1], node),  # type: ignore[arg-type,union-attr]
     )
+
+
+def _loses_gradient(chain: _Chain, out: fx.Node, *factors: fx.Node) -> bool:
+    """Whether query or key have a gradient, and so has the output, but not what is in between: it is made under ``no_grad``."""
+    wants = [fake.requires_grad for fake in map(tensor_value, factors) if fake is not None]
+    fakes = [tensor_value(node) for node in (*chain.inner, out) if node not in chain.beside]
+    made = [x.requires_grad for x in fakes if x is not None]
+    return any(wants) and made[-1] and not all(made)
 
 
 def _query_and_key(scores: fx.Node | None) -> tuple[Any, Any] | None:

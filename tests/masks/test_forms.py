@@ -220,7 +220,15 @@ def picked_keys(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden[:, None])
 
 
+def weights_without_gradient(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    scores = _scores(q, k).masked_fill(_distance(q) > 0, -math.inf)
+    with torch.no_grad():
+        weights = scores.softmax(-1)
+    return torch.matmul(weights, v)
+
+
 LEFT: list[tuple[Form, str]] = [
+    (weights_without_gradient, "no attention known here"),
     (table_without_gradient, "under no_grad"),
     (padding_as_a_bias, "a bias may hide keys by a number, and a mask does"),
     (scaled_with_its_bias, "scaled with a bias in them"),
