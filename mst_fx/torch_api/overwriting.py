@@ -191,7 +191,12 @@ def _has_run(reader: fx.Node, node: fx.Node, order: Order) -> bool:
 
 
 def _runs_at_once(node: fx.Node) -> bool:
+    """Whether Inductor puts a call off for nobody: kernels of others, and sums of more than it writes out as arithmetic
+    (``config.unroll_reductions_threshold``)."""
     target = node.target
+    if target is aten.sum.dim_IntList:
+        source: Any = node.args[0]
+        return _is_known(source.meta["val"].numel() > 8 * node.meta["val"].numel())
     return isinstance(target, OpOverload) and (target in _PRODUCTS or target.namespace == "mst_fx")
 
 
