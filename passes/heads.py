@@ -27,11 +27,11 @@ from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, copy_provenance, replace_with
 from mst_fx.graph.levels import Level, all_levels
 from mst_fx.graph.modes import outside_transforms
-from mst_fx.graph.sizes import expression
+from mst_fx.graph.sizes import expression, is_one
 from mst_fx.graph.spelling import DROPOUTS, FLOAT_CASTS, RESHAPES, SOFTMAXES, argument, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import writes_in_place
-from mst_fx.masks.scores import is_of_scores
+from mst_fx.masks.scores import is_of_scores, transposed
 
 _PRODUCTS = ("bmm", "baddbmm", "matmul")
 _POINTWISE = (
@@ -148,15 +148,12 @@ def _split(node: Any, heads: int) -> fx.Node:
 
 def _product(scores: fx.Node, heads: int) -> fx.Node:
     graph = scores.graph
-    query, transposed = _factors(scores)
-    is_transposed = operation(transposed) == "transpose" and sorted(x % 3 for x in transposed.args[1:3]) == [
-        1,
-        2,
-    ]
-    if is_transposed and not writes_in_place(transposed):
-        key = _split(transposed.args[0], heads)
+    query, factor = _factors(scores)
+    plain = transposed(factor)
+    if plain is not None:
+        key = _split(plain, heads)
     else:
-        key = add_call(graph, torch.transpose, _split(transposed, heads), 2, 3)
+        key = add_call(graph, torch.transpose, _split(factor, heads), 2, 3)
     new = add_call(graph, torch.matmul, _split(query, heads), add_call(graph, torch.transpose, key, 2, 3))
     copy_provenance(scores, new)
     if operation(scores) != "baddbmm":
@@ -192,10 +189,6 @@ def _in_four(node: fx.Node, source: fx.Node, new: fx.Node, heads: int) -> fx.Nod
 def _aligned(operand: fx.Node, node: fx.Node, heads: int) -> fx.Node:
     """What is joined with scores: ``[N, Q, K]`` split as they are."""
     fake, at = tensor_value(operand), tensor_value(node)
-    if fake is None or at is None or at.ndim == 4 or fake.ndim < 3 or _is_one(fake.shape[0]):
+    if fake is None or at is None or at.ndim == 4 or fake.ndim < 3 or is_one(fake.shape[0]):
         return operand
     return _split(operand, heads)
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1

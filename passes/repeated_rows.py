@@ -18,8 +18,8 @@ expert, before it is added up over the experts.
 
 from __future__ import annotations
 
-import itertools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ from torch import fx
 from mst_fx.context import PassContext
 from mst_fx.graph.edit import PROVENANCE, add_call, copy_provenance, eliminate_dead_code, replace_with
 from mst_fx.graph.modes import Context, contexts, in_context, outside_transforms
-from mst_fx.graph.sizes import expression
-from mst_fx.graph.spelling import CUTS, SIZED_VIEWS, argument, operation
+from mst_fx.graph.sizes import is_same
+from mst_fx.graph.spelling import CUTS, FLOAT_CASTS, SIZED_VIEWS, argument, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.graph.writes import writes_in_place
 
@@ -39,8 +39,7 @@ aten = torch.ops.aten
 def run(context: PassContext) -> None:
     """Puts the rows first in what all experts make of all rows."""
     graph = context.graph
-    repeats = [node for node in outside_transforms(graph) if operation(node) == "repeat"]
-    if not repeats:
+    if not any(operation(node) == "repeat" for node in outside_transforms(graph)):
         return
     modes = contexts(graph)
     for node in outside_transforms(graph):
@@ -199,10 +198,10 @@ class _RowsFirst:
 def _is_pointwise(name: str) -> bool:
     packet = getattr(aten, name, None)
     overloads = [getattr(packet, each) for each in packet.overloads()] if packet is not None else []
-    is_cast = name in ("to", "float", "half", "bfloat16", "double")
-    return is_cast or any(torch.Tag.pointwise in each.tags for each in overloads)
+    return name in FLOAT_CASTS - {"type", "type_as"} or any(
+        torch.Tag.pointwise in each.tags for each in overloads
+    )
 
 
-def _same(left: Any, right: Any) -> bool:
-    pairs = itertools.zip_longest(left, right, fillvalue=-1)
-    return all(expression(a) == expression(b) for a, b in pairs)
+def _same(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(map(is_same, left, right))

@@ -33,6 +33,16 @@ def hint(size: Any) -> int:
     return int(hint_of(size))
 
 
+def is_one(size: Any) -> bool:
+    """Whether a size is 1 whatever the lengths are."""
+    return isinstance(size, int) and size == 1
+
+
+def is_same(size: Any, other: Any) -> bool:
+    """Whether two sizes are one expression, without a guard."""
+    return bool(expression(size) == expression(other))
+
+
 def is_known(size: Any) -> bool:
     """Whether a size has a value at capture."""
     return hint_of(size) is not None

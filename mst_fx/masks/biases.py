@@ -23,7 +23,7 @@ from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.levels import Level
 from mst_fx.graph.names import plain_name
-from mst_fx.graph.sizes import expression
+from mst_fx.graph.sizes import is_one, is_same
 from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value
 from mst_fx.masks.boolean import aligned_where_of, boolean_mask
@@ -141,10 +141,10 @@ class Splitter:
         if storage_key(fake) in self._mutated:
             raise Refusal(f"{node.name} ({plain_name(node)}), the mask, is written to in place", Cause.MASK)
         sizes = [1] * (4 - fake.ndim) + list(fake.shape)
-        if _is_one(sizes[2]) and _same(sizes[3], self._keys):
+        if is_one(sizes[2]) and is_same(sizes[3], self._keys):
             self.of_keys.append(node)
             return None
-        if not fake.requires_grad and _is_one(sizes[1]) and self._is_mask_alone(node):
+        if not fake.requires_grad and is_one(sizes[1]) and self._is_mask_alone(node):
             return None
         first = aligned_where_of(node, self._level)
         parts = [part for part in first.args if isinstance(part, fx.Node)]
@@ -226,14 +226,6 @@ def choice(node: fx.Node, mutated: Collection[int]) -> tuple[fx.Node, fx.Node, f
     if any(fake is None for fake in fakes) or fakes[0].dtype != fakes[1].dtype:  # type: ignore[union-attr]
         return None
     return mask, value, number, negated
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def _same(size: Any, other: Any) -> bool:
-    return bool(expression(size) == expression(other))
 
 
 def vectors_of(

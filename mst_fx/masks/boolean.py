@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.levels import Level
 from mst_fx.graph.names import plain_name
-from mst_fx.graph.sizes import expression
+from mst_fx.graph.sizes import expression, is_one
 from mst_fx.graph.spelling import COPIES, EXPANDS, FLOAT_CASTS, operation
 from mst_fx.graph.values import storage_key, tensor_value
 from mst_fx.masks.constants import fill_of, number_in
@@ -122,15 +122,11 @@ def aligned_where_of(node: fx.Node, level: Level) -> fx.Node:
         if (
             step is not found
             and gives_heads(found, step)
-            and not (fake is not None and _is_one(fake.shape[0]))
+            and not (fake is not None and is_one(fake.shape[0]))
         ):
             break
         found = step
     return found
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 _SAME = FLOAT_CASTS | COPIES

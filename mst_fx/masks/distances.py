@@ -30,7 +30,7 @@ from mst_fx.graph.edit import add_call
 from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.levels import Level
 from mst_fx.graph.names import plain_name
-from mst_fx.graph.sizes import expression
+from mst_fx.graph.sizes import expression, is_one
 from mst_fx.graph.spelling import CASTS, COPIES, EMBEDDINGS, EXPANDS, SIZED_VIEWS, argument, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of
 from mst_fx.graph.writes import writes_in_place
@@ -128,7 +128,7 @@ def _counted(node: fx.Node, place: Place, found: _Difference) -> fx.Node:
 def _length(vector: fx.Node) -> Any:
     fake = tensor_value(vector)
     assert fake is not None
-    dim = next(i for i, size in enumerate(fake.shape) if not (isinstance(size, int) and size == 1))
+    dim = next(i for i, size in enumerate(fake.shape) if not is_one(size))
     size = fake.shape[dim]
     return size if isinstance(size, int) else add_call(vector.graph, "size", vector, dim)
 
@@ -225,7 +225,7 @@ class _Reader:
         fake = tensor_value(node)
         if fake is None or node in self.places:
             return
-        if all(isinstance(size, int) and size == 1 for size in place.of(node)):
+        if all(map(is_one, place.of(node))):
             self._check_unwritten(node)
             return
         if (
@@ -391,9 +391,5 @@ class _Reader:
         fake = tensor_value(node)
         if fake is None:
             return ""
-        wide = {
-            at + ndim - fake.ndim
-            for at, size in enumerate(fake.shape)
-            if not (isinstance(size, int) and size == 1)
-        }
+        wide = {at + ndim - fake.ndim for at, size in enumerate(fake.shape) if not is_one(size)}
         return {place.queries: "queries", place.keys: "keys"}.get(*wide, "") if len(wide) == 1 else ""  # type: ignore[call-overload,no-any-return]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph.levels import Level
-from mst_fx.graph.sizes import expression
+from mst_fx.graph.sizes import expression, is_one
 from mst_fx.graph.spelling import EMBEDDINGS, EXPANDS, PRODUCTS, RESHAPES, operation
 from mst_fx.graph.values import tensor_value, value
 from mst_fx.torch_api.tensors import tree_leaves
@@ -73,5 +73,5 @@ def _is_unknown(node: fx.Node, fake: Any, heads: Any, keys: Any) -> bool:
     """Whether the numbers of an input may be any: those of parameters are learned, and those of slopes small."""
     if not fake.is_floating_point() or isinstance(value(node), torch.nn.Parameter):
         return False
-    wide = [expression(size) for size in fake.shape if not (isinstance(size, int) and size == 1)]
+    wide = [expression(size) for size in fake.shape if not is_one(size)]
     return wide != [expression(heads)] or wide == [expression(keys)]

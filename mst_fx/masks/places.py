@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.graph.sizes import expression
-from mst_fx.graph.spelling import operation
+from mst_fx.graph.sizes import expression, is_one
+from mst_fx.graph.spelling import argument, operation
 from mst_fx.graph.values import tensor_value
 
 _WHOLE = slice(None, None, None)
@@ -39,10 +39,14 @@ def order_of(node: fx.Node, ndim: int) -> list[int] | None:
     if operation(node) == "getattr" and len(node.args) == 2:
         named = {"T": list(range(ndim))[::-1], "mT": [*range(ndim - 2), ndim - 1, ndim - 2]}
         return named.get(str(node.args[1]))
-    rest: Any = node.args[1:]
-    dims = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
     is_swap = operation(node) == "transpose"
-    if node.kwargs or len(dims) != (2 if is_swap else ndim) or not all(isinstance(dim, int) for dim in dims):
+    rest: Any = [argument(node, "dim0"), argument(node, "dim1")] if is_swap else node.args[1:]
+    dims = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+    if (
+        (node.kwargs and not is_swap)
+        or len(dims) != (2 if is_swap else ndim)
+        or not all(isinstance(dim, int) for dim in dims)
+    ):
         return None
     order = [dim % ndim for dim in dims]
     if is_swap:
@@ -54,9 +58,7 @@ def order_of(node: fx.Node, ndim: int) -> list[int] | None:
 def viewed(node: fx.Node, source: fx.Node, place: Place) -> Place | None:
     """Where queries and keys lie in the source of a view that only gives it more, or fewer, dimensions of size 1."""
     fakes = [x for x in (tensor_value(node), tensor_value(source)) if x is not None]
-    wide = [
-        [at for at, size in enumerate(x.shape) if not (isinstance(size, int) and size == 1)] for x in fakes
-    ]
+    wide = [[at for at, size in enumerate(x.shape) if not is_one(size)] for x in fakes]
     sizes = [[expression(x.shape[at]) for at in ats] for x, ats in zip(fakes, wide, strict=True)]
     if len(fakes) < 2 or sizes[0] != sizes[1]:
         return None

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.names import plain_name
-from mst_fx.graph.sizes import expression
+from mst_fx.graph.sizes import expression, is_one, is_same
 from mst_fx.graph.spelling import CASTS, COPIES, EXPANDS, operation
 from mst_fx.graph.values import is_plain, storage_key, tensor_value, value
 from mst_fx.masks import formula
@@ -180,20 +180,20 @@ class Reader:
         sizes = [1] * (4 - fake.ndim) + list(fake.shape)
         if self._batch_first and fake.ndim == 3:
             sizes = [fake.shape[0], 1, *fake.shape[1:]]
-        if fake.ndim > 4 or not _is_one(sizes[1]):
+        if fake.ndim > 4 or not is_one(sizes[1]):
             raise Refusal(f"{node.name} ({plain_name(node)}) in the mask differs between heads", Cause.MASK)
         height, width = sizes[2], sizes[3]
-        if _is_one(height) and _is_one(width):
-            if not _is_one(sizes[0]):
+        if is_one(height) and is_one(width):
+            if not is_one(sizes[0]):
                 raise Refusal(
                     f"{node.name} ({plain_name(node)}) in the mask is one number a sequence", Cause.MASK
                 )
             return "number"
-        if _is_one(height) and _same(width, self.keys):
+        if is_one(height) and is_same(width, self.keys):
             return "keys"
-        if _is_one(width) and _same(height, self.queries):
+        if is_one(width) and is_same(height, self.queries):
             return "queries"
-        if _same(height, self.queries) and _same(width, self.keys):
+        if is_same(height, self.queries) and is_same(width, self.keys):
             return "full"
         raise Refusal(
             f"{node.name} ({plain_name(node)}) in the mask has the shape {tuple(fake.shape)}", Cause.MASK
@@ -337,10 +337,10 @@ def _only_adds_dims(node: fx.Node) -> bool:
 def gives_heads(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node is ``[B, 1, Q, K]`` of a source ``[B, Q, K]`` (``source[:, None]``)."""
     fake, inner = tensor_value(node), tensor_value(source)
-    if fake is None or inner is None or (fake.ndim, inner.ndim) != (4, 3) or not _is_one(fake.shape[1]):
+    if fake is None or inner is None or (fake.ndim, inner.ndim) != (4, 3) or not is_one(fake.shape[1]):
         return False
-    is_same = all(_same(fake.shape[to], inner.shape[at]) for to, at in ((0, 0), (2, 1), (3, 2)))
-    return is_same and operation(node) in ("getitem", "unsqueeze", "view", "reshape")
+    has_sizes = all(is_same(fake.shape[to], inner.shape[at]) for to, at in ((0, 0), (2, 1), (3, 2)))
+    return has_sizes and operation(node) in ("getitem", "unsqueeze", "view", "reshape")
 
 
 def made_outside(
@@ -358,15 +358,7 @@ def made_outside(
             continue
         if current.op not in ("placeholder", "get_attr"):
             stack += current.all_input_nodes
-        elif _same(fake.shape[-2], queries) and _same(fake.shape[-1], keys):
+        elif is_same(fake.shape[-2], queries) and is_same(fake.shape[-1], keys):
             reason = "the mask is an input of this graph (S² elements), made outside of it"
             return f"{current.name}: {reason}", Cause.MASK_INPUT
     return None
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def _same(size: Any, other: Any) -> bool:
-    return bool(expression(size) == expression(other))

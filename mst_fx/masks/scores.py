@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from mst_fx.graph.sizes import expression
-from mst_fx.graph.spelling import MATMULS, PRODUCTS, argument, operation
+from mst_fx.graph.spelling import MATMULS, PRODUCTS, operation
 from mst_fx.graph.values import tensor_value, value
 from mst_fx.graph.writes import writes_in_place
+from mst_fx.masks.places import order_of
 
 _PRODUCTS = MATMULS | {"baddbmm", "einsum"}
 
@@ -81,19 +82,13 @@ def _numel(node: fx.Node) -> Any:
 
 
 def transposed(node: Any) -> fx.Node | None:
-    """What a value ``[B, H, D, K]`` is, with its last two dimensions exchanged: of ``k.transpose(2, 3)``, ``k.mT``, ``k.permute(0, 1, 3, 2)``.
+    """What a value ``[.., D, K]`` is, with its last two dimensions exchanged: of ``k.transpose(2, 3)``, ``k.mT``, ``k.permute(0, 1, 3, 2)``.
 
     None: it is no such thing, or was exchanged in place, so that what was there before is, too.
     """
-    if not isinstance(node, fx.Node) or writes_in_place(node) or not node.args:
+    fake = tensor_value(node) if isinstance(node, fx.Node) else None
+    if fake is None or operation(node) not in ("transpose", "permute", "getattr") or writes_in_place(node):
         return None
-    name, source = operation(node), node.args[0]
-    if name == "transpose":
-        dims = [argument(node, each) for each in ("dim0", "dim1")]
-        is_last = all(isinstance(dim, int) for dim in dims) and {dim % 4 for dim in dims} == {2, 3}
-    elif name == "permute":
-        order: Any = node.args[1] if len(node.args) == 2 else node.args[1:]
-        is_last = isinstance(order, (list, tuple)) and list(order) in ([0, 1, 3, 2], [0, 1, -1, -2])
-    else:
-        is_last = node.target is getattr and node.args[1] == "mT"
-    return source if is_last and isinstance(source, fx.Node) else None
+    *leading, row, column = range(fake.ndim)
+    source = node.args[0] if node.args and order_of(node, fake.ndim) == [*leading, column, row] else None
+    return source if isinstance(source, fx.Node) else None

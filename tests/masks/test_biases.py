@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import mst_fx
 from tests.helpers import check_parity, compile_mst
+from tests.masks import written
 
 OPTIONS: dict[str, Any] = {
     "inner": "aot_eager",
@@ -28,22 +29,12 @@ LOW = torch.finfo(torch.float64).min
 _BAR = 1e-12
 
 
-class Attention(nn.Module):
+class Attention(written.Attention):
     """Attention written out, or fused, whose scores get what ``bias`` makes."""
 
     def __init__(self, attend: Callable[..., Tensor], heads: int = HEADS, width: int = 32) -> None:
-        super().__init__()
-        self.attend, self.heads = attend, heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        super().__init__(attend, heads, width)
         self.table = nn.Embedding(32, heads)
-        self.slopes = nn.Parameter(torch.rand(heads) + 0.1)
-
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        batch, size, _ = x.shape
-        q, k, v = (y.view(batch, size, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        out = self.attend(self, q, k, v, padding)
-        loss: Tensor = (self.out(out.transpose(1, 2).reshape(batch, size, -1)) * x.detach().roll(1, 1)).sum()
-        return loss
 
 
 def _distance(size: int) -> Tensor:

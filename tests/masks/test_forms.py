@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import check_parity
+from tests.masks import written
 
 OPTIONS: dict[str, Any] = {
     "inner": "aot_eager",
@@ -24,23 +25,13 @@ _BAR = 1e-12
 Form = Callable[["Attention", Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class Attention(nn.Module):
+class Attention(written.Attention):
     """Attention as ``form`` writes it, of queries, keys and values ``[B, H, S, D]`` and padding ``[B, S]``."""
 
     def __init__(self, form: Form) -> None:
-        super().__init__()
-        self.form = form
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        super().__init__(lambda m, q, *more: form(m, q, *more).to(q.dtype), HEADS, WIDTH)
         self.table = nn.Parameter(torch.randn(2 * SEQ + 1, HEADS))
-        self.slopes = nn.Parameter(torch.rand(HEADS) + 0.1)
         self.net = nn.Sequential(nn.Linear(1, 8), nn.GELU(), nn.Linear(8, HEADS, bias=False))
-
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        batch, size, _ = x.shape
-        q, k, v = (y.view(batch, size, HEADS, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        out = self.form(self, q, k, v, padding).to(x.dtype)
-        loss: Tensor = (self.out(out.transpose(1, 2).reshape(batch, size, -1)) * x.detach().roll(1, 1)).sum()
-        return loss
 
 
 def _places(q: Tensor) -> tuple[Tensor, Tensor]:
