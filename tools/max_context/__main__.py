@@ -5,6 +5,7 @@
     python -m tools.max_context --only mst+ckpt --resume bench-out/max-context.json   # what is known is not run
     python -m tools.max_context --only mst+ckpt --optimizer in-backward --cap 74.5    # in 80 GB
     python -m tools.max_context --model gemma2-9b --extrapolate-layers 4,8 --seq 131072,163840 --verify none
+    python -m tools.max_context --only "mst[memory=auto]" --optimizer parked --layers 4 --just 1000448   # one step, no prediction
     python -m tools.max_context --cpu-smoke                              # the script's own test
 
 Parameters, gradients and AdamW states of the parameters' type (bfloat16) are allocated, and the step is
@@ -29,6 +30,9 @@ Bound: (usable - parameters - gradients - states) / (layers x hidden x 2 bytes),
 row a layer a token. Gradients that come while saved rows go do not add to them, so that more than
 the bound is possible.
 
+``--optimizer parked`` keeps AdamW's states on the host but while it steps (``mst_fx.park``). ``--just`` makes a step at each length that
+it names, and predicts nothing.
+
 ``--optimizer in-backward`` steps a parameter when its gradient is there and drops the gradient, and the
 bound counts one gradient, the largest. A compiled backward pass hands over all gradients at its end,
 though: they are alive together, whatever the hooks do. "At the first gradient" is what is allocated
@@ -49,7 +53,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench.contenders import CONTENDERS
+from tools.bench.contenders import CONTENDERS, find_contender
 from tools.bench.models import MODELS
 from tools.bench.tables import GIB, numbers, write_results
 from tools.max_context.forecast import Result, bound, predict, round_down, usable_bytes
@@ -90,7 +94,8 @@ class _Runs:
             "seq": seq,
             "optimizer": arguments.optimizer,
             "kernel": arguments.kernel,
-            "options": arguments.options if CONTENDERS[contender].way == "mst" else {},
+            "lora": arguments.lora,
+            "options": arguments.options if find_contender(contender, CONTENDERS).way == "mst" else {},
             "cap": cap,
             "device": "cpu" if arguments.cpu_smoke else "cuda",
             "steps": arguments.steps,
@@ -134,7 +139,12 @@ def _describe(contender: str, result: Result) -> str:
 def examine(entry: Result, runs: _Runs, arguments: argparse.Namespace) -> None:
     """Fills a contender's entry: short runs, forecast, verification."""
     name, layers, cap, multiple = entry["contender"], entry["layers"], entry["cap"], arguments.multiple
-    lengths = arguments.seq or default_lengths(CONTENDERS[name])
+    if arguments.just:
+        for seq in arguments.just:
+            runs(entry["attempts"], name, layers, seq, cap)
+        entry["note"] = "nothing predicted"
+        return
+    lengths = arguments.seq or default_lengths(find_contender(name, CONTENDERS))
     points: list[Result] = []
     for count in arguments.extrapolate_layers or [layers]:
         found = short_runs(
@@ -177,8 +187,11 @@ def examine(entry: Result, runs: _Runs, arguments: argparse.Namespace) -> None:
 def main() -> None:
     arguments = _arguments()
     names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in CONTENDERS]:
-        raise SystemExit(f"unknown contenders {unknown}; there are {', '.join(CONTENDERS)}")
+    for name in names:
+        try:
+            find_contender(name, CONTENDERS)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
     entries: list[Result] = []
 
     def save() -> None:
@@ -221,14 +234,21 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=tuple(MODELS), default="llama3-8b")
-    parser.add_argument("--only", help=f"of {', '.join(CONTENDERS)}; {DEFAULT_CONTENDERS}")
+    parser.add_argument(
+        "--only",
+        help=f"of {', '.join(CONTENDERS)}, and variants of them, mst[memory=auto]; {DEFAULT_CONTENDERS}",
+    )
     parser.add_argument("--beside", help="the contender whose length others are divided by (the first)")
     parser.add_argument("--layers", type=int, help="of the model (as published)")
     parser.add_argument("--extrapolate-layers", type=_pair, help="two numbers of layers for the short runs")
     parser.add_argument("--seq", type=_pair, help="tokens of the two short runs (by contender)")
+    parser.add_argument(
+        "--just", type=numbers, help="tokens, with commas: a step at each, and nothing predicted"
+    )
     parser.add_argument("--length", type=int, help="where verification starts, instead of the prediction")
     parser.add_argument("--verify", choices=("none", "step", "both"), default="both")
-    parser.add_argument("--optimizer", choices=("adamw", "in-backward"), default="adamw")
+    parser.add_argument("--optimizer", choices=("adamw", "parked", "in-backward"), default="adamw")
+    parser.add_argument("--lora", type=int, default=0, help="rank of PEFT's LoRA on all linear layers (none)")
     parser.add_argument("--kernel", choices=("fused", "loop"), default="fused", help="loop: foreach=False")
     parser.add_argument("--cap", type=float, help="GiB that torch may take (80 GB: 74.5)")
     parser.add_argument("--margin", type=float, default=0.005, help="of the prediction, left free")

@@ -1,4 +1,4 @@
-"""One run: the first steps of a model with an optimizer, and the memory that each of their phases takes."""
+"""One run: the first steps of a model with an optimizer, and the memory that each of their phases takes, on the device and on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import utils as dynamo_utils
 
-from tools.bench.contenders import CONTENDERS, Contender, loss_function, make_model
+import mst_fx
+from mst_fx.ops.arena import ARENA
+from tools.bench.contenders import CONTENDERS, Contender, find_contender, loss_function, make_model
 from tools.bench.models import text_tokens
 from tools.bench.tables import GIB
 from tools.max_context.forecast import Result
@@ -84,7 +86,8 @@ class _Memory:
 
 
 class _Stepper:
-    """AdamW of all parameters, after the backward pass (``way`` "adamw") or within it ("in-backward").
+    """AdamW of all trained parameters, after the backward pass (``way`` "adamw"), so with its states on the host until then ("parked"),
+    or within it ("in-backward").
 
     Attributes:
         at_first: bytes allocated when the first gradient of a step was there; in-backward only.
@@ -105,6 +108,7 @@ class _Stepper:
         make = functools.partial(make, **{"fused": True} if kernel == "fused" else {"foreach": False})
         groups = [[p] for p in self._parameters] if self.in_backward else [self._parameters]
         self._optimizers = [make(group) for group in groups]
+        self._parkings = [mst_fx.park(each) for each in self._optimizers] if way == "parked" else []
         self._allocate()
         if self.in_backward:
             for parameter, optimizer in zip(self._parameters, self._optimizers, strict=True):
@@ -124,6 +128,10 @@ class _Stepper:
     def state_bytes(self) -> int:
         states = [state for optimizer in self._optimizers for state in optimizer.state.values()]
         return sum(value.nbytes for state in states for value in state.values())
+
+    def parked_bytes(self) -> int:
+        """Of states, on the host."""
+        return sum(parking.bytes for parking in self._parkings)
 
     def _hook(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
         if self.at_first is None:
@@ -164,6 +172,7 @@ def measure(
     seq: int,
     optimizer: str,
     kernel: str,
+    lora: int,
     options: dict[str, Any],
     cap: float | None,
     device: str,
@@ -171,11 +180,14 @@ def measure(
 ) -> Result:
     """Trains ``steps`` steps on one sequence; called in a process of its own.
 
+    Args:
+        lora: rank of PEFT's LoRA on all linear layers, all else frozen; 0: none.
+
     Returns:
         Bytes, seconds (of the last step), loss and gradient norm. If memory ran out: "oom", the phase in which
         it did, and "message".
     """
-    chosen = CONTENDERS[contender]
+    chosen = find_contender(contender, CONTENDERS)
     if chosen.way == "mst":
         chosen = dataclasses.replace(chosen, options={**chosen.options, **options})
     memory = _Memory(device, cap)
@@ -184,7 +196,7 @@ def measure(
     try:
         return {
             **case,
-            **_train(model, chosen, layers, seq, optimizer, kernel, device, steps, memory),
+            **_train(model, chosen, layers, seq, optimizer, kernel, lora, device, steps, memory),
             "log": lines,
         }
     except Exception as error:  # torch, cuBLAS, cuDNN, the driver and compilers say it in their own ways
@@ -200,11 +212,12 @@ def _train(
     seq: int,
     optimizer: str,
     kernel: str,
+    lora: int,
     device: str,
     steps: int,
     memory: _Memory,
 ) -> Result:
-    made = make_model(model, contender, seq, device, num_hidden_layers=layers)
+    made = make_model(model, contender, seq, device, lora=lora, num_hidden_layers=layers)
     stepper = _Stepper(made, optimizer, kernel, memory.allocated)
     parameters = list(made.parameters())
     memory.fake_bytes = 1024 * layers * seq
@@ -257,6 +270,8 @@ def _bytes(parameters: Sequence[Tensor], stepper: _Stepper, memory: _Memory) -> 
         "largest_gradient_bytes": max(stepper.gradients.values()),
         "most_steps_of_a_parameter": max(stepper.counts.values()),
         "state_bytes": stepper.state_bytes(),
+        "parked_bytes": stepper.parked_bytes(),
+        "lent_bytes": ARENA.size,
         "reserved_bytes": memory.reserved,
         "total_bytes": memory.total,
         "limit_bytes": memory.limit,
