@@ -30,7 +30,7 @@ Bound: (usable - parameters - gradients - states) / (layers x hidden x 2 bytes),
 row a layer a token. Gradients that come while saved rows go do not add to them, so that more than
 the bound is possible.
 
-``--optimizer parked`` keeps AdamW's states on the host but while it steps (``mst_fx.park``). ``--just`` makes a step at each length that
+``--optimizer parked`` keeps AdamW's states on the host but while it steps (``mst_fx.park``); its first step, which makes them, is in the seconds. ``--just`` makes a step at each length that
 it names, and predicts nothing.
 
 ``--optimizer in-backward`` steps a parameter when its gradient is there and drops the gradient, and the

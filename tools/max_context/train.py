@@ -109,7 +109,8 @@ class _Stepper:
         groups = [[p] for p in self._parameters] if self.in_backward else [self._parameters]
         self._optimizers = [make(group) for group in groups]
         self._parkings = [mst_fx.park(each) for each in self._optimizers] if way == "parked" else []
-        self._allocate()
+        if not self._parkings:  # these make their states bucket by bucket, when they step
+            self._allocate()
         if self.in_backward:
             for parameter, optimizer in zip(self._parameters, self._optimizers, strict=True):
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._hook, optimizer))
