@@ -33,10 +33,10 @@ from torch import Tensor
 
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.masks.formula import AT_LEAST, BY_BIAS, NO_BIAS, NO_SCORE
-from mst_fx.masks.reach import BLIND, HEADER, WHOLE
+from mst_fx.masks.reach import BLIND, CAUSAL, HEADER, WHOLE
 from mst_fx.ops.attention import Call, as_promised, outputs
 from mst_fx.ops.chunks import Reaching, Rows, Window, by_reach
-from mst_fx.torch_api.attention import Dense, Spans, empty_output
+from mst_fx.torch_api.attention import Dense, Spans, Weighted, empty_output
 from mst_fx.torch_api.modes import outside_of_kernels, without_autocast
 
 
@@ -65,8 +65,14 @@ class _Biased(Call):
         return self.of_keys is not None or self.of_distances is not None
 
     @functools.cached_property
-    def kernel(self) -> Dense | Spans | None:
-        return None if self.has_bias else super().kernel
+    def kernel(self) -> Dense | Spans | Weighted | None:  # type: ignore[override]
+        if not self.has_bias:
+            return super().kernel
+        bias = self.of_keys
+        is_plain = self._is_native and self.hiding != BY_BIAS and self.of_distances is None
+        if not is_plain or bias is None or not Weighted.takes(self.query, self.key, self.value, bias):
+            return None
+        return Weighted(bias, self._table[0][0] == CAUSAL, self.scale)
 
     @property
     def most_scores(self) -> int:
@@ -198,7 +204,8 @@ def biased_attention_backward(
     operands = (call.query, call.key, call.value)
     biases = [x if want else None for x, want in zip((call.of_keys, call.of_distances), wanted, strict=True)]
     with outside_of_kernels(), without_autocast():
-        if call.kernel is not None:
+        # The kernel gives the bias no gradient; chunks need nothing of what it gave.
+        if call.kernel is not None and not any(x is not None for x in biases):
             with torch.no_grad():
                 found = call.kernel.backward(tangent, *operands, out, sums)
             return (*map(as_promised, found), *(call.query.new_empty(0) for _ in biases))

@@ -5,6 +5,7 @@ must save them itself, or run the forward kernel twice. The functions behind the
 Tried with torch 2.11.0 (CUDA 13, H200) and 2.13.0 (CPU):
 
 - ``aten._scaled_dot_product_cudnn_attention``, ``…_flash_attention``, ``…_flash_attention_for_cpu``
+- ``aten._scaled_dot_product_efficient_attention``, with a bias and its causal mask at once, which the public function refuses
 - ``aten._flash_attention_forward`` and ``_backward`` with cumulative lengths and a window
 - ``torch._fused_sdp_choice``: which of them torch would take
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -151,6 +153,61 @@ class Dense:
             scale=self.scale,
         )
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """As :class:`Dense`, with a number added to all scores of a key (ALiBi): torch's memory-efficient kernel reads it for each query anew,
+    by a stride of 0.
+
+    Attributes:
+        bias: ``[B or 1, H or 1, K]``, of the type of the query; it has no gradient.
+    """
+
+    bias: Tensor
+    causal: bool
+    scale: float
+
+    @staticmethod
+    def takes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> bool:
+        is_even = query.shape[3] == value.shape[3] and query.shape[3] % 8 == 0
+        has_type = query.dtype in (*SIXTEEN_BITS, torch.float32) and bias.dtype == query.dtype
+        return query.is_cuda and is_even and has_type and query.shape[1] == key.shape[1]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`Dense.forward`."""
+        efficient = aten._scaled_dot_product_efficient_attention
+        bias = self._bias(query, key)
+        out, sums = efficient(query, key, value, bias, True, 0.0, self.causal, scale=self.scale)[:2]
+        return out, sums[..., : query.shape[2]]
+
+    def backward(
+        self,
+        tangent: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        sums: Tensor,
+        over: _Over = _OWN,
+    ) -> Gradients:
+        """As :meth:`Dense.backward`, all heads at once."""
+        seed = torch.zeros((), dtype=torch.int64, device=query.device)
+        # The kernel reads whole blocks of 32 queries, and gives those behind the last one infinity.
+        blocks = F.pad(sums, (0, -query.shape[2] % 32), value=float("inf"))
+        found = aten._scaled_dot_product_efficient_attention_backward(
+            *(tangent, query, key, value, self._bias(query, key), out, blocks, seed, seed, 0.0),
+            [True, True, True, False],
+            self.causal,
+            scale=self.scale,
+        )
+        return _written(found[:3], over)
+
+    def _bias(self, query: Tensor, key: Tensor) -> Tensor:
+        """``[B, H, Q, K]``, in memory ``[b, h, K]`` with rows of whole 16 elements, as the kernel wants them."""
+        size = key.shape[2]
+        rows = F.pad(self.bias, (0, -size % 16))[:, :, None, :size]
+        return rows.expand(*query.shape[:3], size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -298,3 +298,39 @@ def test_scaling_does_not_round_the_tangent(size: int) -> None:
         assert torch.equal(part, (whole.float() * tangent).bfloat16())
     sums = [float(x[:100_000].double().sum()) for x in (found, gradient)]
     assert abs(sums[0] / sums[1] / float(tangent.double()) - 1.0) <= 3e-4
+
+
+@pytest.mark.parametrize("size", [1000, 2048, 4095])
+@pytest.mark.parametrize("is_trained", [False, True], ids=["", "slopes are trained"])
+def test_alibi(size: int, is_trained: bool) -> None:
+    """By a kernel that reads the bias; in chunks where the bias wants a gradient, which the kernel does not give."""
+    batch, heads, width = 2, 4, 64
+    made = [
+        torch.randn(batch, size, heads, width, device="cuda").bfloat16().transpose(1, 2) for _ in range(4)
+    ]
+    slopes = -torch.tensor([0.5, 0.25, 0.1, 0.02], device="cuda").bfloat16()
+    *operands, tangent = [x.requires_grad_() for x in made[:3]] + [made[3]]
+    leaves = [*operands, slopes.requires_grad_()] if is_trained else operands
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+        place = torch.arange(size, device="cuda")
+        distance = place - (size - 1)  # small numbers: 16 bits hold them where they count
+        scores = query @ key.mT / 8 + (slopes[:, None] * distance.to(slopes.dtype))[None, :, None]
+        hidden = torch.zeros((), dtype=query.dtype, device="cuda").where(
+            place[:, None] >= place, float("-inf")
+        )
+        return torch.softmax(scores + hidden, -1) @ value
+
+    with torch.no_grad():
+        report = report_of(attend, {"attention_chunk_rows": 256}, *operands, slopes)
+    assert kinds(report) == {"attention": 1}
+    compiled = compile_mst(attend, {"attention_chunk_rows": 256})
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in (*operands, slopes)]
+    truth = [attend(*wide)]
+    truth += torch.autograd.grad(truth[0], [x for x in wide if x.requires_grad], tangent.double())
+    ways = []
+    for way in (attend, compiled):
+        out = way(*operands, slopes)
+        ways.append([out, *torch.autograd.grad(out, leaves, tangent)])
+    for index, (plain, mine, true) in enumerate(zip(*ways, truth, strict=True)):
+        assert relative_error(mine, true) <= 1.1 * relative_error(plain, true), index
