@@ -81,10 +81,10 @@ def run(context: JointContext) -> bool:
         peak_with = functools.partial(_peak_with, context.graph, unchunking=unchunking)
         found = faster(choices, unchunking.choices, unchunking.again, room, peak_with)
         chosen, peak = found or (chosen, peak)
+    said = _said(chosen, room, peak)
     same = {node: node for node in context.graph.nodes}
     written = _write(context.graph, same, chosen, unchunking, is_trial=False)
     _hold_up_to(layers[0], room, peak)
-    said = _said(chosen, room, peak)
     context.tell(dataclasses.replace(said, before=before, after=timeline_of(written)))
     return True
 
@@ -101,11 +101,8 @@ def _planned(
 ) -> tuple[list[Choice], int]:
     """The choice of each layer, and the peak of the graph with them; the host memory that they take is there."""
     host = host_bytes(_host_option(context.options.host_memory), room)
-    groups = ways_in_groups(joint, choices)
-    peak_with = functools.partial(_peak_with, context.graph)
     while True:
-        ways = [Way(with_host(way.choices, host), way.beside) for way in (Way(choices), *groups)]
-        chosen, peak = fastest_of(ways, room, host_beside(choices, room, host), peak_with)
+        chosen, peak = fastest_choices(joint, choices, room, host)
         sizes = [bytes_of(node) for choice in chosen for node in choice.sent]
         if not sizes:
             return chosen, peak
@@ -116,6 +113,24 @@ def _planned(
             host = 0
         else:
             return chosen, peak
+
+
+def fastest_choices(
+    joint: JointGraph, choices: Sequence[Sequence[Choice]], room: Room, host: int
+) -> tuple[list[Choice], int]:
+    """The choice of each layer, alone or in groups, and the peak of the graph with them.
+
+    Args:
+        choices: of each layer, on the device.
+        host: bytes that may be kept on the host.
+
+    Raises:
+        BudgetError: if no plan fits.
+    """
+    every = (Way(choices), *ways_in_groups(joint, choices))
+    ways = [Way(with_host(way.choices, host), way.beside) for way in every]
+    peak_with = functools.partial(_peak_with, joint.graph)
+    return fastest_of(ways, room, host_beside(choices, room, host), peak_with)
 
 
 def _host_option(value: str | int) -> int | None:

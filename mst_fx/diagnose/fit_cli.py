@@ -210,3 +210,4 @@ def notes(setting: Setting) -> Iterator[str]:
         )
     if setting.host:
         yield "Copies to the host and back are taken to run at the link's rate beside the rest, and to cost time only where they outlast it."
+        yield "The longest sequences are those of layers alone: in groups they reach further, which --seq looks at."

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mst_fx.fit.eager import EagerStep, eager_step
 from mst_fx.fit.parked import stepping
-from mst_fx.fit.traced import CannotTell, TracedStep, traced_step
+from mst_fx.fit.traced import CannotTell, TracedStep, plan_of_all, traced_step
+from mst_fx.fit.traced import Planned as PlannedStep
 from mst_fx.plan.costs import device_of
 from mst_fx.plan.room import Room
 from mst_fx.report import Planned
@@ -174,11 +175,13 @@ class _Forecaster:
         self.resident = self.weights + self.stepping.resident
         self.host = host - self.stepping.host
         self.traced, self.stands_for = stand_ins(subject.kinds, spare=int(self.host > 0))
+        self.asked: frozenset[int] = frozenset()
         self._steps: dict[int, TracedStep] = {}
         self._eager_steps: dict[tuple[str, int], EagerStep] = {}
 
     def run(self, lengths: Sequence[int]) -> Forecast:
-        asked = sorted(set(lengths))
+        self.asked = frozenset(lengths)
+        asked = sorted(self.asked)
         longest: dict[str, int] = {}
         if not asked:
             for way in WAYS:
@@ -241,7 +244,7 @@ class _Forecaster:
             made, cost = whole.peak, whole.cost
         else:
             room = Room(self.setting.device, self.setting.memory, self._taken(seq))
-            plan = self._step(seq).plan(room, self.host)
+            plan = self._plan(seq, room)
             if plan is None:
                 return None
             made, cost, layers, copies = plan.whole.peak, plan.whole.cost, plan.layers, plan.seconds
@@ -250,6 +253,16 @@ class _Forecaster:
             return None
         seconds = cost.seconds(self.device) + copies + self.stepping.seconds(self.device)
         return Point(seq, peak, seconds, layers)
+
+    def _plan(self, seq: int, room: Room) -> PlannedStep | None:
+        """Of layers each for itself; at a length that was asked, where none of these fits, of groups too."""
+        step = self._step(seq)
+        plan = step.plan(room, self.host)
+        least = step.least(self.host) - len(self.subject.kinds) * step.start  # with no start kept at all
+        if plan is None and seq in self.asked and least <= room.most:
+            model = self.subject.build(len(self.subject.kinds), False)
+            plan = plan_of_all(model, self.subject.inputs(seq), room, self.host)
+        return plan
 
     def _eager(self, way: str, seq: int) -> EagerStep:
         if (way, seq) not in self._eager_steps:

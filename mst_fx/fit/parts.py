@@ -163,6 +163,14 @@ def _cut(joint: JointGraph, calls: Sequence[fx.Node], cuts: Sequence[int]) -> It
         yield Part(highest - before, alive - before, plus(costs[start:end]))
 
 
+def whole_of(joint: JointGraph) -> Whole:
+    """What a step takes whose plan is written."""
+    calls = calls_of(joint)
+    forward = sum(node not in joint.backward for node in calls)
+    first, then = _cut(joint, calls, [0, forward, len(calls)])
+    return Whole(max(first.rise, first.change + then.rise), first.change, plus([first.cost, then.cost]))
+
+
 def together(known: Callable[[Key], Parts], stands_for: Sequence[int], taken: Sequence[Key]) -> Whole:
     """What many layers take.
 

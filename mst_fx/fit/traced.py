@@ -18,16 +18,17 @@ from mst_fx import report
 from mst_fx.bodies.body import Body
 from mst_fx.chunk_rows import as_on
 from mst_fx.errors import BudgetError
-from mst_fx.fit.parts import Key, Parts, Whole, parts_with, together
+from mst_fx.fit.parts import Key, Parts, Whole, parts_with, together, whole_of
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.options import Options
 from mst_fx.passes.mask_breaks import cross_masks
-from mst_fx.passes.memory_plan import are_fastest, faster, planned_layers, unchunking_of
+from mst_fx.passes.memory_plan import are_fastest, faster, fastest_choices, planned_layers, unchunking_of
 from mst_fx.pipeline import run_passes
 from mst_fx.plan.choices import Choice, choices_of
 from mst_fx.plan.costs import device_of
 from mst_fx.plan.joint_graph import JointGraph
 from mst_fx.plan.layers import layers_of
+from mst_fx.plan.recompute import on_trial
 from mst_fx.plan.room import Room
 from mst_fx.plan.search import by_number, fastest, host_beside
 from mst_fx.plan.unchunk import Unchunking
@@ -237,8 +238,13 @@ class TracedStep:
             keys.append(Key(0, is_sent))
         return self.taking(keys).peak
 
+    @property
+    def start(self) -> int:
+        """Bytes of the rows that a layer starts with: what a checkpoint keeps."""
+        return self.few.every[0][0].bytes
+
     def plan(self, room: Room, host_size: int = 0) -> Planned | None:
-        """The fastest that fits, as :mod:`mst_fx.passes.memory_plan` finds it; None if none does.
+        """The fastest that fits, of layers each for itself, as :mod:`mst_fx.passes.memory_plan` finds it; None if none does.
 
         Args:
             room: of which inputs, parameters and states are taken.
@@ -287,3 +293,29 @@ def traced_step(
         CannotTell: if the layers are not found in the graph.
     """
     return TracedStep(FewLayers(*trace(model, inputs), traced, has_host), tuple(stands_for))
+
+
+def plan_of_all(model: nn.Module, inputs: Mapping[str, Tensor], room: Room, host_size: int) -> Planned | None:
+    """The plan that the compiler would take, groups of layers included, from the graph of all of them; None if none fits.
+
+    It takes as long as the layers are many: a minute or two of 32.
+
+    Args:
+        model: whole, on ``meta``.
+        room, host_size: as of :meth:`TracedStep.plan`.
+
+    Raises:
+        CannotTell: as :func:`trace`.
+    """
+    graph, bodies = trace(model, inputs)
+    joint = JointGraph(graph)
+    wanted = joint.kept_anyway
+    choices = [choices_of(layer, wanted) for layer in layers_of(joint)[:-1]]
+    try:
+        chosen, _ = fastest_choices(joint, choices, room, host_size)
+    except BudgetError:
+        return None
+    whole = whole_of(on_trial(graph, chosen)[0])
+    seconds = host_beside(choices, room, host_size).seconds(sum(choice.host_bytes for choice in chosen))
+    del bodies  # the graph names them until here
+    return Planned(whole, planned_layers(chosen, room), seconds)

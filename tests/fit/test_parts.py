@@ -10,7 +10,8 @@ import torch
 from mst_fx.context import JointContext
 from mst_fx.diagnose.fit_model import subject_of
 from mst_fx.diagnose.model_of import Shape
-from mst_fx.fit.forecast import Subject, stand_ins
+from mst_fx.fit import traced
+from mst_fx.fit.forecast import MST_PLANNED, Setting, Subject, _Forecaster, stand_ins
 from mst_fx.fit.parts import Key
 from mst_fx.fit.traced import FewLayers, TracedStep, trace, traced_step
 from mst_fx.options import Options
@@ -43,9 +44,9 @@ def _peak_of_all(every: FewLayers, taken: list[Key]) -> int:
 
 
 def _from_few(subject: Subject, has_host: bool = False) -> TracedStep:
-    traced, stands_for = stand_ins(subject.kinds, spare=int(has_host))
-    assert traced < _LAYERS
-    return traced_step(subject.build(traced, False), subject.inputs(_SEQ), traced, stands_for, has_host)
+    count, stands_for = stand_ins(subject.kinds, spare=int(has_host))
+    assert count < _LAYERS
+    return traced_step(subject.build(count, False), subject.inputs(_SEQ), count, stands_for, has_host)
 
 
 @pytest.mark.slow
@@ -82,7 +83,7 @@ def test_few_layers_say_what_many_take_with_the_host() -> None:
 
 @pytest.mark.slow
 def test_a_plan_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few layers, and of all of them in one graph: the same layers do the same, with loops, with loops in some, and without."""
+    """Of few layers, and of all of them in one graph: the same layers do the same, with loops, with loops in some, and without, and in groups."""
     subject = _subject("mistral-7b")
     said: list[MemoryPlan] = []
     few, every = _from_few(subject), _all(subject)
@@ -91,11 +92,30 @@ def test_a_plan_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert everything is not None and all("un-chunked" in str(each) for each in everything.layers)
     top = everything.whole.peak
     budgets = [(least + most) // 2, (3 * most + top) // 4, 10**12]
-    monkeypatch.setattr(memory_plan, "ways_in_groups", lambda *_: [])  # the forecast knows layers alone
+
+    def compiled(room: Room) -> None:
+        monkeypatch.setattr(memory_plan, "room_for", lambda *_: room)
+        memory_plan.run(JointContext(copied(every._graph), Options(memory="auto"), said.append))
+
+    room = Room("H200", least - few.start // 2, 0)
+    asked = _Forecaster(subject, Setting("H200", room.most))
+    asked._steps[_SEQ] = few
+    asked.weights = asked.gradients = 0  # and beside what the plan makes there is nothing
+    monkeypatch.setattr(asked, "_taken", lambda _: 0)
+    monkeypatch.setattr(traced, "trace", lambda *_: (copied(every._graph), every._bodies))
+    assert asked._point(MST_PLANNED, _SEQ) is None, "while the longest is searched, no groups"
+    asked.asked = frozenset([_SEQ])
+    point = asked._point(MST_PLANNED, _SEQ)
+    compiled(room)
+    assert point is not None and point.plan == said[-1].layers and point.peak == said.pop().peak <= room.most
+    assert any("start" in str(each) for each in point.plan)
+
+    monkeypatch.setattr(
+        memory_plan, "ways_in_groups", lambda *_: []
+    )  # where layers fit alone, the forecast knows these alone
     for budget in budgets:
         plan, room = few.plan(Room("H200", budget, 0)), Room("H200", budget, 0)
-        monkeypatch.setattr(memory_plan, "room_for", lambda *_, room=room: room)
-        memory_plan.run(JointContext(copied(every._graph), Options(memory="auto"), said.append))
+        compiled(room)
         assert plan is not None and plan.layers == said[-1].layers, budget
         assert said[-1].peak <= budget and plan.whole.peak == pytest.approx(said[-1].peak, rel=0.001)
     assert len({tuple(each.layers) for each in said}) == len(budgets)
