@@ -12,7 +12,7 @@ from tools.bench.contenders import CONTENDERS, find_contender
 from tools.bench.models import text_tokens
 from tools.bench.tables import markdown_table
 from tools.draw import draw, whole_steps
-from tools.meters.gpu import blocks_at_peak
+from tools.meters.gpu import blocks_at_peak, exposed
 
 MIB = 2**20
 
@@ -77,3 +77,10 @@ def test_pictures_hold_plain_steps_only(tmp_path: Path) -> None:
     assert whole_steps(tables, "llama3-8b") == [plain, again]
     draw([plain, {**plain, "seq": 32768}], tmp_path / "x.png", "")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_of_copies_no_kernel_hides() -> None:
+    kernels = [(0.0, 4.0), (3.0, 5.0), (8.0, 9.0)]
+    assert exposed([(1.0, 2.0), (4.5, 8.5)], kernels) == pytest.approx(3.0)
+    assert exposed([(1.0, 2.0)], kernels) == exposed([], kernels) == 0.0
+    assert exposed([(6.0, 7.0), (6.5, 7.5)], []) == pytest.approx(1.5)

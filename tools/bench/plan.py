@@ -6,7 +6,7 @@
 Each way is a process of its own: ``checkpoint`` is mst with every layer checkpointed, ``attention`` the same with a policy that keeps
 attention's results (docs/memory.md), ``none`` mst without checkpointing; a contender of tools.bench is that one; everything else is a value of
 the mst option ``memory``, with no checkpointing in the model, and of ``host_memory`` behind a ``+``: ``14GiB+auto``, ``14GiB+64GiB``; ``same`` is the
-peak of ``checkpoint`` at that length. Forward and backward pass with fresh gradients, no optimizer; medians of the steps behind the first two.
+peak of ``checkpoint`` at that length. ``--copies`` profiles one step more: what copies to the host and back take, and how much of that no kernel hides. Forward and backward pass with fresh gradients, no optimizer; medians of the steps behind the first two.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tools.bench.contenders import CONTENDERS, loss_function, make_model
 from tools.bench.models import CLASSES, MODELS, config_of, text_tokens
 from tools.bench.tables import GIB, markdown_table, write_results
 from tools.meters.apart import call_apart
+from tools.meters.gpu import copies_of
 
 _BY_FLAG = ("checkpoint", "attention")
 _BASES = ("checkpoint", "liger+ckpt", "eager")
@@ -52,7 +53,7 @@ def _planned(way: str, model: str, config: Any) -> torch.nn.Module:
     return net
 
 
-def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str, Any]:
+def measure(way: str, model: str, layers: int, seq: int, steps: int, copies: bool) -> dict[str, Any]:
     """Steps of one way."""
     config = config_of(model, seq, num_hidden_layers=layers)
     if way in CONTENDERS:
@@ -63,18 +64,25 @@ def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str
         loss_of = loss_function(net, CONTENDERS["eager"])  # it is compiled already
     ids = text_tokens(seq, config.vocab_size).view(1, seq).cuda()
     seconds = []
+
+    def step() -> tuple[torch.Tensor, int]:
+        before = torch.cuda.memory_allocated()
+        loss = loss_of(ids)
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return loss.detach(), kept
+
     with mst_fx.watch() as report:
         for _ in range(steps + 2):
             net.zero_grad(set_to_none=True)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
             start = time.perf_counter()
-            loss = loss_of(ids)
-            kept = torch.cuda.memory_allocated() - before
-            loss.backward()
+            loss, kept = step()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated()
+    net.zero_grad(set_to_none=True)
     return {
         "model": model,
         "layers": layers,
@@ -82,10 +90,11 @@ def measure(way: str, model: str, layers: int, seq: int, steps: int) -> dict[str
         "way": way,
         "seconds": statistics.median(seconds[2:]),
         "first_seconds": seconds[0],
-        "peak": torch.cuda.max_memory_allocated(),
+        "peak": peak,
         "promised": report.plans[0].peak if report.plans else None,
         "kept": kept,
-        "loss": float(loss.detach()),
+        "loss": float(loss),
+        "copies_ms": copies_of(step) if copies else None,
         "host": ARENA.size,
         "plan": [str(each) for each in report.plans[0].layers] if report.plans else [],
     }
@@ -97,7 +106,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines: list[Any] = [
         (
             *("layers", "tokens", "memory", "s", *(f"of {base}" for base in bases)),
-            *("peak GiB", "promised", "kept GiB", "on the host", "made again"),
+            *("peak GiB", "promised", "kept GiB", "on the host", "ms of copies, not hidden", "made again"),
         )
     ]
     for r in results:
@@ -105,10 +114,11 @@ def table(results: list[dict[str, Any]]) -> str:
         ratios = [f"{r['seconds'] / like[base]['seconds']:.3f}" if base in like else "" for base in bases]
         promised = f"{r['promised'] / GIB:.2f}" if r["promised"] else ""
         memory = [f"{r[part] / GIB:.2f}" for part in ("kept", "host")]
+        copies = "{:.1f}, {:.1f}".format(*r["copies_ms"]) if r["copies_ms"] else ""
         lines.append(
             (
                 *(r["layers"], f"{r['seq']:,}", r["way"], f"{r['seconds']:.3f}", *ratios),
-                *(f"{r['peak'] / GIB:.2f}", promised, *memory, "; ".join(r["plan"])),
+                *(f"{r['peak'] / GIB:.2f}", promised, *memory, copies, "; ".join(r["plan"])),
             )
         )
     return markdown_table(lines)
@@ -123,6 +133,7 @@ def main() -> None:
     parser.add_argument("--seq", default="32768", help="lengths, with commas")
     parser.add_argument("--ways", default="checkpoint,attention,none,auto")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--copies", action="store_true", help="profile copies to the host and back")
     parser.add_argument("--out", type=Path, default=Path("bench-out/plan"))
     arguments = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -132,7 +143,7 @@ def main() -> None:
             if way.startswith("same"):
                 peak = next(r["peak"] for r in results if r["way"] == "checkpoint" and r["seq"] == seq)
                 way = way.replace("same", f"{peak / GIB:.3f}GiB")
-            found = run(way, arguments.model, arguments.layers, seq, arguments.steps)
+            found = run(way, arguments.model, arguments.layers, seq, arguments.steps, arguments.copies)
             print(found, flush=True)
             results.append(found)
             write_results(arguments.out.parent, arguments.out.name, results, table(results))

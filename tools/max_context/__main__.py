@@ -99,6 +99,7 @@ class _Runs:
             "cap": cap,
             "device": "cpu" if arguments.cpu_smoke else "cuda",
             "steps": arguments.steps,
+            "alive": arguments.alive,
         }
         for run in [*into, *self._known]:
             if run["request"] == request and "error" not in run:
@@ -254,6 +255,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--margin", type=float, default=0.005, help="of the prediction, left free")
     parser.add_argument("--multiple", type=int, default=1024, help="lengths are multiples of it")
     parser.add_argument("--steps", type=int, default=1, help="the last one is timed")
+    parser.add_argument(
+        "--alive", action="store_true", help="say the largest blocks at a run's peak (in the JSON)"
+    )
     parser.add_argument("--options", type=json.loads, default={}, help="of mst, as JSON")
     parser.add_argument("--budget", type=float, default=560, help="seconds all runs may take together")
     parser.add_argument("--resume", type=Path, action="append", default=[], help="a JSON file of before")

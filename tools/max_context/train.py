@@ -22,6 +22,7 @@ from tools.bench.contenders import CONTENDERS, Contender, find_contender, loss_f
 from tools.bench.models import text_tokens
 from tools.bench.tables import GIB
 from tools.max_context.forecast import Result
+from tools.meters.gpu import alive_at_peak
 
 _RESERVE = GIB // 2
 
@@ -178,11 +179,13 @@ def measure(
     cap: float | None,
     device: str,
     steps: int,
+    alive: bool = False,
 ) -> Result:
     """Trains ``steps`` steps on one sequence; called in a process of its own.
 
     Args:
         lora: rank of PEFT's LoRA on all linear layers, all else frozen; 0: none.
+        alive: whether "alive" is wanted, the largest blocks at the peak of all steps; on a GPU.
 
     Returns:
         Bytes, seconds (of the last step), loss and gradient norm. If memory ran out: "oom", the phase in which
@@ -194,12 +197,11 @@ def measure(
     memory = _Memory(device, cap)
     lines = _collect_log()
     case = {"layers": layers, "seq": seq}
+    found: list[str] = []
     try:
-        return {
-            **case,
-            **_train(model, chosen, layers, seq, optimizer, kernel, lora, device, steps, memory),
-            "log": lines,
-        }
+        with alive_at_peak() if alive else contextlib.nullcontext(found) as found:
+            trained = _train(model, chosen, layers, seq, optimizer, kernel, lora, device, steps, memory)
+        return {**case, **trained, "log": lines, "alive": "".join(found)}
     except Exception as error:  # torch, cuBLAS, cuDNN, the driver and compilers say it in their own ways
         if not _is_out_of_memory(error):
             raise

@@ -66,6 +66,29 @@ def _union(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
+def copies_of(step: Callable[[], Any]) -> tuple[float, float]:
+    """Runs a step: milliseconds of copies between host and device, and how many of these no kernel ran beside."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        step()
+        torch.cuda.synchronize()
+    found: tuple[list[Interval], list[Interval]] = ([], [])
+    for event in record.events():  # type: ignore[union-attr]
+        if event.device_type.name == "CUDA":
+            is_copy = bool(re.search("Memcpy (DtoH|HtoD)", event.name))
+            found[is_copy].append((event.time_range.start, event.time_range.end))
+    kernels, copies = found
+    return _union(copies) / 1000, exposed(copies, kernels) / 1000
+
+
+Interval = tuple[float, float]
+
+
+def exposed(copies: list[Interval], kernels: list[Interval]) -> float:
+    """How much of some intervals' union lies outside of the others'."""
+    return _union([*copies, *kernels]) - _union(kernels)
+
+
 @contextlib.contextmanager
 def measure_cuda() -> Iterator[Measurement]:
     """As :func:`tools.meters.cpu.measure_cpu`, from the CUDA allocator's own record."""
@@ -90,15 +113,27 @@ def measure_cuda() -> Iterator[Measurement]:
 
 def describe_peak(step: Callable[[], Any]) -> str:
     """Runs a step and lists the largest blocks that were alive when memory peaked."""
+    with alive_at_peak() as found:
+        step()
+    return found[0]
+
+
+@contextlib.contextmanager
+def alive_at_peak() -> Iterator[list[str]]:
+    """Fills a list, at its end, with a text: the largest blocks that were alive when memory peaked inside."""
+    found: list[str] = []
     torch.cuda.synchronize()
     base = torch.cuda.memory_allocated()
     torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
-    step()
-    torch.cuda.synchronize()
-    snapshot = torch.cuda.memory._snapshot()
-    torch.cuda.memory._record_memory_history(enabled=None)
-    trace: list[dict[str, Any]] = snapshot["device_traces"][torch.cuda.current_device()]
-    return blocks_at_peak(trace, base)
+    try:
+        yield found
+        torch.cuda.synchronize()
+        trace: list[dict[str, Any]] = torch.cuda.memory._snapshot()["device_traces"][
+            torch.cuda.current_device()
+        ]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    found.append(blocks_at_peak(trace, base))
 
 
 def blocks_at_peak(trace: Sequence[dict[str, Any]], base: int, least: int = 64 * MIB) -> str:
