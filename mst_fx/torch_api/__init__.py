@@ -8,5 +8,6 @@ them where tlparse reads; ``guards`` keeps guards on sizes from being made. ``dy
 a graph ends, ``checkpoints`` which layers it gives up; ``modes`` are autocast, grad mode, dispatch; ``autograd`` is
 what it saves and one backward pass; ``fakes`` traces on fake tensors; ``symbols`` are sizes that are not numbers yet,
 ``symbolic_rows`` one of our own; ``tensors`` storages, versions, subclasses and trees; ``ops`` operators as objects;
-``graphs`` GraphModules; ``attention`` the fused kernels.
+``graphs`` GraphModules; ``attention`` the fused kernels, ``gpu_attention`` what they would give on a GPU that is not there;
+``overwriting`` says which operands Inductor may write over, ``shards`` are DTensors and their parts here, ``storages`` a meter of memory on ``meta``.
 """
