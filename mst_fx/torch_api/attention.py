@@ -56,6 +56,17 @@ def is_fused(query: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> 
     return (dtype or query.dtype) in SIXTEEN_BITS and query.shape[3] <= 256 and query.shape[3] % 8 == 0
 
 
+def is_fused_with_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Whether some kernel of torch's takes a mask that is a tensor: otherwise all S² scores are made.
+
+    On CPUs the flash kernel does, if the mask has no gradient; on CUDA the memory-efficient one, without grouped heads.
+    """
+    if query.device.type == "cpu":
+        return is_fused(query, value) and not mask.requires_grad
+    is_even = all(x.shape[3] % 8 == 0 for x in (query, value))
+    return query.dtype != torch.float64 and is_even and query.shape[1] == key.shape[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """Each query sees all keys, or those up to its own (``causal``)."""

@@ -145,6 +145,11 @@ def key_by_keywords(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tens
     return _causal(q @ torch.transpose(k, dim0=-1, dim1=2) / 3.0, v)
 
 
+def triangle_compared_otherwise(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    mask = torch.tril(torch.ones(SEQ, SEQ)) * torch.arange(SEQ)
+    return _weigh(_scores(q, k).masked_fill(mask == 0, -1e30), v)
+
+
 FIRE: list[tuple[Form, list[str]]] = [
     (key_by_its_attribute, ["causal"]),
     (key_permuted, ["causal"]),
@@ -163,6 +168,7 @@ FIRE: list[tuple[Form, list[str]]] = [
     (scaled_with_its_mask, ["causal + padding"]),
     (cast_back_as_scores_are, ["bias"]),
     (of_attention, ["bias, causal", "bias, causal"]),
+    (triangle_compared_otherwise, ["given"]),
 ]
 
 
@@ -187,11 +193,6 @@ def scaled_with_its_bias(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding:
 
 def triangle_of_others(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
     return _weigh(_scores(q, k) + torch.tril(_alibi(m, q)), v)
-
-
-def triangle_compared_otherwise(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-    mask = torch.tril(torch.ones(SEQ, SEQ)) * torch.arange(SEQ)
-    return _weigh(_scores(q, k).masked_fill(mask == 0, -1e30), v)
 
 
 def counted_by_twos(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
@@ -224,7 +225,6 @@ LEFT: list[tuple[Form, str]] = [
     (padding_as_a_bias, "a bias may hide keys by a number, and a mask does"),
     (scaled_with_its_bias, "scaled with a bias in them"),
     (triangle_of_others, "not known to depend on distances alone"),
-    (triangle_compared_otherwise, ""),
     (counted_by_twos, "no difference of positions"),
     (gradient_by_frequency, "not known to depend on distances alone"),
     (picked_keys, "top-k"),

@@ -145,15 +145,10 @@ LEFT: list[tuple[Form, str]] = [
     (picked_positions, "no difference of positions"),
     (same_for_all, "does not depend on distances"),
     (number_a_head, "does not depend on distances"),
-    (keys_of_sequences, "not known to depend on distances alone"),
-    (keys_of_hidden_sequences, "not known to depend on distances alone"),
     (table_written_to, "written to in place"),
     (boolean_added, "is added to scores"),
     (boolean_beside_a_bias, "is added to scores"),
     (boolean_beside_zeros, "makes the mask"),
-    (padding_given, "a bias may hide keys"),
-    (padding_scaled, "a bias may hide keys"),
-    (padding_as_a_logarithm, "a bias may hide keys"),
     (scores_of_one_head, "other batches or heads"),
     (keys_of_one_head, "other batches or heads"),
     (two_splits, "no attention known here"),
@@ -202,6 +197,11 @@ def masks_of_one_head(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Te
 
 
 FIRE: list[tuple[Form, str]] = [
+    (keys_of_sequences, "given"),  # no formula is read where there is none
+    (keys_of_hidden_sequences, "given"),
+    (padding_given, "given"),
+    (padding_scaled, "given"),
+    (padding_as_a_logarithm, "given"),
     (whole_slices, "bias"),
     (sequences_as_rows, "bias"),
     (padding_beside_infinity, "bias, causal"),

@@ -241,7 +241,7 @@ def _small_part(key: str, default: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a field is given that holds fields."""
     if key == "rope_parameters" and default.get("rope_theta", 0) is None:
         return _ROPE
-    if not key.endswith("_config") or key == "quantization_config":
+    if not (key.endswith("_config") or key in ("encoder", "decoder")) or key == "quantization_config":
         return None
     kind = default.get("model_type")
     return ({"model_type": kind} if kind else {}) | _shrunk(default)
