@@ -114,6 +114,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "jetmoe": {"kv_channels": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "mamba2": {"head_dim": 16, "num_heads": 4, "n_groups": 1},
+    "minimax": {"block_size": 16},
     "ministral": {"head_dim": 8, "rope_parameters": _ROPE},
     "mpt": {"attn_config.attn_pdrop": 0},
     "nemotron": {"num_key_value_heads": 2},
