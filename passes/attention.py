@@ -324,7 +324,7 @@ def _replace(
             gradient="native" if is_native else "recompute",
             deferred=False,
             body="",
-            why=f"the mask is {site.steps or formula.describe(understood.mask.formula)}",
+            why=f"the mask is {understood.why or formula.describe(understood.mask.formula)}",
             before=(before,),
             after=(call.format_node() or call.name,),
             form=understood.form,

@@ -49,7 +49,9 @@ def scores_of(node: fx.Node) -> fx.Node | None:
         if is_product(current):
             factors = current.all_input_nodes[-2:]
             fakes = [x for x in map(tensor_value, factors) if x is not None]
-            is_known = len(fakes) == 2 and all(x.ndim > 2 for x in fakes) and not any(map(_is_weight, factors))
+            is_known = (
+                len(fakes) == 2 and all(x.ndim > 2 for x in fakes) and not any(map(_is_weight, factors))
+            )
             return current if is_known else None
         stack += current.all_input_nodes
     return None

@@ -106,7 +106,7 @@ def stepped(out: fx.Node, mutated: Collection[int]) -> Stepped | None:
     if operation(out) not in MATMULS or len(out.args) != 2 or out.kwargs:
         return None
     weights, values = out.args
-    walk = _Walk(mutated)
+    walk = _Walk(out, mutated)
     product = walk.back_from(weights)
     key = transposed(product.args[1]) if product is not None else None
     if product is None or key is None or not isinstance(values, fx.Node):
@@ -125,8 +125,8 @@ class _Walk:
         steps: what they do, last things first.
     """
 
-    def __init__(self, mutated: Collection[int]) -> None:
-        self._mutated = mutated
+    def __init__(self, out: fx.Node, mutated: Collection[int]) -> None:
+        self._out, self._mutated = out, mutated
         self.inner: list[fx.Node] = []
         self.steps: list[Step] = []
         self._beside: set[fx.Node] = set()
@@ -148,7 +148,7 @@ class _Walk:
     def _is_read_alone(self, node: fx.Node) -> bool:
         fake = tensor_value(node)
         is_known = fake is not None and fake.ndim == 4 and is_plain(fake) and not writes_in_place(node)
-        return is_known and len(node.users.keys() - self._beside) <= 1
+        return is_known and readers(node) <= {self._out, *self.inner, *self._beside}
 
     def _is_known(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether no step gives another shape than it got, but for a sink's column."""
@@ -171,7 +171,7 @@ class _Walk:
             return self._sink(node)
         if name in FLOAT_CASTS:
             return self._cast(node)
-        if name == "contiguous" or is_identity_dropout(node):
+        if name in ("contiguous", "clone") or is_identity_dropout(node):
             return self._operand(node, 0)
         if name == "tanh" and len(node.args) == 1:
             return self._noted(node, 0, Step(TANH))
@@ -309,7 +309,7 @@ def readers(node: fx.Node) -> set[fx.Node]:
 
 
 def _fit(product: fx.Node, walk: _Walk, operands: tuple[fx.Node, ...], out: fx.Node) -> bool:
-    """Whether all has four dimensions and one mode, and nothing is written to between its first reader and its last."""
+    """Whether all has four dimensions and one mode, no step reads scores, and nothing is written to between the first reader and the last."""
     fakes = [tensor_value(x) if isinstance(x, fx.Node) else None for x in (*operands, out)]
     if any(fake is None or fake.ndim != 4 or not is_plain(fake) for fake in fakes):
         return False
@@ -317,7 +317,7 @@ def _fit(product: fx.Node, walk: _Walk, operands: tuple[fx.Node, ...], out: fx.N
     assert scores is not None
     tensors = [step.tensor for step in walk.steps if step.tensor is not None]
     sizes = list(scores.shape)
-    if not all(is_spread(tensor_value(x), sizes) for x in tensors):
+    if not all(is_spread(tensor_value(x), sizes) and x not in walk.inner for x in tensors):
         return False
     modes = contexts(out.graph)
     if len({(modes[x].grad, modes[x].inference, modes[x].level) for x in (*walk.inner, out)}) > 1:

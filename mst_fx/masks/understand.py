@@ -96,6 +96,7 @@ class Understood:
         given: what the graph that made the mask says of it.
         biases: what is added to scores besides.
         vectors: these as nodes: for each key, and for each distance.
+        why: what is done to the scores instead, and why the mask is no formula.
     """
 
     site: Site
@@ -106,6 +107,7 @@ class Understood:
     given: Given | None = None
     biases: Biases = NO_BIASES
     vectors: tuple[fx.Node | None, fx.Node | None] = (None, None)
+    why: str = ""
 
     @property
     def is_native(self) -> bool:
@@ -136,16 +138,17 @@ def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood |
     Raises:
         Refusal: if the mask is not understood, or the site is of a kind that is left alone.
     """
+    why = ""
     if site.steps is None:
         try:
             return _as_formula(site, chunk, mutated)
-        except Refusal:
+        except Refusal as refusal:
             given = as_given(site, mutated, _under_autocast(site))
             if given is None:
                 raise
-            site = given
+            site, why = given, f"no formula ({refusal}): "
     check_given(site, mutated)
-    return Understood(site, NO_MASK, chunk, reach.native_table(FULL), "given")
+    return Understood(site, NO_MASK, chunk, reach.native_table(FULL), "given", why=f"{why}{site.steps}")
 
 
 def _as_formula(site: Site, chunk: int, mutated: Collection[int]) -> Understood | None:

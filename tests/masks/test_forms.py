@@ -145,11 +145,6 @@ def key_by_keywords(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tens
     return _causal(q @ torch.transpose(k, dim0=-1, dim1=2) / 3.0, v)
 
 
-def triangle_compared_otherwise(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-    mask = torch.tril(torch.ones(SEQ, SEQ)) * torch.arange(SEQ)
-    return _weigh(_scores(q, k).masked_fill(mask == 0, -1e30), v)
-
-
 FIRE: list[tuple[Form, list[str]]] = [
     (key_by_its_attribute, ["causal"]),
     (key_permuted, ["causal"]),
@@ -168,7 +163,6 @@ FIRE: list[tuple[Form, list[str]]] = [
     (scaled_with_its_mask, ["causal + padding"]),
     (cast_back_as_scores_are, ["bias"]),
     (of_attention, ["bias, causal", "bias, causal"]),
-    (triangle_compared_otherwise, ["given"]),
 ]
 
 
@@ -193,6 +187,11 @@ def scaled_with_its_bias(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding:
 
 def triangle_of_others(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
     return _weigh(_scores(q, k) + torch.tril(_alibi(m, q)), v)
+
+
+def triangle_compared_otherwise(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    mask = torch.tril(torch.ones(SEQ, SEQ)) * torch.arange(SEQ)
+    return _weigh(_scores(q, k).masked_fill(mask == 0, -1e30), v)
 
 
 def counted_by_twos(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
@@ -222,12 +221,16 @@ def weights_without_gradient(m: Attention, q: Tensor, k: Tensor, v: Tensor, padd
 LEFT: list[tuple[Form, str]] = [
     (weights_without_gradient, "no attention known here"),
     (table_without_gradient, "under no_grad"),
+    (picked_keys, "top-k"),
+]
+# No formula: it stays, and is read as it is (test_given).
+GIVEN: list[tuple[Form, str]] = [
     (padding_as_a_bias, "a bias may hide keys by a number, and a mask does"),
     (scaled_with_its_bias, "scaled with a bias in them"),
     (triangle_of_others, "not known to depend on distances alone"),
+    (triangle_compared_otherwise, "no formula"),
     (counted_by_twos, "no difference of positions"),
     (gradient_by_frequency, "not known to depend on distances alone"),
-    (picked_keys, "top-k"),
 ]
 
 
@@ -251,6 +254,13 @@ def test_what_only_looks_like_it(form: Form, reason: str) -> None:
     report = check_parity(Attention(form).double(), _batch(), _BAR, _BAR, OPTIONS)
     assert not report.rewrites
     assert any(reason in refusal.reason for refusal in report.refusals), [r.reason for r in report.refusals]
+
+
+@pytest.mark.parametrize(("form", "reason"), GIVEN, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_is_given(form: Form, reason: str) -> None:
+    torch.manual_seed(0)
+    report = check_parity(Attention(form).double(), _batch(), _BAR, _BAR, OPTIONS)
+    assert [(r.form, reason in r.why) for r in report.rewrites] == [("given", True)], report.rewrites
 
 
 def cast_for_scores(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:

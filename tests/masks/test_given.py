@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.bias = nn.Parameter(torch.randn(size, size))
         self.of_keys = nn.Parameter(torch.randn(size))
+        self.of_heads = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
         shown = torch.rand(1, 1, size + 3, size + 3) < 0.5
         shown[:, :, 5] = False  # a query that sees nothing
         self.shown = nn.Buffer(shown)
@@ -174,36 +175,14 @@ def twice(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tenso
     return _weigh(_scores(_weigh(_scores(q, k) + m.bias, v), k) + m.bias, v)
 
 
-FIRE: list[tuple[Form, int]] = [
-    (added, 1),
-    (added_to_all_sequences, 1),
-    (hides_all_of_a_query, 1),
-    (learned, 1),
-    (learned_for_each_sequence, 1),
-    (learned_beside_what_is_learned_of_keys, 1),
-    (top_keys, 1),
-    (filled, 1),
-    (filled_with_a_bias, 1),
-    (chosen_before_a_mask, 1),
-    (hidden_before_a_mask, 1),
-    (filled_before_and_after, 1),
-    (capped, 1),
-    (grouped, 1),
-    (fewer_queries, 1),
-    (fused_with_a_gradient, 1),
-    (fused_with_narrow_values, 1),
-    (fused_that_adds_infinity, 1),
-    (checkpointed, 1),
-    (made_without_grad, 1),
-    (twice, 2),
-]
-
-
-# What is left
-
-
 def differs_between_heads(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
-    return _weigh(_scores(q, k) + torch.stack([m.bias] * HEADS), v)
+    return _weigh(_scores(q, k) + torch.stack([m.bias, m.bias.T, m.bias.sin(), m.bias.exp()]), v)
+
+
+def of_sequences_and_heads(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """A number a head, for all pairs, and one a query, beside what each pair has (Inkling's is like this)."""
+    of_queries = m.qkv(given[..., :WIDTH])[..., :HEADS].transpose(1, 2)[..., None]
+    return _weigh(_scores(q, k) * m.of_heads + of_queries * given[:, None].sin(), v)
 
 
 def written_to_later(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
@@ -224,11 +203,6 @@ def boolean_that_is_added(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: 
     return _weigh(_scores(q, k) + m.shown[:, :, :SEQ, :SEQ], v)
 
 
-def weights_that_are_read(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
-    weights = (_scores(q, k) + m.bias).softmax(-1)
-    return torch.matmul(weights, v) + weights.square().mean()
-
-
 def scaled_with_it(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
     return _weigh((_scores(q, k) + m.bias) / 3.0, v)
 
@@ -237,14 +211,110 @@ def bounded_below(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) 
     return _weigh(torch.max(_scores(q, k) + m.bias, torch.tensor(-1.0, dtype=q.dtype)), v)
 
 
+def of_queries(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """One number a query and none a key."""
+    return _weigh(_scores(q, k) + given[:, None, :, :1] * m.bias.mean(), v)
+
+
+def multiplied(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """As of OpenAI's GPT, whose keys are brought into their order at once."""
+    keys = k.transpose(1, 2).contiguous().permute(0, 2, 3, 1)
+    shown = given[:, None]
+    return _weigh(torch.matmul(q, keys) / 3.0 * shown + -1e4 * (1 - shown), v)
+
+
+def step_by_step(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """All that is known."""
+    scores = 0.25 + torch.tanh(m.bias.cos()[None] + _scores(q, k) / (given[:, None] + 1.5)) * 5.0
+    scores = (scores - 0.75) * m.of_heads - m.bias
+    weights = scores.clone(memory_format=torch.contiguous_format).contiguous().softmax(3)
+    return torch.matmul(weights.masked_fill(_hidden(q, k), 0.0) * m.of_heads, v)
+
+
+def sums_of_products(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """As of XLNet: scores by place beside those by content, a bias that is made of queries."""
+    by_place = torch.einsum("bnid,bnjd->bnij", q + 1.0, k.roll(3, 2))
+    scores = (torch.einsum("bnid,bnjd->bnij", q, k) + by_place.flip(3)) * 0.3
+    return torch.einsum("bnij,bnjd->bnid", (scores - 1e30 * (1 - given[:, None])).softmax(3), v)
+
+
+def hidden_in_place(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """As of XLM."""
+    scores = _scores(q, k)
+    scores.masked_fill_((given == 0)[:, None, :1].expand_as(scores), LOW)
+    return torch.matmul(scores.float().softmax(-1).type_as(scores), v)
+
+
+def weights_of_padding(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """As of CPM-Ant: a query that sees nothing has no weights."""
+    hidden = (given == 0)[:, None] == torch.tensor(True)
+    scores = torch.masked_fill(
+        _scores(q, k) + m.bias, hidden, torch.scalar_tensor(-1e300, dtype=q.dtype, device=q.device)
+    )
+    weights = torch.masked_fill(scores.softmax(-1), hidden, torch.scalar_tensor(0.0, dtype=q.dtype))
+    return torch.matmul(weights, v)
+
+
+def with_sinks(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """As of HunYuan 4: a number a head, and keys that scored highest."""
+    sinks = m.of_heads.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    both = torch.cat([_scores(q, k) + _causal(q).masked_fill(_hidden(q, k), LOW), sinks], -1)
+    both = both - both.max(-1, keepdim=True).values
+    return torch.matmul(both.softmax(-1, dtype=both.dtype)[..., :-1], v)
+
+
+def with_sinks_first(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """Each query's own."""
+    sinks = q.sum(-1, keepdim=True)
+    return torch.matmul(torch.cat([sinks, _scores(q, k) + given[0]], -1).softmax(-1)[..., 1:], v)
+
+
+def scores_before_heads(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """As of GPT-NeoX Japanese, with a mask of its own."""
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k)]
+    zeros = torch.zeros(flat[0].shape[0], SEQ, SEQ, dtype=q.dtype)
+    scores = torch.baddbmm(zeros, flat[0], flat[1].transpose(1, 2), beta=1.0, alpha=0.3)
+    return _weigh(scores.view(*q.shape[:2], SEQ, -1) + given[:, None] * m.bias, v)
+
+
+def layers_that_share_a_bias(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """Checkpointed; as of T5, the bias is made by none of them."""
+    bias = torch.stack([m.bias * number for number in range(HEADS)])
+
+    def layer(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return _weigh(_scores(q, k) + bias, v)
+
+    for _ in range(2):
+        q = checkpoint(layer, q, k, v, bias, use_reentrant=False)
+    return q
+
+
+FIRE: list[tuple[Form, int]] = [
+    *((form, 1) for form in (
+        added, added_to_all_sequences, hides_all_of_a_query, learned, learned_for_each_sequence,
+        learned_beside_what_is_learned_of_keys, top_keys, filled, filled_with_a_bias, chosen_before_a_mask,
+        hidden_before_a_mask, filled_before_and_after, capped, grouped, fewer_queries, fused_with_a_gradient,
+        fused_with_narrow_values, fused_that_adds_infinity, checkpointed, made_without_grad, differs_between_heads,
+        of_sequences_and_heads, written_to_later, written_to_before, boolean_that_is_added, scaled_with_it, bounded_below,
+        of_queries, multiplied, step_by_step, sums_of_products, hidden_in_place, weights_of_padding, with_sinks,
+        with_sinks_first, scores_before_heads,
+    )),
+    (twice, 2),
+    (layers_that_share_a_bias, 2),
+]  # fmt: skip
+
+
+# What is left
+
+
+def weights_that_are_read(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    weights = (_scores(q, k) + m.bias).softmax(-1)
+    return torch.matmul(weights, v) + weights.square().mean()
+
+
 def with_a_kernel(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
     """Torch's, which makes no scores of all heads."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=given[:, None])
-
-
-def of_fewer_keys(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
-    """One number a query and none a key."""
-    return _weigh(_scores(q, k) + given[:, None, :, :1] * m.bias.mean(), v)
 
 
 def added_without_grad(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
@@ -276,21 +346,58 @@ def bias_without_grad(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tens
     return torch.matmul(weights, v)
 
 
+def given_is_written_to(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """What the caller has changes after it was read."""
+    given.clamp_(max=1.0)
+    out = _weigh(_scores(q, k) + given[:, None], v)
+    given.mul_(2.0)
+    return out
+
+
+def values_written_to(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """Queries are other ones when the weights are made."""
+    given.clamp_(max=1.0)
+    queries = given.transpose(1, 2)[:, None, :, : q.shape[3]].expand(-1, HEADS, -1, -1)
+    scores = torch.matmul(queries, k.detach().transpose(2, 3)) + m.bias.detach()
+    given.mul_(2.0)
+    return _weigh(scores, v)
+
+
+def dropped_at_random(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    return torch.matmul(F.dropout((_scores(q, k) + m.bias).softmax(-1), 1.0), v)
+
+
+def scores_that_are_read(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    scores = _scores(q, k) + m.bias
+    return _weigh(scores + scores.mean(-1, keepdim=True), v)
+
+
+def detached_on_the_way(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    return _weigh(_scores(q, k).detach() + m.bias, v)
+
+
+def bias_that_is_wider(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """It makes the scores of several sequences of one."""
+    return _weigh(_scores(q[:1], k[:1]) + given[:, None] * m.bias, v)
+
+
+def of_all_queries(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """A softmax along the queries."""
+    return torch.matmul((_scores(q, k) + m.bias).softmax(2), v)
+
+
+def hidden_by_what_changes(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    fill = torch.full((1,), -1e30, dtype=q.dtype)
+    scores = torch.where(given[:, None] > 0, _scores(q, k), fill) + m.bias
+    fill.copy_(given[0, 0, :1])
+    return _weigh(torch.where(given[:, None] > 0, scores, fill), v)
+
+
 LEFT: list[Form] = [
-    weights_without_grad,
-    causal_weights_without_grad,
-    bias_without_grad,
-    added_without_grad,
-    differs_between_heads,
-    written_to_later,
-    written_to_before,
-    boolean_that_is_added,
-    weights_that_are_read,
-    scaled_with_it,
-    bounded_below,
-    with_a_kernel,
-    of_fewer_keys,
-]
+    weights_without_grad, causal_weights_without_grad, bias_without_grad, added_without_grad, weights_that_are_read,
+    with_a_kernel, given_is_written_to, values_written_to, dropped_at_random, scores_that_are_read, detached_on_the_way,
+    bias_that_is_wider, of_all_queries, hidden_by_what_changes,
+]  # fmt: skip
 
 
 def _batch(size: int = SEQ) -> dict[str, Tensor]:
@@ -319,15 +426,15 @@ def test_what_is_left(form: Form) -> None:
     assert any(refusal.kind == "attention" for refusal in report.refusals)
 
 
-def test_one_head_and_one_chunk_gain_nothing() -> None:
+def test_one_chunk_gains_nothing() -> None:
     torch.manual_seed(0)
-    report = check_parity(Attention(added, heads=1).double(), _batch(), _BAR, _BAR, OPTIONS)
-    assert not report.rewrites and report.refusals
     one = OPTIONS | {"attention_chunk_rows": SEQ}
     assert not check_parity(Attention(added).double(), _batch(), _BAR, _BAR, one).rewrites
 
 
-@pytest.mark.parametrize("form", [grouped, learned_for_each_sequence, fused_with_narrow_values])
+@pytest.mark.parametrize(
+    "form", [grouped, learned_for_each_sequence, fused_with_narrow_values, of_sequences_and_heads, with_sinks]
+)
 def test_some_heads_at_a_time(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their gradients of one tensor add up."""
     torch.manual_seed(0)
@@ -335,7 +442,7 @@ def test_some_heads_at_a_time(form: Form, monkeypatch: pytest.MonkeyPatch) -> No
     assert _given(check_parity(Attention(form).double(), _batch(), _BAR, _BAR, OPTIONS)) == 1
 
 
-@pytest.mark.parametrize("form", [chosen_before_a_mask, learned_beside_what_is_learned_of_keys])
+@pytest.mark.parametrize("form", [chosen_before_a_mask, learned_beside_what_is_learned_of_keys, with_sinks])
 def test_with_inductor_and_dynamic_sizes(form: Form) -> None:
     torch.manual_seed(0)
     options = {key: x for key, x in OPTIONS.items() if key != "inner"}
@@ -351,7 +458,8 @@ def test_operator() -> None:
     bias = torch.randn(9, 7, dtype=torch.float64, requires_grad=True)
     of_keys = torch.randn(2, 1, 1, 7, dtype=torch.float64, requires_grad=True)
     pairs = [torch.rand(2, 1, 9, 7) < 0.8, bias, of_keys]
-    args = (query, key, value, pairs, ["show", "add", "add"], [-1.0, 0.0, 0.0], 4, 0.7, 0.0, False)
+    hows, numbers = ["times", "show", "add", "add", "softmax"], [0.7, -1.0, 0.0, 0.0, 0.0]
+    args = (query, key, value, pairs, hows, numbers, 4, False)
     torch.library.opcheck(torch.ops.mst_fx.masked_attention.default, args)
 
     def attend(*leaves: Tensor) -> Tensor:
