@@ -132,11 +132,9 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
             assert fake is not None
             if operation(node) in SOFTMAXES and (fake.ndim == 4 or is_of_scores(node)):
                 refused.add(name)
-                rest = (
-                    "and of sinks that may differ between queries"
-                    if has_own_sinks(node)
-                    else "but no attention known here"
-                )
+                rest = "and of sinks that may differ between queries" if has_own_sinks(node) else ""
+                rest = rest or "but no attention known here"
+                rest = f"of {fake.ndim} dimensions, {rest}" if fake.ndim > 4 else rest
                 reason = f"{node.name}: softmax of scores, {rest}"
                 context.refuse("attention", name, reason, Cause.SCORES)
             elif (
