@@ -354,13 +354,23 @@ def given_is_written_to(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Te
     return out
 
 
-def values_written_to(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+def _scores_of_what_changes(q: Tensor, k: Tensor, given: Tensor) -> Tensor:
     """Queries are other ones when the weights are made."""
     given.clamp_(max=1.0)
     queries = given.transpose(1, 2)[:, None, :, : q.shape[3]].expand(-1, HEADS, -1, -1)
-    scores = torch.matmul(queries, k.detach().transpose(2, 3)) + m.bias.detach()
+    scores = torch.matmul(queries, k.detach().transpose(2, 3))
     given.mul_(2.0)
-    return _weigh(scores, v)
+    return scores
+
+
+def queries_written_to(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    return _weigh(_scores_of_what_changes(q, k, given) + m.bias.detach(), v)
+
+
+def queries_written_to_beside_a_formula(
+    m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor
+) -> Tensor:
+    return _weigh(_scores_of_what_changes(q, k, given) + _causal(q), v)
 
 
 def dropped_at_random(m: Attention, q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
@@ -395,7 +405,7 @@ def hidden_by_what_changes(m: Attention, q: Tensor, k: Tensor, v: Tensor, given:
 
 LEFT: list[Form] = [
     weights_without_grad, causal_weights_without_grad, bias_without_grad, added_without_grad, weights_that_are_read,
-    with_a_kernel, given_is_written_to, values_written_to, dropped_at_random, scores_that_are_read, detached_on_the_way,
+    with_a_kernel, given_is_written_to, queries_written_to, queries_written_to_beside_a_formula, dropped_at_random, scores_that_are_read, detached_on_the_way,
     bias_that_is_wider, of_all_queries, hidden_by_what_changes,
 ]  # fmt: skip
 
