@@ -175,7 +175,10 @@ def _as_formula(site: Site, chunk: int, mutated: Collection[int]) -> Understood 
     form = form_name(read.formula, table, read.vectors if is_static else None, hint(queries))
     if not biases.is_empty:
         form = "bias" if form == "full" else f"bias, {form}"
-    return Understood(site, read, chunk, table, form, given, biases)
+    found = Understood(site, read, chunk, table, form, given, biases)
+    if found.is_biased and (site.sinks is not None or site.cap is not None):  # which no biased attention has
+        raise Refusal(f"{site.out.name}: scores hidden by a number in their place have sinks", Cause.SCORES)
+    return found
 
 
 def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tuple[Read, Biases]:

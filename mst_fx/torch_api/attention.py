@@ -77,7 +77,7 @@ class Dense:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The output ``[B, H, Q, D]`` and the logarithms of the softmax's sums ``[B, H, Q]``, whichever
         kernel makes them: float32, of float64 float64."""
-        operands = (query, key, value)
+        operands = query, key, value = _by_rows(query, key, value)
         if query.device.type == "cpu":
             cpu = aten._scaled_dot_product_flash_attention_for_cpu
             out, sums = cpu(*operands, 0.0, self.causal, scale=self.scale)
@@ -104,6 +104,7 @@ class Dense:
         Args:
             over: ``tangent``, ``key`` and ``value`` themselves, or some of them: their gradient is written over them.
         """
+        tangent, query, key, value = _by_rows(tangent, query, key, value)
         if query.device.type == "cpu":  # whose kernel shares heads among threads: all at once
             cpu = aten._scaled_dot_product_flash_attention_for_cpu_backward
             found = cpu(tangent, query, key, value, out, sums, 0.0, self.causal, scale=self.scale)
@@ -247,7 +248,7 @@ class Spans:
         """As :meth:`Dense.forward`."""
         batch, heads, size, _ = query.shape
         out, sums, *_ = aten._flash_attention_forward(
-            *map(_packed, (query, key, value)),
+            *map(_packed, _by_rows(query, key, value)),
             self.starts,
             self.starts,
             self.longest,
@@ -272,7 +273,8 @@ class Spans:
         over: _Over = _OWN,
     ) -> Gradients:
         """As :meth:`Dense.backward`."""
-        return _by_heads(self._backward, tangent, query, key, value, out, sums, over)
+        operands = _by_rows(tangent, query, key, value)
+        return _by_heads(self._backward, *operands, out, sums, over)  # type: ignore[call-arg,arg-type]
 
     @property
     def _is_causal(self) -> bool:
@@ -299,6 +301,11 @@ class Spans:
         )
         q, k, v = (_unpacked(grad, batch) for grad in grads)
         return q, k, v
+
+
+def _by_rows(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands, copied where the elements of a row lie apart: kernels read them as if they did not, on a CPU, or fail."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in operands)
 
 
 def _packed(x: Tensor) -> Tensor:
