@@ -302,3 +302,28 @@ def test_scores_of_blocks_are_no_refusal() -> None:
     assert not check_parity(Blocks(32).double(), batch, _BAR, _BAR, OPTIONS).refusals
     (refused,) = check_parity(Blocks(SEQ).double(), batch, _BAR, _BAR, OPTIONS).refusals
     assert "without a softmax" in refused.reason
+
+
+def test_a_projection_into_blocks_is_no_head() -> None:
+    """As of MiniMax: queries, keys and values of one product, behind a function."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = F.silu(self.qkv(x)).view(*x.shape[:2], HEADS, -1)
+            q, k, v = (y.transpose(1, 2) for y in parts.split(WIDTH // HEADS, 3))
+            state, outs = torch.zeros(WIDTH // HEADS, WIDTH // HEADS, dtype=x.dtype), []
+            for i in range(0, SEQ, 16):
+                queries, keys, values = (y[:, :, i : min(i + 16, SEQ)] for y in (q, k, v))
+                inside = (queries @ keys.transpose(2, 3)).tril() @ values
+                outs.append(inside + (queries * 0.5) @ state)
+                state = state + (keys * 0.5).transpose(2, 3) @ values
+            rows = F.rms_norm(torch.cat(outs, 2).transpose(1, 2).flatten(2), (WIDTH,))
+            return (self.out(rows) * x.detach()).sum()
+
+    batch = {"x": torch.randn(2, SEQ, WIDTH, dtype=torch.float64)}
+    options = OPTIONS | {"passes": ("mlp", "vocab"), "chunk_rows": 16, "vocab_chunk_rows": 16}
+    assert not check_parity(Mixer().double(), batch, _BAR, _BAR, options).refusals
