@@ -189,6 +189,7 @@ class Weighted:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`Dense.forward`."""
         efficient = aten._scaled_dot_product_efficient_attention
+        query, key, value = _by_rows(query, key, value)
         bias = self._bias(query, key)
         out, sums = efficient(query, key, value, bias, True, 0.0, self.causal, scale=self.scale)[:2]
         return out, sums[..., : query.shape[2]]
@@ -207,6 +208,7 @@ class Weighted:
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
         # The kernel reads whole blocks of 32 queries, and gives those behind the last one infinity.
         blocks = F.pad(sums, (0, -query.shape[2] % 32), value=float("inf"))
+        tangent, query, key, value = _by_rows(tangent, query, key, value)
         found = aten._scaled_dot_product_efficient_attention_backward(
             *(tangent, query, key, value, self._bias(query, key), out, blocks, seed, seed, 0.0),
             [True, True, True, False],
