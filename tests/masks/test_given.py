@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import mst_fx
-from tests.helpers import check_parity, compile_mst
+from tests.helpers import check_parity, compile_mst, step, worst_error
 
 OPTIONS: dict[str, Any] = {"inner": "aot_eager", "attention_chunk_rows": 16, "passes": ("attention",)}
 BATCH, SEQ, HEADS, WIDTH = 2, 67, 4, 32
@@ -459,6 +459,20 @@ def test_with_inductor_and_dynamic_sizes(form: Form) -> None:
     assert _given(check_parity(Attention(form).double(), _batch(), _BAR, _BAR, options)) == 1
     report = check_parity(Attention(form).double(), _batch(), _BAR, _BAR, OPTIONS, dynamic=True)
     assert _given(report) == 1, report.refusals
+
+
+@pytest.mark.parametrize("form", [learned, filled_with_a_bias, with_sinks_first, scores_before_heads])
+def test_autocast(form: Form) -> None:
+    """Scores have the type that they have in eager mode, and so has all that is done to them."""
+    torch.manual_seed(0)
+    model, batch = Attention(form).double(), _batch()
+    _, truth = step(model, model, batch)
+    model, batch = model.float(), {name: x.float() for name, x in batch.items()}
+    errors = []
+    for run in (model, compile_mst(model, OPTIONS)):
+        with torch.autocast("cpu", torch.bfloat16), mst_fx.watch() as report:
+            errors.append(worst_error(step(model, run, batch)[1], truth))
+    assert _given(report) == 1 and errors[1] <= 1.1 * errors[0], errors
 
 
 def test_operator() -> None:
