@@ -75,6 +75,7 @@ STAGES: tuple[Stage, ...] = (
         "attention",
         attention.run,
         prepared_by=(
+            Helper("functional", functional.run),
             Helper("triangles", triangles.run),
             Helper("einsums", einsums.run),
             Helper("heads", heads.run, gives=frozenset({"heads"})),

@@ -11,13 +11,14 @@ After, by what the mask says (:mod:`mst_fx.masks.formula`)::
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)   # causal; or no mask at all
     out = mst_fx.attention(q, k, v, key_vectors, query_vectors, reach, …)          # anything else, and with sinks
     out = mst_fx.biased_attention(q, k, v, of_keys, of_distances, …)               # and with ALiBi, or a bias by distance
+    out = mst_fx.masked_attention(q, k, v, [mask], ["add", "softmax"], …)          # with a tensor that no formula describes
 
-The second and the third are a loop over chunks of queries. Vectors that are constants are evaluated here; for others
+All but the first are a loop over chunks of queries. Vectors that are constants are evaluated here; for others
 (``attention_mask``, ``position_ids``, dynamic shapes) one op a step finds the keys in reach, and whether the
-mask happens to be causal. The mask's construction has no reader any more, inside of checkpointed layers too.
+mask happens to be causal. The mask's construction has no reader any more, inside of checkpointed layers too; but for
+the last one, which saves the scores of all heads and not their mask (:mod:`mst_fx.masks.given`).
 
-Not supported, and refused: masks that are inputs of S² elements, biases that depend on more than a key or a distance
-(:mod:`mst_fx.masks.biases`), dropout, and attention weights that somebody else reads.
+Not supported, and refused: dropout, and attention weights that somebody else reads.
 """
 
 from __future__ import annotations
@@ -48,17 +49,11 @@ from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks import formula
 from mst_fx.masks.biases import vectors_of
+from mst_fx.masks.grouped import is_ours, ungrouped
 from mst_fx.masks.reach import CAUSAL
 from mst_fx.masks.scores import is_of_block, is_of_scores, is_product
 from mst_fx.masks.sinks import has_own_sinks
-from mst_fx.masks.sites import (
-    Site,
-    find_sites,
-    is_ours,
-    scaled_query,
-    sinks_of_heads,
-    ungrouped,
-)
+from mst_fx.masks.sites import Site, find_sites, scaled_query, sinks_of_heads
 from mst_fx.masks.understand import Understood, as_vector, understand
 from mst_fx.report import Rewrite
 
@@ -68,8 +63,8 @@ def run(context: PassContext) -> bool:
     top = Level(context.gm)
     found: list[Understood] = []
     vectors: dict[fx.Node, fx.Node] = {}
-    sites = list(find_sites(top))
     mutated = {storage for level in all_levels(top) for storage in mutated_storages(level.gm.graph)}
+    sites = list(find_sites(top, mutated))
     for site in sites:
         name = module_path(site.out) or site.out.name
         try:
@@ -137,11 +132,9 @@ def _refuse_others(context: PassContext, level: Level, eager: Sequence[Site]) ->
             assert fake is not None
             if operation(node) in SOFTMAXES and (fake.ndim == 4 or is_of_scores(node)):
                 refused.add(name)
-                rest = (
-                    "and of sinks that may differ between queries"
-                    if has_own_sinks(node)
-                    else "but no attention known here"
-                )
+                rest = "and of sinks that may differ between queries" if has_own_sinks(node) else ""
+                rest = rest or "but no attention known here"
+                rest = f"of {fake.ndim} dimensions, {rest}" if fake.ndim > 4 else rest
                 reason = f"{node.name}: softmax of scores, {rest}"
                 context.refuse("attention", name, reason, Cause.SCORES)
             elif (
@@ -329,7 +322,7 @@ def _replace(
             gradient="native" if is_native else "recompute",
             deferred=False,
             body="",
-            why=f"the mask is {formula.describe(understood.mask.formula)}",
+            why=f"the mask is {understood.why or formula.describe(understood.mask.formula)}",
             before=(before,),
             after=(call.format_node() or call.name,),
             form=understood.form,
@@ -347,11 +340,14 @@ def _fused_call(understood: Understood, reaches: dict[Any, _ReachNodes]) -> fx.N
     parts = [site.query, key, values]
     fakes = [tensor_value(part) for part in parts]
     # Under autocast the fused call casts; the eager one has cast where it multiplied.
-    dtype = site.dtype or out.dtype
+    of_scores = site.steps.dtype if site.steps is not None else site.dtype or out.dtype
+    types = (of_scores, of_scores, out.dtype if site.steps is not None else of_scores)
     cast = [
         part if fake is not None and fake.dtype == dtype else add_call(graph, "to", part, dtype)
-        for part, fake in zip(parts, fakes, strict=True)
+        for part, fake, dtype in zip(parts, fakes, types, strict=True)
     ]
+    if site.steps is not None:
+        return site.steps.attend(cast, understood.chunk)
     cast[0] = scaled_query(site, cast[0])
     if understood.is_native and not is_ours(site):
         assert table is not None
@@ -417,7 +413,7 @@ def _square_bytes(site: Site, counted: set[fx.Node]) -> int:
         mask = tensor_value(site.mask)
         assert mask is not None
         made = hint(mask.numel()) * mask.element_size()
-    if site.is_eager:  # the scores and their softmax
+    if site.is_eager or site.steps is not None:  # the scores and their softmax
         query, key = tensor_value(site.query), tensor_value(site.key)
         assert query is not None and key is not None
         made += 2 * math.prod(map(hint, query.shape[:3])) * hint(key.shape[2]) * query.element_size()

@@ -1,4 +1,4 @@
-"""Written-out attention in three dimensions, in four: what the attention pass knows.
+"""Written-out attention in three dimensions, in four, with keys that are transposed: what the attention pass knows.
 
 Before (XGLM, TrOCR; Bloom with ``baddbmm``), N = B·H::
 
@@ -11,7 +11,13 @@ After::
     scores = matmul(q.unflatten(0, (B, H)), k.unflatten(0, (B, H)).transpose(2, 3))       # [B, H, Q, K]; times alpha, plus alibi
     out = matmul(softmax(scores + mask, -1), v.unflatten(0, (B, H))).flatten(0, 1)
 
-Where nothing says what H is, it is 1. Left alone: where somebody else reads what is in between, or a node of it has dimensions as
+Where nothing says what H is, it is 1. Scores alone, too, if the softmax is in four dimensions already (GPT-NeoX Japanese). And keys that
+were brought into the order of a product at once (OpenAI GPT)::
+
+    scores = matmul(q, k.permute(0, 2, 3, 1))                             # [B, S, H, D] → [B, H, D, K]
+    → matmul(q, k.permute(0, 2, 3, 1).transpose(2, 3).transpose(2, 3))
+
+Left alone: where somebody else reads what is in between, or a node of it has dimensions as
 arguments that are not known here.
 """
 
@@ -27,11 +33,12 @@ from mst_fx.context import PassContext
 from mst_fx.graph.edit import add_call, copy_provenance, replace_with
 from mst_fx.graph.levels import Level, all_levels
 from mst_fx.graph.modes import outside_transforms
-from mst_fx.graph.sizes import expression, is_one
+from mst_fx.graph.sizes import expression, is_one, is_same
 from mst_fx.graph.spelling import DROPOUTS, FLOAT_CASTS, RESHAPES, SOFTMAXES, argument, operation
 from mst_fx.graph.values import tensor_value
-from mst_fx.graph.writes import writes_in_place
-from mst_fx.masks.scores import is_of_scores, transposed
+from mst_fx.graph.writes import mutated_storages, writes_in_place
+from mst_fx.masks.constants import fill_of
+from mst_fx.masks.scores import is_of_scores, scores_of, transposed
 
 _PRODUCTS = ("bmm", "baddbmm", "matmul")
 _POINTWISE = (
@@ -48,7 +55,44 @@ def run(context: PassContext) -> bool:
             if chain is not None:
                 _write(chain)
                 changed = True
+        for node in outside_transforms(level.gm.graph):
+            if operation(node) in SOFTMAXES and _rank(node) == 4:
+                changed |= _in_order(node)
     return changed
+
+
+def _in_order(softmax: fx.Node) -> bool:
+    """Scores in four dimensions, of a key that is transposed, where a softmax is in four."""
+    changed, scores = False, scores_of(softmax)
+    if scores is not None and _rank(scores) == 3 and len(scores.users) == 1:
+        (view,) = scores.users
+        if operation(view) in RESHAPES and _rank(view) == 4 and _splits_heads(view):
+            scores = _split_scores(scores, view)
+            changed = scores is not None
+    if scores is None or operation(scores) != "matmul" or _rank(scores) != 4 or scores.kwargs:
+        return changed
+    query, key = scores.args
+    if transposed(key) is not None or not isinstance(key, fx.Node) or _rank(key) != 4:
+        return changed
+    with scores.graph.inserting_before(scores):
+        plain = add_call(scores.graph, torch.transpose, key, 2, 3)
+        scores.args = (query, add_call(scores.graph, torch.transpose, plain, 2, 3))
+    return True
+
+
+def _split_scores(scores: fx.Node, view: fx.Node) -> fx.Node | None:
+    """Scores ``[N, Q, K]`` as a product in four dimensions, in the place of their view; None: they are of something else."""
+    fakes = [tensor_value(x) for x in (*_factors(scores), scores) if isinstance(x, fx.Node)]
+    heads = tensor_value(view).shape[1]  # type: ignore[union-attr]
+    if operation(scores) not in _PRODUCTS or len(fakes) != 3 or not isinstance(heads, int):
+        return None
+    if any(fake is None or fake.ndim != 3 or not is_same(fake.shape[0], fakes[2].shape[0]) for fake in fakes):  # type: ignore[union-attr]
+        return None
+    with scores.graph.inserting_before(view):
+        new = _product(scores, heads)
+    replace_with(view, new)
+    scores.graph.erase_node(scores)
+    return new
 
 
 def _chain_to(out: fx.Node) -> list[fx.Node] | None:
@@ -161,7 +205,7 @@ def _product(scores: fx.Node, heads: int) -> fx.Node:
     alpha, beta = argument(scores, "alpha", 1), argument(scores, "beta", 1)
     if alpha != 1:
         new = add_call(graph, operator.mul, new, alpha)
-    if beta == 0:
+    if beta == 0 or fill_of(argument(scores, "input"), mutated_storages(graph)) == 0:
         return new
     added = _aligned(argument(scores, "input"), scores, heads)
     added = added if beta == 1 else add_call(graph, operator.mul, added, beta)

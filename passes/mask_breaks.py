@@ -42,7 +42,8 @@ from mst_fx.masks import formula
 from mst_fx.masks.boolean import where_of
 from mst_fx.masks.formula import And, Compare, Constant, Holds, Mask, Not, Or
 from mst_fx.masks.tensor import DeferredMask, MaskForm, MaskOutput, put_masks
-from mst_fx.masks.understand import GIVEN, Given, Read, as_vector, form_name, read_mask
+from mst_fx.masks.understand import GIVEN, Given, Read, as_vector, read_mask
+from mst_fx.masks.words import form_name
 from mst_fx.options import Options
 from mst_fx.report import Rewrite
 from mst_fx.torch_api.dynamo import copy_ending, goes_on

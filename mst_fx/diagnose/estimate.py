@@ -50,7 +50,11 @@ _KEEP_NOTHING_OF_NUMBERS = frozenset(("mul", "div"))
 _KEEP_RESULT = SOFTMAXES | {
     "log_softmax", "tanh", "sigmoid", "exp", "exp2", "expm1", "sqrt", "rsqrt", "relu", "threshold", "reciprocal",
 }  # fmt: skip
-_ATTENTION = ATTENTION | {"mst_fx::attention"}  # results and operands
+_ATTENTION = ATTENTION | {
+    "mst_fx::attention",
+    "mst_fx::biased_attention",
+    "mst_fx::masked_attention",
+}  # results and operands
 _LOSSES = frozenset(("cross_entropy", "log_softmax"))
 _LOOP_WITH_GRADIENT = "mst_fx::loop_with_grad"
 

@@ -71,7 +71,8 @@ PRODUCTS = (
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "convolution"))
 ATTENTION = frozenset(("scaled_dot_product_attention",))
 ATTENTION_KERNELS = ATTENTION | {
-    "flex_attention", "mst_fx::attention", "mst_fx::biased_attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention",
+    "flex_attention", "mst_fx::attention", "mst_fx::biased_attention", "mst_fx::masked_attention",
+    "_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
 }  # fmt: skip

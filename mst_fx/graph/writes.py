@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
@@ -44,8 +45,13 @@ def _inplace_place(target: Any) -> int:
 
 def mutated_storages(graph: fx.Graph) -> set[int]:
     """The storages that some node writes to; what reads them depends on when it runs."""
+    return storages_written_by(graph.nodes)
+
+
+def storages_written_by(nodes: Iterable[fx.Node]) -> set[int]:
+    """Those of some nodes of a graph."""
     storages = set()
-    for node in graph.nodes:
+    for node in nodes:
         if not writes_in_place(node):
             continue
         for operand in _written(node):

@@ -203,6 +203,8 @@ class Splitter:
             if any(fills):
                 raise Refusal("a bias may hide keys by a number, and a mask does", Cause.MASK)
             self.hiding = BY_BIAS
+        if not parts and not any(fills) and self.hiding == NO_SCORE:
+            self.hiding = ADDS  # minus infinity in the place of a score is minus infinity beside it
         return Biases(tuple(self.of_keys), tuple(self.of_distances), self.hiding)
 
 

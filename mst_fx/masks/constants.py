@@ -92,7 +92,7 @@ def _may_be_constant(node: fx.Node, limit: int, mutated: Collection[int]) -> boo
 
 
 _NAMES_OF_CONSTANTS = """
-    arange zeros ones full new_zeros new_ones new_full zeros_like ones_like tensor
+    arange zeros ones full new_zeros new_ones new_full zeros_like ones_like tensor scalar_tensor
     add sub mul floor_divide remainder neg abs clamp diff cumsum
     eq ne le lt ge gt bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not where
     getitem unsqueeze squeeze expand view reshape flatten contiguous clone cat repeat repeat_interleave

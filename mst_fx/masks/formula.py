@@ -82,6 +82,11 @@ Mask = Constant | Compare | Holds | Not | And | Or
 ADDS, NO_BIAS, NO_SCORE, AT_LEAST = "adds", "instead of the bias", "instead of the score", "at least"
 # A mask hides by minus infinity, and a bias may by a number.
 BY_BIAS = "by a bias"
+# What else is done to scores (:mod:`mst_fx.ops.masked`), with a tensor and without.
+SHOW, HIDE, SINK, SOFTMAX, TANH = "show", "hide", "sink", "softmax", "tanh"
+WITH_TENSOR = {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide"}
+WITH_NUMBER = {"add": "plus", "mul": "times", "div": "over"}
+TAKE_TENSORS = frozenset((*WITH_TENSOR.values(), SHOW, HIDE, SINK))
 
 TRUE, FALSE = Constant(True), Constant(False)
 

@@ -29,11 +29,16 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def is_of_scores(node: fx.Node) -> bool:
-    """Whether a softmax, or a product itself, is that of a product of two activations, ``[.., Q, D]`` and ``[.., D, K]``, and not of
-    logits, whose one factor is a matrix, or of experts', whose one factor is a stack of them."""
+    """Whether a softmax, or a product itself, is that of :func:`scores_of`."""
+    return scores_of(node) is not None
+
+
+def scores_of(node: fx.Node) -> fx.Node | None:
+    """The product of two activations, ``[.., Q, D]`` and ``[.., D, K]``, behind a softmax, or a product itself; None: it is of logits, whose
+    one factor is a matrix, or of experts', whose one factor is a stack of them."""
     fake = tensor_value(node)
     if fake is None:
-        return False
+        return None
     count, stack, seen = expression(fake.numel()), [node], set()
     while stack:
         current = stack.pop()
@@ -44,9 +49,12 @@ def is_of_scores(node: fx.Node) -> bool:
         if is_product(current):
             factors = current.all_input_nodes[-2:]
             fakes = [x for x in map(tensor_value, factors) if x is not None]
-            return len(fakes) == 2 and all(x.ndim > 2 for x in fakes) and not any(map(_is_weight, factors))
+            is_known = (
+                len(fakes) == 2 and all(x.ndim > 2 for x in fakes) and not any(map(_is_weight, factors))
+            )
+            return current if is_known else None
         stack += current.all_input_nodes
-    return False
+    return None
 
 
 def is_of_block(scores: fx.Node) -> bool:

@@ -9,14 +9,14 @@ A :class:`Site` is one attention, in a graph or in the :class:`~mst_fx.graph.lev
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from mst_fx.graph.edit import add_call
-from mst_fx.graph.levels import Level, all_levels, placeholders_of
+from mst_fx.graph.levels import Level, placeholders_of
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression, hint
@@ -32,13 +32,12 @@ from mst_fx.graph.spelling import (
 )
 from mst_fx.graph.subgraphs import attribute, called_graph
 from mst_fx.graph.values import tensor_value
-from mst_fx.graph.writes import mutated_storages
 from mst_fx.masks import sinks
 from mst_fx.masks.biases import NOT_HIDDEN, Hidden, choice
 from mst_fx.masks.constants import fill_of, number_of
 from mst_fx.masks.scales import cast_for, factor, have_same_type, is_scaling, is_wide_cast, softcap_of
 from mst_fx.masks.scores import is_of_scores, transposed
-from mst_fx.torch_api.attention import is_fused
+from mst_fx.masks.steps import Steps, is_written_between, readers, stepped
 
 
 @dataclasses.dataclass
@@ -58,6 +57,7 @@ class Site:
         others: what else is added to the scores than ``mask``.
         hidden: what is done to the scores then.
         behind: a number by which the scores are multiplied with the mask in them; ``scale`` has it.
+        steps: what is done to the scores, if it is no formula: all other attributes say nothing of it then.
         dtype: that in which all is computed, where queries and keys were cast to a wider one than the values (GPT-J), or the
             other way round; None: that of the output.
     """
@@ -80,6 +80,7 @@ class Site:
     others: tuple[fx.Node, ...] = ()
     hidden: Hidden = NOT_HIDDEN
     behind: float = 1.0
+    steps: Steps | None = None
     dtype: torch.dtype | None = None
 
     def replace_operand(self, old: fx.Node, new: fx.Node) -> None:
@@ -87,9 +88,16 @@ class Site:
         for name in ("query", "key", "value"):
             if getattr(self, name) is old:
                 setattr(self, name, new)
+        if self.steps is not None:
+            self.steps = self.steps.replaced(old, new)
 
 
-def find_sites(level: Level) -> Iterator[Site]:
+def find_sites(level: Level, mutated: Collection[int]) -> Iterator[Site]:
+    """The attentions of a graph and of its checkpointed layers.
+
+    Args:
+        mutated: the storages that some node of the program writes to.
+    """
     calls: dict[str, list[fx.Node]] = {}
     nodes = outside_transforms(level.gm.graph)
     for node in nodes:
@@ -99,11 +107,25 @@ def find_sites(level: Level) -> Iterator[Site]:
         layer_graph = attribute(level.gm, name)
         is_plain = len(callers) == 1 and len(placeholders_of(layer_graph)) == len(callers[0].args) - 1
         if is_plain and target_name(callers[0]) in CHECKPOINTS:
-            yield from find_sites(Level(layer_graph, callers[0], level))
+            yield from find_sites(Level(layer_graph, callers[0], level), mutated)
     for node in nodes:
-        site = _fused(level, node) if operation(node) in ATTENTION else _eager(level, node)
+        is_fused = operation(node) in ATTENTION
+        site = (
+            _fused(level, node)
+            if is_fused
+            else _eager(level, node, mutated) or by_steps(level, node, mutated)
+        )
         if site is not None:
             yield site
+
+
+def by_steps(level: Level, out: fx.Node, mutated: Collection[int]) -> Site | None:
+    """Written-out attention, whatever is done to its scores; None: something in it is not known."""
+    found = stepped(out, mutated)
+    if found is None:
+        return None
+    operands = (found.query, found.key, found.value)
+    return Site(level, out, *operands, None, 1.0, inner=found.inner, is_eager=True, steps=found.steps)
 
 
 def _fused(level: Level, node: fx.Node) -> Site | None:
@@ -142,6 +164,7 @@ class _Chain:
     """
 
     level: Level
+    mutated: Collection[int]
     inner: list[fx.Node] = dataclasses.field(default_factory=list)
     beside: set[fx.Node] = dataclasses.field(default_factory=set)
     sinks: fx.Node | None = None
@@ -156,8 +179,8 @@ class _Chain:
 
     def take_beside(self, nodes: Sequence[fx.Node], end: fx.Node) -> bool:
         """Takes nodes in that lead from a node of the chain back to another one; False: somebody else reads one of them."""
-        readers = [end, *nodes]
-        if any(_readers(node) != {reader} for node, reader in zip(nodes, readers, strict=False)):
+        found = [end, *nodes]
+        if any(readers(node) != {reader} for node, reader in zip(nodes, found, strict=False)):
             return False
         self.inner += nodes
         self.beside.update(nodes)
@@ -228,7 +251,7 @@ class _Chain:
             scores_first = isinstance(left, fx.Node) and len(left.users) == 1
             scores_first = are_scores[0] if are_scores[0] != are_scores[1] else scores_first
             other, scores = (right, left) if scores_first else (left, right)
-            if not _is_nothing(self.level, current, other, scores):
+            if not _is_nothing(self.level, current, other, scores, self.mutated):
                 if not isinstance(other, fx.Node):
                     return None
                 added.append(other)
@@ -243,7 +266,7 @@ class _Chain:
             if at_least is None or current.kwargs or not have_same_type(current, current.args[0]):
                 return None, NOT_HIDDEN
             return self.step(current.args[0]), Hidden(at_least=float(at_least))
-        found = choice(current, ()) if current is not None else None
+        found = choice(current, self.mutated) if current is not None else None
         if found is None:
             return current, NOT_HIDDEN
         mask, scores, fill, negated = found
@@ -281,16 +304,11 @@ class _Chain:
         return self.step(current.args[0]), scale, scaling
 
 
-def _readers(node: fx.Node) -> set[fx.Node]:
-    """The readers of a node but for results of it that nobody reads: in the graph of a checkpointed layer Dynamo leaves those."""
-    return {user for user in node.users if user.users or operation(user) != "getitem"}
-
-
-def _eager(level: Level, node: fx.Node) -> Site | None:
+def _eager(level: Level, node: fx.Node, mutated: Collection[int]) -> Site | None:
     """``matmul(softmax(matmul(q, k.transpose(2, 3)) * scale [capped] + mask), v)``, in 4 dimensions."""
     if operation(node) not in MATMULS | {"mul"} or len(node.args) < 2:
         return None
-    chain = _Chain(level)
+    chain = _Chain(level, mutated)
     weighted = chain.scaled(node)
     masked = chain.softmax(weighted.args[0]) if weighted is not None and len(weighted.args) > 1 else None
     masked, behind = chain.behind(masked)
@@ -306,6 +324,8 @@ def _eager(level: Level, node: fx.Node) -> Site | None:
     if chain.sinks is not None:
         factors = tuple(sinks.before_widening(x, weighted.args[1]) for x in factors)  # type: ignore[assignment,union-attr]
     if (behind != 1.0 and (softcap or scaling is not None)) or _loses_gradient(chain, node, *factors):
+        return None
+    if is_written_between(chain.inner, node, (*factors, weighted.args[1])):  # type: ignore[union-attr,arg-type]
         return None
     return Site(
         level,
@@ -373,66 +393,16 @@ def sinks_of_heads(site: Site) -> fx.Node | None:
     return None if site.sinks is None or query is None else sinks.per_head(site.sinks, query.shape[1])
 
 
-def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any) -> bool:
+def _is_nothing(level: Level, total: fx.Node, added: Any, scores: Any, mutated: Collection[int]) -> bool:
     """Whether zeros are added, as T5 does to the scores of cross-attention."""
     if not isinstance(added, fx.Node) or not isinstance(scores, fx.Node):
         return False
     fake, source = tensor_value(total), tensor_value(scores)
     if fake is None or source is None or fake.dtype != source.dtype:
         return False
-    zeros = level.resolve(added)
-    written = {storage for each in all_levels(level.top) for storage in mutated_storages(each.gm.graph)}
     same = [expression(size) for size in fake.shape] == [expression(size) for size in source.shape]
-    return same and fill_of(zeros, written) == 0
+    return same and fill_of(level.resolve(added), mutated) == 0
 
 
 def _is_last_dim(node: fx.Node) -> bool:
     return argument(node, "dim") in (-1, 3)
-
-
-def is_ours(site: Site) -> bool:
-    """Whether :mod:`mst_fx.ops.attention` runs the kernel that torch would run, and does better: on a GPU its
-    backward pass takes a few heads at a time, and no random state is kept for dropout that is none."""
-    query, value, out = map(tensor_value, (site.query, site.value, site.out))
-    if query is None or value is None or out is None:
-        return False
-    return is_fused(query, value, site.dtype or out.dtype)
-
-
-def is_grouped(site: Site) -> bool:
-    """Whether a kernel can take fewer heads of keys and values than the call has."""
-    return ungrouped(site) != (site.key, site.value)
-
-
-def ungrouped(site: Site) -> tuple[fx.Node, fx.Node]:
-    """Keys and values before ``repeat_kv``, where a kernel takes grouped heads; otherwise as they are."""
-    key, values = _before_repeat(site.key), _before_repeat(site.value)
-    query, wide, out = map(tensor_value, (site.query, values, site.out))
-    if query is None or wide is None or out is None or not is_fused(query, wide, site.dtype or out.dtype):
-        return site.key, site.value
-    fakes = [tensor_value(key), tensor_value(values)]
-    if fakes[0] is None or fakes[1] is None or fakes[0].shape[1] != fakes[1].shape[1]:
-        return site.key, site.value
-    return key, values
-
-
-def _before_repeat(node: fx.Node) -> fx.Node:
-    """``x`` of ``x[:, :, None].expand(…).reshape(…)``; the node itself, if it is no such thing."""
-    expanded = _source(node, "reshape")
-    indexed = _source(expanded, "expand")
-    inner = _source(indexed, "getitem")
-    full = slice(None, None, None)
-    if indexed is None or inner is None or indexed.args[1] != (full, full, None, full, full):
-        return node
-    fake, out, wide = (tensor_value(n) for n in (inner, node, expanded))  # type: ignore[arg-type]
-    if fake is None or out is None or wide is None:
-        return node
-    heads = fake.shape[1] * wide.shape[2] == out.shape[1] and fake.ndim == 4 == out.ndim
-    rest = [fake.shape[i] for i in (0, 2, 3)] == [out.shape[i] for i in (0, 2, 3)]
-    return inner if heads and rest else node
-
-
-def _source(node: fx.Node | None, name: str) -> fx.Node | None:
-    """The first operand of an operation."""
-    source = node.args[0] if node is not None and operation(node) == name else None
-    return source if isinstance(source, fx.Node) else None

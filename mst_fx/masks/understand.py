@@ -13,14 +13,16 @@ from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.levels import Level, all_levels
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.values import tensor_value
-from mst_fx.masks import formula, reach, sites
+from mst_fx.masks import formula, grouped, reach, sites
 from mst_fx.masks.biases import NO_BIASES, NOT_HIDDEN, Biases, BooleanPart, Splitter
 from mst_fx.masks.boolean import boolean_mask
 from mst_fx.masks.constants import evaluated
-from mst_fx.masks.formula import ADDS, Compare, Holds, Mask
+from mst_fx.masks.formula import ADDS, Mask
+from mst_fx.masks.given import as_given, check_given
 from mst_fx.masks.reach import CAUSAL, FULL, Vectors
 from mst_fx.masks.reader import Reader
 from mst_fx.masks.sites import Site
+from mst_fx.masks.words import form_name
 from mst_fx.torch_api.modes import ENTER_AUTOCAST
 
 
@@ -94,6 +96,7 @@ class Understood:
         given: what the graph that made the mask says of it.
         biases: what is added to scores besides.
         vectors: these as nodes: for each key, and for each distance.
+        why: what is done to the scores instead, and why the mask is no formula.
     """
 
     site: Site
@@ -104,11 +107,12 @@ class Understood:
     given: Given | None = None
     biases: Biases = NO_BIASES
     vectors: tuple[fx.Node | None, fx.Node | None] = (None, None)
+    why: str = ""
 
     @property
     def is_native(self) -> bool:
         """Whether torch's own kernel has the form of the mask."""
-        return _is_native(self.site, self.table) and self.biases.is_empty
+        return self.site.steps is None and _is_native(self.site, self.table) and self.biases.is_empty
 
     @property
     def is_biased(self) -> bool:
@@ -134,6 +138,21 @@ def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood |
     Raises:
         Refusal: if the mask is not understood, or the site is of a kind that is left alone.
     """
+    why = ""
+    if site.steps is None:
+        try:
+            return _as_formula(site, chunk, mutated)
+        except Refusal as refusal:
+            given = as_given(site, mutated, _under_autocast(site))
+            if given is None:
+                raise
+            site, why = given, f"no formula ({refusal}): "
+    check_given(site, mutated)
+    return Understood(site, NO_MASK, chunk, reach.native_table(FULL), "given", why=f"{why}{site.steps}")
+
+
+def _as_formula(site: Site, chunk: int, mutated: Collection[int]) -> Understood | None:
+    """A site whose mask and biases are formulas."""
     _check(site)
     if site.dropout or not _gains(site):
         return None
@@ -156,7 +175,10 @@ def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood |
     form = form_name(read.formula, table, read.vectors if is_static else None, hint(queries))
     if not biases.is_empty:
         form = "bias" if form == "full" else f"bias, {form}"
-    return Understood(site, read, chunk, table, form, given, biases)
+    found = Understood(site, read, chunk, table, form, given, biases)
+    if found.is_biased and (site.sinks is not None or site.cap is not None):  # which no biased attention has
+        raise Refusal(f"{site.out.name}: scores hidden by a number in their place have sinks", Cause.SCORES)
+    return found
 
 
 def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tuple[Read, Biases]:
@@ -260,8 +282,8 @@ def _check(site: Site) -> None:
 def _gains(site: Site) -> bool:
     """Whether there is something that another call of attention would not make, mask or repeated keys."""
     if site.causal:
-        return site.mask is None and (sites.is_grouped(site) or sites.is_ours(site))
-    return site.mask is not None or site.is_eager or sites.is_grouped(site)
+        return site.mask is None and (grouped.is_grouped(site) or grouped.is_ours(site))
+    return site.mask is not None or site.is_eager or grouped.is_grouped(site)
 
 
 def _given(site: Site, read: Read, chunk: int) -> Given | None:
@@ -282,7 +304,7 @@ def _is_native(site: Site, table: Tensor | None) -> bool:
 
 def _may_be_native(site: Site) -> bool:
     """Whether a kernel does what else there is than the mask: sinks need one that gives the sums of its softmax."""
-    return not site.softcap and (site.sinks is None or sites.is_ours(site))
+    return not site.softcap and (site.sinks is None or grouped.is_ours(site))
 
 
 def _under_autocast(site: Site) -> bool:
@@ -403,39 +425,3 @@ def as_vector(vector: Any, is_key: bool, then: Callable[..., Any] | None = None)
         if is_key
         else run(torch.flatten, vector, 1, fake.ndim - 1)
     )
-
-
-def form_name(mask: Mask, table: Tensor | None, vectors: Vectors | None, queries: int) -> str:
-    """The form in words, for the report: what is known when the graph is compiled."""
-    if table is not None:
-        form = int(table[0, 0])
-        if form in (CAUSAL, FULL):
-            return {CAUSAL: "causal", FULL: "full"}[form]
-    if vectors is not None:
-        exact = reach.interval_of(mask, vectors, queries, queries, torch.device("cpu"))
-        if bool(exact.exact) and exact.lo.shape[-1] == queries == exact.hi.shape[-1]:
-            place = torch.arange(queries)
-            width = int((exact.hi - exact.lo).max())
-            if bool((exact.hi == place + 1).all()):
-                if bool((exact.lo == (place + 1 - width).clamp(min=0)).all()):
-                    return f"window {width}"
-                return "documents"
-    parts = {_part_name(part) for part in formula.conjuncts(mask)}
-    if "" in parts:
-        return f"general: {formula.describe(mask)}"
-    if len(parts - {"causal", "padding"}) > 0:
-        parts.discard("causal")  # goes without saying
-    return " + ".join(sorted(parts))
-
-
-def _part_name(mask: Mask) -> str:
-    match mask:
-        case Holds(vector) if formula.is_key(vector):
-            return "padding"
-        case Compare("eq", left, right) if left and right:
-            return "documents"
-        case Compare("le", left, right, 0) | Compare("lt", left, right, 1) if left and right:
-            return "causal"
-        case Compare("gt" | "ge" as op, left, right, offset) if left and right and offset < 0:
-            return f"window {-offset + (op == 'ge')}"
-    return ""

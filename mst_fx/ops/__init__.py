@@ -16,6 +16,7 @@ from mst_fx.ops import (
     gate,
     loop,
     loop_over,
+    masked,
     offload,
     port,
     row_sums,
@@ -24,5 +25,5 @@ from mst_fx.ops import (
 
 __all__ = [
     "arena", "attention", "biased", "buffer", "chunks", "dropout", "embedding", "experts", "gate", "loop", "loop_over",
-    "offload", "port", "row_sums", "scaled",
+    "masked", "offload", "port", "row_sums", "scaled",
 ]  # fmt: skip

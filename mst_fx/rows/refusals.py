@@ -22,10 +22,10 @@ from torch import fx
 from mst_fx.errors import Cause
 from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import expression, hint, is_known
-from mst_fx.graph.spelling import CONVOLUTIONS, EMBEDDINGS, PERMUTES, RESHAPES, SPLITS, operation
+from mst_fx.graph.spelling import CONVOLUTIONS, EMBEDDINGS, MATMULS, PERMUTES, RESHAPES, SPLITS, operation
 from mst_fx.graph.values import tensor_value
 from mst_fx.rows.analysis import RowAnalysis
-from mst_fx.rows.fates import NEAR, fate_of
+from mst_fx.rows.fates import NEAR, Fate, fate_of
 from mst_fx.rows.weights import is_part, numel_of, weight_product, width_in
 
 _MOVES = PERMUTES | RESHAPES | SPLITS | {"contiguous", "getitem"}
@@ -66,8 +66,7 @@ def place_of(analysis: RowAnalysis, product: fx.Node, ending: str = "") -> Place
         return Place(product, fate.kind, f"{product.name} ({target_name(product)}) {reason}", state.cause)
     if fate.blockers:
         blocker = fate.blockers[0]
-        is_head = fate.narrows is None and fate.is_reduced
-        if not (fate.is_output or is_head) and _is_split_up(analysis, product, blocker, width):
+        if _is_of_mixer(analysis, fate, product, width):
             return None
         reason, cause = analysis.states[blocker].reason, analysis.states[blocker].cause
         if analysis.states[blocker].summed:
@@ -178,6 +177,23 @@ def _is_split_up(analysis: RowAnalysis, product: fx.Node, blocker: fx.Node, widt
     readers = list(_computing(blocker))
     taken = [n for reader in readers for n in reader.all_input_nodes if not analysis.states[n].constant]
     return bool(taken) and all(numel_of(operand) <= width * hint(analysis.rows) for operand in taken)
+
+
+def _is_of_mixer(analysis: RowAnalysis, fate: Fate, product: fx.Node, width: int) -> bool:
+    """Whether what mixes tokens is a mixer's, and the product a projection into it."""
+    blocker = fate.blockers[0]
+    if fate.narrows is None and _is_multiplied(analysis, blocker):
+        return True
+    is_head = fate.narrows is None and fate.is_reduced
+    return not (fate.is_output or is_head) and _is_split_up(analysis, product, blocker, width)
+
+
+def _is_multiplied(analysis: RowAnalysis, blocker: fx.Node) -> bool:
+    """Whether a value is multiplied with other rows: a mixer's (of a block of a sequence, say), and no logits."""
+    return any(
+        operation(reader) in MATMULS and not any(analysis.states[x].constant for x in reader.all_input_nodes)
+        for reader in _computing(blocker)
+    )
 
 
 def _moved(node: fx.Node) -> set[fx.Node]:

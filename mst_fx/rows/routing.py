@@ -24,7 +24,7 @@ from torch import fx
 
 from mst_fx.graph.sizes import expression
 from mst_fx.graph.spelling import CASTS, COPIES, RESHAPES, argument, operation
-from mst_fx.graph.values import storage_keys, tensor_value, value
+from mst_fx.graph.values import is_plain, storage_keys, tensor_value, value
 from mst_fx.graph.writes import mutated_storages
 
 # ``histc`` computes the bin of a key in its own type; for no more bins than this it is the key (23 counts tried, 65,536 fails).
@@ -137,9 +137,8 @@ def facts_of(graph: fx.Graph) -> Facts:
     mutated = mutated_storages(graph)
     for node in graph.nodes:
         rule = _RULES.get(operation(node))
-        is_written = rule is not None and not mutated.isdisjoint(storage_keys(node))
-        found = rule(node, facts) if rule is not None and not is_written else None
-        if found is not None:
+        found = (rule(node, facts) if rule is not None else None) or _gathered_by(node)
+        if found is not None and mutated.isdisjoint(storage_keys(node)):
             facts[node] = found
     return facts
 
@@ -176,6 +175,20 @@ def slot_count(fake: torch.Tensor) -> Any:
 
 
 # Rules
+
+
+def _gathered_by(index: fx.Node) -> Keys | None:
+    """Integers by which something is gathered lie below its size, or the program fails there: experts that a table names (DeepSeek-V4)."""
+    fake = tensor_value(index)
+    if fake is None or fake.dtype != torch.int64 or not is_plain(fake):
+        return None
+    for reader in index.users:
+        source, dim = argument(reader, "input"), argument(reader, "dim")
+        is_read = operation(reader) == "gather" and argument(reader, "index") is index and bool(reader.users)
+        whole = tensor_value(source) if isinstance(source, fx.Node) else None
+        if is_read and whole is not None and isinstance(dim, int) and isinstance(whole.shape[dim], int):
+            return Keys(Key(index, whole.shape[dim]))
+    return None
 
 
 def _fact(node: Any, facts: Facts) -> Fact | None:

@@ -56,6 +56,17 @@ def is_fused(query: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> 
     return (dtype or query.dtype) in SIXTEEN_BITS and query.shape[3] <= 256 and query.shape[3] % 8 == 0
 
 
+def is_fused_with_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Whether some kernel of torch's takes a mask that is a tensor: otherwise all S² scores are made.
+
+    On CPUs the flash kernel does, if the mask has no gradient; on CUDA the memory-efficient one, without grouped heads.
+    """
+    if query.device.type == "cpu":
+        return is_fused(query, value) and not mask.requires_grad
+    is_even = all(x.shape[3] % 8 == 0 for x in (query, value))
+    return query.dtype != torch.float64 and is_even and query.shape[1] == key.shape[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """Each query sees all keys, or those up to its own (``causal``)."""
@@ -66,7 +77,7 @@ class Dense:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The output ``[B, H, Q, D]`` and the logarithms of the softmax's sums ``[B, H, Q]``, whichever
         kernel makes them: float32, of float64 float64."""
-        operands = (query, key, value)
+        operands = query, key, value = _by_rows(query, key, value)
         if query.device.type == "cpu":
             cpu = aten._scaled_dot_product_flash_attention_for_cpu
             out, sums = cpu(*operands, 0.0, self.causal, scale=self.scale)
@@ -93,6 +104,7 @@ class Dense:
         Args:
             over: ``tangent``, ``key`` and ``value`` themselves, or some of them: their gradient is written over them.
         """
+        tangent, query, key, value = _by_rows(tangent, query, key, value)
         if query.device.type == "cpu":  # whose kernel shares heads among threads: all at once
             cpu = aten._scaled_dot_product_flash_attention_for_cpu_backward
             found = cpu(tangent, query, key, value, out, sums, 0.0, self.causal, scale=self.scale)
@@ -177,6 +189,7 @@ class Weighted:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`Dense.forward`."""
         efficient = aten._scaled_dot_product_efficient_attention
+        query, key, value = _by_rows(query, key, value)
         bias = self._bias(query, key)
         out, sums = efficient(query, key, value, bias, True, 0.0, self.causal, scale=self.scale)[:2]
         return out, sums[..., : query.shape[2]]
@@ -195,6 +208,7 @@ class Weighted:
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
         # The kernel reads whole blocks of 32 queries, and gives those behind the last one infinity.
         blocks = F.pad(sums, (0, -query.shape[2] % 32), value=float("inf"))
+        tangent, query, key, value = _by_rows(tangent, query, key, value)
         found = aten._scaled_dot_product_efficient_attention_backward(
             *(tangent, query, key, value, self._bias(query, key), out, blocks, seed, seed, 0.0),
             [True, True, True, False],
@@ -236,7 +250,7 @@ class Spans:
         """As :meth:`Dense.forward`."""
         batch, heads, size, _ = query.shape
         out, sums, *_ = aten._flash_attention_forward(
-            *map(_packed, (query, key, value)),
+            *map(_packed, _by_rows(query, key, value)),
             self.starts,
             self.starts,
             self.longest,
@@ -261,7 +275,8 @@ class Spans:
         over: _Over = _OWN,
     ) -> Gradients:
         """As :meth:`Dense.backward`."""
-        return _by_heads(self._backward, tangent, query, key, value, out, sums, over)
+        operands = _by_rows(tangent, query, key, value)
+        return _by_heads(self._backward, *operands, out, sums, over)  # type: ignore[call-arg,arg-type]
 
     @property
     def _is_causal(self) -> bool:
@@ -288,6 +303,11 @@ class Spans:
         )
         q, k, v = (_unpacked(grad, batch) for grad in grads)
         return q, k, v
+
+
+def _by_rows(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands, copied where the elements of a row lie apart: kernels read them as if they did not, on a CPU, or fail."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in operands)
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -221,13 +221,16 @@ def weights_without_gradient(m: Attention, q: Tensor, k: Tensor, v: Tensor, padd
 LEFT: list[tuple[Form, str]] = [
     (weights_without_gradient, "no attention known here"),
     (table_without_gradient, "under no_grad"),
+    (picked_keys, "top-k"),
+]
+# No formula: it stays, and is read as it is (test_given).
+GIVEN: list[tuple[Form, str]] = [
     (padding_as_a_bias, "a bias may hide keys by a number, and a mask does"),
     (scaled_with_its_bias, "scaled with a bias in them"),
     (triangle_of_others, "not known to depend on distances alone"),
-    (triangle_compared_otherwise, ""),
+    (triangle_compared_otherwise, "no formula"),
     (counted_by_twos, "no difference of positions"),
     (gradient_by_frequency, "not known to depend on distances alone"),
-    (picked_keys, "top-k"),
 ]
 
 
@@ -251,6 +254,13 @@ def test_what_only_looks_like_it(form: Form, reason: str) -> None:
     report = check_parity(Attention(form).double(), _batch(), _BAR, _BAR, OPTIONS)
     assert not report.rewrites
     assert any(reason in refusal.reason for refusal in report.refusals), [r.reason for r in report.refusals]
+
+
+@pytest.mark.parametrize(("form", "reason"), GIVEN, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_is_given(form: Form, reason: str) -> None:
+    torch.manual_seed(0)
+    report = check_parity(Attention(form).double(), _batch(), _BAR, _BAR, OPTIONS)
+    assert [(r.form, reason in r.why) for r in report.rewrites] == [("given", True)], report.rewrites
 
 
 def cast_for_scores(m: Attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
@@ -292,3 +302,28 @@ def test_scores_of_blocks_are_no_refusal() -> None:
     assert not check_parity(Blocks(32).double(), batch, _BAR, _BAR, OPTIONS).refusals
     (refused,) = check_parity(Blocks(SEQ).double(), batch, _BAR, _BAR, OPTIONS).refusals
     assert "without a softmax" in refused.reason
+
+
+def test_a_projection_into_blocks_is_no_head() -> None:
+    """As of MiniMax: queries, keys and values of one product, behind a function."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = F.silu(self.qkv(x)).view(*x.shape[:2], HEADS, -1)
+            q, k, v = (y.transpose(1, 2) for y in parts.split(WIDTH // HEADS, 3))
+            state, outs = torch.zeros(WIDTH // HEADS, WIDTH // HEADS, dtype=x.dtype), []
+            for i in range(0, SEQ, 16):
+                queries, keys, values = (y[:, :, i : min(i + 16, SEQ)] for y in (q, k, v))
+                inside = (queries @ keys.transpose(2, 3)).tril() @ values
+                outs.append(inside + (queries * 0.5) @ state)
+                state = state + (keys * 0.5).transpose(2, 3) @ values
+            rows = F.rms_norm(torch.cat(outs, 2).transpose(1, 2).flatten(2), (WIDTH,))
+            return (self.out(rows) * x.detach()).sum()
+
+    batch = {"x": torch.randn(2, SEQ, WIDTH, dtype=torch.float64)}
+    options = OPTIONS | {"passes": ("mlp", "vocab"), "chunk_rows": 16, "vocab_chunk_rows": 16}
+    assert not check_parity(Mixer().double(), batch, _BAR, _BAR, options).refusals

@@ -229,9 +229,9 @@ def test_sinks_read_the_tangent_before_it_is_written_over(
 class Written(nn.Module):
     """Attention with sinks: 4 heads, 2 of keys and values, a window of 9 or none."""
 
-    def __init__(self, how: str = "gpt-oss", window: bool = False) -> None:
+    def __init__(self, how: str = "gpt-oss", window: bool = False, fill: float | None = None) -> None:
         super().__init__()
-        self.how, self.window = how, window
+        self.how, self.window, self.fill = how, window, fill
         self.query, self.pair = nn.Linear(16, 16).double(), nn.Linear(16, 16).double()
         self.sinks = nn.Parameter(torch.tensor([0.3, -1.0, 2.0, 5.0], dtype=torch.float64))
         self.of_query = nn.Linear(16, 4).double()
@@ -248,7 +248,8 @@ class Written(nn.Module):
         if self.window:
             seen = seen & (place[None, :] > place[:, None] - 9)
         mask = torch.where(seen, 0.0, -1e30).double()[None, None]
-        scores = torch.matmul(query, key.transpose(2, 3)) * 0.5 + mask
+        scores = torch.matmul(query, key.transpose(2, 3)) * 0.5
+        scores = scores + mask if self.fill is None else scores.masked_fill(~seen, self.fill)
         out = WAYS[self.how](self, scores, value, x)
         if isinstance(out, tuple):
             return out[0].transpose(1, 2).reshape(batch, size, 16), out[1]
@@ -411,7 +412,7 @@ WAYS: dict[str, Callable[[Written, Tensor, Tensor, Tensor], Any]] = {
     "granite, of the query": _granite_of_query, "dropped": _dropped,
 }  # fmt: skip
 _KNOWN = ("gpt-oss", "short", "first", "narrow", "to size", "granite", "granite, keepdim", "no sinks")
-_DIFFER = ("of the query", "of the sequence", "one for all", "granite, of the query")
+_GIVEN = ("of the query", "of the sequence", "one for all")
 
 
 @pytest.mark.parametrize("window", [False, True])
@@ -424,12 +425,36 @@ def test_spellings(how: str, window: bool) -> None:
     assert found.form == ("window 9" if window else "causal") and not report.refusals
 
 
-@pytest.mark.parametrize("how", [name for name in WAYS if name not in _KNOWN])
+@pytest.mark.parametrize(
+    ("window", "fill", "form"),
+    [
+        (False, -math.inf, "causal"),
+        (False, -1e30, "causal"),
+        (True, -math.inf, "window 9"),
+        (True, -1e30, "given"),
+    ],
+)
+def test_scores_that_are_filled(window: bool, fill: float, form: str) -> None:
+    """Attention that has no sinks is no stand-in for it."""
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    report = check(Written("gpt-oss", window, fill), (x,), 1e-10, OPTIONS)
+    assert [r.form for r in report.rewrites] == [form] and not report.refusals
+
+
+@pytest.mark.parametrize("how", _GIVEN)
+def test_sinks_that_are_no_number_a_head(how: str) -> None:
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    report = check(Written(how), (x,), 1e-10, OPTIONS)
+    (found,) = report.rewrites
+    assert found.form == "given" and "may differ between queries" in found.why and not report.refusals
+
+
+@pytest.mark.parametrize("how", [name for name in WAYS if name not in (*_KNOWN, *_GIVEN)])
 def test_what_is_no_sink_is_left_alone(how: str) -> None:
     x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
     report = check(Written(how), (x,), 1e-10, OPTIONS)
     assert not report.rewrites and len(report.refusals) == 1
-    assert ("may differ between queries" in report.refusals[0].reason) == (how in _DIFFER)
+    assert ("may differ between queries" in report.refusals[0].reason) == (how == "granite, of the query")
 
 
 def test_frozen_sinks() -> None:

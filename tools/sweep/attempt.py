@@ -44,6 +44,7 @@ class Outcome:
         error: the largest relative error of loss and gradients.
         graphs: how many graphs Dynamo made.
         rewrites: how many, by kind.
+        given: attentions whose mask or bias is no formula, and stays.
         deferred: logits are computed on first use.
         refusals: kind, place, reason and cause of each.
         squares: nodes of the rewritten graphs that make values with two dimensions of the sequence's length.
@@ -60,6 +61,7 @@ class Outcome:
     error: float = 0.0
     graphs: int = 0
     rewrites: dict[str, int] = dataclasses.field(default_factory=dict)
+    given: int = 0
     deferred: bool = False
     refusals: list[tuple[str, str, str, str]] = dataclasses.field(default_factory=list)
     squares: list[str] = dataclasses.field(default_factory=list)
@@ -75,13 +77,14 @@ class Outcome:
 
     @property
     def silent(self) -> list[str]:
-        """S×S values that are left though no attention was refused."""
-        return [] if any(kind == "attention" for kind, *_ in self.refusals) else self.squares
+        """S×S values that are left though no attention was refused, nor runs with a mask that stays."""
+        is_known = self.given or any(kind == "attention" for kind, *_ in self.refusals)
+        return [] if is_known else self.squares
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing was left as it was."""
-        return self.status == "right" and not self.refusals and not self.squares and bool(self.rewrites)
+        """Whether nothing was left as it was, but for masks that stay."""
+        return self.status == "right" and not self.refusals and not self.silent and bool(self.rewrites)
 
 
 def attempt(name: str, family: str) -> Outcome:
@@ -206,6 +209,7 @@ def _describe(outcome: Outcome, seen: Iterable[tuple[fx.GraphModule, Report]], m
         report.refusals += of_graph.refusals
         outcome.squares += _squares(new)
     outcome.rewrites = dict(collections.Counter(rewrite.kind for rewrite in report.rewrites))
+    outcome.given = sum(rewrite.form == "given" for rewrite in report.rewrites)
     outcome.deferred = any(rewrite.deferred for rewrite in report.rewrites)
     outcome.refusals = [(r.kind, r.name, r.reason[:300], r.cause.value) for r in report.refusals]
     outcome.doubtful = [f"{r.kind} {r.name}" for r in report.refusals if _is_doubtful(r, model)]

@@ -114,6 +114,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "jetmoe": {"kv_channels": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "mamba2": {"head_dim": 16, "num_heads": 4, "n_groups": 1},
+    "minimax": {"block_size": 16},
     "ministral": {"head_dim": 8, "rope_parameters": _ROPE},
     "mpt": {"attn_config.attn_pdrop": 0},
     "nemotron": {"num_key_value_heads": 2},
@@ -241,7 +242,7 @@ def _small_part(key: str, default: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a field is given that holds fields."""
     if key == "rope_parameters" and default.get("rope_theta", 0) is None:
         return _ROPE
-    if not key.endswith("_config") or key == "quantization_config":
+    if not (key.endswith("_config") or key in ("encoder", "decoder")) or key == "quantization_config":
         return None
     kind = default.get("model_type")
     return ({"model_type": kind} if kind else {}) | _shrunk(default)

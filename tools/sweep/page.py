@@ -71,6 +71,8 @@ def _left(outcome: Outcome) -> str:
     for kind, name, reason, cause in outcome.refusals:
         place = re.sub(r"\.\d+(?=\.|$)", "", name).split("layers.")[-1]
         found[f"experts `{place}`" if cause == "experts" else f"{kind} `{place}`: {_plain(reason)}"] += 1
+    if outcome.given:
+        found["attention whose mask or bias, of S² elements, is no formula and stays"] = outcome.given
     if outcome.silent:
         found[f"{len(outcome.silent)} values of S×S elements"] += 1
     return "; ".join(f"{count} × {text}" if count > 1 else text for text, count in found.items())
