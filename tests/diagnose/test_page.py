@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from torch import nn
 
 import mst_fx
-from mst_fx.diagnose import cli
+from mst_fx.cli import main as cli
 from mst_fx.diagnose.findings import Diagnosis, Line, Memory
 from mst_fx.diagnose.page import make_page
 from mst_fx.report import Refused, human_bytes

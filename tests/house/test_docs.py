@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mst_fx import Options
-from mst_fx.diagnose import cli, doctor
+from mst_fx.cli.arguments import parser
+from mst_fx.diagnose import doctor
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -79,7 +80,7 @@ def test_commands_can_be_given() -> None:
     ]
     assert len(commands) >= 3
     for command in commands:
-        cli._parser().parse_args(shlex.split(command)[1:])
+        parser().parse(shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -39,12 +39,12 @@ def test_packages(wheel: zipfile.ZipFile) -> None:
     expected = {path.relative_to(ROOT).as_posix() for path in tree}
     expected |= {f"mst_fx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     assert installed == expected
-    assert {"mst_fx/py.typed", "mst_fx/diagnose/page.html", "mst_fx/diagnose/cli.py"} <= installed
+    assert {"mst_fx/py.typed", "mst_fx/diagnose/page.html", "mst_fx/cli/main.py"} <= installed
 
 
 def test_entry_points(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(name).decode())
-    assert dict(entry_points["torch_dynamo_backends"]) == {"mst": "mst_fx.backend:mst"}
-    assert dict(entry_points["console_scripts"]) == {"mst-fx": "mst_fx.diagnose.cli:main"}
+    assert dict(entry_points["torch_dynamo_backends"]) == {"mst": "mst_fx.api:mst"}
+    assert dict(entry_points["console_scripts"]) == {"mst-fx": "mst_fx.cli.main:main"}
