@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         watch() if asks else contextlib.nullcontext() as report,
     ):
         code = _run(script, arguments.args, arguments.is_module)
-    if _is_first() and not graphs:
+    if _is_first() and not graphs and code == 0:
         _say(f"{NAME}=0: nothing was rewritten" if is_off() else _NOTHING)
     if report is not None and _is_first():
         _report(report, arguments.report, arguments.report_to)
@@ -68,7 +68,8 @@ def _run(script: str, args: list[str], is_module: bool) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except Exception as error:
-        sys.excepthook(type(error), error, _of_the_script(error.__traceback__))
+        trace = _of_the_script(error.__traceback__)
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
         return 1
     return 0
 
@@ -78,9 +79,7 @@ def _of_the_script(trace: TracebackType | None) -> TracebackType | None:
     inner = trace
     while inner is not None and inner.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
         inner = inner.tb_next
-    while inner is not None and inner.tb_frame.f_code.co_filename.startswith("<frozen "):
-        inner = inner.tb_next
-    return inner or trace
+    return inner
 
 
 def _is_first() -> bool:
