@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mst_fx.ops  # noqa: F401  (registers the operators, which graphs name)
-from mst_fx.backend import mst
+from mst_fx.compiling import mst
 from mst_fx.diagnose.explain import explain
 from mst_fx.diagnose.findings import Diagnosis, Finding
 from mst_fx.diagnose.warn import warn, warn_eager_checkpoint

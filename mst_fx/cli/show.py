@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mst_fx.alike import grouped, together
 from mst_fx.chunk_rows import as_on
 from mst_fx.cli.lines import Line, write
 from mst_fx.diagnose.explain import explain
@@ -130,7 +131,8 @@ def _diff_lines(report: Report) -> Iterator[Line]:
         alike.setdefault((rewrite.kind, rewrite.body, rewrite.form), []).append(rewrite)
     for (kind, body_key, form), rewrites in alike.items():
         first = rewrites[0]
-        yield "bold cyan", f"{kind} {', '.join(r.name for r in rewrites)}"
+        names = grouped(rewrites, lambda r: r.name, lambda r: None)
+        yield "bold cyan", f"{kind} {', '.join(together([r.name for r in group]) for group in names)}"
         if form:
             yield "cyan", f"  {form}: {first.why}"
         if not form or first.chunks > 1:
@@ -157,8 +159,8 @@ def _diff_lines(report: Report) -> Iterator[Line]:
             if text and not text.startswith(("#", "class ")):
                 yield "", f"  {text}" if text.startswith("def ") else f"      {text}"
         yield "", ""
-    for refused in report.refusals:
-        yield "yellow", f"refused {refused.kind} {refused.name}: {refused.reason}"
+    for refused_kind, name, reason in report.refused():
+        yield "yellow", f"refused {refused_kind} {name}: {reason}"
     yield "bold", f"{report.graphs} graph(s): {report.summary()}"
 
 

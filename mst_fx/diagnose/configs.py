@@ -77,6 +77,8 @@ def config_of(transformers: Any, name: str, overrides: Mapping[str, Any]) -> tup
         SubjectError: there is none.
     """
     path = Path(name)
+    if not path.exists() and (path.suffix == ".json" or name.startswith((".", "/", "~"))):
+        raise SubjectError(f"there is no file or folder {name}")
     try:
         if name in MODELS:
             family, known = MODELS[name]
@@ -153,7 +155,9 @@ def _check_fields(config_class: Any, config: Any, given: Mapping[str, Any]) -> N
         SubjectError: a config has no such field.
     """
     fields = {name for name in vars(config) if not name.startswith("_")}
-    known = fields | set(config.to_dict()) | set(getattr(config_class, "attribute_map", None) or ())
+    implementations = {"attn_implementation", "experts_implementation"}  # which its constructor takes
+    aliases = set(getattr(config_class, "attribute_map", None) or ())
+    known = fields | aliases | implementations | set(config.to_dict())
     for name in given:
         if name not in known:
             raise SubjectError(f"{config_class.__name__} has no field {name!r}{did_you_mean(name, known)}")

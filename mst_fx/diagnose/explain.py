@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.backend import mst
+from mst_fx.compiling import mst
 from mst_fx.diagnose.findings import Diagnosis
 from mst_fx.diagnose.warn import silent
 from mst_fx.diagnose.watch import LastAttempts, watch

@@ -46,5 +46,5 @@ def test_entry_points(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(name).decode())
-    assert dict(entry_points["torch_dynamo_backends"]) == {"mst": "mst_fx.api:mst"}
+    assert dict(entry_points["torch_dynamo_backends"]) == {"mst": "mst_fx.backend:mst"}
     assert dict(entry_points["console_scripts"]) == {"mst-fx": "mst_fx.cli.main:main"}
