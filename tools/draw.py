@@ -28,7 +28,11 @@ _STYLES = {
     "mst": ("tab:red", "-"),
     "mst+ckpt": ("darkred", "--"),
 }
-_NAMES = {"eager": "eager", "eager+ckpt": "eager, checkpointed", "liger-tiled+ckpt": "Liger, tiled MLPs, checkpointed"}
+_NAMES = {
+    "eager": "eager",
+    "eager+ckpt": "eager, checkpointed",
+    "liger-tiled+ckpt": "Liger, tiled MLPs, checkpointed",
+}
 _NAMES |= {"mst+ckpt": "mst, checkpointed"}
 
 
@@ -81,7 +85,9 @@ def longest(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     for result in results:
         if result.get("found"):
             of_model = found.setdefault(result["model"], {})
-            of_model[result["contender"]] = max(of_model.get(result["contender"], 0), result["found"]["length"])
+            of_model[result["contender"]] = max(
+                of_model.get(result["contender"], 0), result["found"]["length"]
+            )
     return found
 
 

@@ -36,30 +36,6 @@ if __name__ == "__main__":
     sys.exit(7 if "exit" in sys.argv else 0)
 """
 )
-# As people write it: nothing in it knows of mst, or of compiling.
-TRAINER = """
-import os
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-
-def main():
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
-    ids = torch.randint(0, 128, (8, 300), generator=torch.Generator().manual_seed(1))
-    arguments = TrainingArguments(
-        output_dir="out", max_steps=3, per_device_train_batch_size=2 // int(os.environ.get("WORLD_SIZE", 1)),
-        learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-    )
-    trainer = Trainer(
-        LlamaForCausalLM(LlamaConfig(**sizes)), arguments, train_dataset=[{"input_ids": i, "labels": i} for i in ids]
-    )
-    trainer.train()
-    if trainer.is_world_process_zero():
-        print("losses", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-
-if __name__ == "__main__":
-    main()
-"""
 _OPTIONS = ("--option", "inner=eager", "--option", "chunk_rows=100", "--option", "vocab_chunk_rows=100")
 
 
@@ -128,16 +104,36 @@ def test_no_such_script(capsys: pytest.CaptureFixture[str]) -> None:
 def test_trainer_under_python_torchrun_and_accelerate(tmp_path: Path) -> None:
     """The same losses, with a report at the end, under each launcher."""
     pytest.importorskip("accelerate")
-    (tmp_path / "train.py").write_text(TRAINER)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ours = ["-m", "mst_fx", "run", "--report", *_OPTIONS, "train.py"]
+    script = str(ROOT / "examples" / "hf_trainer_run.py")  # which knows neither of mst nor of compiling
+    how = [
+        "--max_steps",
+        "3",
+        "--logging_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--report_to",
+        "none",
+        "--use_cpu",
+    ]
+    how += [
+        "--output_dir",
+        str(tmp_path),
+        "--learning_rate",
+        "1e-3",
+        "--disable_tqdm",
+        "True",
+        "--per_device_train_batch_size",
+    ]
+    ours = ["-m", "mst_fx", "run", "--report", *_OPTIONS, script, *how]
     launchers = {
         "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
         "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"],
     }
     launched = {
         name: subprocess.Popen(
-            [sys.executable, *launcher, *ours],
+            [sys.executable, *launcher, *ours, "1" if name == "torchrun" else "2"],
             cwd=tmp_path,
             env=environment,
             text=True,
@@ -146,7 +142,7 @@ def test_trainer_under_python_torchrun_and_accelerate(tmp_path: Path) -> None:
         )
         for name, launcher in launchers.items()
     }
-    done = apart.call(command, *ours[2:], cwd=tmp_path)
+    done = apart.call(command, *ours[2:], "2", cwd=tmp_path)
     said = {"python": (done.stdout, done.stderr)}
     said |= {name: process.communicate(timeout=300) for name, process in launched.items()}
     losses = {}
@@ -154,8 +150,8 @@ def test_trainer_under_python_torchrun_and_accelerate(tmp_path: Path) -> None:
         found = [line for line in out.splitlines() if line.startswith("losses ")]
         assert len(found) == 1, err[-3000:]
         losses[name] = ast.literal_eval(found[0].removeprefix("losses "))
-        assert err.count("1 graph(s): rewrote 1 attention, 1 mlp, 1 vocab; refused 0") == 1, err[-3000:]
-    eager = apart.run_script(tmp_path / "train.py", cwd=tmp_path)
+        assert err.count("1 graph(s): rewrote 2 attention, 2 mlp, 1 vocab; refused 0") == 1, err[-3000:]
+    eager = apart.run_script(script, *how, "2", cwd=tmp_path)
     (truth,) = (line for line in eager.stdout.splitlines() if line.startswith("losses "))
     assert len(losses) == 3
     for name, found in losses.items():
