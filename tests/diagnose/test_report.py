@@ -89,21 +89,18 @@ def test_a_mask_is_charged_to_all_who_share_it() -> None:
     assert [r.shared_bytes for r in apart.rewrites] == [0, 0] and "shared" not in str(apart)
 
 
-class _Logits(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = ToyLM(layers=1)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.model.embed(ids)
-        for block in self.model.blocks:
+class _Logits(ToyLM):
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        x: Tensor = self.embed(ids)
+        for block in self.blocks:
             x = block(x)
-        return self.model.head(self.model.norm(x))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def test_a_loss_outside_is_counted() -> None:
     batch = token_batch(2, SIZE)
-    report = report_of(_Logits(), None, batch["ids"])
+    report = report_of(_Logits(layers=1), None, batch["ids"])
     logits = 2 * SIZE * 96 * 8
     kept = report.memory_after.kept
     assert kept >= logits and report.memory_after.peak >= kept + 2 * logits
@@ -126,3 +123,10 @@ def test_in_a_notebook_and_at_the_prompt() -> None:
     report.findings.append(mst_fx.Finding("short", "x < y", "<none>"))
     page = report._repr_html_()
     assert "&lt;b&gt;" in page and "a &lt; b" in page and "fix: &lt;none&gt;" in page and "<none>" not in page
+
+
+def test_explain_says_how_to_call_it() -> None:
+    made = mst_fx.explain(nn.Linear(2, 2))
+    assert repr(made) == "<mst_fx.explain of Linear: call it with the arguments of Linear>"
+    with pytest.raises(mst_fx.OptionError):
+        mst_fx.explain(nn.Linear(2, 2), {"chunk_row": 3})
