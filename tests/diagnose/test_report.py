@@ -71,6 +71,7 @@ class _TwoAttentions(nn.Module):
         positions = torch.arange(x.shape[1])
         masks = [(positions[None] <= positions[:, None] + i)[None, None] for i in range(2)]
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Attention)
             q, k, v = layer.qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
             mask = masks[0 if self.is_shared else i]
             x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
