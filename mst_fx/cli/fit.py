@@ -66,10 +66,7 @@ def fit_lines(arguments: argparse.Namespace, overrides: dict[str, Any]) -> list[
 
 def _setting(arguments: argparse.Namespace) -> Setting:
     memory, host = bytes_in(arguments.memory), bytes_in(arguments.host) if arguments.host else None
-    if memory is None:
-        raise SubjectError(f"--memory is {arguments.memory!r}; allowed: bytes as in 80GiB")
-    if arguments.host and host is None:
-        raise SubjectError(f"--host is {arguments.host!r}; allowed: bytes as in 128GiB")
+    assert memory is not None  # the command line has looked at it
     device = arguments.device.upper()
     if device not in known_devices():
         raise SubjectError(f"--device is {arguments.device!r}; known: {', '.join(known_devices())}")
@@ -78,8 +75,7 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     if not arguments.park:
         return Setting(device, memory, host, arguments.optimizer)
     bucket = bytes_in(arguments.park)
-    if bucket is None:
-        raise SubjectError(f"--park is {arguments.park!r}; allowed: bytes as in 256MiB, or nothing")
+    assert bucket is not None
     if host is None:
         raise SubjectError("--park needs --host: the bytes of the host that states, and a plan, may take")
     return Setting(device, memory, host, arguments.optimizer, park=True, bucket=bucket)

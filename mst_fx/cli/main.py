@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("mst_fx").setLevel(logging.DEBUG)
     try:
         arguments.options = typed.options(getattr(arguments, "option", ()))
+        typed.check_sizes(arguments)
         arguments.overrides = typed.pairs(getattr(arguments, "set", ()), "--set")
         for flag in ("html", "report_to"):
             _check_file(getattr(arguments, flag, None), f"--{flag.replace('_', '-')}")

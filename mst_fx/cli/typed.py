@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mst_fx.errors import SubjectError
-from mst_fx.options import Options, make_options
+from mst_fx.options import Options, bytes_in, make_options
 
 DTYPES = {
     name: full
@@ -57,6 +57,17 @@ def device(text: str) -> str:
     if text.lower() not in DEVICES:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DEVICES)}")
     return DEVICES[text.lower()]
+
+
+def check_sizes(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        SubjectError: what is to be a number of bytes is none.
+    """
+    for flag, allowed in (("memory", "80GiB"), ("host", "128GiB"), ("park", "256MiB, or nothing")):
+        text = getattr(arguments, flag, None)
+        if text and bytes_in(text) is None:
+            raise SubjectError(f"--{flag} is {text!r}; allowed: bytes as in {allowed}")
 
 
 def pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def _start(code: str) -> subprocess.CompletedProcess[str]:
         (["explain", "LlamaConfig", "--option", "passes=mpl"], 2, "'passes' is ('mpl',); allowed: a tuple or list of"),
         (["diff", "LlamaConfig", "--html", "no/such/folder.html"], 2, "--html no/such/folder.html: there is no such folder"),
         (["diff", "LlamaConfig", "--html", "x.html", "--json"], 2, "--json: not allowed with argument --html"),
+        (["fit", "llama3-8b", "--memory", "many"], 2, "--memory is 'many'; allowed: bytes as in 80GiB"),
         (["run", "--option", "strict=perhaps", "train.py"], 2, "'strict' is 'perhaps'; allowed: True or False"),
     ],
 )  # fmt: skip
