@@ -14,7 +14,7 @@ SOURCES := mst_fx passes tools tests examples
 # stay in one process, which imports and compiles for all of them.
 PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: venv demo test test-fast lint bench-cpu bench-gpu clean
+.PHONY: venv demo test test-fast lint dist bench-cpu bench-gpu clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -40,6 +40,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy mst_fx tools tests
 	$(BIN)/lint-imports --no-cache
+
+# Needs the network for its tools, which nothing else here does.
+dist: $(STAMP)
+	$(BIN)/python -m pip install --quiet 'build>=1.3' 'twine>=6'
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 bench-gpu: $(STAMP)
 	$(BIN)/python -m tools.bench --out benchmarks/gpu

@@ -1,21 +1,33 @@
-"""mst-fx: ``torch.compile(model, backend="mst")`` trains transformers on very long sequences."""
+"""mst-fx: ``torch.compile(model, backend="mst")`` trains transformers on very long sequences.
+
+``import mst_fx`` imports nothing of torch: the first name that is asked for brings all of :mod:`mst_fx.api`.
+"""
 
 from __future__ import annotations
 
-import mst_fx.ops  # noqa: F401  (registers the operators, which graphs name)
-from mst_fx.backend import mst
-from mst_fx.diagnose.explain import explain
-from mst_fx.diagnose.findings import Diagnosis, Finding
-from mst_fx.diagnose.warn import warn, warn_eager_checkpoint
-from mst_fx.diagnose.watch import watch
-from mst_fx.enable import enable
-from mst_fx.errors import OptionError, Refusal
-from mst_fx.listeners import on_eager_checkpoint, on_graph
-from mst_fx.options import Options
-from mst_fx.parking.parked import Parking, park
-from mst_fx.pipeline import rewrite
-from mst_fx.report import Refused, Report, Rewrite
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mst_fx.version import __version__
+
+if TYPE_CHECKING:
+    from mst_fx.api import (
+        Diagnosis,
+        Finding,
+        OptionError,
+        Options,
+        Parking,
+        Refusal,
+        Refused,
+        Report,
+        Rewrite,
+        enable,
+        explain,
+        mst,
+        park,
+        rewrite,
+        watch,
+    )
 
 __all__ = [
     "Diagnosis",
@@ -36,6 +48,12 @@ __all__ = [
     "watch",
 ]
 
-# Whoever compiles with mst, by the entry point too, imports this: what costs the whole saving is said to everybody.
-on_graph.add_own(warn)
-on_eager_checkpoint.add_own(warn_eager_checkpoint)
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("mst_fx.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -55,6 +55,11 @@ def _least(known: dict[str, int], device: str) -> int:
     return known.get(_AS_ON.get(device), known["cuda"])
 
 
+def _busy(device: str) -> str:
+    device = _AS_ON.get(device)
+    return f"the least rows that keep a {'GPU' if device in ('cuda', 'meta') else device} busy"
+
+
 @dataclasses.dataclass(frozen=True)
 class ChunkSize:
     """Rows a chunk, how many chunks that makes at the captured number of rows, and why.
@@ -88,7 +93,7 @@ def mlp_chunk_size(rows: int, width: int, device: str, chosen: ChunkRows = "auto
     least = _least(_LEAST_ROWS, device)
     if width >= least:
         return _less_backward(rows, width, f"d_model = {width} rows", device)
-    return _less_backward(rows, least, f"the least rows that keep a {device} busy", device)
+    return _less_backward(rows, least, _busy(device), device)
 
 
 def queries_a_chunk(device: str, chosen: ChunkRows = "auto") -> int:
@@ -111,7 +116,7 @@ def vocab_chunk_size(
     paper = -(-rows // chunks)
     least = max(_least(_LEAST_VOCAB_ROWS, device), min(width, _least(_LEAST_ROWS, device)))
     if paper < least or changes:
-        return _less_backward(rows, least, f"the least rows that keep a {device} busy", device)
+        return _less_backward(rows, least, _busy(device), device)
     most = max(width, least)
     if paper > most:
         return _less_backward(rows, most, f"d_model = {width} rows, or the least", device)

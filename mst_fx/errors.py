@@ -1,15 +1,25 @@
-"""The two ways in which mst-fx says no, and how it says that it failed itself."""
+"""The ways in which mst-fx says no, and how it says that it failed itself."""
 
 from __future__ import annotations
 
+import difflib
 import enum
 import logging
+from collections.abc import Iterable
 
 log = logging.getLogger("mst_fx")
 
 
 class OptionError(ValueError):
     """A user's option is unknown or has a value of the wrong kind."""
+
+
+class SubjectError(ValueError):
+    """The user named something that cannot be built or called; the message is one sentence."""
+
+
+class ProgramError(Exception):
+    """A user's own code raised while a command ran it; the message is one sentence."""
 
 
 class BudgetError(MemoryError):
@@ -67,3 +77,9 @@ def defect(said: str, error: Exception) -> str:
     log.warning("mst-fx %s: %s", said, text)
     log.debug("the defect", exc_info=True)
     return text
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean chunk_rows?"``, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

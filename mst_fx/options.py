@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mst_fx.errors import OptionError
+from mst_fx.errors import OptionError, did_you_mean
 
 PASS_NAMES = ("attention", "mlp", "vocab")
 
@@ -35,6 +35,7 @@ class Options:
         host_memory: bytes of the host's memory that a plan may send to what it keeps, as ``"100GiB"`` or an int; ``"auto"``: four
             fifths of what is free when the step is compiled, shared by the processes of this machine, and none for a model on a CPU;
             ``"0"``: none.
+        mode: as of ``torch.compile``, which takes it or options, and not both; passed on to Inductor.
         strict: raise on a refusal or a failure of a pass instead of leaving the graph as it was.
         inductor: patches of ``torch._inductor.config``.
     """
@@ -48,6 +49,7 @@ class Options:
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     memory: str | int | None = None
     host_memory: str | int = "auto"
+    mode: str | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -65,18 +67,20 @@ class Options:
         host = self.host_memory
         if (host not in ("auto", "0", 0) and bytes_in(host) is None) or isinstance(host, bool):
             raise _bad("host_memory", host, "'auto', '0', bytes as in '100GiB' or an int ≥ 0")
+        if not isinstance(self.mode, (str, type(None))):
+            raise _bad("mode", self.mode, "a mode of torch.compile, as 'max-autotune', or None")
         if not isinstance(self.strict, bool):
             raise _bad("strict", self.strict, "True or False")
         if not isinstance(self.inductor, Mapping):
             raise _bad("inductor", self.inductor, "a dict of Inductor config patches")
         if isinstance(self.passes, str) or not _all_strings(self.passes):
-            raise _bad("passes", self.passes, f"a subset of {PASS_NAMES}")
-        unknown = [name for name in self.passes if name not in PASS_NAMES]
-        if unknown:
-            raise _bad("passes", self.passes, f"a subset of {PASS_NAMES}")
+            raise _bad("passes", self.passes, _SOME_PASSES)
+        if any(name not in PASS_NAMES for name in self.passes):
+            raise _bad("passes", self.passes, _SOME_PASSES)
         object.__setattr__(self, "passes", tuple(self.passes))
 
 
+_SOME_PASSES = f"a tuple or list of names out of {', '.join(map(repr, PASS_NAMES))}, as ('mlp',)"
 _CHOICES = {
     "accumulate": ("auto", "weight"),
     "logits": ("auto", "keep", "defer"),
@@ -131,5 +135,6 @@ def make_options(options: Mapping[str, Any] | Options | None) -> Options:
     known = [field.name for field in dataclasses.fields(Options)]
     for name in options:
         if name not in known:
-            raise OptionError(f"mst has no option {name!r}; allowed: {', '.join(known)}")
+            hint = did_you_mean(str(name), known)
+            raise OptionError(f"mst has no option {name!r}{hint or ';'} allowed: {', '.join(known)}")
     return Options(**options)

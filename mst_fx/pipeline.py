@@ -246,7 +246,7 @@ def run_passes(
     captured, gm = gm, crossing.gm if crossing is not None else gm
     start = time.perf_counter()
     report = Report(graphs=1)
-    patches = {**mode_patches(mode), **options.inductor}
+    patches = {**mode_patches(mode or options.mode), **options.inductor}
     config = BodyConfig(options.inner, options.accumulate, tuple(sorted(patches.items())))
     shared = Shared()
     try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import html
 import json
+import re
 from typing import Any
 
+from mst_fx.alike import grouped, together
 from mst_fx.errors import Cause
 
 
@@ -29,6 +32,7 @@ class Rewrite:
         before, after: the nodes that went, and those that came.
         form: of an attention's mask: "causal", "full", "window 4096", "documents", or "general: " with
             the formula. Its ``intermediate_bytes`` are those of the mask (and scores) not made any more.
+        shared_bytes: of the mask, where other places read it too: it is in ``intermediate_bytes`` of the first of them alone.
     """
 
     kind: str
@@ -45,6 +49,21 @@ class Rewrite:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     form: str = ""
+    shared_bytes: int = 0
+
+    def cells(self) -> tuple[str, ...]:
+        """Of a table, but for the name: kind, what it is, rows, chunks, inside, a chunk, gradient."""
+        what = " (logits deferred)" if self.deferred else f" ({self.form})" if self.form else ""
+        inside = max(self.intermediate_bytes, self.shared_bytes)
+        return (
+            self.kind,
+            what,
+            f"{self.rows:,}",
+            f"{self.chunks:,} x {self.chunk_rows:,}",
+            human_bytes(inside) + (", shared" if self.shared_bytes else ""),
+            human_bytes(inside // self.chunks if self.shared_bytes and self.chunks > 1 else self.chunk_bytes),
+            self.gradient,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +190,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Report:
     """The sum over all graphs of a program.
 
@@ -246,28 +265,54 @@ class Report:
         text = f"rewrote {', '.join(counts) or 'nothing'}; refused {len(self.refusals)}"
         return f"{text}; un-chunked insides would take {human_bytes(saved)} more" if saved else text
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of :data:`COLUMNS`; rewrites of equal layers in one row."""
+        groups = grouped(self.rewrites, lambda r: r.name, lambda r: r.cells())
+        found = []
+        for group in groups:
+            kind, what, *cells = group[0].cells()
+            found.append((kind, together([r.name for r in group]) + what, *cells))
+        return found
+
+    def refused(self) -> list[tuple[str, str, str]]:
+        """Kind, name and reason; those of equal layers in one."""
+        groups = grouped(self.refusals, lambda r: r.name, lambda r: (r.kind, re.sub(r"_\d+\b", "", r.reason)))
+        return [(group[0].kind, together([r.name for r in group]), group[0].reason) for group in groups]
+
     def __str__(self) -> str:
-        table = [("kind", "name", "rows", "chunks", "inside", "a chunk", "gradient")]
-        table += [
-            (
-                r.kind,
-                r.name + (" (logits deferred)" if r.deferred else f" ({r.form})" if r.form else ""),
-                str(r.rows),
-                f"{r.chunks} x {r.chunk_rows}",
-                human_bytes(r.intermediate_bytes),
-                human_bytes(r.chunk_bytes),
-                r.gradient,
-            )
-            for r in self.rewrites
-        ]
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        table = [COLUMNS, *self.rows()] if self.rewrites else []
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
         ]
-        lines += [f"refused {r.kind} {r.name}: {r.reason}" for r in self.refusals]
+        lines += [f"refused {kind} {name}: {reason}" for kind, name, reason in self.refused()]
         lines += [str(plan) for plan in self.plans]
         lines.append(f"{self.graphs} graph(s): {self.summary()}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.graphs} graph(s): {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        table = [f"<tr>{''.join(f'<th>{name}</th>' for name in COLUMNS)}</tr>"]
+        table += [
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows()
+        ]
+        refused = [
+            f"<li>refused {kind} <code>{html.escape(name)}</code>: {html.escape(reason)}</li>"
+            for kind, name, reason in self.refused()
+        ]
+        return "".join(
+            (
+                f"<p>{html.escape(repr(self)[1:-1])}</p>",
+                f"<table>{''.join(table)}</table>" if self.rewrites else "",
+                f"<ul>{''.join(refused)}</ul>" if refused else "",
+            )
+        )
+
+
+COLUMNS = ("kind", "name", "rows", "chunks", "inside", "a chunk", "gradient")
 
 
 def human_bytes(count: float) -> str:

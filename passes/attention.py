@@ -23,6 +23,7 @@ Not supported, and refused: dropout, and attention weights that somebody else re
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -53,7 +54,7 @@ from mst_fx.masks.grouped import is_ours, ungrouped
 from mst_fx.masks.reach import CAUSAL
 from mst_fx.masks.scores import is_of_block, is_of_scores, is_product
 from mst_fx.masks.sinks import has_own_sinks
-from mst_fx.masks.sites import Site, find_sites, scaled_query, sinks_of_heads
+from mst_fx.masks.sites import Site, find_sites, mask_bytes, mask_of, scaled_query, sinks_of_heads
 from mst_fx.masks.understand import Understood, as_vector, understand
 from mst_fx.report import Rewrite
 
@@ -76,10 +77,11 @@ def run(context: PassContext) -> bool:
             found.append(understood)
     _refuse_others(context, top, [site for site in sites if site.is_eager])
     reaches = _add_reaches(top, [u for u in found if u.table is None])
+    masks = collections.Counter(mask_of(understood.site) for understood in found)
     counted: set[fx.Node] = set()
     for understood in found:
         old = understood.site.out
-        new = _replace(context, understood, reaches, counted)
+        new = _replace(context, understood, reaches, masks, counted)
         for other in found:
             other.site.replace_operand(old, new)
     for graph in {id(u.site.level.gm): u.site.level.gm for u in found}.values():
@@ -285,12 +287,17 @@ _ANY_STRIDES = {"transpose", "permute", "reshape", "contiguous"}
 
 
 def _replace(
-    context: PassContext, understood: Understood, reaches: dict[Any, _ReachNodes], counted: set[fx.Node]
+    context: PassContext,
+    understood: Understood,
+    reaches: dict[Any, _ReachNodes],
+    masks: collections.Counter[fx.Node | None],
+    counted: set[fx.Node],
 ) -> fx.Node:
     """Puts a fused call in the place of a site, and into the report; its output.
 
     Args:
         reaches: of the masks whose values are not known yet.
+        masks: how many sites read each.
         counted: the masks whose bytes are in the report.
     """
     site, graph = understood.site, understood.site.level.gm.graph
@@ -326,6 +333,7 @@ def _replace(
             before=(before,),
             after=(call.format_node() or call.name,),
             form=understood.form,
+            shared_bytes=mask_bytes(site) if masks[mask_of(site)] > 1 else 0,
         )
     )
     return new
@@ -407,12 +415,10 @@ def _with_strides_of(old: fx.Node, new: fx.Node) -> fx.Node:
 
 def _square_bytes(site: Site, counted: set[fx.Node]) -> int:
     """Bytes of what is S x S and no longer made: the mask, which layers share, and eager scores."""
-    made, level = 0, site.level
-    if site.mask is not None and level.resolve(site.mask) not in counted:
-        counted.add(level.resolve(site.mask))
-        mask = tensor_value(site.mask)
-        assert mask is not None
-        made = hint(mask.numel()) * mask.element_size()
+    made, mask = 0, mask_of(site)
+    if mask is not None and mask not in counted:
+        counted.add(mask)
+        made = mask_bytes(site)
     if site.is_eager or site.steps is not None:  # the scores and their softmax
         query, key = tensor_value(site.query), tensor_value(site.key)
         assert query is not None and key is not None

@@ -204,6 +204,8 @@ def train(
         if not is_last:
             run.seconds.append(time.perf_counter() - start)
         progress.update(task, advance=1, note=f"loss {run.losses[-1]:.3f}")
+    if not progress.console.is_terminal:  # where no bar moves
+        print(f"trained, {name}: {len(batches)} steps, loss {run.losses[-1]:.3f}", flush=True)
     return run
 
 
@@ -221,16 +223,17 @@ def show(console: Console, setup: Setup, model: torch.nn.Module, runs: list[Run]
         title=f"Llama, {count_parameters(model) / 1e6:.1f} M weights, {setup.layers} layers, vocabulary {VOCABULARY:,},"
         f" sequence {setup.seq:,}, {setup.steps} steps, on {device_name(setup)}",
         caption="memory: peak of a step above weights and optimizer state, gradients included; "
-        f"tokens/s: median of the steps after the first {COLD_STEPS}, so without compiling; "
+        f"tokens/s: median of the steps after the first {COLD_STEPS}, so without compiling, on a quiet machine; "
+        "Δ: the largest difference of the losses of a step, relative; "
         f"all of this took {seconds:.0f} s",
     )
     table.add_column("")
     for name in (
-        "peak activation memory",
+        "peak",
         "tokens/s",
         "first loss",
         "last loss",
-        "max. rel. difference of losses",
+        "max. Δ loss",
     ):
         table.add_column(name, justify="right")
     for run in runs:

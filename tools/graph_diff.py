@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mst_fx.diagnose.cli import main
+from mst_fx.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["diff", *sys.argv[1:]]))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from mst_fx.diagnose.findings import Diagnosis, Facts, Finding
 from mst_fx.errors import Cause
 from mst_fx.report import Refused, human_bytes
+from mst_fx.switch import NAME, is_off
 from mst_fx.torch_api.dynamo import Ending
 
 Check = Callable[[Diagnosis], Finding | None]
@@ -45,6 +46,12 @@ def eager_checkpoint(report: Diagnosis) -> Finding | None:
 def _nothing_compiled(report: Diagnosis) -> Finding | None:
     if report.graphs or report.eager_checkpoints:
         return None
+    if is_off():
+        return Finding(
+            "switched-off",
+            f"{NAME}=0 is set: every graph goes to its compiler as it is",
+            f"{NAME}=1, or none",
+        )
     wrapped = ", ".join(report.uncalled)
     evidence = "no graph reached mst: what ran was not compiled"
     if wrapped:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_fx.backend import mst
+from mst_fx.compiling import mst
 from mst_fx.diagnose.findings import Diagnosis
 from mst_fx.diagnose.warn import silent
 from mst_fx.diagnose.watch import LastAttempts, watch
@@ -25,45 +25,58 @@ from mst_fx.report import Timeline
 from mst_fx.torch_api.inductor import compile_graph
 
 
-def explain(
-    fn: Callable[..., Any], options: Mapping[str, Any] | Options | None = None
-) -> Callable[..., Diagnosis]:
+def explain(fn: Callable[..., Any], options: Mapping[str, Any] | Options | None = None) -> Explain:
     """Says what ``torch.compile(fn, backend="mst", options=options)`` rewrites.
 
     Args:
-        fn: a function or module; it is run once, un-compiled, on the arguments of the returned function.
+        fn: a function or module; it is run once, un-compiled, on the arguments of what is returned.
 
     Returns:
-        A function of the arguments of ``fn`` that returns a report over all graphs that Dynamo captures, with its
+        To be called with the arguments of ``fn``: gives a report over all graphs that Dynamo captures, with its
         findings (:class:`~mst_fx.diagnose.findings.Diagnosis`).
 
     Raises:
         OptionError: for bad options.
     """
-    checked = make_options(options)
+    return Explain(fn, make_options(options))
 
-    captured: LastAttempts[Timeline] = LastAttempts()
 
-    def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if checked.memory is not None:  # what is planned is the graph of both passes, as rewritten
-            with contextlib.suppress(
-                Refusal, NoBackward
-            ):  # a graph without layers, or of inference, has no timeline
-                graph = joint_graph_of(copy_tree(gm), example_inputs, "aot_eager")
-                captured.add(timeline_of(with_most_kept(graph)))
-            return mst(gm, example_inputs, options=dataclasses.replace(checked, inner="aot_eager"))
-        crossing = cross_masks(gm, example_inputs, checked)
-        run_passes(gm, crossing.inputs, checked, crossing=crossing)
-        # Runs as captured, but for masks that later graphs get: the inner compiler is not what is asked about.
-        compiled = compile_graph(crossing.gm, crossing.inputs, "aot_eager", {})
-        return crossing.open_masks(crossing.put_masks(compiled, False))
+@dataclasses.dataclass(frozen=True, repr=False)
+class Explain:
+    """What :func:`explain` returns."""
 
-    def run(*args: Any, **kwargs: Any) -> Diagnosis:
+    fn: Callable[..., Any]
+    options: Options
+
+    def __repr__(self) -> str:
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        return f"<mst_fx.explain of {name}: call it with the arguments of {name}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Diagnosis:
+        captured: LastAttempts[Timeline] = LastAttempts()
+
+        def compiler(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            if self.options.memory is not None:
+                _note_capture(gm, example_inputs, captured)
+                return mst(gm, example_inputs, options=dataclasses.replace(self.options, inner="aot_eager"))
+            crossing = cross_masks(gm, example_inputs, self.options)
+            run_passes(gm, crossing.inputs, self.options, crossing=crossing)
+            # Runs as captured, but for masks that later graphs get: the inner compiler is not what is asked about.
+            compiled = compile_graph(crossing.gm, crossing.inputs, "aot_eager", {})
+            return crossing.open_masks(crossing.put_masks(compiled, False))
+
         torch.compiler.reset()
         with watch() as report, silent():
-            torch.compile(fn, backend=compiler)(*args, **kwargs)
+            torch.compile(self.fn, backend=compiler)(*args, **kwargs)
         torch.compiler.reset()
         report.captured += captured
         return report
 
-    return run
+
+def _note_capture(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], captured: LastAttempts[Timeline]
+) -> None:
+    """What is planned is the graph of both passes, as rewritten; this is the one without mst-fx."""
+    with contextlib.suppress(Refusal, NoBackward):  # a graph without layers, or of inference, has no timeline
+        graph = joint_graph_of(copy_tree(gm), example_inputs, "aot_eager")
+        captured.add(timeline_of(with_most_kept(graph)))

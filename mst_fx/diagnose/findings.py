@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from typing import Any
 
-from mst_fx.report import Report, Timeline, human_bytes
+from mst_fx.errors import Cause
+from mst_fx.report import Refused, Report, Timeline, human_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Memory:
     def peak(self) -> int:
         return max((*self.forward, *self.backward), default=0)
 
+    def with_loss_outside(self, logits: int) -> Memory:
+        """Of a step whose loss is made of an output of so many bytes, behind the graph: of as much again, and of its gradient."""
+        return Memory((*self.forward, self.kept + 2 * logits), self.backward, self.kept) if logits else self
+
     def then(self, other: Memory) -> Memory:
         """Of a step that runs another graph after this one, and its backward pass before."""
         forward, backward = (tuple(n + self.kept for n in x) for x in (other.forward, other.backward))
@@ -106,7 +112,7 @@ class Finding:
         return f"{self.cause}: {self.evidence}\n  fix: {self.fix}"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Diagnosis(Report):
     """The report of :func:`~mst_fx.explain` and :func:`~mst_fx.watch`.
 
@@ -148,14 +154,48 @@ class Diagnosis(Report):
         findings = [dataclasses.asdict(finding) for finding in self.findings]
         return {**super().parts(), "estimated_peak_bytes": peaks, "findings": findings}
 
-    def __str__(self) -> str:
+    def estimate(self) -> str:
+        """A sentence on the step's peak, or nothing where nothing is saved."""
         before, after = self.memory_before.peak, self.memory_after.peak
         if before <= after:
-            return super().__str__()
-        return (
-            f"{super().__str__()}\nestimate for a step's peak above parameters and their gradients: "
-            f"{human_bytes(before)} before, {human_bytes(after)} after"
+            return ""
+        outside = sum(logits_outside(refused) for refused in self.refusals)
+        text = (
+            f"estimate for a step's peak above parameters and their gradients: {human_bytes(before)} before, "
+            f"{human_bytes(after)} after"
         )
+        if outside:
+            text += f"; at least 2 x {human_bytes(outside)} of either for a loss of the logits that leave the graph"
+        return text
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (super().__str__(), self.estimate())))
+
+    def _repr_html_(self) -> str:
+        peaks = {"before": self.memory_before.peak, "after": self.memory_after.peak}
+        most = max(peaks.values()) or 1
+        bars = [
+            f"<div>{name} <span style='display:inline-block;height:1em;background:#0f766e;width:{24 * peak / most:.1f}em'></span>"
+            f" {human_bytes(peak)}</div>"
+            for name, peak in peaks.items()
+        ]
+        findings = [
+            f"<li><b>{finding.cause}</b> {html.escape(finding.evidence)}<br>fix: {html.escape(finding.fix)}</li>"
+            for finding in self.findings
+        ]
+        return "".join(
+            (
+                super()._repr_html_(),
+                f"{''.join(bars)}<p>{html.escape(self.estimate())}</p>" if self.estimate() else "",
+                f"<ul>{''.join(findings)}</ul>" if findings else "",
+            )
+        )
+
+
+def logits_outside(refused: Refused) -> int:
+    """Bytes of logits with a gradient that leave the graph of their head; whoever makes the loss takes them twice more."""
+    is_left = refused.kind == "vocab" and refused.cause in (Cause.IS_OUTPUT, Cause.BREAK)
+    return refused.kept_bytes if is_left else 0
 
 
 def diagnosis_of(report: Report) -> Diagnosis:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
-import json
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mst_fx.diagnose.model_of import (
-    Shape,
-    SubjectError,
-    did_you_mean,
-    make_inputs,
-    model_class_of,
-    one_line,
-    random_model,
-)
-from mst_fx.diagnose.shapes import CLASSES, MODELS
+from mst_fx.diagnose.configs import config_of, library, one_line
+from mst_fx.diagnose.model_of import Shape, make_inputs, random_model
+from mst_fx.errors import SubjectError
 from mst_fx.fit.eager import recomputing_contexts
 from mst_fx.fit.forecast import Subject
 
@@ -39,12 +29,7 @@ def subject_of(name: str, shape: Shape, lora: int = 0) -> Subject:
     Raises:
         SubjectError: the name is unknown, or what it names cannot be built.
     """
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise SubjectError("mst-fx fit needs transformers: pip install 'mst-fx[hf]'") from error
-    config, model_class = _config_of(transformers, name, dict(shape.overrides))
-    model_class = model_class or model_class_of(transformers, type(config))
+    config, model_class = config_of(library("mst-fx fit"), name, shape.overrides)
     kinds = _kinds_of(config)
 
     @functools.cache
@@ -76,51 +61,6 @@ def subject_of(name: str, shape: Shape, lora: int = 0) -> Subject:
     adapters = f", LoRA of rank {lora}" if lora else ""
     title = f"{model_class.__name__}, {len(kinds)} layers: {count:,} {dtype} parameters{adapters}"
     return Subject(title, kinds, build, inputs)
-
-
-def _config_of(transformers: Any, name: str, overrides: dict[str, Any]) -> tuple[Any, Any]:
-    """A config, and the model's class where the name says it."""
-    path = Path(name)
-    try:
-        if name in MODELS:
-            family, known = MODELS[name]
-            config_class, given = getattr(transformers, f"{CLASSES[family]}Config"), {**known, **overrides}
-            return _made(config_class, given), getattr(transformers, f"{CLASSES[family]}ForCausalLM")
-        if path.is_file():
-            given = json.loads(path.read_text(encoding="utf-8"))
-            kind = given.pop("model_type", None)
-            if kind is None:
-                raise SubjectError(f"{name} has no field 'model_type', which says what model it is")
-            return transformers.AutoConfig.for_model(kind, **{**given, **overrides}), None
-        named: Any = getattr(transformers, name, None) if name.isidentifier() else None
-        if _is_class(named, transformers.PreTrainedModel):
-            return _made(named.config_class, overrides), named
-        if _is_class(named, transformers.PreTrainedConfig):
-            return _made(named, overrides), None
-        if name.isidentifier() and not path.exists():
-            raise SubjectError(
-                f"{name!r} is no folder, no file, no class of transformers {transformers.__version__} and none of"
-                f" {', '.join(MODELS)}{did_you_mean(name, [*MODELS, *dir(transformers)])}"
-            )
-        return transformers.AutoConfig.from_pretrained(name, **overrides), None
-    except SubjectError:
-        raise
-    except Exception as error:
-        raise SubjectError(f"there is no config of {name!r}: {one_line(error)}") from error
-
-
-def _is_class(named: Any, base: Any) -> bool:
-    return isinstance(named, type) and issubclass(named, base)
-
-
-def _made(config_class: Any, given: Mapping[str, Any]) -> Any:
-    known = {name for name in vars(config_class()) if not name.startswith("_")} | set(
-        config_class.attribute_map
-    )
-    for name in given:
-        if name not in known:
-            raise SubjectError(f"{config_class.__name__} has no field {name!r}{did_you_mean(name, known)}")
-    return config_class(**given)
 
 
 def _kinds_of(config: Any) -> tuple[Hashable, ...]:

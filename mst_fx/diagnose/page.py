@@ -19,7 +19,7 @@ from importlib import resources
 from jinja2 import Environment, StrictUndefined
 
 from mst_fx.diagnose.findings import Diagnosis, Line, Memory
-from mst_fx.report import Alive, Rewrite, human_bytes
+from mst_fx.report import COLUMNS, Alive, Rewrite, human_bytes
 
 _SHOWN = 4  # unchanged nodes in a row that are not worth folding
 _MOMENTS = 400  # of a pass, that are drawn
@@ -41,6 +41,7 @@ def make_page(title: str, report: Diagnosis) -> str:
     return template.render(
         title=title,
         report=report,
+        columns=COLUMNS,
         tiles=list(_tiles(report)),
         chart=_chart(_curves(report)),
         alive=_alive(report),

@@ -11,7 +11,7 @@ from torch import fx
 from mst_fx.diagnose.doctor import advise, said_of
 from mst_fx.diagnose.estimate import estimate_memory
 from mst_fx.diagnose.facts import facts_of
-from mst_fx.diagnose.findings import Diagnosis, diagnosis_of
+from mst_fx.diagnose.findings import Diagnosis, diagnosis_of, logits_outside
 from mst_fx.diagnose.lines import lines_of
 from mst_fx.listeners import on_eager_checkpoint, on_graph, on_logits, on_plan
 from mst_fx.report import MemoryPlan, Refused, Report
@@ -95,8 +95,9 @@ def _observed(captured: fx.GraphModule, new: fx.GraphModule, report: Report) -> 
     found = diagnosis_of(report)
     found.facts.append(facts_of(captured, report))
     chunk_bytes = {rewrite.body: rewrite.chunk_bytes for rewrite in report.rewrites if rewrite.body}
-    found.memory_before = estimate_memory(captured, {})
-    found.memory_after = estimate_memory(new, chunk_bytes)
+    outside = sum(map(logits_outside, report.refusals))
+    found.memory_before = estimate_memory(captured, {}).with_loss_outside(outside)
+    found.memory_after = estimate_memory(new, chunk_bytes).with_loss_outside(outside)
     found.lines_before.append(tuple(lines_of(captured)))
     found.lines_after.append(tuple(lines_of(new)))
     return found

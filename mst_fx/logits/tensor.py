@@ -241,10 +241,8 @@ class DeferredLogits(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with without_torch_function():
-            state = "" if self._value is None else ", computed"
-            return (
-                f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}{state})"
-            )
+            state = "made on first use" if self._value is None else "computed"
+            return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"
 
     def __format__(self, spec: str) -> str:
         return object.__format__(self, spec)

@@ -92,6 +92,15 @@ class Site:
             self.steps = self.steps.replaced(old, new)
 
 
+def mask_of(site: Site) -> fx.Node | None:
+    return site.level.resolve(site.mask) if site.mask is not None else None
+
+
+def mask_bytes(site: Site) -> int:
+    mask = tensor_value(site.mask) if site.mask is not None else None
+    return hint(mask.numel()) * mask.element_size() if mask is not None else 0
+
+
 def find_sites(level: Level, mutated: Collection[int]) -> Iterator[Site]:
     """The attentions of a graph and of its checkpointed layers.
 

@@ -28,6 +28,7 @@ from mst_fx.ops.arena import HOST_SHARE, free_on_host
 from mst_fx.options import bytes_in
 from mst_fx.parking.homes import ARENA, Coming, Homes, address_of, bytes_of, can_be_parked, is_plain
 from mst_fx.process import State
+from mst_fx.switch import is_off
 from mst_fx.torch_api.dynamo import runs_under_dynamo
 from mst_fx.torch_api.shards import is_shard, local_of
 
@@ -57,7 +58,10 @@ class Parking:
         self._is_each_for_itself = _is_known(optimizer)
         self._running: weakref.ref[Any] | None = None
         self._loaded: list[tuple[Tensor, Any, Tensor]] = []
-        self._hooks = [
+        self._hooks: list[Any] = []
+        if is_off():
+            return
+        self._hooks += [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_pre_hook(lambda _: self._homes.settle()),
@@ -306,7 +310,7 @@ def park(optimizer: Optimizer, host_memory: str | int = "auto", bucket: str | in
 
     To be called once, whenever: states that are not there yet are parked as the first step makes them. Parameters become what they
     would without, to the bit. A state dict has tensors of the host; one that is loaded is parked. Whatever finds no
-    place on the host stays on the device, and a warning says how much is lacking.
+    place on the host stays on the device, and a warning says how much is lacking. Under ``MST_FX=0`` nothing is parked.
 
     Args:
         optimizer: of torch.optim, or derived from its Optimizer; or a wrapper with such a one as ``optimizer``, as accelerate's.
@@ -331,6 +335,8 @@ def park(optimizer: Optimizer, host_memory: str | int = "auto", bucket: str | in
     _check(optimizer)
     ARENA.release()
     parking = Parking(optimizer, allowed, size)
+    if is_off():
+        return parking
     if not _is_known(optimizer):
         log.info(
             "mst-fx: park: %s is none of torch.optim: all of its states are on the device while it steps",

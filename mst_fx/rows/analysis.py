@@ -228,6 +228,7 @@ class RowAnalysis:
             except Refusal:
                 raise
             except Exception as error:
+                log.debug("%s does not run on folded rows", node.name, exc_info=True)
                 message = [*str(error).strip().splitlines(), repr(error)][0]
                 raise Refusal(f"does not run on folded rows: {message}") from None
         summed = self._check_fold(node, folded, tracer)

@@ -27,6 +27,7 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU).
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -91,6 +92,27 @@ def compile_graph(
             return aot_eager(gm, list(example_inputs), fw_compiler=_run_as_traced)
         patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)
         return compile_fx(gm, list(example_inputs), inner_compile=_compile_apart, config_patches=patched)  # type: ignore[return-value]
+
+
+def compile_plainly(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str, patches: Mapping[str, Any]
+) -> Compiled:
+    """Compiles a Dynamo graph as ``torch.compile(backend=inner)`` does, with nothing of ours."""
+    if inner == "eager":
+        return gm.forward
+    if inner == "aot_eager":
+        return aot_eager(gm, list(example_inputs))
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+def unknown_patches(patches: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Of some Inductor config patches those that it does not know, each with names that look like it.
+
+    ``get_config_copy``: all names there are; Inductor itself looks at them when it compiles, and other compilers never.
+    """
+    known: dict[str, Any] = inductor_config.get_config_copy() if patches else {}  # type: ignore[attr-defined]
+    unknown = [name for name in patches if name not in known]
+    return {name: difflib.get_close_matches(str(name), known, n=3) for name in unknown}
 
 
 def _donate_nothing() -> None:

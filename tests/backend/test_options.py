@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
 import pytest
@@ -61,3 +63,39 @@ def test_mode_becomes_inductor_patches() -> None:
     assert mode_patches("max-autotune-no-cudagraphs")["max_autotune"] is True
     with pytest.raises(RuntimeError, match="Unrecognized mode"):
         mode_patches("fast")
+
+
+def test_mode_is_an_option_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes ``mode=`` or ``options=``, and not both."""
+    seen: list[dict[str, Any]] = []
+
+    def compile_graph(gm: Any, inputs: Any, inner: str, patches: dict[str, Any]) -> Any:
+        seen.append(patches)
+        return gm.forward
+
+    monkeypatch.setattr("mst_fx.compiling.compile_graph", compile_graph)
+    options: Any = {"mode": "max-autotune-no-cudagraphs", "chunk_rows": 64}
+    torch.compile(lambda x: x + 1, backend="mst", options=options)(torch.ones(3))
+    assert seen == [mode_patches("max-autotune-no-cudagraphs")] and seen[0]
+    with pytest.raises(mst_fx.OptionError, match=r"'mode' is 3; allowed: a mode of torch\.compile"):
+        make_options({"mode": 3})
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_what_inductor_does_not_know_is_an_error(inner: str) -> None:
+    options: Any = {"inner": inner, "inductor": {"max_autotun": True}}
+    with pytest.raises(
+        Exception, match=r"torch\._inductor\.config has no 'max_autotun'; did you mean max_autotune"
+    ):
+        torch.compile(lambda x: x + 1, backend="mst", options=options)(torch.ones(3))
+    options = {"inner": "eager", "inductor": {"triton.unique_kernel_names": True}}
+    torch.compile(lambda x: x + 2, backend="mst", options=options)(torch.ones(3))
+
+
+def test_a_compilation_is_said_before_and_after(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "mst_fx"):
+        options: Any = {"inner": "eager"}
+        torch.compile(lambda x: (x + 1).sin(), backend="mst", options=options)(torch.ones(3))
+    first, *_, last = caplog.messages
+    assert first == "compiling a graph of 2 nodes …"
+    assert re.fullmatch(r"… compiled in \d+\.\d s \(the insides of loops come with the first step\)", last)

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mst_fx
-from mst_fx.backend import mst
 from mst_fx.bodies.body import BODIES
+from mst_fx.compiling import mst
 from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, gradients, token_batch, worst_error
 
 _BAR = 1e-9

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import mst_fx
-from mst_fx.diagnose import cli
+from mst_fx.cli import main as cli
 from mst_fx.diagnose import watch as watching
 from mst_fx.diagnose.findings import Diagnosis, Finding, Memory
 from mst_fx.diagnose.page import make_page

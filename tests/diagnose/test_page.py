@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from torch import nn
 
 import mst_fx
-from mst_fx.diagnose import cli
+from mst_fx.cli import main as cli
 from mst_fx.diagnose.findings import Diagnosis, Line, Memory
 from mst_fx.diagnose.page import make_page
 from mst_fx.report import Refused, human_bytes
@@ -218,7 +218,7 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     assert [name.startswith("attention_default") for name in first] == [True, True], "the op, not its getitem"
     assert cli.main([*arguments, "--html", str(tmp_path / "no" / "out.html")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 # A real browser

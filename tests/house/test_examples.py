@@ -16,6 +16,7 @@ from tests import apart, quick
 _FOLDER = Path(__file__).resolve().parents[2] / "examples"
 _NAMES = sorted(path.stem for path in _FOLDER.glob("[!_]*.py"))
 _WITHOUT_GRADIENTS = ("perplexity", "prefill", "zeroth_order")  # tests/training/test_inference.py runs them
+_OF_THE_COMMAND_LINE = ("hf_trainer_run",)  # tests/cli/test_program.py runs it
 _NEEDS = {
     "accelerate": "accelerate",
     "peft": "peft",
@@ -80,7 +81,9 @@ def _run(path: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in _NAMES if name not in _WITHOUT_GRADIENTS])
+@pytest.mark.parametrize(
+    "name", [name for name in _NAMES if name not in (*_WITHOUT_GRADIENTS, *_OF_THE_COMMAND_LINE)]
+)
 def test_runs(name: str, ran: Path) -> None:
     if not _is_runnable(name):
         pytest.skip(f"{_NEEDS[name.split('_')[0]]} is not installed")
@@ -116,4 +119,4 @@ def _eager_losses(folder: Path) -> list[float]:
 def test_is_short(name: str) -> None:
     text = (_FOLDER / f"{name}.py").read_text()
     assert len(text.splitlines()) <= 40
-    assert 'backend="mst"' in text or "mst_fx.enable" in text
+    assert 'backend="mst"' in text or "mst_fx.enable" in text or "mst-fx run" in text

@@ -11,7 +11,7 @@ import torch
 from tools.bench.contenders import CONTENDERS, find_contender
 from tools.bench.models import text_tokens
 from tools.bench.tables import markdown_table
-from tools.draw import draw, whole_steps
+from tools.draw import draw, draw_longest, longest, whole_steps
 from tools.meters.gpu import blocks_at_peak, exposed
 
 MIB = 2**20
@@ -84,3 +84,12 @@ def test_what_of_copies_no_kernel_hides() -> None:
     assert exposed([(1.0, 2.0), (4.5, 8.5)], kernels) == pytest.approx(3.0)
     assert exposed([(1.0, 2.0)], kernels) == exposed([], kernels) == 0.0
     assert exposed([(6.0, 7.0), (6.5, 7.5)], []) == pytest.approx(1.5)
+
+
+def test_the_longest_sequence_of_each_model(tmp_path: Path) -> None:
+    short, long = ({"model": "m", "contender": "mst+ckpt", "found": {"length": n}} for n in (1000, 3000))
+    eager = {**short, "contender": "eager"}
+    found = longest([long, short, eager, {**long, "model": "other", "found": None}])
+    assert found == {"m": {"mst+ckpt": 3000, "eager": 1000}}
+    draw_longest(found, tmp_path / "x.png", "")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mst_fx.diagnose import cli
+from mst_fx.cli import main as cli
 from mst_fx.diagnose.fit_model import subject_of
-from mst_fx.diagnose.model_of import Shape, SubjectError
+from mst_fx.diagnose.model_of import Shape
+from mst_fx.errors import SubjectError
 
 _SMALL = ["hidden_size=256", "intermediate_size=1024", "vocab_size=4000", "num_hidden_layers=4"]
 _SMALL = [
@@ -32,10 +33,6 @@ _SMALL = [
         (
             ["llama3-8b", "--memory", "80GiB", "--optimizer", "lion"],
             "--optimizer is 'lion'; allowed: adamw, ",
-        ),
-        (
-            ["llama3-8b", "--memory", "80GiB", "--dtype", "int4"],
-            "--dtype is 'int4'; allowed: bf16, fp16, fp32",
         ),
         (
             ["llama3-8b", "--memory", "80GiB", "--seq", "1e5"],

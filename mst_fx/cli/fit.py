@@ -12,64 +12,26 @@ from typing import Any
 
 import torch
 
+from mst_fx.cli import typed
+from mst_fx.cli.lines import write
 from mst_fx.diagnose.fit_model import subject_of
-from mst_fx.diagnose.model_of import Shape, SubjectError
+from mst_fx.diagnose.model_of import Shape
+from mst_fx.errors import SubjectError
 from mst_fx.fit.forecast import LEAST, OPTIMIZERS, Forecast, Point, Setting, Subject, Way, forecast
 from mst_fx.fit.traced import CannotTell
 from mst_fx.options import bytes_in
 from mst_fx.plan.costs import known_devices
 from mst_fx.report import human_bytes
 
-# The common short names of types.
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-EPILOG = """\
-MODEL is one of
-  llama3-8b              a short name: llama3-8b, llama3-70b, mistral-7b, qwen2-7b, gemma2-9b and others
-  LlamaForCausalLM       a model or config class of transformers, with the sizes of its defaults; --set changes them
-  path/to/config.json    a config, as a file or in a folder
-  Qwen/Qwen2.5-7B        a config on the Hugging Face hub
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what was asked for.
 
-  mst-fx fit llama3-8b --memory 80GiB --device h100
-  mst-fx fit llama3-8b --memory 24GiB --lora 16 --seq 16384,65536
-  mst-fx fit llama3-8b --memory 47GiB --host 128GiB --park
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser, pair: str) -> None:
+    Raises:
+        SubjectError: for a mistake in the command line, or a model that cannot be told about.
     """
-    Args:
-        pair: how a field of a config is given.
-    """
-    parser.add_argument("model", metavar="MODEL", help="a model's config, by name, class or path")
-    parser.add_argument("--memory", required=True, metavar="BYTES", help="of the device, as 80GiB")
-    parser.add_argument(
-        "--host", metavar="BYTES", help="of the host that parked states and a plan may use, as 128GiB"
-    )
-    parser.add_argument(
-        "--park",
-        nargs="?",
-        const="256MiB",
-        metavar="BUCKET",
-        help="the optimizer's states are on the host (mst_fx.park), and come in buckets of so many bytes (256MiB)",
-    )
-    parser.add_argument("--device", default="h100", help="whose seconds are said: h200, h100, a100 (h100)")
-    parser.add_argument("--optimizer", default="adamw", help=f"{', '.join(OPTIMIZERS)} (adamw)")
-    parser.add_argument(
-        "--lora", type=int, default=0, metavar="RANK", help="PEFT's LoRA on all linear layers"
-    )
-    parser.add_argument(
-        "--dtype", default="bf16", help=f"of parameters and states: {', '.join(DTYPES)} (bf16)"
-    )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences a batch (1)")
-    parser.add_argument(
-        "--seq", default="", metavar="N,…", help="tokens a sequence; without it the longest are searched"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar=pair, help="a field of the model's config"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--verbose", action="store_true", help="log what the passes do; show tracebacks")
+    write(fit_lines(arguments, arguments.overrides))
+    return 0
 
 
 def fit_lines(arguments: argparse.Namespace, overrides: dict[str, Any]) -> list[tuple[str, str]]:
@@ -79,13 +41,9 @@ def fit_lines(arguments: argparse.Namespace, overrides: dict[str, Any]) -> list[
         SubjectError: for a mistake in the command line, or a model that cannot be told about.
     """
     setting = _setting(arguments)
-    if arguments.dtype not in DTYPES:
-        raise SubjectError(f"--dtype is {arguments.dtype!r}; allowed: {', '.join(DTYPES)}")
-    if arguments.batch < 1 or arguments.lora < 0:
-        raise SubjectError(
-            f"--batch is at least 1 and --lora at least 0, not {arguments.batch} and {arguments.lora}"
-        )
-    shape = Shape(overrides=overrides, batch=arguments.batch, dtype=DTYPES[arguments.dtype])
+    if arguments.lora < 0:
+        raise SubjectError(f"--lora is at least 0, not {arguments.lora}")
+    shape = Shape(overrides=overrides, batch=arguments.batch, dtype=getattr(torch, arguments.dtype))
     with warnings.catch_warnings(), _quiet(arguments.verbose):
         warnings.simplefilter("ignore")
         subject = subject_of(arguments.model, shape, arguments.lora)
@@ -108,10 +66,7 @@ def fit_lines(arguments: argparse.Namespace, overrides: dict[str, Any]) -> list[
 
 def _setting(arguments: argparse.Namespace) -> Setting:
     memory, host = bytes_in(arguments.memory), bytes_in(arguments.host) if arguments.host else None
-    if memory is None:
-        raise SubjectError(f"--memory is {arguments.memory!r}; allowed: bytes as in 80GiB")
-    if arguments.host and host is None:
-        raise SubjectError(f"--host is {arguments.host!r}; allowed: bytes as in 128GiB")
+    assert memory is not None  # the command line has looked at it
     device = arguments.device.upper()
     if device not in known_devices():
         raise SubjectError(f"--device is {arguments.device!r}; known: {', '.join(known_devices())}")
@@ -120,8 +75,7 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     if not arguments.park:
         return Setting(device, memory, host, arguments.optimizer)
     bucket = bytes_in(arguments.park)
-    if bucket is None:
-        raise SubjectError(f"--park is {arguments.park!r}; allowed: bytes as in 256MiB, or nothing")
+    assert bucket is not None
     if host is None:
         raise SubjectError("--park needs --host: the bytes of the host that states, and a plan, may take")
     return Setting(device, memory, host, arguments.optimizer, park=True, bucket=bucket)
@@ -129,12 +83,12 @@ def _setting(arguments: argparse.Namespace) -> Setting:
 
 def _lengths(text: str) -> list[int]:
     try:
-        lengths = [int(part) for part in text.split(",") if part]
-    except ValueError:
+        lengths = [typed.count(part) for part in text.split(",") if part]
+    except argparse.ArgumentTypeError:
         lengths = [0]
     if any(length < LEAST for length in lengths):
         raise SubjectError(
-            f"--seq is {text!r}; allowed: tokens, {LEAST:,} or more, with commas, as in 16384,65536"
+            f"--seq is {text!r}; allowed: tokens, {LEAST:,} or more, with commas, as in 16K,64K"
         )
     return lengths
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from mst_fx.backend import mst
+from mst_fx.compiling import mst
 from mst_fx.options import Options, make_options
 from mst_fx.process import State
 from mst_fx.torch_api.inductor import redirect_inductor
