@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mst_fx.errors import OptionError
+from mst_fx.group import Group, group_of
 
 PASS_NAMES = ("attention", "mlp", "vocab")
 
@@ -35,6 +36,8 @@ class Options:
         host_memory: bytes of the host's memory that a plan may send to what it keeps, as ``"100GiB"`` or an int; ``"auto"``: four
             fifths of what is free when the step is compiled, shared by the processes of this machine, and none for a model on a CPU;
             ``"0"``: none.
+        sequence_parallel: a 1-D ``DeviceMesh`` (``mesh["sp"]``) or a ``ProcessGroup``, of which all ranks get the same batches: each
+            keeps its share of every sequence's tokens. None: no such group.
         strict: raise on a refusal or a failure of a pass instead of leaving the graph as it was.
         inductor: patches of ``torch._inductor.config``.
     """
@@ -48,6 +51,7 @@ class Options:
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     memory: str | int | None = None
     host_memory: str | int = "auto"
+    sequence_parallel: Any = None
     strict: bool = False
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -62,6 +66,8 @@ class Options:
             if not isinstance(value, str) or value not in allowed:
                 raise _bad(name, value, "one of " + ", ".join(map(repr, allowed)))
         _check_memory(self.memory, self.inner)
+        if self.group is not None and self.memory is not None:
+            raise _bad("memory", self.memory, "None with sequence_parallel: the ranks would plan apart")
         host = self.host_memory
         if (host not in ("auto", "0", 0) and bytes_in(host) is None) or isinstance(host, bool):
             raise _bad("host_memory", host, "'auto', '0', bytes as in '100GiB' or an int ≥ 0")
@@ -75,6 +81,12 @@ class Options:
         if unknown:
             raise _bad("passes", self.passes, f"a subset of {PASS_NAMES}")
         object.__setattr__(self, "passes", tuple(self.passes))
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks among which sequences are cut; None: there is no other than this one."""
+        found = group_of(self.sequence_parallel) if self.sequence_parallel is not None else None
+        return found if found is not None and found.ranks > 1 else None
 
 
 _CHOICES = {

@@ -1,0 +1,113 @@
+"""How a node may read its operands so that it works on each rank's own tokens alone, and the node that does.
+
+A reading says for each tensor operand where its tokens lie, or that it is read whole. It is a guess, made of sizes; the proof
+is asked whether it holds, and is right whatever was guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.cutting.values import Share, add_copy, local_shape, shape_of
+from mst_fx.errors import Refusal
+from mst_fx.graph.modes import Context
+from mst_fx.graph.sizes import settled
+from mst_fx.graph.spelling import EXPANDS, RESHAPES, dropout_probability, operation
+from mst_fx.graph.values import tensor_value, tensors_of
+from mst_fx.group import Group
+from mst_fx.rows.tokens import Found, Prover, Tokens, moved
+
+Reading = Mapping[fx.Node, Sequence[Tokens | None]]
+_MOST = 64  # readings that are tried of one node
+
+
+def is_reshape(node: fx.Node) -> bool:
+    """Whether a node gives its operand another shape, the elements in their order."""
+    if operation(node) not in RESHAPES or tensor_value(node) is None or not node.args:
+        return False
+    return not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+
+
+def is_expand(node: fx.Node) -> bool:
+    return operation(node) in EXPANDS and tensor_value(node) is not None
+
+
+def sources(node: fx.Node) -> list[fx.Node]:
+    """The operands that hold tensors; of a view as another tensor is, the first alone."""
+    if is_reshape(node) or is_expand(node):
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    return [operand for operand in node.all_input_nodes if tensors_of(operand)]
+
+
+def labels(node: fx.Node, reading: Reading, prover: Prover, context: Context) -> list[Found]:
+    """The labels of what a node gives under a reading.
+
+    Raises:
+        Refusal: if it is not proved that each token of it depends on the same token of its operands.
+    """
+    if is_reshape(node) or is_expand(node):
+        ((source, (place,)),) = reading.items()
+        assert place is not None
+        to, shape = shape_of(node), shape_of(source)
+        found = moved(place, shape, to) if is_reshape(node) else _expanded(place, shape, to)
+        if found is None:
+            raise Refusal(f"mixes rows with other dimensions ({shape} to {to})")
+        return [found]
+    if dropout_probability(node) is not None and not _is_in_place(node):
+        return [reading[sources(node)[0]][0]]
+    return prover.prove(node, reading, context)
+
+
+def _expanded(place: Tokens, shape: tuple[int, ...], to: tuple[int, ...]) -> Tokens | None:
+    dim = place.dim + len(to) - len(shape)
+    return dataclasses.replace(place, dim=dim) if to[dim] == shape[place.dim] else None
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return bool(node.kwargs.get("inplace")) or any(arg is True for arg in node.args[3:])
+
+
+def write(
+    graph: fx.Graph,
+    node: fx.Node,
+    given: Callable[[fx.Node], Any],
+    place: Tokens | None,
+    group: Group,
+    context: Context,
+) -> fx.Node:
+    """The node on this rank's tokens, at the graph's insertion point.
+
+    Args:
+        given: what stands for its operands.
+        place: where the tokens of its one result lie.
+    """
+    if place is not None and (is_reshape(node) or is_expand(node)):
+        shape = local_shape(place, shape_of(node), Share.of(group, place.count))
+        target = torch.reshape if is_reshape(node) else "expand"
+        return add_copy(graph, node, target, (given(node.args[0]), shape), {}, context)  # type: ignore[arg-type]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
+    return add_copy(graph, node, node.target, args, kwargs, context)
+
+
+def places_in(operand: fx.Node, count: int) -> list[Tokens]:
+    """Where the tokens of sequences of so many may lie in a value that all ranks have whole."""
+    fake = tensor_value(operand)
+    sizes = settled(fake.shape) if fake is not None else ()
+    found = [(dim, int(size)) for dim, size in enumerate(sizes) if int(size) >= count > 1]
+    return [Tokens(dim, size // count, count) for dim, size in found if size % count == 0]
+
+
+def choices(known: Reading, free: Sequence[fx.Node], count: int) -> Iterator[dict[fx.Node, Any]]:
+    """Readings of all operands: some known, of others each whole or with tokens where its sizes allow some."""
+    options: list[list[Sequence[Tokens | None]]] = []
+    for operand in free:
+        whole = (None,) * len(tensors_of(operand))
+        options.append([whole, *((place,) for place in places_in(operand, count))])
+    for chosen in itertools.islice(itertools.product(*options), _MOST):
+        yield {**known, **dict(zip(free, chosen, strict=True))}
