@@ -98,6 +98,7 @@ STAGES: tuple[Stage, ...] = (
         "sequence",
         sequence.run,
         matches=sequence.matches,
+        is_vital=True,
         prepared_by=(
             Helper("functional", functional.run, gives=frozenset({"no-writes"})),
             Helper("row_slices", row_slices.run, needs=frozenset({"no-writes"}), gives=frozenset({"clones"})),

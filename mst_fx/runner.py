@@ -110,7 +110,7 @@ class Runner:
         except GroupError:
             raise  # all ranks of the group do
         except Exception as error:
-            if self.options.strict or stage.in_place:
+            if self.options.strict or stage.in_place or stage.is_vital:
                 raise
             is_refusal = isinstance(error, Refusal)
             text = str(error) if is_refusal else defect(f"skipped the {stage.name} pass for a graph", error)

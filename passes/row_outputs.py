@@ -59,7 +59,7 @@ def run(context: PassContext) -> bool:
                 gathered[node] = add_gather(context.graph, Leaf(node, place), group)
             results[at] = gathered[node]
     output.args = (tuple(results),)
-    shared.taken_logits, shared.cut_outputs = tuple(new), {}
+    shared.taken_logits = tuple(new)
     return True
 
 

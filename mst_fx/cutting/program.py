@@ -102,6 +102,8 @@ class Cutter:
         is_cut = any(self.now[operand].is_cut for operand in known)
         if node.target is operator.getitem and known and self.now[known[0]].is_tuple:
             self.now[node] = Standing((self.now[known[0]].leaves[node.args[1]],))  # type: ignore[index]
+        elif is_cut and (same := readings.joined_with_nothing(node)) is not None:
+            self.now[node] = self.now[same]
         elif not is_cut and self._is_seed(node):
             self._seed(node)
         elif not is_cut:
@@ -118,14 +120,18 @@ class Cutter:
         found = []
         for node in nodes:
             known = self.now.get(node) if isinstance(node, fx.Node) else None
-            found.append(known.leaves[0] if known is not None else node)
+            found.append(node if known is None or self._is_whole_too(node) else known.leaves[0])
         return found
+
+    def _is_whole_too(self, node: fx.Node) -> bool:
+        """Whether a node was left as it is, and what it gives was cut again."""
+        return self._gathered.get(self.now[node].leaves[0].node) is node
 
     def finish(self) -> None:
         """Takes away what was superseded."""
         for node in reversed(list(self.graph.nodes)):
             known = self.now.get(node)
-            if known is not None and known.leaves[0].node is not node:
+            if known is not None and known.leaves[0].node is not node and not self._is_whole_too(node):
                 self.graph.erase_node(node)
         eliminate_dead_code(self.graph)
         self.gm.recompile()
@@ -248,7 +254,8 @@ class Cutter:
             count = _cut_again(shape, place, shape_of(node))
             if count >= 2 * self.group.ranks:
                 again = Tokens(place.dim, place.batch, count)
-                self.now[node] = Standing((Leaf(self.cut(node, again, node.next), again),))
+                mine = Leaf(self.cut(node, again, node.next), again)
+                self.now[node], self._gathered[mine.node] = Standing((mine,)), node
                 return
 
     def _rewire(self, node: fx.Node) -> None:

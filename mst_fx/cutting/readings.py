@@ -18,7 +18,7 @@ from mst_fx.cutting.values import Share, add_copy, local_shape, shape_of
 from mst_fx.errors import Refusal
 from mst_fx.graph.modes import Context
 from mst_fx.graph.sizes import settled
-from mst_fx.graph.spelling import EXPANDS, RESHAPES, dropout_probability, operation
+from mst_fx.graph.spelling import EXPANDS, RESHAPES, argument, dropout_probability, operation
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.group import Group
 from mst_fx.rows.tokens import Found, Prover, Tokens, moved
@@ -36,6 +36,18 @@ def is_reshape(node: fx.Node) -> bool:
 
 def is_expand(node: fx.Node) -> bool:
     return operation(node) in EXPANDS and tensor_value(node) is not None
+
+
+def joined_with_nothing(node: fx.Node) -> fx.Node | None:
+    """What an operand is joined with that has no elements (a cache's first keys), so that it stays as it is."""
+    fakes = {operand: tensor_value(operand) for operand in node.all_input_nodes}
+    if operation(node) != "cat" or any(fake is None for fake in fakes.values()):
+        return None
+    some = [operand for operand, fake in fakes.items() if fake is not None and fake.numel()]
+    (out,) = tensors_of(node)
+    parts = argument(node, "tensors", ())
+    is_one = len(some) == 1 and sum(part is some[0] for part in parts) == 1
+    return some[0] if is_one and shape_of(some[0]) == shape_of(node) and fakes[some[0]].dtype == out.dtype else None  # type: ignore[union-attr]
 
 
 def sources(node: fx.Node) -> list[fx.Node]:

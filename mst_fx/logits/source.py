@@ -120,6 +120,15 @@ class Source:
                 value = value.contiguous().view(-1).view(self.like.shape)
         return value
 
+    def rows_of_rank(self) -> Tensor:
+        """This rank's rows of the logits, as an ordinary tensor.
+
+        Raises:
+            RuntimeError: if what they are computed from was changed.
+        """
+        self._check()
+        return self._run(self.inputs, torch.is_grad_enabled())
+
     def logits(self, grad: bool, take: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The logits, or those of the rows that ``take`` takes from a row input.
 
