@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from mst_fx.graph.names import target_name
+from mst_fx.graph.sizes import settled
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.graph.values import is_plain, tensors_of, value
 from mst_fx.group import Group
@@ -33,6 +34,7 @@ def run_together(
     Raises:
         GroupError: on all ranks.
     """
+    _settle_sizes(gm)
     agree(group, f"compiles {_inputs(gm)}; {_text(gm)}; {_options(options)}")
     result, texts = tried(group, lambda: run_passes(True), _taken)
     if len(set(texts)) > 1:  # one rank has so few rows that it took out none
@@ -66,13 +68,22 @@ def with_same_batches(
     return run
 
 
+def _settle_sizes(gm: fx.GraphModule) -> None:
+    """Makes one number of each size that may change: a share of the rows is one of so many tokens. Other lengths compile anew."""
+    for graph in graphs_of(gm):
+        for node in graph.find_nodes(op="placeholder"):
+            for size in [value(node), *(size for x in tensors_of(node) for size in x.shape)]:
+                if isinstance(size, torch.SymInt):
+                    int(size)  # adds a guard
+
+
 def _is_of_batch(found: Any) -> bool:
     return isinstance(found, torch.Tensor) and not isinstance(found, torch.nn.Parameter) and is_plain(found)
 
 
 def _inputs(gm: fx.GraphModule) -> str:
     nodes = gm.graph.find_nodes(op="placeholder")
-    return ", ".join(f"{n.name} {list(value(n).shape)}" for n in nodes if _is_of_batch(value(n)))
+    return ", ".join(f"{n.name} {list(settled(value(n).shape))}" for n in nodes if _is_of_batch(value(n)))
 
 
 def _text(gm: fx.GraphModule) -> str:
@@ -80,7 +91,7 @@ def _text(gm: fx.GraphModule) -> str:
     lines = []
     for graph in graphs_of(gm):
         for node in graph.nodes:
-            shapes = [tuple(x.shape) for x in tensors_of(node)]
+            shapes = [settled(x.shape) for x in tensors_of(node)]
             lines.append(f"{node.name} = {target_name(node)}{node.args}{node.kwargs or ''} {shapes}")
     return re.sub(r"cuda:\d+|index=\d+", "", "\n".join(lines))
 

@@ -83,10 +83,11 @@ def tried(group: Group, function: Callable[[], T], said: Callable[[T], str]) -> 
 
 
 def _lines(texts: Sequence[str]) -> str:
-    if len(set(texts)) > 1:  # what is the same at their beginning is of no interest
-        start = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), 0)
-        texts = [text if start < 200 else f"… {text[start - 100 :]}" for text in texts]
-    return "\n".join(f"  rank {rank}: {text[:500]}" for rank, text in enumerate(texts))
+    """What each rank says, around where they differ first."""
+    differ = (at for at, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
+    start = max(0, next(differ, 0) - 150)
+    shown = [("… " if start else "") + " ".join(text[start : start + 300].split()) for text in texts]
+    return "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(shown))
 
 
 def checksum_of(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

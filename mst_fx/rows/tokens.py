@@ -185,6 +185,8 @@ class Prover:
 
         def read(operand: fx.Node) -> Any:
             found = operands[operand] if operand in operands else value(operand)
+            if isinstance(found, torch.SymInt):
+                (found,) = settled([found])
             if isinstance(found, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 raise Refusal(f"{operand.name} is a dynamic number")
             return found
