@@ -110,8 +110,8 @@ class Cutter:
             self._rewire(node)
         elif operation(node) in CHECKPOINTS and called_graph(self.gm, node) is not None:
             self._layer(node)
-        elif is_site(node) and self._is_plain(node) and exchange(self, node):
-            self.sites.append((node, self._count(node)))
+        elif is_site(node) and self._is_plain(node):
+            self._exchange(node)
         else:
             self._cut_or_gather(node)
 
@@ -159,6 +159,15 @@ class Cutter:
             self._rewire(node)
 
     # Nodes
+
+    def _exchange(self, node: fx.Node) -> None:
+        try:
+            exchange(self, node)
+        except Refusal as refusal:
+            self._whole(node, str(refusal))
+        else:
+            places = (place for leaf in node.all_input_nodes if leaf in self.now for place in self.now[leaf].places)
+            self.sites.append((node, next(place.count for place in places if place is not None)))
 
     def _cut_or_gather(self, node: fx.Node) -> None:
         """Writes a node that works on this rank's tokens; if there is none, it works on those of all ranks."""
@@ -271,9 +280,6 @@ class Cutter:
         is_written = writes_in_place(node) or not self._mutated.isdisjoint(touched)
         return not is_written and not self.modes[node].level
 
-    def _count(self, node: fx.Node) -> int:
-        return next(place.count for x in node.all_input_nodes if x in self.now for place in self.now[x].places if place)
-
     # Values
 
     def whole(self, operand: fx.Node) -> Any:
@@ -332,6 +338,8 @@ class Cutter:
         if node.op == "placeholder" and self.above is not None:
             return self._import(node, place)
         if node.op not in ("call_function", "call_method") or _why_not(node) or not self._is_plain(node):
+            return None
+        if readings.dropout_probability(node):  # what all ranks have whole is drawn once
             return None
         for reading in self._readings_back(node, place):
             try:

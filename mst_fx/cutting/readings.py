@@ -6,6 +6,7 @@ is asked whether it holds, and is right whatever was guessed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +17,14 @@ from torch import fx
 
 from mst_fx.cutting.values import Share, add_copy, local_shape, shape_of
 from mst_fx.errors import Refusal
+from mst_fx.graph.edit import add_call
+from mst_fx.graph.fill import fake_mode_of
 from mst_fx.graph.modes import Context
 from mst_fx.graph.sizes import settled
 from mst_fx.graph.spelling import EXPANDS, RESHAPES, argument, dropout_probability, operation
 from mst_fx.graph.values import tensor_value, tensors_of
 from mst_fx.group import Group
+from mst_fx.ops.dropout import dropout_rows, rank_key, row_keys
 from mst_fx.rows.tokens import Found, Prover, Tokens, moved
 
 Reading = Mapping[fx.Node, Sequence[Tokens | None]]
@@ -99,12 +103,27 @@ def write(
         given: what stands for its operands.
         place: where the tokens of its one result lie.
     """
+    if place is not None and dropout_probability(node):
+        return _add_dropout(graph, node, given(sources(node)[0]), group)
     if place is not None and (is_reshape(node) or is_expand(node)):
         shape = local_shape(place, shape_of(node), Share.of(group, place.count))
         target = torch.reshape if is_reshape(node) else "expand"
         return add_copy(graph, node, target, (given(node.args[0]), shape), {}, context)  # type: ignore[arg-type]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
     return add_copy(graph, node, node.target, args, kwargs, context)
+
+
+def _add_dropout(graph: fx.Graph, node: fx.Node, x: fx.Node, group: Group) -> fx.Node:
+    """A dropout that drops other elements on each rank, also where all of them have the same seed."""
+    fake = tensor_value(x)
+    assert fake is not None
+    lead = [int(size) for size in settled(fake.shape[:-1])]
+    with fake_mode_of([fake]) or contextlib.nullcontext():
+        keys = add_call(graph, row_keys, lead, fake.device)
+    mine = add_call(graph, torch.bitwise_xor, keys, rank_key(group.me))
+    new = add_call(graph, dropout_rows, x, mine, dropout_probability(node))
+    new.meta = {**node.meta, **new.meta}
+    return new
 
 
 def places_in(operand: fx.Node, count: int) -> list[Tokens]:

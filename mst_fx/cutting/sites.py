@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mst_fx.cutting.values import Leaf, Share, Standing, add_copy, shape_of
+from mst_fx.errors import Refusal
 from mst_fx.graph.edit import add_call
 from mst_fx.graph.spelling import argument
 from mst_fx.graph.values import tensor_value, tensors_of
@@ -39,24 +40,30 @@ def is_site(node: fx.Node) -> bool:
     return node.target in (_ATTENTION, _BIASED, F.scaled_dot_product_attention)
 
 
-def exchange(cutter: Cutter, node: fx.Node) -> bool:
-    """Writes an attention between its exchanges; whether it has the form that this needs."""
+def exchange(cutter: Cutter, node: fx.Node) -> None:
+    """Writes an attention between its exchanges.
+
+    Raises:
+        Refusal: if it has not the form that this needs.
+    """
     parts = [argument(node, name) for name in ("query", "key", "value")]
     if not all(isinstance(part, fx.Node) and part in cutter.now for part in parts):
-        return False
+        raise Refusal("has queries, keys or values that all ranks have whole")
     leaves = [cutter.now[part].leaves[0] for part in parts]
-    if any(leaf.place is None or len(shape_of(leaf.node)) != 4 for leaf in leaves):
-        return False
-    if any((leaf.place.dim, leaf.place.batch) != (2, 1) for leaf in leaves):  # type: ignore[union-attr]
-        return False
     shapes = [shape_of(leaf.node) for leaf in leaves]
-    ranks = cutter.group.ranks
-    are_grouped = shapes[1][:2] == shapes[2][:2] and shapes[0][1] % shapes[1][1] == 0
-    if not are_grouped or shapes[0][0] != shapes[1][0] or shapes[0][1] < ranks:
-        return False
+    if any(leaf.place is None or (leaf.place.dim, leaf.place.batch) != (2, 1) for leaf in leaves):
+        raise Refusal("has its tokens in other dimensions than [B, H, S, D]")
+    if any(len(shape) != 4 or shape[0] != shapes[0][0] for shape in shapes):
+        raise Refusal("has queries, keys and values of several batches")
+    if shapes[1][1] != shapes[2][1] or shapes[0][1] % shapes[1][1]:
+        raise Refusal("has heads that are not grouped evenly")
+    if shapes[0][1] < cutter.group.ranks:
+        raise Refusal(f"has {shapes[0][1]} heads for {cutter.group.ranks} ranks")
     if len({tensors_of(leaf.node)[0].dtype for leaf in leaves}) > 1:
-        return False
-    heads = Heads(shapes[0][1], shapes[1][1], ranks)
+        raise Refusal("has queries, keys and values of several types")
+    if argument(node, "dropout_p", 0.0):
+        raise Refusal("drops scores, which ranks would draw alike for their heads")
+    heads = Heads(shapes[0][1], shapes[1][1], cutter.group.ranks)
     graph = cutter.graph
     with graph.inserting_before(node):
         local = _to_heads(cutter, heads, leaves)
@@ -67,7 +74,6 @@ def exchange(cutter: Cutter, node: fx.Node) -> bool:
         back = add_call(graph, torch.ops.mst_fx.heads_to_rows.default, outs[0].node, *rest)
     place = Tokens(2, 1, leaves[0].place.count)  # type: ignore[union-attr]
     cutter.now[node] = Standing((Leaf(back, place), *outs[1:]), tensor_value(node) is None)
-    return True
 
 
 def _to_heads(cutter: Cutter, heads: Heads, leaves: list[Leaf]) -> list[fx.Node]:
