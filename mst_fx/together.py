@@ -52,9 +52,7 @@ def compile_together(group: Group, compile_graph: Callable[[], Callable[..., Any
     return compiled
 
 
-def with_same_batches(
-    function: Callable[..., Any], group: Group, gm: fx.GraphModule
-) -> Callable[..., Any]:
+def with_same_batches(function: Callable[..., Any], group: Group, gm: fx.GraphModule) -> Callable[..., Any]:
     """A compiled graph that compares the batches of all ranks when it is called, and raises GroupError on all if they differ."""
     said = f"runs {_inputs(gm)}"
     given = [at for at, node in enumerate(gm.graph.find_nodes(op="placeholder")) if _is_of_batch(value(node))]
@@ -103,4 +101,3 @@ def _options(options: Options) -> str:
 
 def _taken(result: Result) -> str:
     return str([logits.position for logits in result.taken_logits])
-

@@ -93,7 +93,9 @@ def _report(context: PassContext, cutter: Cutter, group: Group) -> None:
     for node, place in cutter.seeds:
         context.rewrote(_rewrite("sequence", node, place.count, group, "tokens of each rank, from here on"))
     for node, count in reversed(cutter.sites):
-        context.rewrote(_rewrite("exchange", node, count, group, "all tokens of some heads, between two exchanges"))
+        context.rewrote(
+            _rewrite("exchange", node, count, group, "all tokens of some heads, between two exchanges")
+        )
 
 
 def _rewrite(kind: str, node: fx.Node, count: int, group: Group, why: str) -> Rewrite:

@@ -24,6 +24,8 @@ import torch
 from torch import fx
 
 from mst_fx.cutting import readings
+from mst_fx.cutting.facts import cut_again, index_of, is_given, why_not
+from mst_fx.cutting.layers import is_layer, walk_through
 from mst_fx.cutting.sites import exchange, is_site
 from mst_fx.cutting.values import (
     Leaf,
@@ -35,19 +37,15 @@ from mst_fx.cutting.values import (
     shape_of,
 )
 from mst_fx.errors import Refusal
-from mst_fx.graph.edit import add_call, copy_tree, eliminate_dead_code
-from mst_fx.graph.effects import has_effects
+from mst_fx.graph.edit import add_call, eliminate_dead_code
 from mst_fx.graph.levels import placeholders_of
 from mst_fx.graph.modes import contexts
-from mst_fx.graph.spelling import CHECKPOINTS, EMBEDDINGS, operation
-from mst_fx.graph.subgraphs import attribute, called_graph
-from mst_fx.graph.values import VALUE, storage_keys, tensor_value, tensors_of, value
+from mst_fx.graph.spelling import EMBEDDINGS, dropout_probability, operation
+from mst_fx.graph.values import VALUE, storage_keys, tensor_value, tensors_of
 from mst_fx.graph.writes import mutated_storages, writes_in_place
 from mst_fx.group import Group
 from mst_fx.rows.labels import SUMMED
 from mst_fx.rows.tokens import Prover, Tokens
-from mst_fx.torch_api.ops import HigherOrderOperator
-from mst_fx.torch_api.tensors import tree_leaves, tree_map_only
 
 Refuse = Callable[[fx.Node, str], None]
 
@@ -65,6 +63,8 @@ class Cutter:
     Attributes:
         now: what stands for the nodes that were captured, where it is not they themselves.
         seeds, sites: the embeddings at which tokens were cut, and the attention that was put between exchanges.
+        modes: those that each node lies in.
+        imported: of a layer the operands of its call that were added.
     """
 
     def __init__(
@@ -87,8 +87,7 @@ class Cutter:
         self._gathered: dict[fx.Node, fx.Node] = {}
         self._leaf_of: dict[fx.Node, Leaf] = {}  # of a gathered value
         self._cut: dict[tuple[fx.Node, Tokens], fx.Node] = {}
-        self._imported: list[fx.Node] = []  # operands of the call that this graph did not have
-        self._walked: set[int] = set()
+        self.imported: list[fx.Node] = []
 
     # The walk
 
@@ -108,8 +107,8 @@ class Cutter:
             self._seed(node)
         elif not is_cut:
             self._rewire(node)
-        elif operation(node) in CHECKPOINTS and called_graph(self.gm, node) is not None:
-            self._layer(node)
+        elif is_layer(self.gm, node):
+            walk_through(self, node)
         elif is_site(node) and self._is_plain(node):
             self._exchange(node)
         else:
@@ -142,18 +141,18 @@ class Cutter:
         """Whether a node is the embedding of token ids that were given: of so many that each rank has two."""
         if operation(node) not in EMBEDDINGS or self.above is not None or not self._is_plain(node):
             return False
-        ids = _index_of(node)
+        ids = index_of(node)
         fake = tensor_value(ids) if ids is not None else None
-        if ids is None or fake is None or fake.ndim == 0 or not _is_given(ids):
+        if ids is None or fake is None or fake.ndim == 0 or not is_given(ids):
             return False
         return shape_of(ids)[-1] >= 2 * self.group.ranks
 
     def _seed(self, node: fx.Node) -> None:
-        ids = _index_of(node)
+        ids = index_of(node)
         assert ids is not None
         place = Tokens(len(shape_of(ids)) - 1, 1, shape_of(ids)[-1])
         whole = [operand for operand in readings.sources(node) if operand is not ids]
-        if self._write_first(node, [{ids: (place,), **{operand: (None,) for operand in whole}}]) is None:
+        if self._write_first(node, [{ids: (place,), **dict.fromkeys(whole, (None,))}]) is None:
             self.seeds.append((node, place))
         else:
             self._rewire(node)
@@ -166,7 +165,9 @@ class Cutter:
         except Refusal as refusal:
             self._whole(node, str(refusal))
         else:
-            places = (place for leaf in node.all_input_nodes if leaf in self.now for place in self.now[leaf].places)
+            places = (
+                place for leaf in node.all_input_nodes if leaf in self.now for place in self.now[leaf].places
+            )
             self.sites.append((node, next(place.count for place in places if place is not None)))
 
     def _cut_or_gather(self, node: fx.Node) -> None:
@@ -174,8 +175,8 @@ class Cutter:
         operands = readings.sources(node)
         cut = [operand for operand in operands if operand in self.now and self.now[operand].is_cut]
         free = [operand for operand in operands if operand not in cut]
-        why: Refusal | None = Refusal(_why_not(node) or "is not understood")
-        if self._is_plain(node) and _why_not(node) is None and len(cut) == len(set(cut)):
+        why: Refusal | None = Refusal(why_not(node) or "is not understood")
+        if self._is_plain(node) and why_not(node) is None and len(cut) == len(set(cut)):
             why = self._write_first(node, self._readings(cut, free))
         if why is not None:
             self._whole(node, str(why))
@@ -216,13 +217,13 @@ class Cutter:
         one = places[0] if tensor_value(node) is not None else None
         args = {operand: given(operand) for operand in node.all_input_nodes}
         with self.graph.inserting_before(node):
-            new = readings.write(
-                self.graph, node, args.__getitem__, one, self.group, self.modes[node]
-            )
+            new = readings.write(self.graph, node, args.__getitem__, one, self.group, self.modes[node])
             self.modes[new] = self.modes[node]
             leaves = self.leaves_of(new, places)
             leaves = [
-                Leaf(add_call(self.graph, torch.ops.mst_fx.sum_over_ranks.default, leaf.node, self.group.name))
+                Leaf(
+                    add_call(self.graph, torch.ops.mst_fx.sum_over_ranks.default, leaf.node, self.group.name)
+                )
                 if label is SUMMED
                 else leaf
                 for leaf, label in zip(leaves, found, strict=True)
@@ -260,7 +261,7 @@ class Cutter:
         if fake is None or not fake.is_floating_point() or not self._is_plain(node):
             return
         for shape, place in places:
-            count = _cut_again(shape, place, shape_of(node))
+            count = cut_again(shape, place, shape_of(node))
             if count >= 2 * self.group.ranks:
                 again = Tokens(place.dim, place.batch, count)
                 mine = Leaf(self.cut(node, again, node.next), again)
@@ -337,9 +338,9 @@ class Cutter:
             return None
         if node.op == "placeholder" and self.above is not None:
             return self._import(node, place)
-        if node.op not in ("call_function", "call_method") or _why_not(node) or not self._is_plain(node):
+        if node.op not in ("call_function", "call_method") or why_not(node) or not self._is_plain(node):
             return None
-        if readings.dropout_probability(node):  # what all ranks have whole is drawn once
+        if dropout_probability(node):  # what all ranks have whole is drawn once
             return None
         for reading in self._readings_back(node, place):
             try:
@@ -364,10 +365,16 @@ class Cutter:
 
     def _readings_back(self, node: fx.Node, place: Tokens) -> Iterable[dict[fx.Node, Any]]:
         sources = [x for x in readings.sources(node) if tensor_value(x) is not None]
-        found = readings.choices({}, sources, place.count) if len(sources) == len(readings.sources(node)) else ()
+        found = (
+            readings.choices({}, sources, place.count) if len(sources) == len(readings.sources(node)) else ()
+        )
         return itertools.islice((way for way in found if any(p[0] for p in way.values())), 16)
 
     # Checkpointed layers
+
+    def inside(self, body: fx.GraphModule, call: fx.Node) -> Cutter:
+        """The walk through a layer that a node calls."""
+        return Cutter(body, self.group, self.prover, self.refuse, call, self)
 
     def _import(self, node: fx.Node, place: Tokens) -> fx.Node:
         """This rank's tokens of an operand of a layer, cut outside of it."""
@@ -380,111 +387,16 @@ class Cutter:
         fake = tensor_value(node)
         assert fake is not None
         new.meta[VALUE] = local_fake(fake, place, Share.of(self.group, place.count))
-        self._imported.append(outer)
+        self.imported.append(outer)
         return new
 
     def _given(self) -> list[fx.Node]:
         """The inputs of a layer that it was captured with."""
         return [node for node in placeholders_of(self.gm) if node in self._captured]
 
-    def _layer(self, node: fx.Node) -> None:
-        """Walks through a checkpointed layer, and calls it with what it reads by then."""
-        get, *operands = node.args
-        assert isinstance(get, fx.Node)
-        body = called_graph(self.gm, node)
-        assert body is not None
-        users = [user for user in get.users if user.args and user.args[0] is get]
-        name = str(get.target)
-        if len(users) > 1 or len(self.graph.find_nodes(op="get_attr", target=name)) > 1:
-            body, name = copy_tree(body), f"{name}_{node.name}"  # several calls, which may be cut in other ways
-            self.gm.add_module(name, body)
-        inside = Cutter(body, self.group, self.prover, self.refuse, node, self)
-        for inner, operand in zip(placeholders_of(body), operands, strict=True):
-            if isinstance(operand, fx.Node) and operand in self.now:
-                (leaf,) = self.now[operand].leaves
-                if leaf.place is not None:
-                    inside._enter(inner, leaf.place)
-        inside.run()
-        (results,) = body.graph.output_node().args
-        found = inside.outputs(results if isinstance(results, (tuple, list)) else [results])
-        leaves = [x if isinstance(x, Leaf) else Leaf(x) for x in found]
-        nodes = [leaf.node for leaf in leaves]
-        body.graph.output_node().args = (type(results)(nodes) if isinstance(results, (tuple, list)) else nodes[0],)
-        inside.finish()
-        given = [self._operand(operand) for operand in operands] + inside._imported
-        read = [at for at, inner in enumerate(placeholders_of(body)) if inner.users]
-        for inner in placeholders_of(body):
-            if not inner.users:
-                body.graph.erase_node(inner)
-        body.recompile()
-        places = iter([leaf.place for leaf in leaves])
-
-        def fake(x: torch.Tensor) -> torch.Tensor:
-            place = next(places)
-            return local_fake(x, place, Share.of(self.group, place.count) if place is not None else None)
-
-        with self.graph.inserting_before(node):
-            if name != get.target:
-                get = self.graph.get_attr(name)
-            args = (get, *(given[at] for at in read))
-            new = self.graph.create_node(node.op, node.target, args, node.kwargs)
-            new.meta = {**node.meta, VALUE: tree_map_only(torch.Tensor, fake, value(node))}
-            self.modes[new] = self.modes[node]
-            self.now[node] = Standing(
-                tuple(self.leaves_of(new, [leaf.place for leaf in leaves])), tensor_value(node) is None
-            )
-
-    def _operand(self, operand: Any) -> Any:
-        known = self.now.get(operand) if isinstance(operand, fx.Node) else None
-        return operand if known is None else known.leaves[0].node
-
-    def _enter(self, inner: fx.Node, place: Tokens) -> None:
+    def enter(self, inner: fx.Node, place: Tokens) -> None:
         """Says of an input that it is this rank's tokens."""
         fake = tensor_value(inner)
         assert fake is not None
         inner.meta[VALUE] = local_fake(fake, place, Share.of(self.group, place.count))
         self.now[inner] = Standing((Leaf(inner, place),))
-
-
-def _index_of(node: fx.Node) -> fx.Node | None:
-    """The ids of an embedding: ``F.embedding(ids, weight)``, ``torch.embedding(weight, ids)``."""
-    ids = [x for x in node.all_input_nodes if (fake := tensor_value(x)) is not None and not fake.is_floating_point()]
-    return ids[0] if len(ids) == 1 else None
-
-
-def _is_given(node: fx.Node) -> bool:
-    """Whether integers are made of some that the graph was given."""
-    seen, waiting = {node}, [node]
-    while waiting:
-        current = waiting.pop()
-        if current.op == "placeholder":
-            return True
-        for operand in current.all_input_nodes:
-            fake = tensor_value(operand)
-            if fake is not None and not fake.is_floating_point() and operand not in seen:
-                seen.add(operand)
-                waiting.append(operand)
-    return False
-
-
-def _why_not(node: fx.Node) -> str | None:
-    """Why a node is never run on a rank's tokens alone; None: it may be."""
-    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
-        return "calls a graph, or a module"
-    if has_effects(node) and readings.dropout_probability(node) is None:
-        return "has effects"
-    if not tensors_of(node) or len(tree_leaves(value(node))) != len(tensors_of(node)):
-        return "gives something else than tensors"
-    return None
-
-
-def _cut_again(shape: tuple[int, ...], place: Tokens, found: tuple[int, ...]) -> int:
-    """How many tokens a result has where an operand has its own, and no other size differs; 0: it is another one."""
-    if len(shape) != len(found) or shape[: place.dim] != found[: place.dim]:
-        return 0
-    if shape[place.dim + 1 :] != found[place.dim + 1 :]:
-        return 0
-    if found[place.dim] == shape[place.dim]:
-        return place.count
-    is_most = place.batch == 1 and place.count > found[place.dim] >= place.count // 2
-    return found[place.dim] if is_most else 0

@@ -48,10 +48,10 @@ def joined_with_nothing(node: fx.Node) -> fx.Node | None:
     if operation(node) != "cat" or any(fake is None for fake in fakes.values()):
         return None
     some = [operand for operand, fake in fakes.items() if fake is not None and fake.numel()]
-    (out,) = tensors_of(node)
-    parts = argument(node, "tensors", ())
-    is_one = len(some) == 1 and sum(part is some[0] for part in parts) == 1
-    return some[0] if is_one and shape_of(some[0]) == shape_of(node) and fakes[some[0]].dtype == out.dtype else None  # type: ignore[union-attr]
+    if len(some) != 1 or sum(part is some[0] for part in argument(node, "tensors", ())) != 1:
+        return None
+    (source,), (out,) = tensors_of(some[0]), tensors_of(node)
+    return some[0] if shape_of(some[0]) == shape_of(node) and source.dtype == out.dtype else None
 
 
 def sources(node: fx.Node) -> list[fx.Node]:

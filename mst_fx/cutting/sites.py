@@ -102,7 +102,9 @@ def _attention(cutter: Cutter, node: fx.Node, heads: Heads, local: dict[fx.Node,
     """The attention of this rank's heads."""
     me = cutter.group.me
     first, size = firsts_of(heads.shares)[me], heads.shares[me]
-    dims = {id(operand): dim for operand, dim in _by_heads(node) if shape_of(operand)[dim] == heads.queries > 1}
+    dims = {
+        id(operand): dim for operand, dim in _by_heads(node) if shape_of(operand)[dim] == heads.queries > 1
+    }
     swapped = dict(local)
     for operand in node.all_input_nodes:
         if operand in swapped:

@@ -101,7 +101,9 @@ def add_gather(graph: fx.Graph, leaf: Leaf, group: Group) -> fx.Node:
     )
 
 
-def add_copy(graph: fx.Graph, node: fx.Node, target: Any, args: Any, kwargs: Any, context: Context) -> fx.Node:
+def add_copy(
+    graph: fx.Graph, node: fx.Node, target: Any, args: Any, kwargs: Any, context: Context
+) -> fx.Node:
     """A node like another one with other arguments, at the graph's insertion point."""
     op = "call_method" if isinstance(target, str) else "call_function"
     with in_context(context):

@@ -32,7 +32,9 @@ def gather_rows(logits: Tensor, mesh: Any) -> Tensor:
     if rows.group != group.name:
         raise ValueError("the logits are cut among the ranks of another group than that of the mesh")
     if logits._parent is not None:
-        raise ValueError("these are a part of logits that are cut among ranks: gather all rows first, and take the part of them")
+        raise ValueError(
+            "these are a part of logits that are cut among ranks: gather all rows first, and take the part of them"
+        )
     mine = logits._source.rows_of_rank()
     gather = torch.ops.mst_fx.gather_rows.default
     return gather(mine, rows.dim, rows.batch, list(rows.rows_of), rows.me, rows.group)  # type: ignore[no-any-return]

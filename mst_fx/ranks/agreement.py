@@ -50,7 +50,9 @@ def agree(group: Group, said: str, checksum: Tensor | None = None) -> None:
         return
     texts = texts_of(group, said)
     if len(set(texts)) == 1:
-        texts = [f"{text}, with the checksum {of_rank[1]}" for text, of_rank in zip(texts, found, strict=True)]
+        texts = [
+            f"{text}, with the checksum {of_rank[1]}" for text, of_rank in zip(texts, found, strict=True)
+        ]
     raise GroupError(f"{_HINT}:\n{_lines(texts)}")
 
 

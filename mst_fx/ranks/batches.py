@@ -46,7 +46,9 @@ class SharedBatches:
         while True:
             mine = next(batches, None)
             kinds: list[Any] = [None] * self._group.ranks
-            torch.distributed.all_gather_object(kinds, tree_map_only(Tensor, _Kind, mine), group=self._group.process_group)
+            torch.distributed.all_gather_object(
+                kinds, tree_map_only(Tensor, _Kind, mine), group=self._group.process_group
+            )
             if all(kind is None for kind in kinds):
                 return
             for rank, kind in enumerate(kinds):

@@ -66,7 +66,9 @@ class _Exchange:
     group: str
 
     @staticmethod
-    def of(firsts: list[int], heads: list[int], rows: list[int], count: int, me: int, group: str) -> _Exchange:
+    def of(
+        firsts: list[int], heads: list[int], rows: list[int], count: int, me: int, group: str
+    ) -> _Exchange:
         ranks = len(heads) // count
         pieces = [slice(at, at + ranks) for at in range(0, len(heads), ranks)]
         return _Exchange([_Part(firsts[at], heads[at], rows[at]) for at in pieces], me, group)
@@ -84,7 +86,7 @@ class _Exchange:
             ]
             for rank in self.ranks
         ]
-        shapes = [
+        shapes: list[list[tuple[int, ...]]] = [
             [
                 (x.shape[0], part.heads[self.me], part.rows[rank], x.shape[3])
                 for x, part in zip(tensors, self.parts, strict=True)
@@ -97,7 +99,7 @@ class _Exchange:
     def to_rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All rows of this rank's heads → all heads of its rows; what several ranks have of a head is added up."""
         pieces = [x.split(part.rows, 2) for x, part in zip(tensors, self.parts, strict=True)]
-        shapes = [
+        shapes: list[list[tuple[int, ...]]] = [
             [
                 (x.shape[0], part.heads[rank], part.rows[self.me], x.shape[3])
                 for x, part in zip(tensors, self.parts, strict=True)
@@ -224,7 +226,5 @@ _composite(
 )
 _composite("heads_to_rows(Tensor x, int[] heads, int[] rows, int me, str group) -> Tensor", _heads_to_rows)
 _composite("repeat_heads(Tensor x, int[] repeats) -> Tensor", _repeat_heads)
-_composite(
-    "gather_rows(Tensor x, int dim, int batch, int[] rows, int me, str group) -> Tensor", _gather_rows
-)
+_composite("gather_rows(Tensor x, int dim, int batch, int[] rows, int me, str group) -> Tensor", _gather_rows)
 _composite("sum_over_ranks(Tensor x, str group) -> Tensor", _sum_over_ranks)

@@ -102,7 +102,7 @@ class TokenTracer(RowTracer):
 
     def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
         found = [self.label(tensor) for tensor in tensors((args, kwargs))]
-        rows = [label for label in found if isinstance(label, Row)]
+        rows: list[Label] = [label for label in found if isinstance(label, Row)]
         if func in _VIEWS and rows:
             return [self._viewed(Call(self, func, args, kwargs, out))]
         if func is aten.embedding.default and found[0] is None and rows:
@@ -162,7 +162,9 @@ class Prover:
                 self._known[key] = self._prove(node, readings, context)
             except Refusal as refusal:
                 self._known[key] = refusal
-            if not isinstance(expression(self._n), sympy.Symbol):  # the node fixed it: its result is void, and so is n
+            if not isinstance(
+                expression(self._n), sympy.Symbol
+            ):  # the node fixed it: its result is void, and so is n
                 self._known[key] = Refusal("depends on the number of rows")
                 self._mode, self._n = symbolic_rows(self._avoid)
         found = self._known[key]

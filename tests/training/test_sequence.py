@@ -26,10 +26,24 @@ import mst_fx
 from mst_fx.logits.tensor import DeferredLogits
 from mst_fx.ranks.shares import Heads, shares_of
 from tests import apart
-from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, kinds, loss_of, relative_error, token_batch, worst_error
+from tests.helpers import (
+    SMALL_CHUNKS,
+    GatedMLP,
+    ToyLM,
+    kinds,
+    loss_of,
+    relative_error,
+    token_batch,
+    worst_error,
+)
 from tests.models import ACCEPTED, inputs_of
 
-_OPTIONS = {**SMALL_CHUNKS, "chunk_rows": 8, "vocab_chunk_rows": 8, "attention_chunk_rows": 16}
+_OPTIONS: dict[str, Any] = {
+    **SMALL_CHUNKS,
+    "chunk_rows": 8,
+    "vocab_chunk_rows": 8,
+    "attention_chunk_rows": 16,
+}
 _LENGTH = 97  # a prime: shares differ, and no other dimension has this size
 
 
@@ -40,7 +54,7 @@ class Mixing(nn.Module):
         super().__init__()
         self.lm, self.parts = ToyLM(layers=1), parts
         self.kernel = nn.Parameter(torch.rand(16, 1, 3))
-        self.lm.blocks[0].attention.heads = 4
+        self.lm.blocks[0].attention.heads = 4  # type: ignore[union-attr, assignment]
         self.double()
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -128,26 +142,93 @@ class Case:
 
 _ONE = {"attention": 1, "exchange": 1, "mlp": 1, "sequence": 1, "vocab": 1}
 _TWO = (
-    Case("toy", ToyLM, ("toy", 2, _LENGTH), "hand", {**_ONE, "attention": 2, "exchange": 2, "mlp": 2}, 98, 0, 1e-12),
+    Case(
+        "toy",
+        ToyLM,
+        ("toy", 2, _LENGTH),
+        "hand",
+        {**_ONE, "attention": 2, "exchange": 2, "mlp": 2},
+        98,
+        0,
+        1e-12,
+    ),
     Case("mixing", lambda: _toy("cumsum", "mean", "slices"), ("toy", 2, _LENGTH), "hand", _ONE, 98, 3, 1e-12),
-    Case("convolution", lambda: _toy("convolution", "largest", "sum"), ("toy", 1, 64), "hand", _ONE, 32, 2, 1e-12),
+    Case(
+        "convolution",
+        lambda: _toy("convolution", "largest", "sum"),
+        ("toy", 1, 64),
+        "hand",
+        _ONE,
+        32,
+        2,
+        1e-12,
+    ),
     Case("written", lambda: _toy("written"), ("toy", 2, _LENGTH), "hand", _ONE, 98, 1, 1e-12),
-    Case("written-out", WrittenOut, ("toy", 2, _LENGTH), "hand", {"mlp": 1, "sequence": 1, "vocab": 1}, 98, 3, 1e-12),
+    Case(
+        "written-out",
+        WrittenOut,
+        ("toy", 2, _LENGTH),
+        "hand",
+        {"mlp": 1, "sequence": 1, "vocab": 1},
+        98,
+        3,
+        1e-12,
+    ),
     Case("llama-ddp", lambda: _real("llama", True), ("some", 1, _LENGTH), "ddp", _ONE, 49),
     Case("llama-fsdp", lambda: _real("llama"), ("tokens", 2, _LENGTH), "fsdp", _ONE, 98),
-    Case("mixtral", lambda: _real("mixtral"), ("tokens", 1, _LENGTH), "hand", {k: n for k, n in _ONE.items() if k != "mlp"}, 0, -1),
-    Case("t5", lambda: _real("t5", num_layers=1), ("tokens", 1, 64), "hand", {**_ONE, "attention": 3, "exchange": 3, "mlp": 2, "sequence": 2}, 32),
+    Case(
+        "mixtral",
+        lambda: _real("mixtral"),
+        ("tokens", 1, _LENGTH),
+        "hand",
+        {k: n for k, n in _ONE.items() if k != "mlp"},
+        0,
+        -1,
+    ),
+    Case(
+        "t5",
+        lambda: _real("t5", num_layers=1),
+        ("tokens", 1, 64),
+        "hand",
+        {**_ONE, "attention": 3, "exchange": 3, "mlp": 2, "sequence": 2},
+        32,
+    ),
 )
-_SIX = dict(num_attention_heads=6, num_key_value_heads=2, hidden_size=48)
+_SIX = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}
 _FOUR = (
     Case("6-heads", lambda: _real("llama", True, **_SIX), ("tokens", 2, 101), "hand", _ONE, 52),
-    Case("1-kv-head", lambda: _real("llama", True, num_key_value_heads=1), ("tokens", 1, 96), "hand", _ONE, 24),
-    Case("28-heads", lambda: _real("llama", num_attention_heads=7, num_key_value_heads=1, hidden_size=56), ("some", 1, 96), "hand", _ONE, 24),
+    Case(
+        "1-kv-head", lambda: _real("llama", True, num_key_value_heads=1), ("tokens", 1, 96), "hand", _ONE, 24
+    ),
+    Case(
+        "28-heads",
+        lambda: _real("llama", num_attention_heads=7, num_key_value_heads=1, hidden_size=56),
+        ("some", 1, 96),
+        "hand",
+        _ONE,
+        24,
+    ),
     Case("qwen2", lambda: _real("qwen2"), ("padded", 2, 101), "hand", _ONE, 52),
-    Case("gemma2", lambda: _real("gemma2", num_hidden_layers=2, sliding_window=40, attn_implementation="eager"), ("tokens", 2, 96), "hand", {**_ONE, "attention": 2, "exchange": 2, "mlp": 2}, 48),
+    Case(
+        "gemma2",
+        lambda: _real("gemma2", num_hidden_layers=2, sliding_window=40, attn_implementation="eager"),
+        ("tokens", 2, 96),
+        "hand",
+        {**_ONE, "attention": 2, "exchange": 2, "mlp": 2},
+        48,
+    ),
     Case("packed", lambda: _real("llama"), ("packed", 1, _LENGTH), "hand", _ONE, 25),
     Case("no-labels", lambda: _real("gpt2", n_layer=1), ("none", 1, 96), "hand", _ONE, 24),
-    Case("2-heads", ToyLM, ("toy", 1, _LENGTH), "hand", {"attention": 2, "mlp": 2, "sequence": 1, "vocab": 1}, 25, 2, 1e-12),
+    Case(
+        "2-heads",
+        ToyLM,
+        ("toy", 1, _LENGTH),
+        "hand",
+        {"attention": 2, "mlp": 2, "sequence": 1, "vocab": 1},
+        25,
+        2,
+        1e-12,
+    ),
 )
 
 
@@ -192,7 +273,7 @@ def _train(case: Case) -> dict[str, Any]:
     with mst_fx.watch() as report:
         loss = loss_of(run(**_batch(*case.batch)))
         loss.backward()
-    averaged = {"hand": _mean, "ddp": torch.clone, "fsdp": lambda grad: grad.full_tensor()}[case.spread]
+    averaged: Any = {"hand": _mean, "ddp": torch.clone, "fsdp": lambda grad: grad.full_tensor()}[case.spread]
     gradients = {name: averaged(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return {
         "loss": loss.detach(),
@@ -257,7 +338,8 @@ def _uses(rank: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = _real("llama")
     group, batch = dist.group.WORLD, inputs_of(ACCEPTED["llama"], 2, _LENGTH)
-    run = torch.compile(model, backend="mst", options={**_OPTIONS, "sequence_parallel": group})
+    options: Any = {**_OPTIONS, "sequence_parallel": group}
+    run = torch.compile(model, backend="mst", options=options)
     out = run(**batch)
     found: dict[str, Any] = {"is_deferred": isinstance(out.logits, DeferredLogits), "shape": out.logits.shape}
     found["errors"] = [_error(use) for use in (lambda: out.logits.sum(), lambda: out.logits[:, -1].sum())]
@@ -268,7 +350,10 @@ def _uses(rank: int) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         out = run(**batch)
-        found |= {"eval_loss": out.loss, "eval_logits": out.logits.clone() if rank else None}  # by one rank alone
+        found |= {
+            "eval_loss": out.loss,
+            "eval_logits": out.logits.clone() if rank else None,
+        }  # by one rank alone
         with mst_fx.watch() as report:
             out = run(input_ids=batch["input_ids"], use_cache=True, logits_to_keep=1)
     caches = [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
@@ -324,9 +409,15 @@ def _order(rank: int) -> dict[str, Any]:
         loss.backward()
         return loss.detach()
 
-    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         loss, codes = run_and_get_code(step)
-    found = [re.findall(r"^ +[^#\n]*torch\.ops\._c10d_functional\.(\w+?)_?\.default\(", code, re.M) for code in codes]
+    found = [
+        re.findall(r"^ +[^#\n]*torch\.ops\._c10d_functional\.(\w+?)_?\.default\(", code, re.M)
+        for code in codes
+    ]
     return {
         "loss": loss,
         "gradients": {name: _mean(p.grad) for name, p in model.named_parameters()},
@@ -369,9 +460,8 @@ def _dropout(rank: int) -> Tensor:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Dropping()
-    torch.compile(model, backend="mst", options={**_OPTIONS, "sequence_parallel": dist.group.WORLD})(
-        torch.arange(96)[None]
-    ).backward()
+    options: Any = {**_OPTIONS, "sequence_parallel": dist.group.WORLD}
+    torch.compile(model, backend="mst", options=options)(torch.arange(96)[None]).backward()
     assert model.seen.grad is not None
     return _mean(model.seen.grad)
 
@@ -403,11 +493,15 @@ def _errors(rank: int) -> dict[str, str]:
     found["fine again"] = _error(lambda: compiled(**batch))
     torch._dynamo.reset()
     found["no embedding"] = _error(
-        lambda: run(model.blocks[0], options={"sequence_parallel": dist.group.WORLD})(torch.rand(1, 64, 16).double())
+        lambda: run(model.blocks[0], options={"sequence_parallel": dist.group.WORLD})(
+            torch.rand(1, 64, 16).double()
+        )
     )
     torch._dynamo.reset()
     found["another model"] = _error(
-        lambda: run(ToyLM(layers=1 + rank), options={**_OPTIONS, "sequence_parallel": dist.group.WORLD})(**batch)
+        lambda: run(ToyLM(layers=1 + rank), options={**_OPTIONS, "sequence_parallel": dist.group.WORLD})(
+            **batch
+        )
     )
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "sp"))
     bad: Any
@@ -418,7 +512,9 @@ def _errors(rank: int) -> dict[str, str]:
     for name, mesh_of in {"one": mesh["dp"], "short": mesh["sp"]}.items():
         torch._dynamo.reset()
         with mst_fx.watch() as report:
-            run(model, options={**_OPTIONS, "sequence_parallel": mesh_of})(**token_batch(1, 64 if name == "one" else 3))
+            run(model, options={**_OPTIONS, "sequence_parallel": mesh_of})(
+                **token_batch(1, 64 if name == "one" else 3)
+            )
         found[name] = str({"sequence", "exchange"} & report.kinds())
     return found
 
@@ -442,7 +538,10 @@ def test_errors_are_those_of_all_ranks(two: list[Any]) -> None:
 
 
 def _shared(rank: int) -> list[Any]:
-    batches = [{"ids": torch.arange(3) + 10 * rank + 100 * at, "is": torch.tensor([True, at > 0])} for at in range(2 + rank)]
+    batches = [
+        {"ids": torch.arange(3) + 10 * rank + 100 * at, "is": torch.tensor([True, at > 0])}
+        for at in range(2 + rank)
+    ]
     loader = mst_fx.shared_batches(batches, dist.group.WORLD)
     assert len(loader) == 2 * len(batches)
     return [(each["ids"].tolist(), each["is"].tolist()) for each in loader]
