@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 def is_layer(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node calls a layer whose results are tensors alone."""
-    body = called_graph(gm, node) if operation(node) in CHECKPOINTS else None
-    return body is not None and all(
-        isinstance(x, fx.Node) and tensor_value(x) is not None for x in _results(body)
+    layer_graph = called_graph(gm, node) if operation(node) in CHECKPOINTS else None
+    return layer_graph is not None and all(
+        isinstance(x, fx.Node) and tensor_value(x) is not None for x in _results(layer_graph)
     )
 
 
@@ -40,25 +40,27 @@ def walk_through(cutter: Cutter, node: fx.Node) -> None:
     """Writes the call of a layer that works on this rank's tokens."""
     get, *operands = node.args
     assert isinstance(get, fx.Node)
-    name, body = _body_of(cutter, node, str(get.target))
-    inside = cutter.inside(body, node)
-    for inner, operand in zip(placeholders_of(body), operands, strict=True):
+    name, layer_graph = _body_of(cutter, node, str(get.target))
+    inside = cutter.inside(layer_graph, node)
+    for inner, operand in zip(placeholders_of(layer_graph), operands, strict=True):
         known = cutter.now.get(operand) if isinstance(operand, fx.Node) else None
         if known is not None and known.leaves[0].place is not None:
             inside.enter(inner, known.leaves[0].place)
     inside.run()
-    output = body.graph.output_node()
-    leaves = [x if isinstance(x, Leaf) else Leaf(x) for x in inside.outputs(_results(body))]
+    output = layer_graph.graph.output_node()
+    leaves = [x if isinstance(x, Leaf) else Leaf(x) for x in inside.outputs(_results(layer_graph))]
     nodes = [leaf.node for leaf in leaves]
     is_many = isinstance(output.args[0], (tuple, list))
     output.args = (tuple(nodes) if is_many else nodes[0],)
     inside.finish()
     given = [_operand(cutter, operand) for operand in operands] + inside.imported
-    given = [operand for operand, inner in zip(given, placeholders_of(body), strict=True) if inner.users]
-    for inner in placeholders_of(body):
+    given = [
+        operand for operand, inner in zip(given, placeholders_of(layer_graph), strict=True) if inner.users
+    ]
+    for inner in placeholders_of(layer_graph):
         if not inner.users:
-            body.graph.erase_node(inner)
-    body.recompile()
+            layer_graph.graph.erase_node(inner)
+    layer_graph.recompile()
     places = [leaf.place for leaf in leaves]
     waiting = iter(places)
 
@@ -75,20 +77,20 @@ def walk_through(cutter: Cutter, node: fx.Node) -> None:
         cutter.now[node] = Standing(tuple(cutter.leaves_of(new, places)), tensor_value(node) is None)
 
 
-def _results(body: fx.GraphModule) -> list[Any]:
-    (found,) = body.graph.output_node().args
+def _results(layer_graph: fx.GraphModule) -> list[Any]:
+    (found,) = layer_graph.graph.output_node().args
     return list(found) if isinstance(found, (tuple, list)) else [found]
 
 
 def _body_of(cutter: Cutter, node: fx.Node, name: str) -> tuple[str, fx.GraphModule]:
     """The graph of a layer, for this call alone: another one may be cut in another way."""
-    body = called_graph(cutter.gm, node)
-    assert body is not None
+    layer_graph = called_graph(cutter.gm, node)
+    assert layer_graph is not None
     gets = cutter.graph.find_nodes(op="get_attr", target=name)
     if sum(len(get.users) for get in gets) > 1:
-        body, name = copy_tree(body), f"{name}_{node.name}"
-        cutter.gm.add_module(name, body)
-    return name, body
+        layer_graph, name = copy_tree(layer_graph), f"{name}_{node.name}"
+        cutter.gm.add_module(name, layer_graph)
+    return name, layer_graph
 
 
 def _operand(cutter: Cutter, operand: Any) -> Any:

@@ -372,9 +372,9 @@ class Cutter:
 
     # Checkpointed layers
 
-    def inside(self, body: fx.GraphModule, call: fx.Node) -> Cutter:
+    def inside(self, layer_graph: fx.GraphModule, call: fx.Node) -> Cutter:
         """The walk through a layer that a node calls."""
-        return Cutter(body, self.group, self.prover, self.refuse, call, self)
+        return Cutter(layer_graph, self.group, self.prover, self.refuse, call, self)
 
     def _import(self, node: fx.Node, place: Tokens) -> fx.Node:
         """This rank's tokens of an operand of a layer, cut outside of it."""

@@ -49,7 +49,7 @@ class _Part:
 
     firsts: list[int]
     heads: list[int]
-    rows: list[int]
+    rows_of: list[int]
 
     @property
     def is_disjoint(self) -> bool:
@@ -67,11 +67,11 @@ class _Exchange:
 
     @staticmethod
     def of(
-        firsts: list[int], heads: list[int], rows: list[int], count: int, me: int, group: str
+        firsts: list[int], heads: list[int], rows_of: list[int], count: int, me: int, group: str
     ) -> _Exchange:
         ranks = len(heads) // count
         pieces = [slice(at, at + ranks) for at in range(0, len(heads), ranks)]
-        return _Exchange([_Part(firsts[at], heads[at], rows[at]) for at in pieces], me, group)
+        return _Exchange([_Part(firsts[at], heads[at], rows_of[at]) for at in pieces], me, group)
 
     @property
     def ranks(self) -> range:
@@ -88,7 +88,7 @@ class _Exchange:
         ]
         shapes: list[list[tuple[int, ...]]] = [
             [
-                (x.shape[0], part.heads[self.me], part.rows[rank], x.shape[3])
+                (x.shape[0], part.heads[self.me], part.rows_of[rank], x.shape[3])
                 for x, part in zip(tensors, self.parts, strict=True)
             ]
             for rank in self.ranks
@@ -98,10 +98,10 @@ class _Exchange:
 
     def to_rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All rows of this rank's heads → all heads of its rows; what several ranks have of a head is added up."""
-        pieces = [x.split(part.rows, 2) for x, part in zip(tensors, self.parts, strict=True)]
+        pieces = [x.split(part.rows_of, 2) for x, part in zip(tensors, self.parts, strict=True)]
         shapes: list[list[tuple[int, ...]]] = [
             [
-                (x.shape[0], part.heads[rank], part.rows[self.me], x.shape[3])
+                (x.shape[0], part.heads[rank], part.rows_of[self.me], x.shape[3])
                 for x, part in zip(tensors, self.parts, strict=True)
             ]
             for rank in self.ranks
@@ -159,14 +159,14 @@ class _ToRows(torch.autograd.Function):
 
 
 def _rows_to_heads(
-    parts: list[Tensor], firsts: list[int], heads: list[int], rows: list[int], me: int, group: str
+    parts: list[Tensor], firsts: list[int], heads: list[int], rows_of: list[int], me: int, group: str
 ) -> list[Tensor]:
-    exchange = _Exchange.of(firsts, heads, rows, len(parts), me, group)
+    exchange = _Exchange.of(firsts, heads, rows_of, len(parts), me, group)
     return list(_ToHeads.apply(exchange, *parts))  # type: ignore[no-untyped-call]
 
 
-def _heads_to_rows(x: Tensor, heads: list[int], rows: list[int], me: int, group: str) -> Tensor:
-    exchange = _Exchange.of(firsts_of(heads), heads, rows, 1, me, group)
+def _heads_to_rows(x: Tensor, heads: list[int], rows_of: list[int], me: int, group: str) -> Tensor:
+    exchange = _Exchange.of(firsts_of(heads), heads, rows_of, 1, me, group)
     return _ToRows.apply(exchange, x)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -180,29 +180,31 @@ def _repeat_heads(x: Tensor, repeats: list[int]) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, batch: int, rows: list[int], me: int, group: str) -> Tensor:
-        ctx.rest = dim, batch, rows, me, group
-        found = x.unflatten(dim, (batch, rows[me]))
-        found = F.pad(found, [0, 0] * (found.ndim - 2 - dim) + [0, max(rows) - rows[me]])
-        got = all_gather(found.contiguous(), len(rows), group).split(found.shape[0])
-        whole = torch.cat([piece.narrow(dim + 1, 0, n) for piece, n in zip(got, rows, strict=True)], dim + 1)
+    def forward(ctx: Any, x: Tensor, dim: int, batch: int, rows_of: list[int], me: int, group: str) -> Tensor:
+        ctx.rest = dim, batch, rows_of, me, group
+        found = x.unflatten(dim, (batch, rows_of[me]))
+        found = F.pad(found, [0, 0] * (found.ndim - 2 - dim) + [0, max(rows_of) - rows_of[me]])
+        got = all_gather(found.contiguous(), len(rows_of), group).split(found.shape[0])
+        whole = torch.cat(
+            [piece.narrow(dim + 1, 0, n) for piece, n in zip(got, rows_of, strict=True)], dim + 1
+        )
         return whole.flatten(dim, dim + 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        dim, batch, rows, me, group = ctx.rest
-        pieces = grad.unflatten(dim, (batch, sum(rows))).split(rows, dim + 1)
+        dim, batch, rows_of, me, group = ctx.rest
+        pieces = grad.unflatten(dim, (batch, sum(rows_of))).split(rows_of, dim + 1)
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
         size = pieces[me].numel()
-        got = all_to_all(flat, [size] * len(rows), [piece.numel() for piece in pieces], group)
-        mine = got.view(len(rows), *pieces[me].shape).sum(0)
+        got = all_to_all(flat, [size] * len(rows_of), [piece.numel() for piece in pieces], group)
+        mine = got.view(len(rows_of), *pieces[me].shape).sum(0)
         return mine.flatten(dim, dim + 1), None, None, None, None, None
 
 
-def _gather_rows(x: Tensor, dim: int, batch: int, rows: list[int], me: int, group: str) -> Tensor:
+def _gather_rows(x: Tensor, dim: int, batch: int, rows_of: list[int], me: int, group: str) -> Tensor:
     if x.dtype == torch.bool:  # no back end of torch's gathers those
-        return _gather_rows(x.to(torch.uint8), dim, batch, rows, me, group).to(torch.bool)
-    return _Gather.apply(x, dim, batch, rows, me, group)  # type: ignore[no-untyped-call, no-any-return]
+        return _gather_rows(x.to(torch.uint8), dim, batch, rows_of, me, group).to(torch.bool)
+    return _Gather.apply(x, dim, batch, rows_of, me, group)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Sum(torch.autograd.Function):
@@ -221,10 +223,12 @@ def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
 
 
 _composite(
-    "rows_to_heads(Tensor[] parts, int[] firsts, int[] heads, int[] rows, int me, str group) -> Tensor[]",
+    "rows_to_heads(Tensor[] parts, int[] firsts, int[] heads, int[] rows_of, int me, str group) -> Tensor[]",
     _rows_to_heads,
 )
-_composite("heads_to_rows(Tensor x, int[] heads, int[] rows, int me, str group) -> Tensor", _heads_to_rows)
+_composite("heads_to_rows(Tensor x, int[] heads, int[] rows_of, int me, str group) -> Tensor", _heads_to_rows)
 _composite("repeat_heads(Tensor x, int[] repeats) -> Tensor", _repeat_heads)
-_composite("gather_rows(Tensor x, int dim, int batch, int[] rows, int me, str group) -> Tensor", _gather_rows)
+_composite(
+    "gather_rows(Tensor x, int dim, int batch, int[] rows_of, int me, str group) -> Tensor", _gather_rows
+)
 _composite("sum_over_ranks(Tensor x, str group) -> Tensor", _sum_over_ranks)

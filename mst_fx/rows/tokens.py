@@ -102,15 +102,15 @@ class TokenTracer(RowTracer):
 
     def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
         found = [self.label(tensor) for tensor in tensors((args, kwargs))]
-        rows: list[Label] = [label for label in found if isinstance(label, Row)]
-        if func in _VIEWS and rows:
+        known: list[Label] = [label for label in found if isinstance(label, Row)]
+        if func in _VIEWS and known:
             return [self._viewed(Call(self, func, args, kwargs, out))]
-        if func is aten.embedding.default and found[0] is None and rows:
-            return [rows[0]]
+        if func is aten.embedding.default and found[0] is None and known:
+            return [known[0]]
         if func is aten.index_select.default and found == [None, Row(0)]:
             return [Row(wrap(args[1], args[0].ndim))]
-        if func is aten.index.Tensor and found[0] is None and len(rows) == 1 and len(args[1]) == 1:
-            return rows  # of a table
+        if func is aten.index.Tensor and found[0] is None and len(known) == 1 and len(args[1]) == 1:
+            return known  # of a table
         labels = super()._apply_rule(func, args, kwargs, out)
         return [self._narrowed(func, t, label) for t, label in zip(tensors(out), labels, strict=True)]
 

@@ -37,6 +37,7 @@ from tests.helpers import (
     worst_error,
 )
 from tests.models import ACCEPTED, inputs_of
+from tools.meters.cpu import measure_cpu
 
 _OPTIONS: dict[str, Any] = {
     **SMALL_CHUNKS,
@@ -287,6 +288,7 @@ def _train(case: Case) -> dict[str, Any]:
 def _rank(rank: int, names: list[str]) -> dict[str, Any]:
     cases = {case.name: case for case in (*_TWO, *_FOUR)}
     found: dict[str, Any] = {name: _train(cases[name]) for name in names}
+    found["_held"] = _held(dist.group.WORLD)
     if dist.get_world_size() == 2:
         extra = (_uses, _order, _dropout, _errors, _shared)
         found |= {function.__name__: function(rank) for function in extra}
@@ -532,6 +534,39 @@ def test_errors_are_those_of_all_ranks(two: list[Any]) -> None:
         assert "a 1-D DeviceMesh" in found["a size"]
         assert "the ranks would plan apart" in found["memory"]
         assert found["one"] == found["short"] == "set()"
+
+
+# Memory
+
+
+def _held(group: Any) -> int:
+    """Bytes between forward and backward pass of a checkpointed model in float32."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "num_hidden_layers": 4}
+    model: Any = (
+        ACCEPTED["llama"].build(use_cache=False, max_position_embeddings=4096, **config).float().train()
+    )
+    model.gradient_checkpointing_enable()
+    ids = torch.randint(3, 384, (1, 4096))
+    options: Any = {**_OPTIONS, "chunk_rows": 256, "vocab_chunk_rows": 256, "attention_chunk_rows": 256}
+    step = torch.compile(
+        lambda: model(input_ids=ids, labels=ids).loss,
+        backend="mst",
+        options={**options, "sequence_parallel": group},
+    )
+    step().backward()
+    with measure_cpu() as measured:
+        loss = step()
+    assert loss.requires_grad
+    return measured.timeline[-1][1]
+
+
+@pytest.mark.slow
+def test_each_rank_holds_its_share(two: list[Any], four: list[Any]) -> None:
+    one = _held(None)
+    assert all(each["_held"] <= 0.55 * one for each in two), [each["_held"] / one for each in two]
+    assert all(each["_held"] <= 0.32 * one for each in four), [each["_held"] / one for each in four]
 
 
 # Batches
