@@ -289,6 +289,8 @@ def _rank(rank: int, names: list[str]) -> dict[str, Any]:
     cases = {case.name: case for case in (*_TWO, *_FOUR)}
     found: dict[str, Any] = {name: _train(cases[name]) for name in names}
     found["_held"] = _held(dist.group.WORLD)
+    if dist.get_world_size() == 4:
+        found["_bound"] = _bound(rank)
     if dist.get_world_size() == 2:
         extra = (_uses, _order, _dropout, _errors, _shared)
         found |= {function.__name__: function(rank) for function in extra}
@@ -534,6 +536,24 @@ def test_errors_are_those_of_all_ranks(two: list[Any]) -> None:
         assert "a 1-D DeviceMesh" in found["a size"]
         assert "the ranks would plan apart" in found["memory"]
         assert found["one"] == found["short"] == "set()"
+
+
+def _bound(rank: int) -> Any:
+    """The loss and the logits where the first rank alone has more rows than a chunk, so that it alone would defer them."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    options: Any = {**_OPTIONS, "vocab_chunk_rows": 25, "sequence_parallel": dist.group.WORLD}
+    loss, logits = torch.compile(ToyLM(layers=1), backend="mst", options=options)(**token_batch(1, 101))
+    return loss.detach(), logits.detach().clone()
+
+
+@pytest.mark.slow
+def test_what_one_rank_defers_all_do(four: list[Any]) -> None:
+    torch.manual_seed(0)
+    loss, logits = ToyLM(layers=1)(**token_batch(1, 101))
+    for found in (each["_bound"] for each in four):
+        assert relative_error(found[0], loss) <= 1e-12
+        assert relative_error(found[1], logits) <= 1e-12
 
 
 # Memory
