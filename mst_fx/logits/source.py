@@ -153,7 +153,15 @@ class Source:
         return value
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
-        """The gradients of the inputs, for code that autograd reaches the logits from directly."""
+        """The gradients of the inputs, for code that autograd reaches the logits from directly.
+
+        Raises:
+            RuntimeError: for a gradient of all rows, of which this rank has its own: nobody could use them. DDP's is of zeros.
+        """
+        if self.of_rank is not None:
+            if bool(grad.any()):
+                raise RuntimeError("a gradient of logits that are cut among ranks came by another way than mst_fx.gather_rows")
+            return [None] * len(self.inputs)
         self._check()
         needed = [isinstance(x, Tensor) and x.requires_grad for x in self.inputs]
         inputs = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ from tests.helpers import (
     worst_error,
 )
 from tests.models import ACCEPTED, inputs_of
-from tools.meters.cpu import measure_cpu
+from tools.meters.cpu import is_available, malloc_meter
 
 _OPTIONS: dict[str, Any] = {
     **SMALL_CHUNKS,
@@ -288,7 +289,8 @@ def _train(case: Case) -> dict[str, Any]:
 def _rank(rank: int, names: list[str]) -> dict[str, Any]:
     cases = {case.name: case for case in (*_TWO, *_FOUR)}
     found: dict[str, Any] = {name: _train(cases[name]) for name in names}
-    found["_held"] = _held(dist.group.WORLD)
+    if is_available():
+        found["_held"] = _held(dist.group.WORLD)
     if dist.get_world_size() == 4:
         found["_bound"] = _bound(rank)
     if dist.get_world_size() == 2:
@@ -576,15 +578,24 @@ def _held(group: Any) -> int:
         options={**options, "sequence_parallel": group},
     )
     step().backward()
-    with measure_cpu() as measured:
-        loss = step()
+    meter = malloc_meter()
+    before = meter.current()
+    loss = step()
+    if group is not None:  # gloo's threads let go of what they sent a moment after it has arrived
+        dist.barrier()
+        time.sleep(0.5)
     assert loss.requires_grad
-    return measured.timeline[-1][1]
+    return meter.current() - before
+
+
+def _held_by_one(rank: int) -> int:
+    return _held(None)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler")
 def test_each_rank_holds_its_share(two: list[Any], four: list[Any]) -> None:
-    one = _held(None)
+    (one,) = apart.results_of_ranks(_held_by_one, count=1)
     assert all(each["_held"] <= 0.55 * one for each in two), [each["_held"] / one for each in two]
     assert all(each["_held"] <= 0.32 * one for each in four), [each["_held"] / one for each in four]
 
