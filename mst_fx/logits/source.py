@@ -160,7 +160,9 @@ class Source:
         """
         if self.of_rank is not None:
             if bool(grad.any()):
-                raise RuntimeError("a gradient of logits that are cut among ranks came by another way than mst_fx.gather_rows")
+                raise RuntimeError(
+                    "a gradient of logits that are cut among ranks came by another way than mst_fx.gather_rows"
+                )
             return [None] * len(self.inputs)
         self._check()
         needed = [isinstance(x, Tensor) and x.requires_grad for x in self.inputs]

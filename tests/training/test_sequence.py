@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 import mst_fx
 from mst_fx.logits.tensor import DeferredLogits
@@ -292,9 +295,9 @@ def _rank(rank: int, names: list[str]) -> dict[str, Any]:
     if is_available():
         found["_held"] = _held(dist.group.WORLD)
     if dist.get_world_size() == 4:
-        found["_bound"] = _bound(rank)
+        found |= {"_bound": _bound(rank), "_mesh": _mesh(rank)}
     if dist.get_world_size() == 2:
-        extra = (_uses, _order, _dropout, _errors, _shared)
+        extra = (_uses, _order, _dropout, _errors, _shared, _trainer)
         found |= {function.__name__: function(rank) for function in extra}
     return found
 
@@ -556,6 +559,84 @@ def test_what_one_rank_defers_all_do(four: list[Any]) -> None:
     for found in (each["_bound"] for each in four):
         assert relative_error(found[0], loss) <= 1e-12
         assert relative_error(found[1], logits) <= 1e-12
+
+
+# Data-parallel groups of ranks, and who trains with them
+
+
+def _mesh(rank: int) -> dict[str, Any]:
+    """Two groups of two ranks, each with a batch and a length of its own, under DDP over all four."""
+    torch._dynamo.reset()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    torch.manual_seed(0)
+    model = ToyLM(layers=1)
+    options: Any = {**_OPTIONS, "sequence_parallel": mesh["sp"]}
+    model.compile(backend="mst", options=options)
+    run = DistributedDataParallel(model)
+    loader = [token_batch(1, 60 + rank)]  # of the ranks of a group, one after the other
+    losses = []
+    for batch in mst_fx.shared_batches(loader, mesh["sp"]):
+        loss = loss_of(run(**batch))
+        loss.backward()
+        losses.append(loss.detach())
+    return {"losses": losses, "gradients": {name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.slow
+def test_groups_of_ranks(four: list[Any]) -> None:
+    torch.manual_seed(0)
+    model = ToyLM(layers=1)
+    losses = [loss_of(model(**token_batch(1, 60 + rank))) for rank in range(4)]
+    (torch.stack(losses).sum() / 2).backward()  # two batches at once, one after the other
+    truth = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for rank, found in enumerate(each["_mesh"] for each in four):
+        first = rank // 2 * 2
+        assert relative_error(torch.stack(found["losses"]), torch.stack(losses[first : first + 2])) <= 1e-12
+        assert worst_error(found["gradients"], truth) <= 1e-12
+
+
+class SharedTrainer(Trainer):
+    """A Trainer whose ranks are given each other's batches."""
+
+    def get_train_dataloader(self) -> Any:
+        loader: Any = super().get_train_dataloader()
+        return mst_fx.shared_batches(loader, dist.group.WORLD) if dist.is_initialized() else loader
+
+
+def _trained() -> list[tuple[float, float]]:
+    """The loss and the gradients' norm of each step."""
+    torch.manual_seed(0)
+    model: Any = ACCEPTED["llama"].build(use_cache=False, num_hidden_layers=1)
+    ids = torch.randint(3, 384, (24, 65), generator=torch.Generator().manual_seed(1))
+    if dist.is_initialized():
+        model.compile(backend="mst", options={**_OPTIONS, "sequence_parallel": dist.group.WORLD})
+    how: Any = {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    with tempfile.TemporaryDirectory() as folder:
+        quiet: Any = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+        arguments = TrainingArguments(folder, per_device_train_batch_size=2, **how, **quiet)
+        trainer = SharedTrainer(model, arguments, train_dataset=[{"input_ids": x, "labels": x} for x in ids])  # type: ignore[arg-type]
+        trainer.train()
+    return [(step["loss"], step["grad_norm"]) for step in trainer.state.log_history if "grad_norm" in step]
+
+
+def _trainer(rank: int) -> list[tuple[float, float]]:
+    torch._dynamo.reset()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    return _trained()
+
+
+@pytest.mark.slow
+def test_trainer(two: list[Any], no_collections: None) -> None:
+    truth = torch.tensor(_trained())
+    assert len(truth) == 6
+    for found in (torch.tensor(each["_trainer"]) for each in two):
+        assert torch.allclose(found, truth, rtol=1e-4), (found, truth)
 
 
 # Memory
