@@ -91,14 +91,14 @@ def _check_left(context: PassContext) -> None:
 
 def _report(context: PassContext, cutter: Cutter, group: Group) -> None:
     for node, place in cutter.seeds:
-        context.rewrote(_rewrite("sequence", node, place.count, group, "tokens of each rank, from here on"))
-    for node, count in reversed(cutter.sites):
+        name = module_path(node) or node.name
+        context.rewrote(_rewrite("sequence", name, place.count, group, "tokens of each rank, from here on"))
+    for name, count in reversed(cutter.sites):
         context.rewrote(
-            _rewrite("exchange", node, count, group, "all tokens of some heads, between two exchanges")
+            _rewrite("exchange", name, count, group, "all tokens of some heads, between exchanges")
         )
 
 
-def _rewrite(kind: str, node: fx.Node, count: int, group: Group, why: str) -> Rewrite:
-    rows = Share.of(group, count).rows_of
-    name = module_path(node) or node.name
-    return Rewrite(kind, name, count, rows[0], group.ranks, 0, 0, "none", False, "", why)
+def _rewrite(kind: str, name: str, rows: int, group: Group, why: str) -> Rewrite:
+    most = Share.of(group, rows).rows_of[0]
+    return Rewrite(kind, name, rows, most, group.ranks, 0, 0, "none", False, "", why)

@@ -40,6 +40,7 @@ from mst_fx.errors import Refusal
 from mst_fx.graph.edit import add_call, eliminate_dead_code
 from mst_fx.graph.levels import placeholders_of
 from mst_fx.graph.modes import contexts
+from mst_fx.graph.names import module_path
 from mst_fx.graph.spelling import EMBEDDINGS, dropout_probability, operation
 from mst_fx.graph.values import VALUE, storage_keys, tensor_value, tensors_of
 from mst_fx.graph.writes import mutated_storages, writes_in_place
@@ -62,7 +63,8 @@ class Cutter:
 
     Attributes:
         now: what stands for the nodes that were captured, where it is not they themselves.
-        seeds, sites: the embeddings at which tokens were cut, and the attention that was put between exchanges.
+        seeds, sites: the embeddings at which tokens were cut, and by name the attention that was put between exchanges;
+            with the number of tokens.
         modes: those that each node lies in.
         imported: of a layer the operands of its call that were added.
     """
@@ -80,7 +82,7 @@ class Cutter:
         self.call, self.above = call, above
         self.now: dict[fx.Node, Standing] = {}
         self.seeds: list[tuple[fx.Node, Tokens]] = above.seeds if above is not None else []
-        self.sites: list[tuple[fx.Node, int]] = above.sites if above is not None else []
+        self.sites: list[tuple[str, int]] = above.sites if above is not None else []
         self.modes = contexts(self.graph)
         self._captured = set(self.graph.nodes)
         self._mutated = mutated_storages(self.graph)
@@ -160,15 +162,16 @@ class Cutter:
     # Nodes
 
     def _exchange(self, node: fx.Node) -> None:
+        query = self.now.get(node.all_input_nodes[0])
         try:
             exchange(self, node)
         except Refusal as refusal:
             self._whole(node, str(refusal))
         else:
-            places = (
-                place for leaf in node.all_input_nodes if leaf in self.now for place in self.now[leaf].places
-            )
-            self.sites.append((node, next(place.count for place in places if place is not None)))
+            place = query.leaves[0].place if query is not None else None
+            assert place is not None
+            names = (module_path(each) for each in (node, *node.users))
+            self.sites.append((next(filter(None, names), node.name), place.count))
 
     def _cut_or_gather(self, node: fx.Node) -> None:
         """Writes a node that works on this rank's tokens; if there is none, it works on those of all ranks."""
