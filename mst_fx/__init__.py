@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mst_fx.api import (
         Diagnosis,
         Finding,
+        GroupError,
         OptionError,
         Options,
         Parking,
@@ -21,17 +22,21 @@ if TYPE_CHECKING:
         Refused,
         Report,
         Rewrite,
+        SharedBatches,
         enable,
         explain,
+        gather_rows,
         mst,
         park,
         rewrite,
+        shared_batches,
         watch,
     )
 
 __all__ = [
     "Diagnosis",
     "Finding",
+    "GroupError",
     "OptionError",
     "Options",
     "Parking",
@@ -39,12 +44,15 @@ __all__ = [
     "Refused",
     "Report",
     "Rewrite",
+    "SharedBatches",
     "__version__",
     "enable",
     "explain",
+    "gather_rows",
     "mst",
     "park",
     "rewrite",
+    "shared_batches",
     "watch",
 ]
 

@@ -9,16 +9,19 @@ from mst_fx.diagnose.findings import Diagnosis, Finding
 from mst_fx.diagnose.warn import warn, warn_eager_checkpoint
 from mst_fx.diagnose.watch import watch
 from mst_fx.enabling import enable
-from mst_fx.errors import OptionError, Refusal
+from mst_fx.errors import GroupError, OptionError, Refusal
 from mst_fx.listeners import on_eager_checkpoint, on_graph
+from mst_fx.logits.gathered import gather_rows
 from mst_fx.options import Options
 from mst_fx.parking.parked import Parking, park
 from mst_fx.pipeline import rewrite
+from mst_fx.ranks.batches import SharedBatches, shared_batches
 from mst_fx.report import Refused, Report, Rewrite
 
 __all__ = [
     "Diagnosis",
     "Finding",
+    "GroupError",
     "OptionError",
     "Options",
     "Parking",
@@ -26,11 +29,14 @@ __all__ = [
     "Refused",
     "Report",
     "Rewrite",
+    "SharedBatches",
     "enable",
     "explain",
+    "gather_rows",
     "mst",
     "park",
     "rewrite",
+    "shared_batches",
     "watch",
 ]
 

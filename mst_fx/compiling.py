@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from mst_fx.joint import hooked
 from mst_fx.logits.put_back import put_logits
 from mst_fx.options import Options, make_options
 from mst_fx.passes.mask_breaks import cross_masks
-from mst_fx.pipeline import JOINT_STAGES, run_passes
+from mst_fx.pipeline import JOINT_STAGES, Result, run_passes
 from mst_fx.process import Said
 from mst_fx.switch import NAME, is_off
+from mst_fx.together import compile_together, run_together, with_same_batches
 from mst_fx.torch_api.dynamo import settle_floats
 from mst_fx.torch_api.inductor import compile_graph, compile_plainly, mode_patches, unknown_patches
 
@@ -48,6 +50,7 @@ def mst(
     Raises:
         OptionError: for bad options.
         Refusal: with ``strict=True``, for the first refusal.
+        GroupError: with ``sequence_parallel``, on all ranks of the group, where they cannot work on one sequence.
     """
     checked = make_options(options)
     mode = mode or checked.mode
@@ -71,9 +74,22 @@ def _compiled(
     if checked.inner != "eager":
         settle_floats(graphs_of(gm))
     crossing = cross_masks(gm, example_inputs, checked)
-    result = run_passes(gm, crossing.inputs, checked, mode, crossing)
-    with hooked(JOINT_STAGES, checked, result.gm):
-        compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches)
+    group = checked.group
+
+    def passed(options: Options = checked) -> Result:
+        return run_passes(gm, crossing.inputs, options, mode, crossing)
+
+    def compiled_graph() -> Callable[..., Any]:
+        with hooked(JOINT_STAGES, checked, result.gm):
+            return compile_graph(result.gm, crossing.inputs, checked.inner, patches)
+
+    if group is None:
+        result = passed()
+        compiled = compiled_graph()
+    else:
+        kept = dataclasses.replace(checked, logits="keep")
+        result = run_together(group, gm, checked, lambda may_take: passed(checked if may_take else kept))
+        compiled = with_same_batches(compile_together(group, compiled_graph), group, result.gm)
     compiled = crossing.put_masks(with_bodies_alive(compiled, result.bodies), bool(result.taken_logits))
     outputs = crossing.outputs or result.outputs
     return crossing.open_masks(put_logits(compiled, result.taken_logits, outputs))

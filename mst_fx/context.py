@@ -19,6 +19,7 @@ from mst_fx.report import MemoryPlan, Refused, Report, Rewrite
 from mst_fx.rows.analysis import RowAnalysis, State
 from mst_fx.rows.counts import row_counts
 from mst_fx.rows.region import Region, RegionFinder, seeds
+from mst_fx.rows.tokens import Tokens
 from mst_fx.rows.weights import convolution_rows
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Shared:
         starts: the matmuls at which logits start that are deferred without a loss in the graph.
         taken_logits: how the caller gets what was taken out.
         outputs: how many outputs the program had before that.
+        cut_outputs: by their position, the outputs of which each rank of a group has its own tokens.
     """
 
     nodes: dict[str, dict[Any, State]] = dataclasses.field(default_factory=dict)
@@ -48,6 +50,7 @@ class Shared:
     starts: set[fx.Node] = dataclasses.field(default_factory=set)
     taken_logits: tuple[TakenLogits, ...] = ()
     outputs: int = 0
+    cut_outputs: dict[int, Tokens] = dataclasses.field(default_factory=dict)
 
     def copied(self, old: fx.Graph, new: fx.Graph) -> None:
         """Notes that a graph was copied: what is known of a node is so of its copy."""

@@ -26,6 +26,13 @@ class BudgetError(MemoryError):
     """No memory plan fits into the budget; the message says how much is lacking."""
 
 
+class GroupError(RuntimeError):
+    """The ranks of a group cannot work on one sequence together: they were given different things, or a graph cannot be cut.
+
+    All of them raise it; none goes on alone, which would be to wait forever.
+    """
+
+
 class Cause(str, enum.Enum):
     """Why a place was left as it was. Code asks for this; the reason beside it is for people."""
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mst_fx.errors import OptionError, did_you_mean
+from mst_fx.group import Group, group_of
 
 PASS_NAMES = ("attention", "mlp", "vocab")
 
@@ -36,6 +37,8 @@ class Options:
             fifths of what is free when the step is compiled, shared by the processes of this machine, and none for a model on a CPU;
             ``"0"``: none.
         mode: as of ``torch.compile``, which takes it or options, and not both; passed on to Inductor.
+        sequence_parallel: a 1-D ``DeviceMesh`` (``mesh["sp"]``) or a ``ProcessGroup``, of which all ranks get the same batches: each
+            keeps its share of every sequence's tokens. None: no such group.
         strict: raise on a refusal or a failure of a pass instead of leaving the graph as it was.
         inductor: patches of ``torch._inductor.config``.
     """
@@ -50,6 +53,7 @@ class Options:
     memory: str | int | None = None
     host_memory: str | int = "auto"
     mode: str | None = None
+    sequence_parallel: Any = None
     strict: bool = False
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -63,7 +67,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise _bad(name, value, "one of " + ", ".join(map(repr, allowed)))
-        _check_memory(self.memory, self.inner)
+        _check_memory(self.memory, self.inner, self.group)
         host = self.host_memory
         if (host not in ("auto", "0", 0) and bytes_in(host) is None) or isinstance(host, bool):
             raise _bad("host_memory", host, "'auto', '0', bytes as in '100GiB' or an int ≥ 0")
@@ -78,6 +82,12 @@ class Options:
         if any(name not in PASS_NAMES for name in self.passes):
             raise _bad("passes", self.passes, _SOME_PASSES)
         object.__setattr__(self, "passes", tuple(self.passes))
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks among which sequences are cut; None: there is no other than this one."""
+        found = group_of(self.sequence_parallel) if self.sequence_parallel is not None else None
+        return found if found is not None and found.ranks > 1 else None
 
 
 _SOME_PASSES = f"a tuple or list of names out of {', '.join(map(repr, PASS_NAMES))}, as ('mlp',)"
@@ -107,9 +117,11 @@ def _all_strings(values: Any) -> bool:
         return False
 
 
-def _check_memory(memory: Any, inner: str) -> None:
+def _check_memory(memory: Any, inner: str, group: Group | None) -> None:
     if memory is None:
         return
+    if group is not None:
+        raise _bad("memory", memory, "None with sequence_parallel: the ranks would plan apart")
     if memory != "auto" and bytes_in(memory) is None:
         raise _bad("memory", memory, "'auto', bytes as in '70GiB' or an int ≥ 1, or None")
     if inner == "eager":

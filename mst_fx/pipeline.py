@@ -12,7 +12,7 @@ from torch import fx
 
 from mst_fx.bodies.body import Body, BodyConfig
 from mst_fx.context import Shared
-from mst_fx.errors import Cause, defect
+from mst_fx.errors import Cause, GroupError, defect
 from mst_fx.graph.edit import copy_tree
 from mst_fx.listeners import on_graph
 from mst_fx.logits.put_back import TakenLogits, arguments_of, with_logits
@@ -37,8 +37,10 @@ from mst_fx.passes import (
     positional,
     repeated_rows,
     routing,
+    row_outputs,
     row_slices,
     scalars,
+    sequence,
     stacks,
     sum_losses,
     triangles,
@@ -92,6 +94,20 @@ STAGES: tuple[Stage, ...] = (
         needs=frozenset({"operands", "attention"}),
         gives=frozenset({"numbers-are-tensors"}),
     ),
+    # Behind attention, whose masks are of all tokens; before loops, which are over a rank's.
+    Stage(
+        "sequence",
+        sequence.run,
+        matches=sequence.matches,
+        is_vital=True,
+        prepared_by=(
+            Helper("functional", functional.run, gives=frozenset({"no-writes"})),
+            Helper("row_slices", row_slices.run, needs=frozenset({"no-writes"}), gives=frozenset({"clones"})),
+            Helper("sum_losses", sum_losses.run, needs=frozenset({"clones"})),
+        ),
+        needs=frozenset({"operands", "attention", "numbers-are-tensors"}),
+        gives=frozenset({"rows-of-a-rank"}),
+    ),
     Stage(
         "mlp",
         mlp.run,
@@ -136,6 +152,14 @@ STAGES: tuple[Stage, ...] = (
         in_place=True,
         needs=frozenset({"logits-to-defer"}),
         gives=frozenset({"logits-deferred"}),
+    ),
+    # Behind logits that are deferred, which are made of a rank's rows.
+    Stage(
+        "row_outputs",
+        row_outputs.run,
+        matches=row_outputs.matches,
+        in_place=True,
+        needs=frozenset({"rows-of-a-rank", "logits-deferred"}),
     ),
     # Behind logits that are deferred, which take numbers with them as the tensors that they are in loops.
     Stage(
@@ -253,8 +277,10 @@ def run_passes(
         runner = Runner(STAGES, options, config, example_inputs, report, shared, str(ending_of(gm)))
         new = runner.run(copy_tree(gm))
         new.recompile()
+    except GroupError:
+        raise
     except Exception as error:
-        if options.strict:
+        if options.strict or options.group is not None:  # one rank alone would go on without the others
             raise
         report = Report(
             graphs=1,

@@ -18,7 +18,8 @@ class Rewrite:
     """One region that became a loop over chunks of rows.
 
     Attributes:
-        kind: "attention", "mlp" or "vocab"; "mask": one that other graphs read crosses the break as vectors.
+        kind: "attention", "mlp" or "vocab"; "mask": one that other graphs read crosses the break as vectors; of sequences over ranks
+            "sequence" (an embedding behind which each rank has its tokens; chunks are the ranks) and "exchange" (around an attention).
         name: path of the module, e.g. ``model.layers.0.mlp``.
         rows: rows at capture (by hint, where the number is symbolic).
         chunk_rows, chunks: rows a chunk has at most, and how many chunks that makes.

@@ -19,7 +19,7 @@ from torch import fx
 
 from mst_fx.bodies.body import BodyConfig
 from mst_fx.context import PassContext, Shared
-from mst_fx.errors import Cause, Refusal, defect
+from mst_fx.errors import Cause, GroupError, Refusal, defect
 from mst_fx.graph import verify
 from mst_fx.graph.edit import copy_graph, copy_tree, drop_unused_subgraphs, eliminate_dead_code
 from mst_fx.graph.modes import outside_transforms
@@ -107,8 +107,10 @@ class Runner:
         """What fails inside costs one stage, and is in the report."""
         try:
             yield
+        except GroupError:
+            raise  # all ranks of the group do
         except Exception as error:
-            if self.options.strict or stage.in_place:
+            if self.options.strict or stage.in_place or stage.is_vital:
                 raise
             is_refusal = isinstance(error, Refusal)
             text = str(error) if is_refusal else defect(f"skipped the {stage.name} pass for a graph", error)
@@ -149,7 +151,8 @@ class Runner:
         drop_unused_subgraphs(gm)
         gm.graph.lint()
         if seen is not None:
-            verify.check(seen, gm, self.shared.deferred_positions)
+            changed = {*self.shared.deferred_positions, *self.shared.cut_outputs}
+            verify.check(seen, gm, changed)
         gm.recompile()
 
     def _note(self, stage: Stage, context: PassContext, has_fired: bool, seconds: float) -> None:

@@ -59,6 +59,7 @@ class Stage:
         is_cacheable: of a stage of the joint graph, that it does the same to the same graph whenever it runs, and tells nobody.
         only_if_changed: runs where an earlier stage has put a rewrite into the report.
         in_place: no copy is made, and a failure costs the whole program: what comes after counts on this stage.
+        is_vital: a failure is raised: other processes count on it.
         needs, gives: facts about the graph, by name; what one stage needs, an earlier one has given
             (:func:`check_order`).
     """
@@ -74,6 +75,7 @@ class Stage:
     in_place: bool = False
     wanted: Callable[[Options, fx.GraphModule], bool] | None = None
     is_cacheable: bool = False
+    is_vital: bool = False
     needs: frozenset[str] = frozenset()
     gives: frozenset[str] = frozenset()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from mst_fx.graph.subgraphs import attribute
+from mst_fx.logits.source import RowsOfRank as RowsOfRank
 from mst_fx.logits.source import Source
 from mst_fx.logits.tensor import deferred_logits
 from mst_fx.ops.port import enter_at_port
@@ -46,6 +47,7 @@ class TakenLogits:
             independent of each other.
         shape: ints, or ("output", index, dim): the size of an output's dimension.
         dtype, device: of the logits.
+        of_rank: which rows of the logits the inputs have; None: all.
     """
 
     position: int
@@ -56,6 +58,7 @@ class TakenLogits:
     shape: tuple[Any, ...]
     dtype: torch.dtype
     device: torch.device
+    of_rank: RowsOfRank | None = None
 
 
 def put_logits(
@@ -126,4 +129,5 @@ def _for_caller(
     if any(u and exposed for u, exposed in zip(unknown, is_exposed, strict=True)):
         return logits.compute(*inputs)  # type: ignore[no-any-return]  # the caller can change them unseen
     like = torch.empty(shape, dtype=logits.dtype, device="meta")
-    return deferred_logits(Source(logits.compute, inputs, logits.holds_rows, like, logits.device, is_exposed))
+    rows = (logits.holds_rows, like, logits.device, is_exposed, logits.of_rank)
+    return deferred_logits(Source(logits.compute, inputs, *rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import sys
@@ -53,6 +54,17 @@ class _Announced(Hooks):
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class RowsOfRank:
+    """This rank's rows of logits: ``batch`` sequences along ``dim``, of which each rank of a group has so many tokens."""
+
+    dim: int
+    batch: int
+    rows_of: tuple[int, ...]
+    me: int
+    group: str
+
+
 class Source:
     """What deferred logits, their slices and their casts are computed from.
 
@@ -64,6 +76,7 @@ class Source:
         like: a meta tensor like the logits.
         device: of the logits.
         is_exposed: for each input whether somebody else has it, and may write to it without a trace; None: all.
+        of_rank: which rows the inputs have, where that is not all; then nobody can use the logits as they are.
     """
 
     def __init__(
@@ -74,7 +87,9 @@ class Source:
         like: Tensor,
         device: torch.device,
         is_exposed: Sequence[bool] | None = None,
+        of_rank: RowsOfRank | None = None,
     ) -> None:
+        self.of_rank = of_rank
         self.inputs, self.holds_rows, self.like, self.device = tuple(inputs), holds_rows, like, device
         self.members: weakref.WeakValueDictionary[int, DeferredLogits] = weakref.WeakValueDictionary()
         self.is_whole = False  # rows may not be computed alone: there are hooks on the logits' gradient
@@ -105,12 +120,26 @@ class Source:
                 value = value.contiguous().view(-1).view(self.like.shape)
         return value
 
+    def rows_of_rank(self) -> Tensor:
+        """This rank's rows of the logits, as an ordinary tensor.
+
+        Raises:
+            RuntimeError: if what they are computed from was changed.
+        """
+        self._check()
+        return self._run(self.inputs, torch.is_grad_enabled())
+
     def logits(self, grad: bool, take: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The logits, or those of the rows that ``take`` takes from a row input.
 
         Raises:
             RuntimeError: if what they are computed from, or a part that was computed alone, was changed.
         """
+        if self.of_rank is not None:
+            raise RuntimeError(
+                "each rank of the group has its own rows of these logits; mst_fx.gather_rows(logits, mesh), called on all of its ranks, "
+                "gives all rows"
+            )
         self._check()
         _tell(_caller())
         inputs: Sequence[Any] = self.inputs
@@ -124,7 +153,17 @@ class Source:
         return value
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
-        """The gradients of the inputs, for code that autograd reaches the logits from directly."""
+        """The gradients of the inputs, for code that autograd reaches the logits from directly.
+
+        Raises:
+            RuntimeError: for a gradient of all rows, of which this rank has its own: nobody could use them. DDP's is of zeros.
+        """
+        if self.of_rank is not None:
+            if bool(grad.any()):
+                raise RuntimeError(
+                    "a gradient of logits that are cut among ranks came by another way than mst_fx.gather_rows"
+                )
+            return [None] * len(self.inputs)
         self._check()
         needed = [isinstance(x, Tensor) and x.requires_grad for x in self.inputs]
         inputs = [

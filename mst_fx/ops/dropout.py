@@ -11,6 +11,7 @@ The numbers are not those that eager draws from the same seed, as under Inductor
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,12 @@ def row_keys(sizes: Sequence[int], device: torch.device) -> Tensor:
     The high word is odd, so that the columns of a row are hashed from numbers that are all different.
     """
     return torch.randint(0, 2**62, sizes, device=device) | 2**_BITS
+
+
+def rank_key(rank: int) -> int:
+    """What the keys of a rank's rows differ by from those of other ranks that draw the same ones; their high word stays odd."""
+    digest = hashlib.sha256(str(rank).encode()).digest()
+    return int.from_bytes(digest[:8], "big") & (2**62 - 1) & ~(1 << _BITS)
 
 
 def dropout_rows(x: Tensor, keys: Tensor, p: float) -> Tensor:

@@ -28,14 +28,14 @@ def is_pointwise(func: Any) -> bool:
 def check_along(call: Call, source: torch.Tensor, dims: Iterable[int]) -> int:
     """The row dimension of an operator that works along ``dims``, none of which may hold rows.
 
-    Nor may one lie before the rows: the batch was folded away there, and a size of 1 stands for it. A
+    Nor, where the batch is folded away, may one lie before the rows: a size of 1 stands for it there. A
     composite operator may have moved that size elsewhere, so no dimension of size 1 is trusted.
     """
     row_dim = call.only_row_dim(source)
     for dim in dims:
         if dim == row_dim:
             raise call.refusal("works along the rows")
-        if dim < row_dim or is_same_size(source.shape[dim], 1):
+        if call.tracer.folds and (dim < row_dim or is_same_size(source.shape[dim], 1)):
             raise call.refusal("may work along the batch")
     return row_dim
 

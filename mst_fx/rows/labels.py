@@ -50,12 +50,16 @@ class Tracer(Protocol):
     """Whoever runs operators, as their rules see it (:class:`mst_fx.rows.tracer.RowTracer`).
 
     Attributes:
+        folds: whether the batch is folded into the rows, and sizes of 1 stand for it.
         folded: for how many dimensions of an operand, at most, a size of 1 stands before the rows.
     """
 
     rows: torch.SymInt
+    folds: bool
     folded: int
     matmuls: list[Matmul]
+
+    def is_rows(self, size: int | torch.SymInt) -> bool: ...
 
     def label(self, value: Any) -> Label: ...
 

@@ -54,12 +54,12 @@ def _check_bias(call: Call, bias: torch.Tensor, place: int) -> None:
 
 def _note_matmul(call: Call, source: torch.Tensor, contracted: int) -> None:
     out = tensors(call.out)[0]
-    widths = (_row_bytes(tensor, call.tracer.rows) for tensor in (source, out))
+    widths = (_row_bytes(tensor, call) for tensor in (source, out))
     call.tracer.matmuls.append(Matmul(*widths))
 
 
-def _row_bytes(tensor: torch.Tensor, rows: torch.SymInt) -> int:
-    sizes = [size for size in tensor.shape if not is_same_size(size, rows)]
+def _row_bytes(tensor: torch.Tensor, call: Call) -> int:
+    sizes = [size for size in tensor.shape if not call.tracer.is_rows(size)]
     return int(product(sizes)) * tensor.element_size()
 
 

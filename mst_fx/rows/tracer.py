@@ -29,6 +29,8 @@ class RowTracer(TorchDispatchMode):
         Refusal: from the dispatched call, naming the operator, when no rule proves it row-wise.
     """
 
+    folds = True
+
     def __init__(self, rows: torch.SymInt) -> None:
         super().__init__()
         self.rows = rows
@@ -47,6 +49,10 @@ class RowTracer(TorchDispatchMode):
         if isinstance(label, Row):
             self.folded = max(self.folded, label.dim)
         self._labels[id(tensor)] = (tensor, label)
+
+    def is_rows(self, size: int | torch.SymInt) -> bool:
+        """Whether a size is the number of rows."""
+        return is_same_size(size, self.rows)
 
     def label(self, value: Any) -> Label:
         entry = self._labels.get(id(value))
@@ -68,7 +74,7 @@ class RowTracer(TorchDispatchMode):
             return out
         labels = self._apply_rule(func, args, kwargs, out)
         for tensor, label in zip(tensors(out), labels, strict=True):
-            if isinstance(label, Row) and not is_same_size(tensor.shape[label.dim], self.rows):
+            if isinstance(label, Row) and not self.is_rows(tensor.shape[label.dim]):
                 raise Refusal(f"{func} changes the number of rows")
             if label is not None:
                 self._labels[id(tensor)] = (tensor, label)

@@ -70,7 +70,7 @@ def test_names_and_times_are_checked() -> None:
     with pytest.raises(OrderError, match="two of the names"):
         check_order([*STAGES, STAGES[0]], When.CAPTURED)
     with pytest.raises(OrderError, match="none of the names"):
-        check_order(STAGES, When.CAPTURED, (*PASS_NAMES, "sequence"))
+        check_order(STAGES, When.CAPTURED, (*PASS_NAMES, "nothing"))
     with pytest.raises(OrderError, match="captured graph, not the joint one"):
         check_order(STAGES, When.JOINT)
 

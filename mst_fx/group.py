@@ -1,0 +1,52 @@
+"""The group of ranks that work on one sequence, as an option names it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from mst_fx.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A process group.
+
+    Attributes:
+        name: torch's, by which a graph names it.
+        ranks: how many.
+        me: this process' place among them.
+    """
+
+    name: str
+    ranks: int
+    me: int
+    process_group: Any = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its collectives run."""
+        is_nccl = "nccl" in str(torch.distributed.get_backend(self.process_group))
+        return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def group_of(given: Any) -> Group:
+    """The group of a 1-D ``DeviceMesh`` or of a ``ProcessGroup``.
+
+    Raises:
+        OptionError: if it is neither.
+    """
+    found = given
+    if hasattr(given, "get_group") and hasattr(given, "ndim"):
+        if given.ndim != 1:
+            raise OptionError(
+                f"mst option 'sequence_parallel' is a mesh of {given.ndim} dimensions; allowed: one of them, as mesh['sp']"
+            )
+        found = given.get_group()
+    if not torch.distributed.is_available() or not isinstance(found, torch.distributed.ProcessGroup):
+        raise OptionError(
+            f"mst option 'sequence_parallel' is {given!r}; allowed: a 1-D DeviceMesh (mesh['sp']) or a ProcessGroup"
+        )
+    return Group(found.group_name, found.size(), found.rank(), found)

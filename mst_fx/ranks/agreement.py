@@ -1,0 +1,106 @@
+"""How the ranks of a group agree: all of them raise the same error, or none does.
+
+A collective waits until all ranks have called it, so no rank may decide by itself whether there is one. What a rank was given and
+decides while it compiles, and which batch it has in a step, is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mst_fx.errors import GroupError
+from mst_fx.group import Group
+from mst_fx.torch_api.fakes import real_tensors
+
+T = TypeVar("T")
+
+_PRIME = 1_000_003
+_HINT = (
+    "the ranks of a group that works on one sequence need the same batches, model and options, and do not have them "
+    "(mst_fx.shared_batches gives each batch to all of them)"
+)
+
+
+def agree(group: Group, said: str, checksum: Tensor | None = None) -> None:
+    """Compares what the ranks of a group say; all of them have to call it.
+
+    Every call exchanges as much, so that a rank that compiles while another one runs is told so, too.
+
+    Args:
+        said: in words; the same on all ranks.
+        checksum: int64, one element, of the batch: so is this.
+
+    Raises:
+        GroupError: on all ranks, with what each of them said.
+    """
+    digest = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big", signed=True)
+    with real_tensors():
+        mine = torch.tensor([digest, 0], device=group.device)
+        if checksum is not None:
+            mine[1] = checksum
+        of_ranks = [torch.empty_like(mine) for _ in range(group.ranks)]
+        torch.distributed.all_gather(of_ranks, mine, group=group.process_group)
+        found = torch.stack(of_ranks).tolist()
+    if all(each == found[0] for each in found):
+        return
+    texts = texts_of(group, said)
+    if len(set(texts)) == 1:
+        texts = [
+            f"{text}, with the checksum {of_rank[1]}" for text, of_rank in zip(texts, found, strict=True)
+        ]
+    raise GroupError(f"{_HINT}:\n{_lines(texts)}")
+
+
+def texts_of(group: Group, text: str) -> list[str]:
+    """What each rank says; all of them have to call it."""
+    texts: list[Any] = [None] * group.ranks
+    with real_tensors():
+        torch.distributed.all_gather_object(texts, text, group=group.process_group)
+    return texts
+
+
+def tried(group: Group, function: Callable[[], T], said: Callable[[T], str]) -> tuple[T, list[str]]:
+    """What a function gives, and what all ranks say of what it gave them.
+
+    Raises:
+        GroupError: on all ranks, if it failed on one.
+    """
+    failure: Exception | None = None
+    try:
+        found = function()
+        text = said(found)
+    except Exception as error:
+        failure, text = error, f"{type(error).__name__}: {error}"
+    texts = texts_of(group, ("failed " if failure is not None else "") + text)
+    if failure is not None and len(set(texts)) == 1:
+        raise failure
+    if any(text.startswith("failed ") for text in texts):
+        raise GroupError(f"a rank of the group could not compile:\n{_lines(texts)}") from failure
+    return found, texts
+
+
+def _lines(texts: Sequence[str]) -> str:
+    """What each rank says, around where they differ first."""
+    differ = (at for at, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
+    start = max(0, next(differ, 0) - 150)
+    shown = [("… " if start else "") + " ".join(text[start : start + 300].split()) for text in texts]
+    return "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(shown))
+
+
+def checksum_of(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """A number, int64, that other values, or the same ones in another order, hardly share."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for x in tensors:
+        if x.is_floating_point() or x.is_complex():
+            flat = torch.view_as_real(x) if x.is_complex() else x
+            part = flat.detach().sum(dtype=torch.float64).view(torch.int64)
+        else:
+            places = torch.arange(1, x.numel() + 1, device=x.device)
+            part = (x.detach().reshape(-1).to(torch.int64) * (places * _PRIME + (places >> 7))).sum()
+        total = total * _PRIME + part.to(device)
+    return total

@@ -1,0 +1,234 @@
+"""Rows and heads on their way between the ranks of a group, with their gradients.
+
+``mst_fx::rows_to_heads(parts, …) -> parts``
+    before attention. Of queries, keys and values each rank has all heads of its rows, ``[B, H, S/P, D]``, and gets all rows of its
+    heads, ``[B, H/P, S, D]``: in one exchange.
+``mst_fx::heads_to_rows(x, …) -> x``
+    behind it, the other way round.
+``mst_fx::gather_rows(x, …) -> x``
+    the rows of all ranks, ``[.., B·S, ..]``.
+``mst_fx::sum_over_ranks(x, group) -> x``
+    of partial sums over rows.
+
+Each derivative is the true one of a program that runs on all ranks and adds up what each returns: so the *mean* of the ranks'
+gradients of a parameter is its gradient in one process, whatever is replicated and whatever is cut.
+
+None of them is an operator when a graph is compiled: they are composite, taken apart into ``_c10d_functional`` operators when
+AOTAutograd traces, so that Inductor sees each collective, and keeps them in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mst_fx.ranks.shares import firsts_of
+from mst_fx.torch_api.collectives import all_gather, all_reduce, all_to_all
+
+_LIBRARY = torch.library.Library("mst_fx", "FRAGMENT")
+
+
+def _composite(schema: str, function: Callable[..., Any]) -> None:
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
+
+
+# Exchanges. The order in a buffer: by rank, then by part, then [B, heads, rows, D] of each piece.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Of one tensor over the ranks: the first head and the number of heads, and the rows, that each has."""
+
+    firsts: list[int]
+    heads: list[int]
+    rows_of: list[int]
+
+    @property
+    def is_disjoint(self) -> bool:
+        """Whether no head goes to two ranks."""
+        return self.firsts == firsts_of(self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exchange:
+    """What is exchanged with whom."""
+
+    parts: list[_Part]
+    me: int
+    group: str
+
+    @staticmethod
+    def of(
+        firsts: list[int], heads: list[int], rows_of: list[int], count: int, me: int, group: str
+    ) -> _Exchange:
+        ranks = len(heads) // count
+        pieces = [slice(at, at + ranks) for at in range(0, len(heads), ranks)]
+        return _Exchange([_Part(firsts[at], heads[at], rows_of[at]) for at in pieces], me, group)
+
+    @property
+    def ranks(self) -> range:
+        return range(len(self.parts[0].heads))
+
+    def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All heads of this rank's rows → all rows of its heads, of each part."""
+        sent = [
+            [
+                x.narrow(1, part.firsts[rank], part.heads[rank])
+                for x, part in zip(tensors, self.parts, strict=True)
+            ]
+            for rank in self.ranks
+        ]
+        shapes: list[list[tuple[int, ...]]] = [
+            [
+                (x.shape[0], part.heads[self.me], part.rows_of[rank], x.shape[3])
+                for x, part in zip(tensors, self.parts, strict=True)
+            ]
+            for rank in self.ranks
+        ]
+        got = self._sent(sent, shapes)
+        return [torch.cat(pieces, 2) for pieces in zip(*got, strict=True)]
+
+    def to_rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All rows of this rank's heads → all heads of its rows; what several ranks have of a head is added up."""
+        pieces = [x.split(part.rows_of, 2) for x, part in zip(tensors, self.parts, strict=True)]
+        shapes: list[list[tuple[int, ...]]] = [
+            [
+                (x.shape[0], part.heads[rank], part.rows_of[self.me], x.shape[3])
+                for x, part in zip(tensors, self.parts, strict=True)
+            ]
+            for rank in self.ranks
+        ]
+        got = self._sent([list(of_rank) for of_rank in zip(*pieces, strict=True)], shapes)
+        return [
+            torch.cat(found, 1) if part.is_disjoint else _added(found, part)
+            for found, part in zip(map(list, zip(*got, strict=True)), self.parts, strict=True)
+        ]
+
+    def _sent(self, pieces: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]) -> list[list[Tensor]]:
+        """Pieces of each rank's parts for pieces of those shapes."""
+        flat = torch.cat([x.reshape(-1) for of_rank in pieces for x in of_rank])
+        sends = [sum(x.numel() for x in of_rank) for of_rank in pieces]
+        sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
+        got = all_to_all(flat, [sum(of_rank) for of_rank in sizes], sends, self.group)
+        found = iter(got.split([size for of_rank in sizes for size in of_rank]))
+        return [[next(found).view(shape) for shape in of_rank] for of_rank in shapes]
+
+
+def _added(pieces: list[Tensor], part: _Part) -> Tensor:
+    """Heads of which some come from several ranks, side by side."""
+    count = max(first + heads for first, heads in zip(part.firsts, part.heads, strict=True))
+    of_heads = []
+    for head in range(count):
+        found = [
+            x.narrow(1, head - first, 1)
+            for x, first, heads in zip(pieces, part.firsts, part.heads, strict=True)
+            if first <= head < first + heads
+        ]
+        of_heads.append(functools.reduce(torch.add, found))
+    return torch.cat(of_heads, 1)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: _Exchange, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return tuple(exchange.to_heads(parts))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *ctx.exchange.to_rows(grads)
+
+
+class _ToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: _Exchange, x: Tensor) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.to_rows([x])[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, ctx.exchange.to_heads([grad])[0]
+
+
+def _rows_to_heads(
+    parts: list[Tensor], firsts: list[int], heads: list[int], rows_of: list[int], me: int, group: str
+) -> list[Tensor]:
+    exchange = _Exchange.of(firsts, heads, rows_of, len(parts), me, group)
+    return list(_ToHeads.apply(exchange, *parts))  # type: ignore[no-untyped-call]
+
+
+def _heads_to_rows(x: Tensor, heads: list[int], rows_of: list[int], me: int, group: str) -> Tensor:
+    exchange = _Exchange.of(firsts_of(heads), heads, rows_of, 1, me, group)
+    return _ToRows.apply(exchange, x)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _repeat_heads(x: Tensor, repeats: list[int]) -> Tensor:
+    """``[B, h, S, D]`` → ``[B, sum(repeats), S, D]``: each head so often."""
+    return torch.cat([head.expand(-1, n, -1, -1) for head, n in zip(x.split(1, 1), repeats, strict=True)], 1)
+
+
+# Rows of all ranks, and sums over them
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, batch: int, rows_of: list[int], me: int, group: str) -> Tensor:
+        ctx.rest = dim, batch, rows_of, me, group
+        found = x.unflatten(dim, (batch, rows_of[me]))
+        found = F.pad(found, [0, 0] * (found.ndim - 2 - dim) + [0, max(rows_of) - rows_of[me]])
+        got = all_gather(found.contiguous(), len(rows_of), group).split(found.shape[0])
+        whole = torch.cat(
+            [piece.narrow(dim + 1, 0, n) for piece, n in zip(got, rows_of, strict=True)], dim + 1
+        )
+        return whole.flatten(dim, dim + 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        dim, batch, rows_of, me, group = ctx.rest
+        pieces = grad.unflatten(dim, (batch, sum(rows_of))).split(rows_of, dim + 1)
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        size = pieces[me].numel()
+        got = all_to_all(flat, [size] * len(rows_of), [piece.numel() for piece in pieces], group)
+        mine = got.view(len(rows_of), *pieces[me].shape).sum(0)
+        return mine.flatten(dim, dim + 1), None, None, None, None, None
+
+
+def _gather_rows(x: Tensor, dim: int, batch: int, rows_of: list[int], me: int, group: str) -> Tensor:
+    if x.dtype == torch.bool:  # no back end of torch's gathers those
+        return _gather_rows(x.to(torch.uint8), dim, batch, rows_of, me, group).to(torch.bool)
+    return _Gather.apply(x, dim, batch, rows_of, me, group)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return all_reduce(grad.contiguous(), ctx.group), None
+
+
+def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    return _Sum.apply(x.contiguous(), group)  # type: ignore[no-untyped-call, no-any-return]
+
+
+_composite(
+    "rows_to_heads(Tensor[] parts, int[] firsts, int[] heads, int[] rows_of, int me, str group) -> Tensor[]",
+    _rows_to_heads,
+)
+_composite("heads_to_rows(Tensor x, int[] heads, int[] rows_of, int me, str group) -> Tensor", _heads_to_rows)
+_composite("repeat_heads(Tensor x, int[] repeats) -> Tensor", _repeat_heads)
+_composite(
+    "gather_rows(Tensor x, int dim, int batch, int[] rows_of, int me, str group) -> Tensor", _gather_rows
+)
+_composite("sum_over_ranks(Tensor x, str group) -> Tensor", _sum_over_ranks)

@@ -1,0 +1,103 @@
+"""A graph that all ranks of a group compile, and run, together (the option ``sequence_parallel``).
+
+Before anything is compiled they compare what they were given; behind the passes which logits were taken out, since others are gathered
+in the graph; and in each step their batches. What differs, or fails on one of them, is an error on all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.graph.names import target_name
+from mst_fx.graph.sizes import settled
+from mst_fx.graph.subgraphs import graphs_of
+from mst_fx.graph.values import is_plain, tensors_of, value
+from mst_fx.group import Group
+from mst_fx.options import Options
+from mst_fx.pipeline import Result
+from mst_fx.ranks.agreement import agree, checksum_of, tried
+
+
+def run_together(
+    group: Group, gm: fx.GraphModule, options: Options, run_passes: Callable[[bool], Result]
+) -> Result:
+    """The passes on all ranks of a group.
+
+    Args:
+        run_passes: with whether logits may be taken out.
+
+    Raises:
+        GroupError: on all ranks.
+    """
+    _settle_sizes(gm)
+    agree(group, f"compiles {_inputs(gm)}; {_text(gm)}; {_options(options)}")
+    result, texts = tried(group, lambda: run_passes(True), _taken)
+    if len(set(texts)) > 1:  # one rank has so few rows that it took out none
+        result, texts = tried(group, lambda: run_passes(False), _taken)
+    return result
+
+
+def compile_together(group: Group, compile_graph: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """What is compiled on all ranks.
+
+    Raises:
+        GroupError: on all ranks, if it fails on one.
+    """
+    compiled, _ = tried(group, compile_graph, lambda _: "compiled")
+    return compiled
+
+
+def with_same_batches(function: Callable[..., Any], group: Group, gm: fx.GraphModule) -> Callable[..., Any]:
+    """A compiled graph that compares the batches of all ranks when it is called, and raises GroupError on all if they differ."""
+    said = f"runs {_inputs(gm)}"
+    given = [at for at, node in enumerate(gm.graph.find_nodes(op="placeholder")) if _is_of_batch(value(node))]
+
+    def run(*args: Any) -> Any:
+        tensors = [args[at] for at in given if isinstance(args[at], torch.Tensor)]
+        with torch.no_grad():
+            agree(group, said, checksum_of(tensors, group.device))
+        return function(*args)
+
+    return run
+
+
+def _settle_sizes(gm: fx.GraphModule) -> None:
+    """Makes one number of each size that may change: a share of the rows is one of so many tokens. Other lengths compile anew."""
+    for graph in graphs_of(gm):
+        for node in graph.find_nodes(op="placeholder"):
+            for size in [value(node), *(size for x in tensors_of(node) for size in x.shape)]:
+                if isinstance(size, torch.SymInt):
+                    int(size)  # adds a guard
+
+
+def _is_of_batch(found: Any) -> bool:
+    return isinstance(found, torch.Tensor) and not isinstance(found, torch.nn.Parameter) and is_plain(found)
+
+
+def _inputs(gm: fx.GraphModule) -> str:
+    nodes = gm.graph.find_nodes(op="placeholder")
+    return ", ".join(f"{n.name} {list(settled(value(n).shape))}" for n in nodes if _is_of_batch(value(n)))
+
+
+def _text(gm: fx.GraphModule) -> str:
+    """The graph, and those of its layers, but for the number of a device."""
+    lines = []
+    for graph in graphs_of(gm):
+        for node in graph.nodes:
+            shapes = [settled(x.shape) for x in tensors_of(node)]
+            lines.append(f"{node.name} = {target_name(node)}{node.args}{node.kwargs or ''} {shapes}")
+    return re.sub(r"cuda:\d+|index=\d+", "", "\n".join(lines))
+
+
+def _options(options: Options) -> str:
+    given = {name: of for name, of in vars(options).items() if name != "sequence_parallel"}
+    return f"{given}, grad {torch.is_grad_enabled()}"
+
+
+def _taken(result: Result) -> str:
+    return str([logits.position for logits in result.taken_logits])

@@ -1,0 +1,30 @@
+"""Collectives as functions of tensors, which stand in a compiled graph: Inductor leaves them in the order of the graph.
+
+``torch.ops._c10d_functional`` is what ``torch.distributed._functional_collectives`` calls and Inductor knows; that module is
+private, too. Base operators alone: torch 2.11 differentiates others than 2.13. Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OPS: Any = torch.ops._c10d_functional
+
+
+def all_to_all(x: Tensor, gets: Sequence[int], sends: Sequence[int], group: str) -> Tensor:
+    """``[sum(sends)]`` → ``[sum(gets)]``: so many elements to each rank, and from each."""
+    return _OPS.wait_tensor(_OPS.all_to_all_single(x, gets, sends, group))  # type: ignore[no-any-return]
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks."""
+    return _OPS.wait_tensor(_OPS.all_reduce(x, "sum", group))  # type: ignore[no-any-return]
+
+
+def all_gather(x: Tensor, ranks: int, group: str) -> Tensor:
+    """``[n, …]`` → ``[ranks·n, …]``."""
+    return _OPS.wait_tensor(_OPS.all_gather_into_tensor(x, ranks, group))  # type: ignore[no-any-return]
