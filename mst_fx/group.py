@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-import torch
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mst_fx.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Group:
     @property
     def device(self) -> torch.device:
         """Where its collectives run."""
+        torch = _torch()
         is_nccl = "nccl" in str(torch.distributed.get_backend(self.process_group))
         return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
@@ -45,8 +48,14 @@ def group_of(given: Any) -> Group:
                 f"mst option 'sequence_parallel' is a mesh of {given.ndim} dimensions; allowed: one of them, as mesh['sp']"
             )
         found = given.get_group()
-    if not torch.distributed.is_available() or not isinstance(found, torch.distributed.ProcessGroup):
+    distributed = _torch().distributed
+    if not distributed.is_available() or not isinstance(found, distributed.ProcessGroup):
         raise OptionError(
             f"mst option 'sequence_parallel' is {given!r}; allowed: a 1-D DeviceMesh (mesh['sp']) or a ProcessGroup"
         )
     return Group(found.group_name, found.size(), found.rank(), found)
+
+
+def _torch() -> Any:
+    """torch: options are read before it is imported."""
+    return importlib.import_module("torch")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mst_fx import backend, joint, pipeline
+from mst_fx import compiling, joint, pipeline
 from mst_fx.bodies.body import BodyConfig
 from mst_fx.context import JointContext, PassContext, Shared
 from mst_fx.graph import verify
@@ -347,7 +347,7 @@ def test_joint_stages(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     stages = (Stage("look", look, when=When.JOINT), Stage("fail", fail, when=When.JOINT))
     check_order(stages, When.JOINT)
-    monkeypatch.setattr(backend, "JOINT_STAGES", stages)
+    monkeypatch.setattr(compiling, "JOINT_STAGES", stages)
     model = _Net()
     batch = {"x": torch.randn(2, 33, 16), "labels": torch.randint(0, 96, (2, 33))}
     kept: dict[str, Any] = (

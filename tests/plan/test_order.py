@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch._inductor.utils import run_and_get_code
 
-from mst_fx import backend
+from mst_fx import compiling
 from mst_fx.context import JointContext
 from mst_fx.plan import recompute
 from mst_fx.plan.joint_graph import JointGraph, aten, is_attention, is_attention_backward, storage_of
@@ -69,7 +69,7 @@ def test_weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
                 calls, curve = calls_of(joint), curve_of(joint)
                 seen.append((_behind(joint), list(_highest(calls, curve))))
 
-    monkeypatch.setattr(backend, "JOINT_STAGES", _stages(Looking(0)))
+    monkeypatch.setattr(compiling, "JOINT_STAGES", _stages(Looking(0)))
     compile_mst(model, {**SMALL_CHUNKS, "strict": True})(**batch, use_cache=False)
     (before, high), (after, low) = seen
     each = [(True, 64), (True, 32), (True, 32), (False, 64), (False, 32), (False, 32)]
@@ -138,7 +138,7 @@ def test_products_of_the_next_layer_stay() -> None:
 def test_inductor_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer's three products of weights, whose left operand is transposed, come first in the code: 96 rows are summed over."""
     model, batch = _model()
-    monkeypatch.setattr(backend, "JOINT_STAGES", _stages(Chosen(0)))
+    monkeypatch.setattr(compiling, "JOINT_STAGES", _stages(Chosen(0)))
     options = {**SMALL_CHUNKS, "inner": "inductor", "strict": True, "attention_chunk_rows": 16}
     run = compile_mst(model, {**options, "inductor": {"force_disable_caches": True}})
     _, codes = run_and_get_code(lambda: step(model, run, {**batch, "use_cache": False}))

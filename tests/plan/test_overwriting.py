@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mst_fx import backend
+from mst_fx import compiling
 from mst_fx.context import JointContext
 from mst_fx.masks.formula import And, Compare, Mask, text
 from mst_fx.ops import attention as ops
@@ -323,7 +323,7 @@ def test_peaks_know_it(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
                 alive = curve_of(joint)[at] - scratch_of(calls[at])
                 seen.append({"own": sum(each.bytes for each in own), "alive": alive})
 
-    monkeypatch.setattr(backend, "JOINT_STAGES", _stages(Looking(100 if kept else 0)))
+    monkeypatch.setattr(compiling, "JOINT_STAGES", _stages(Looking(100 if kept else 0)))
     compile_mst(model, {**_LONG, "strict": True})(**batch, use_cache=False)  # which would be outputs
     apart, over = seen
     assert apart["own"] == 96 * (4 + 2 + 2) * 16 * 4

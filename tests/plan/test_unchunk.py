@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import mst_fx
-from mst_fx import backend
+from mst_fx import compiling
 from mst_fx.context import JointContext
 from mst_fx.errors import BudgetError
 from mst_fx.listeners import on_plan
@@ -46,7 +46,7 @@ def _toy(*args: Any, **kwargs: Any) -> tuple[ToyLM, dict[str, Tensor]]:
 
 
 def _at_joint(monkeypatch: pytest.MonkeyPatch, run: Callable[[JointContext], Any], key: object) -> None:
-    monkeypatch.setattr(backend, "JOINT_STAGES", (Stage("memory", run, when=When.JOINT),))
+    monkeypatch.setattr(compiling, "JOINT_STAGES", (Stage("memory", run, when=When.JOINT),))
     monkeypatch.setattr("mst_fx.joint._key", lambda *_: str(key))
 
 

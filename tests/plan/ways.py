@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import fx, nn
 
-from mst_fx import backend
+from mst_fx import compiling
 from mst_fx.errors import BudgetError
 from mst_fx.joint import hooked
 from mst_fx.options import make_options
@@ -56,7 +56,7 @@ class Ways:
                         compiled.append(_never)
             return lambda *args: compiled[self.now](*args)
 
-        monkeypatch.setattr(backend, "compile_graph", compiled_in_each)
+        monkeypatch.setattr(compiling, "compile_graph", compiled_in_each)
         self.run = compile_mst(model, options)
 
 
