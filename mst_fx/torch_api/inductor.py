@@ -111,7 +111,9 @@ def unknown_patches(patches: Mapping[str, Any]) -> dict[str, list[str]]:
     ``get_config_copy``: all names there are; Inductor itself looks at them when it compiles, and other compilers never.
     """
     known: dict[str, Any] = inductor_config.get_config_copy() if patches else {}  # type: ignore[attr-defined]
-    unknown = [name for name in patches if name not in known]
+    unknown = [
+        name for name in patches if not hasattr(inductor_config, name)
+    ]  # aliases of other configs are not in the copy
     return {name: difflib.get_close_matches(str(name), known, n=3) for name in unknown}
 
 
