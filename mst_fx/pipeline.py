@@ -58,6 +58,12 @@ from mst_fx.torch_api.inductor import mode_patches
 
 log = logging.getLogger("mst_fx")
 
+# Helpers of several stages.
+_FUNCTIONAL = Helper("functional", functional.run, gives=frozenset({"no-writes"}))
+_ROW_SLICES = Helper(
+    "row_slices", row_slices.run, needs=frozenset({"no-writes"}), gives=frozenset({"clones"})
+)
+
 # All that changes a captured graph, in this order.
 STAGES: tuple[Stage, ...] = (
     # The program made ready, in the copy that all others work on.
@@ -101,8 +107,8 @@ STAGES: tuple[Stage, ...] = (
         matches=sequence.matches,
         is_vital=True,
         prepared_by=(
-            Helper("functional", functional.run, gives=frozenset({"no-writes"})),
-            Helper("row_slices", row_slices.run, needs=frozenset({"no-writes"}), gives=frozenset({"clones"})),
+            _FUNCTIONAL,
+            _ROW_SLICES,
             Helper("sum_losses", sum_losses.run, needs=frozenset({"clones"})),
         ),
         needs=frozenset({"operands", "attention", "numbers-are-tensors"}),
@@ -113,7 +119,7 @@ STAGES: tuple[Stage, ...] = (
         mlp.run,
         scope=Scope.EACH_GRAPH,
         prepared_by=(
-            Helper("functional", functional.run, gives=frozenset({"no-writes"})),
+            _FUNCTIONAL,
             Helper("repeated_rows", repeated_rows.run, needs=frozenset({"no-writes"})),
             Helper("dropouts", dropouts.put_in, gives=frozenset({"seeded-dropouts"})),
         ),
@@ -128,12 +134,12 @@ STAGES: tuple[Stage, ...] = (
         scope=Scope.EACH_GRAPH,
         matches=vocab.matches,
         prepared_by=(
-            Helper("functional", functional.run, gives=frozenset({"no-writes"})),
+            _FUNCTIONAL,
             Helper("picks", picks.run, needs=frozenset({"no-writes"}), gives=frozenset({"gathers"})),
             Helper("gathered_rows", gathered_rows.run, needs=frozenset({"gathers"})),
             Helper("one_hots", one_hots.run),
             Helper("stacks", stacks.run),
-            Helper("row_slices", row_slices.run, needs=frozenset({"no-writes"}), gives=frozenset({"clones"})),
+            _ROW_SLICES,
             Helper(
                 "sum_losses",
                 sum_losses.run,

@@ -42,7 +42,7 @@ from mst_fx.graph.sizes import sum_dtype
 from mst_fx.masks import formula, reach
 from mst_fx.masks.reach import BLIND, CAUSAL, FULL, HEADER, SPANS, WHOLE, Vectors
 from mst_fx.ops.chunks import Reaching, Rows, Window, WindowSum, by_reach
-from mst_fx.torch_api.attention import Dense, Spans, empty_output, is_fused
+from mst_fx.torch_api.attention import Dense, Kernel, Spans, empty_output, is_fused
 from mst_fx.torch_api.modes import outside_of_kernels, without_autocast
 
 # Spans of one call: the kernels' grids are no larger.
@@ -149,7 +149,7 @@ class Call:
         return self._table[0][0] in (CAUSAL, FULL) and not self.softcap
 
     @functools.cached_property
-    def kernel(self) -> Dense | Spans | None:
+    def kernel(self) -> Kernel | None:
         """What runs all queries at once and makes ``sums``; None: chunks do."""
         (form, left, right), (spans, longest, even) = self._table[:HEADER]
         if self._is_native and is_fused(self.query, self.value):

@@ -36,7 +36,7 @@ from mst_fx.masks.formula import AT_LEAST, BY_BIAS, NO_BIAS, NO_SCORE
 from mst_fx.masks.reach import BLIND, CAUSAL, HEADER, WHOLE
 from mst_fx.ops.attention import Call, as_promised, outputs
 from mst_fx.ops.chunks import Reaching, Rows, Window, by_reach
-from mst_fx.torch_api.attention import Dense, Spans, Weighted, empty_output
+from mst_fx.torch_api.attention import Kernel, Weighted, empty_output
 from mst_fx.torch_api.modes import outside_of_kernels, without_autocast
 
 
@@ -65,7 +65,7 @@ class _Biased(Call):
         return self.of_keys is not None or self.of_distances is not None
 
     @functools.cached_property
-    def kernel(self) -> Dense | Spans | Weighted | None:  # type: ignore[override]
+    def kernel(self) -> Kernel | None:
         if not self.has_bias:
             return super().kernel
         bias = self.of_keys

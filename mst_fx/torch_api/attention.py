@@ -16,6 +16,7 @@ mask); documents of 4,096, flash 7 + 20, FlexAttention 6 + 17.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,27 +68,14 @@ def is_fused_with_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) 
     return query.dtype != torch.float64 and is_even and query.shape[1] == key.shape[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class Dense:
-    """Each query sees all keys, or those up to its own (``causal``)."""
-
-    causal: bool
-    scale: float
+class Kernel(abc.ABC):
+    """A fused kernel with its own backward pass. What it gets has the elements of a row side by side: others read them as if they
+    had, on a CPU, or fail."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The output ``[B, H, Q, D]`` and the logarithms of the softmax's sums ``[B, H, Q]``, whichever
         kernel makes them: float32, of float64 float64."""
-        operands = query, key, value = _by_rows(query, key, value)
-        if query.device.type == "cpu":
-            cpu = aten._scaled_dot_product_flash_attention_for_cpu
-            out, sums = cpu(*operands, 0.0, self.causal, scale=self.scale)
-        elif self._by_cudnn(*operands):
-            cudnn = aten._scaled_dot_product_cudnn_attention
-            out, sums = cudnn(*operands, None, True, 0.0, self.causal, scale=self.scale)[:2]
-        else:
-            flash = aten._scaled_dot_product_flash_attention
-            out, sums = flash(*operands, 0.0, self.causal, scale=self.scale)[:2]
-        return out, sums.reshape(query.shape[:3])
+        return self._forward(*map(_by_rows, (query, key, value)))
 
     def backward(
         self,
@@ -104,7 +92,57 @@ class Dense:
         Args:
             over: ``tangent``, ``key`` and ``value`` themselves, or some of them: their gradient is written over them.
         """
-        tangent, query, key, value = _by_rows(tangent, query, key, value)
+        tangent, query, key, value = map(_by_rows, (tangent, query, key, value))
+        return self._backward(tangent, query, key, value, out, sums, over)
+
+    @abc.abstractmethod
+    def _forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`."""
+
+    @abc.abstractmethod
+    def _backward(
+        self,
+        tangent: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        sums: Tensor,
+        over: _Over,
+    ) -> Gradients:
+        """:meth:`backward`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Kernel):
+    """Each query sees all keys, or those up to its own (``causal``)."""
+
+    causal: bool
+    scale: float
+
+    def _forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        operands = query, key, value
+        if query.device.type == "cpu":
+            cpu = aten._scaled_dot_product_flash_attention_for_cpu
+            out, sums = cpu(*operands, 0.0, self.causal, scale=self.scale)
+        elif self._by_cudnn(*operands):
+            cudnn = aten._scaled_dot_product_cudnn_attention
+            out, sums = cudnn(*operands, None, True, 0.0, self.causal, scale=self.scale)[:2]
+        else:
+            flash = aten._scaled_dot_product_flash_attention
+            out, sums = flash(*operands, 0.0, self.causal, scale=self.scale)[:2]
+        return out, sums.reshape(query.shape[:3])
+
+    def _backward(
+        self,
+        tangent: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        sums: Tensor,
+        over: _Over,
+    ) -> Gradients:
         if query.device.type == "cpu":  # whose kernel shares heads among threads: all at once
             cpu = aten._scaled_dot_product_flash_attention_for_cpu_backward
             found = cpu(tangent, query, key, value, out, sums, 0.0, self.causal, scale=self.scale)
@@ -168,7 +206,7 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weighted:
+class Weighted(Kernel):
     """As :class:`Dense`, with a number added to all scores of a key (ALiBi): torch's memory-efficient kernel reads it for each query anew,
     by a stride of 0.
 
@@ -186,15 +224,13 @@ class Weighted:
         has_type = query.dtype in (*SIXTEEN_BITS, torch.float32) and bias.dtype == query.dtype
         return query.is_cuda and is_even and has_type and query.shape[1] == key.shape[1]
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`Dense.forward`."""
+    def _forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         efficient = aten._scaled_dot_product_efficient_attention
-        query, key, value = _by_rows(query, key, value)
         bias = self._bias(query, key)
         out, sums = efficient(query, key, value, bias, True, 0.0, self.causal, scale=self.scale)[:2]
         return out, sums[..., : query.shape[2]]
 
-    def backward(
+    def _backward(
         self,
         tangent: Tensor,
         query: Tensor,
@@ -202,13 +238,11 @@ class Weighted:
         value: Tensor,
         out: Tensor,
         sums: Tensor,
-        over: _Over = _OWN,
-    ) -> Gradients:
-        """As :meth:`Dense.backward`, all heads at once."""
+        over: _Over,
+    ) -> Gradients:  # all heads at once
         seed = torch.zeros((), dtype=torch.int64, device=query.device)
         # The kernel reads whole blocks of 32 queries, and gives those behind the last one infinity.
         blocks = F.pad(sums, (0, -query.shape[2] % 32), value=float("inf"))
-        tangent, query, key, value = _by_rows(tangent, query, key, value)
         found = aten._scaled_dot_product_efficient_attention_backward(
             *(tangent, query, key, value, self._bias(query, key), out, blocks, seed, seed, 0.0),
             [True, True, True, False],
@@ -225,7 +259,7 @@ class Weighted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spans:
+class Spans(Kernel):
     """Attention inside of spans of tokens that see none of each other's: packed documents; all of a
     sequence if there is a window only.
 
@@ -246,11 +280,10 @@ class Spans:
     def takes(query: Tensor, value: Tensor) -> bool:
         return query.is_cuda and is_fused(query, value)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`Dense.forward`."""
+    def _forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, size, _ = query.shape
         out, sums, *_ = aten._flash_attention_forward(
-            *map(_packed, _by_rows(query, key, value)),
+            *map(_packed, (query, key, value)),
             self.starts,
             self.starts,
             self.longest,
@@ -264,7 +297,7 @@ class Spans:
         )
         return _unpacked(out, batch), sums.view(heads, batch, size).transpose(0, 1)
 
-    def backward(
+    def _backward(
         self,
         tangent: Tensor,
         query: Tensor,
@@ -272,17 +305,15 @@ class Spans:
         value: Tensor,
         out: Tensor,
         sums: Tensor,
-        over: _Over = _OWN,
+        over: _Over,
     ) -> Gradients:
-        """As :meth:`Dense.backward`."""
-        operands = _by_rows(tangent, query, key, value)
-        return _by_heads(self._backward, *operands, out, sums, over)  # type: ignore[call-arg,arg-type]
+        return _by_heads(self._flash_backward, tangent, query, key, value, out, sums, over)
 
     @property
     def _is_causal(self) -> bool:
         return self.left < 0 and self.right == 0
 
-    def _backward(
+    def _flash_backward(
         self, tangent: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
     ) -> Gradients:
         batch, heads = query.shape[:2]
@@ -305,9 +336,9 @@ class Spans:
         return q, k, v
 
 
-def _by_rows(*operands: Tensor) -> tuple[Tensor, ...]:
-    """The operands, copied where the elements of a row lie apart: kernels read them as if they did not, on a CPU, or fail."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in operands)
+def _by_rows(x: Tensor) -> Tensor:
+    """An operand, copied where the elements of a row lie apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _packed(x: Tensor) -> Tensor:
