@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from mst_fx.graph.effects import has_effects
@@ -35,6 +36,11 @@ def is_given(node: fx.Node) -> bool:
                 seen.add(operand)
                 waiting.append(operand)
     return False
+
+
+def is_activation(fake: torch.Tensor) -> bool:
+    """Whether an input holds something of each token: ``[B, S, E]``, and is no parameter."""
+    return fake.ndim == 3 and fake.is_floating_point() and not isinstance(fake, torch.nn.Parameter) and fake.shape[2] > 1
 
 
 def why_not(node: fx.Node) -> str | None:

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from mst_fx.cutting import readings
-from mst_fx.cutting.facts import cut_again, index_of, is_given, why_not
+from mst_fx.cutting.facts import cut_again, index_of, is_activation, is_given, why_not
 from mst_fx.cutting.layers import is_layer, walk_through
 from mst_fx.cutting.sites import exchange, is_site
 from mst_fx.cutting.values import (
@@ -63,7 +63,7 @@ class Cutter:
 
     Attributes:
         now: what stands for the nodes that were captured, where it is not they themselves.
-        seeds, sites: the embeddings at which tokens were cut, and by name the attention that was put between exchanges;
+        seeds, sites: the embeddings, or inputs, at which tokens were cut, and by name the attention that was put between exchanges;
             with the number of tokens.
         modes: those that each node lies in.
         imported: of a layer the operands of its call that were added.
@@ -94,7 +94,10 @@ class Cutter:
     # The walk
 
     def run(self) -> None:
-        for node in list(self.graph.nodes):
+        captured = list(self.graph.nodes)
+        if self.above is None and not any(map(self._is_seed, captured)):
+            self._start_at_activations()
+        for node in captured:
             if node.op in ("call_function", "call_method", "call_module"):
                 self._visit(node)
 
@@ -158,6 +161,21 @@ class Cutter:
             self.seeds.append((node, place))
         else:
             self._rewire(node)
+
+    def _start_at_activations(self) -> None:
+        """Cuts what a graph is given instead of token ids: embeddings that the caller made, or what comes over a graph break, ``[B, S, E]``."""
+        count = 0
+        for node in placeholders_of(self.gm):
+            fake = tensor_value(node)
+            if fake is None or not is_activation(fake) or not self._is_plain(node):
+                continue
+            shape = shape_of(node)
+            if shape[1] < 2 * self.group.ranks or count not in (0, shape[1]):
+                continue
+            place, count = Tokens(1, 1, shape[1]), shape[1]
+            mine = Leaf(self.cut(node, place, node.next), place)
+            self.now[node], self._gathered[mine.node] = Standing((mine,)), node
+            self.seeds.append((node, place))
 
     # Nodes
 
