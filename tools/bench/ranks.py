@@ -54,6 +54,8 @@ class _Rank:
             self.device,
             num_hidden_layers=arguments.layers,
         )
+        # transformers 5.17 sets one for checkpointing that breaks the graph behind the embedding.
+        self.model.get_input_embeddings()._forward_hooks.clear()  # type: ignore[union-attr, operator]
         options = dict(arguments.options)
         if self.group is not None:
             options["sequence_parallel"] = self.group
