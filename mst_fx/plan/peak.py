@@ -77,7 +77,7 @@ def held_by(joint: JointGraph) -> list[Held]:
     last: dict[fx.Node, int] = {}
     for node in reversed(calls):
         readers = [user for user in node.users if user.op != "output"]
-        last[node] = max((_read_at(user, node, place, last) for user in readers), default=place[node])
+        last[node] = max((_read_at(user, node, place, last, joint) for user in readers), default=place[node])
     until: dict[fx.Node, int] = collections.defaultdict(int)  # of memory
     for node in calls:
         owner = memory_of(node)
@@ -223,8 +223,12 @@ def _is_made(node: fx.Node, joint: JointGraph) -> bool:
         return False
     if not _is_fused(node):
         return True
-    is_saved = node not in joint.backward and _is_read_backward(node, joint)
-    return is_saved and bool(node.all_input_nodes)  # constants are filled in where they are read
+    return _is_saved(node, joint)
+
+
+def _is_saved(node: fx.Node, joint: JointGraph) -> bool:
+    """Whether the backward pass finds a value where the forward pass has put it. (Constants are filled in where they are read.)"""
+    return node not in joint.backward and _is_read_backward(node, joint) and bool(node.all_input_nodes)
 
 
 def _is_read_backward(node: fx.Node, joint: JointGraph) -> bool:
@@ -248,7 +252,10 @@ def _is_fused(node: fx.Node) -> bool:
     return True
 
 
-def _read_at(user: fx.Node, node: fx.Node, place: dict[fx.Node, int], last: dict[fx.Node, int]) -> int:
-    """When a node is read for the last time by one of its users, or by what shows its memory or computes it there."""
-    lives_on = user.args[0] is node if is_view(user) else _is_fused(user)  # a gate shows its first operand
-    return last[user] if lives_on else place[user]
+def _read_at(
+    user: fx.Node, node: fx.Node, place: dict[fx.Node, int], last: dict[fx.Node, int], joint: JointGraph
+) -> int:
+    """When a node is read for the last time by one of its users, or by what shows its memory or computes it there. A value that the
+    backward pass finds has been made, though all that read it are fused: then its operands are done with."""
+    lives_on = user.args[0] is node if is_view(user) else _is_fused(user) and not _is_saved(user, joint)
+    return last[user] if lives_on else place[user]  # a gate shows its first operand

@@ -148,3 +148,14 @@ def test_stand_ins() -> None:
     assert stand_ins(["a", "a", "b", "b"]) == (4, (0, 1, 2, 3))
     assert stand_ins(["a", "b", "b", "b", "b"]) == (3, (0, 1, 1, 1, 2))
     assert stand_ins(["a"]) == (1, (0,))
+
+
+@pytest.mark.slow
+def test_rows_that_only_fused_operators_read_are_made_once() -> None:
+    """Between gpt-oss's layers every reader of the rows is pointwise; the backward pass finds them made, and not what they are made of."""
+    subject = _subject("gpt-oss-20b", num_local_experts=4, num_hidden_layers=3)
+    made = traced_step(subject.build(3, False), subject.inputs(4096), 3, (0, 1, 2), False)
+    kept = [part.change for part in made.few.unplanned.forward]
+    assert made.start == 4096 * 512 * 2
+    routing = 4096 * 4 * 16  # keys of four slots a row, and their weights
+    assert kept[1:] == [made.start + routing] * 2  # the first layer keeps the tables of RoPE too
