@@ -67,7 +67,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise _bad(name, value, "one of " + ", ".join(map(repr, allowed)))
-        _check_memory(self.memory, self.inner, self.group)
+        _check_memory(self.memory, self.inner)
         host = self.host_memory
         if (host not in ("auto", "0", 0) and bytes_in(host) is None) or isinstance(host, bool):
             raise _bad("host_memory", host, "'auto', '0', bytes as in '100GiB' or an int ≥ 0")
@@ -117,11 +117,9 @@ def _all_strings(values: Any) -> bool:
         return False
 
 
-def _check_memory(memory: Any, inner: str, group: Group | None) -> None:
+def _check_memory(memory: Any, inner: str) -> None:
     if memory is None:
         return
-    if group is not None:
-        raise _bad("memory", memory, "None with sequence_parallel: the ranks would plan apart")
     if memory != "auto" and bytes_in(memory) is None:
         raise _bad("memory", memory, "'auto', bytes as in '70GiB' or an int ≥ 1, or None")
     if inner == "eager":

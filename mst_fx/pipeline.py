@@ -26,6 +26,7 @@ from mst_fx.passes import (
     dropouts,
     einsums,
     embeddings,
+    experts,
     functional,
     gathered_rows,
     heads,
@@ -99,6 +100,16 @@ STAGES: tuple[Stage, ...] = (
         in_place=True,
         needs=frozenset({"operands", "attention"}),
         gives=frozenset({"numbers-are-tensors"}),
+    ),
+    # Where a rank works on its own tokens: the only loops that are there before it knows which these are.
+    Stage(
+        "experts",
+        experts.run,
+        scope=Scope.EACH_GRAPH,
+        matches=experts.matches,
+        prepared_by=(_FUNCTIONAL,),
+        needs=frozenset({"operands", "attention", "numbers-are-tensors"}),
+        gives=frozenset({"experts"}),
     ),
     # Behind attention, whose masks are of all tokens; before loops, which are over a rank's.
     Stage(

@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 from torch import fx
 
 from mst_fx.context import JointContext
 from mst_fx.errors import Cause, Refusal, defect
 from mst_fx.graph.sizes import hint
+from mst_fx.group import Group
 from mst_fx.ops.arena import ARENA
 from mst_fx.options import Options, bytes_in
 from mst_fx.plan.choices import Choice, choices_of
@@ -27,6 +29,7 @@ from mst_fx.plan.costs import Cost, Device, cost_of, device_of, plus
 from mst_fx.plan.groups import ways_in_groups
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, tensor_of
 from mst_fx.plan.layers import Layer, layers_of
+from mst_fx.plan.of_ranks import Told, heard, least_room, same_choices, tell
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again, on_trial
 from mst_fx.plan.room import Room, host_bytes, room_for
@@ -44,15 +47,35 @@ from mst_fx.plan.search import (
 from mst_fx.plan.solve import Host, Option
 from mst_fx.plan.timeline import timeline_of
 from mst_fx.plan.unchunk import Unchunking
-from mst_fx.report import MemoryPlan, Planned
+from mst_fx.ranks.agreement import decided, of_ranks, tried
+from mst_fx.report import MemoryPlan, Planned, Timeline
 from mst_fx.torch_api.guards import guard_at_most
 from mst_fx.torch_api.joint import copied
 
 log = logging.getLogger("mst_fx")
+T = TypeVar("T")
 
 
 def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
     return options.memory is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What a plan is made of.
+
+    Attributes:
+        layers: with what is behind the last: the head, whose loop has computed its gradient already.
+        wanted: what is kept in any case.
+        choices: of each layer, on the device.
+        before: the memory of the step without a plan.
+    """
+
+    joint: JointGraph
+    layers: list[Layer]
+    wanted: set[fx.Node]
+    choices: list[list[Choice]]
+    before: Timeline
 
 
 def run(context: JointContext) -> bool:
@@ -62,31 +85,71 @@ def run(context: JointContext) -> bool:
         Refusal: if the graph has no layers.
         BudgetError: if no plan fits.
     """
-    joint = JointGraph(context.graph)
-    # Behind the last waist is the head, whose loop has computed its gradient already.
+    group = context.options.group
+    start = _together(
+        group, lambda: _start(context), lambda found: same_choices(found.choices) if found else ""
+    )
+    if start is None:
+        return False
+    room, host = _room(context, start.joint)
+    chosen, peak = _planned(group, start, room, host)
+    # (Whether loops can be un-chunked depends on how many rows a rank has.)
+    is_all = group is None and are_fastest(chosen, start.choices, device_of(room.device))
+    unchunking = (
+        unchunking_of(start.joint, start.layers, start.wanted, context.options.strict) if is_all else None
+    )
+    if unchunking is not None:
+        peak_with = functools.partial(_peak_with, context.graph, unchunking=unchunking)
+        found = faster(start.choices, unchunking.choices, unchunking.again, room, peak_with)
+        chosen, peak = found or (chosen, peak)
+    said = _said(chosen, room, peak)
+    same = {node: node for node in context.graph.nodes}
+    write = functools.partial(_write, context.graph, same, chosen, unchunking, is_trial=False)
+    written = _together(group, write, lambda _: "written")
+    _hold_up_to(start.layers[0], room, peak)
+    context.tell(dataclasses.replace(said, before=start.before, after=timeline_of(written)))
+    return True
+
+
+def _start(context: JointContext) -> _Start | None:
+    """None if there is nothing to plan.
+
+    Raises:
+        Refusal: if the graph has no layers.
+    """
+    joint = JointGraph(context.graph, is_of_all_ranks=context.options.group is not None)
     layers = layers_of(joint)
     if len(layers) < 2:
         if any(map(is_attention, joint.forward)):
             raise Refusal("there are no layers: no two tensors through which all rows pass", Cause.NO_LAYERS)
-        return False
-    memory = context.options.memory
+        return None
     wanted = joint.kept_anyway
     choices = [choices_of(layer, wanted) for layer in layers[:-1]]
-    room = room_for(None if memory == "auto" else bytes_in(memory), joint)
     before = timeline_of(on_trial(context.graph, [those[-1] for those in choices])[0])
-    chosen, peak = _planned(context, joint, choices, room)
-    is_all = are_fastest(chosen, choices, device_of(room.device))
-    unchunking = unchunking_of(joint, layers, wanted, context.options.strict) if is_all else None
-    if unchunking is not None:
-        peak_with = functools.partial(_peak_with, context.graph, unchunking=unchunking)
-        found = faster(choices, unchunking.choices, unchunking.again, room, peak_with)
-        chosen, peak = found or (chosen, peak)
-    said = _said(chosen, room, peak)
-    same = {node: node for node in context.graph.nodes}
-    written = _write(context.graph, same, chosen, unchunking, is_trial=False)
-    _hold_up_to(layers[0], room, peak)
-    context.tell(dataclasses.replace(said, before=before, after=timeline_of(written)))
-    return True
+    return _Start(joint, layers, wanted, choices, before)
+
+
+def _together(group: Group | None, function: Callable[[], T], said: Callable[[T], str]) -> T:
+    """What a function gives, on all ranks of a group or none.
+
+    Raises:
+        Refusal: on all ranks, if they say different things of it.
+    """
+    if group is None:
+        return function()
+    found, texts = tried(group, function, said)
+    if len(set(texts)) > 1:
+        raise Refusal("the layers of the ranks differ in more than sizes", Cause.NO_LAYERS)
+    return found
+
+
+def _room(context: JointContext, joint: JointGraph) -> tuple[Room, int]:
+    """What there is, on the device and on the host, for each rank of a group."""
+    memory = context.options.memory
+    room = room_for(None if memory == "auto" else bytes_in(memory), joint)
+    host = host_bytes(_host_option(context.options.host_memory), room)
+    group = context.options.group
+    return (room, host) if group is None else least_room(group, room, host)
 
 
 def _hold_up_to(layer: Layer, room: Room, peak: int) -> None:
@@ -96,23 +159,45 @@ def _hold_up_to(layer: Layer, room: Room, peak: int) -> None:
     guard_at_most(rows.numel(), hint(rows.numel()) * room.most // peak)
 
 
-def _planned(
-    context: JointContext, joint: JointGraph, choices: Sequence[Sequence[Choice]], room: Room
-) -> tuple[list[Choice], int]:
-    """The choice of each layer, and the peak of the graph with them; the host memory that they take is there."""
-    host = host_bytes(_host_option(context.options.host_memory), room)
+def _planned(group: Group | None, start: _Start, room: Room, host: int) -> tuple[list[Choice], int]:
+    """The choice of each layer, and the peak of the graph with them; the host memory that they take is there.
+
+    Args:
+        host: bytes that may be kept there.
+    """
     while True:
-        chosen, peak = fastest_choices(joint, choices, room, host)
-        sizes = [bytes_of(node) for choice in chosen for node in choice.sent]
-        if not sizes:
-            return chosen, peak
-        try:
-            ARENA.reserve(sizes, room.is_gpu)
-        except MemoryError as error:
-            log.warning("mst-fx: the memory plan does without host memory: %s", error)
-            host = 0
+        if group is None:
+            chosen, peak = fastest_choices(start.joint, start.choices, room, host)
         else:
+            chosen, peak = _chosen_by_first(group, start, room, host)
+        lacking = _reserved([bytes_of(node) for choice in chosen for node in choice.sent], room)
+        lacks = [lacking] if group is None else of_ranks(group, lacking)
+        if not any(lacks):
             return chosen, peak
+        log.warning("mst-fx: the memory plan does without host memory: %s", next(filter(None, lacks)))
+        host = 0
+
+
+def _chosen_by_first(group: Group, start: _Start, room: Room, host: int) -> tuple[list[Choice], int]:
+    """What the first rank of a group chooses."""
+
+    def choose() -> tuple[list[Told], int]:
+        chosen, peak = fastest_choices(start.joint, start.choices, room, host)
+        return tell(start.choices, chosen), peak
+
+    told, peak = decided(group, choose)
+    return heard(start.choices, told), peak
+
+
+def _reserved(sizes: Sequence[int], room: Room) -> str:
+    """Takes host memory; empty, or why there is none."""
+    if not sizes:
+        return ""
+    try:
+        ARENA.reserve(sizes, room.is_gpu)
+    except MemoryError as error:
+        return str(error)
+    return ""
 
 
 def fastest_choices(

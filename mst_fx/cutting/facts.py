@@ -40,7 +40,12 @@ def is_given(node: fx.Node) -> bool:
 
 def is_activation(fake: torch.Tensor) -> bool:
     """Whether an input holds something of each token: ``[B, S, E]``, and is no parameter."""
-    return fake.ndim == 3 and fake.is_floating_point() and not isinstance(fake, torch.nn.Parameter) and fake.shape[2] > 1
+    return (
+        fake.ndim == 3
+        and fake.is_floating_point()
+        and not isinstance(fake, torch.nn.Parameter)
+        and fake.shape[2] > 1
+    )
 
 
 def why_not(node: fx.Node) -> str | None:

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
 _ATTENTION = torch.ops.mst_fx.attention.default
 _BIASED = torch.ops.mst_fx.biased_attention.default
+_MASKED = torch.ops.mst_fx.masked_attention.default
 
 
 def is_site(node: fx.Node) -> bool:
-    return node.target in (_ATTENTION, _BIASED, F.scaled_dot_product_attention)
+    return node.target in (_ATTENTION, _BIASED, _MASKED, F.scaled_dot_product_attention)
 
 
 def exchange(cutter: Cutter, node: fx.Node) -> None:
@@ -59,8 +60,6 @@ def exchange(cutter: Cutter, node: fx.Node) -> None:
         raise Refusal("has heads that are not grouped evenly")
     if shapes[0][1] < cutter.group.ranks:
         raise Refusal(f"has {shapes[0][1]} heads for {cutter.group.ranks} ranks")
-    if len({tensors_of(leaf.node)[0].dtype for leaf in leaves}) > 1:
-        raise Refusal("has queries, keys and values of several types")
     if argument(node, "dropout_p", 0.0):
         raise Refusal("drops scores, which ranks would draw alike for their heads")
     heads = Heads(shapes[0][1], shapes[1][1], cutter.group.ranks)
@@ -77,20 +76,26 @@ def exchange(cutter: Cutter, node: fx.Node) -> None:
 
 
 def _to_heads(cutter: Cutter, heads: Heads, leaves: list[Leaf]) -> list[fx.Node]:
-    """All tokens of this rank's heads, of queries, keys and values."""
+    """All tokens of this rank's heads, of queries, keys and values: those of one type by one exchange."""
     firsts = [firsts_of(heads.shares), heads.key_firsts, heads.key_firsts]
     shares = [heads.shares, heads.key_shares, heads.key_shares]
     rows_of = [Share.of(cutter.group, leaf.place.count).rows_of for leaf in leaves]  # type: ignore[union-attr]
-    flat = [[number for of_part in each for number in of_part] for each in (firsts, shares, rows_of)]
-    moved = add_call(
-        cutter.graph,
-        torch.ops.mst_fx.rows_to_heads.default,
-        [leaf.node for leaf in leaves],
-        *flat,
-        cutter.group.me,
-        cutter.group.name,
-    )
-    query, key, value = (leaf.node for leaf in cutter.leaves_of(moved, [None] * 3))
+    types = [tensors_of(leaf.node)[0].dtype for leaf in leaves]
+    found: dict[int, fx.Node] = {}
+    for dtype in dict.fromkeys(types):
+        some = [part for part, of_part in enumerate(types) if of_part == dtype]
+        flat = [[number for part in some for number in each[part]] for each in (firsts, shares, rows_of)]
+        moved = add_call(
+            cutter.graph,
+            torch.ops.mst_fx.rows_to_heads.default,
+            [leaves[part].node for part in some],
+            *flat,
+            cutter.group.me,
+            cutter.group.name,
+        )
+        parts = cutter.leaves_of(moved, [None] * len(some))
+        found |= {part: leaf.node for part, leaf in zip(some, parts, strict=True)}
+    query, key, value = (found[part] for part in range(3))
     repeats = heads.repeats(cutter.group.me)
     if repeats:
         repeat = torch.ops.mst_fx.repeat_heads.default
@@ -127,8 +132,8 @@ def _by_heads(node: fx.Node) -> list[tuple[fx.Node, int]]:
         found = [(node.args[-1], 0)]
     elif node.target is _BIASED:
         found = [(node.args[3], 1), (node.args[4], 1)]
-    else:
-        mask = argument(node, "attn_mask")
-        rank = len(shape_of(mask)) if isinstance(mask, fx.Node) else 0
-        found = [(mask, rank - 3)] if rank >= 3 else []
+    else:  # [B, H, Q, K] with fewer dimensions before
+        masks: Any = node.args[3] if node.target is _MASKED else [argument(node, "attn_mask")]
+        ranks = [len(shape_of(mask)) if isinstance(mask, fx.Node) else 0 for mask in masks]
+        found = [(mask, rank - 3) for mask, rank in zip(masks, ranks, strict=True) if rank >= 3]
     return [(operand, dim) for operand, dim in found if isinstance(operand, fx.Node)]

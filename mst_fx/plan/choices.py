@@ -20,6 +20,7 @@ from mst_fx.plan.joint_graph import (
     is_attention,
     is_cheap,
     is_read_whole,
+    is_under_way,
     is_view,
     may_run_again,
     source_of,
@@ -174,6 +175,7 @@ def _choice(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
         if node not in inside or node in again or node in kept:
             continue
         is_kept = node in wanted or source_of(node) in wanted or not may_run_again(node)
+        is_kept = is_kept and not is_under_way(node)
         if is_kept and tensor_of(node) is not None and not is_view(node):  # of several results each by itself
             kept[node] = None
         else:

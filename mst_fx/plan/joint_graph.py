@@ -39,11 +39,13 @@ class JointGraph:
 
     Attributes:
         graph: its outputs are those of the forward pass, then a gradient, or None, for each of its inputs.
+        is_of_all_ranks: one plan is made for all ranks that the graph exchanges something with.
         backward: the nodes that depend on an arriving gradient.
         outputs: the results of the forward pass.
     """
 
     graph: fx.Graph
+    is_of_all_ranks: bool = False
 
     def __post_init__(self) -> None:
         inputs = self.graph.find_nodes(op="placeholder")
@@ -55,7 +57,11 @@ class JointGraph:
         results = tree_leaves(self.graph.output_node().args)
         cut = len(results) - count
         self.outputs = [node for node in results[: max(cut, 0)] if isinstance(node, fx.Node)]
-        self.gradients = [node if isinstance(node, fx.Node) else None for node in results[cut:]]
+        # (Where a mesh is an input, as of torch 2.13's DTensors, it stands there itself.)
+        self.gradients = [
+            node if isinstance(node, fx.Node) and tensor_of(node) is not None else None
+            for node in results[cut:]
+        ]
         given = [node for node in inputs if node not in self.backward]
         if cut < 0 or not all(map(_is_gradient_of, self.gradients, given)):
             raise Refusal(
@@ -86,9 +92,10 @@ class JointGraph:
 
     @property
     def kept_anyway(self) -> set[fx.Node]:
-        """The calls of the forward pass that no plan makes again: what a selective policy of the user's keeps, and what reads a buffer
-        that the step writes to."""
-        return {node for node in self.forward if must_save(node)} | self.reads_written
+        """The calls of the forward pass that no plan makes again: what a selective policy of the user's keeps, what reads a buffer
+        that the step writes to, and exchanges with ranks that may plan otherwise."""
+        exchanges = () if self.is_of_all_ranks else filter(is_exchange, self.forward)
+        return {node for node in self.forward if must_save(node)} | self.reads_written | set(exchanges)
 
     @property
     def trained_bytes(self) -> int:
@@ -206,6 +213,16 @@ def is_read_whole(node: fx.Node) -> bool:
     return any(not is_cheap(user) for user in node.users)
 
 
+def is_exchange(node: fx.Node) -> bool:
+    """Whether a call is a functional collective, or waits for one."""
+    return operation(node).startswith("_c10d_functional::")
+
+
+def is_under_way(node: fx.Node) -> bool:
+    """Whether a value is that of a collective that nobody has waited for."""
+    return is_exchange(node) and operation(node) != "_c10d_functional::wait_tensor"
+
+
 def _has_no_dropout(node: fx.Node) -> bool:
     """Whether a call that may drop out, as torch's attention kernels, does so with a probability of 0."""
     schema = schema_of(node.target).arguments
@@ -215,13 +232,10 @@ def _has_no_dropout(node: fx.Node) -> bool:
 
 
 def may_run_again(node: fx.Node) -> bool:
-    """Whether a call gives the same a second time, and does nothing else: no random numbers, nothing of other ranks."""
+    """Whether a call gives the same a second time, and does nothing else: no random numbers. (Exchanges do, if all ranks make them.)"""
     target = source_of(node).target
     if not isinstance(target, OpOverload):
         return target is operator.getitem
     is_random = torch.Tag.nondeterministic_seeded in target.tags and not _has_no_dropout(source_of(node))
-    return (
-        not is_random
-        and not schema_of(target).is_mutable
-        and not target.namespace.startswith(("_c10d", "c10d"))
-    )
+    is_other = target.namespace.startswith(("_c10d", "c10d")) and not is_exchange(source_of(node))
+    return not is_random and not schema_of(target).is_mutable and not is_other

@@ -12,7 +12,15 @@ from typing import Any
 import networkx
 from torch import fx
 
-from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, is_cheap, is_view, tensor_of
+from mst_fx.plan.joint_graph import (
+    JointGraph,
+    bytes_of,
+    is_attention,
+    is_cheap,
+    is_exchange,
+    is_view,
+    tensor_of,
+)
 from mst_fx.plan.loops import Loop
 
 _SINK = "sink"
@@ -91,10 +99,11 @@ def layers_of(joint: JointGraph) -> list[Layer]:
         read = [place.get(source, layer_of.get(source, -1)) for source in node.all_input_nodes]
         if max(read, default=-1) >= 0:
             layer_of[node] = max(read)
+    layer_of |= _of_first_reader(joint, layer_of)
     parts: list[list[fx.Node]] = [[] for _ in starts]
-    for node, index in layer_of.items():
-        if node not in place:
-            parts[index].append(node)
+    for node in joint.forward:
+        if node in layer_of and node not in place:
+            parts[layer_of[node]].append(node)
     readers: list[list[tuple[fx.Node, fx.Node]]] = [[] for _ in starts]
     for user, node in joint.read_backward():
         if node in layer_of and node not in place:
@@ -103,6 +112,23 @@ def layers_of(joint: JointGraph) -> list[Layer]:
         Layer(start, tuple(nodes), tuple(read), _kind(start, nodes, read), end=end)
         for start, nodes, read, end in itertools.zip_longest(starts, parts, readers, starts[1:])
     ]
+
+
+def _of_first_reader(joint: JointGraph, layer_of: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """The layers of weights that are gathered from all ranks: those that read them first. (What else is made of inputs alone, all
+    layers read, as RoPE's tables.)"""
+    gathered: set[fx.Node] = set()
+    for node in joint.forward:
+        if node not in layer_of and (is_exchange(node) or not gathered.isdisjoint(node.all_input_nodes)):
+            gathered.add(node)
+    found: dict[fx.Node, int] = {}
+    for node in reversed(joint.forward):
+        if node in gathered:
+            users = [user for user in node.users if user.op != "output" and user not in joint.backward]
+            readers = [found.get(user, layer_of.get(user, -1)) for user in users]
+            if min(readers, default=-1) >= 0:
+                found[node] = min(readers)
+    return found
 
 
 def _kind(start: fx.Node, nodes: Sequence[fx.Node], readers: Sequence[tuple[fx.Node, fx.Node]]) -> str:
@@ -167,10 +193,24 @@ def _results(joint: JointGraph) -> list[fx.Node]:
     return losses or [out for out, _ in made if bytes_of(out)]
 
 
+def _is_part(node: fx.Node) -> bool:
+    """Whether a call only shows a part of a value, or brings together those of all ranks."""
+    return is_view(node) or is_exchange(node)
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a value is an input, a part of one, or one whose parts other ranks have."""
+    while node.op != "placeholder":
+        if not _is_part(node) or len(node.all_input_nodes) != 1:
+            return False
+        (node,) = node.all_input_nodes
+    return True
+
+
 def _first_rows(forward: Sequence[fx.Node], above: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The call that reads inputs alone and from which most bytes are made: the embedding, not a weight's view."""
     calls = [node for node in forward if node in above]
-    entries = [n for n in calls if not is_view(n) and all(i.op == "placeholder" for i in n.all_input_nodes)]
+    entries = [n for n in calls if not _is_part(n) and all(map(_is_given, n.all_input_nodes))]
     best, most = None, 0
     for entry in entries:
         reached, made = {entry}, bytes_of(entry)

@@ -13,7 +13,14 @@ from torch import fx
 
 from mst_fx.plan.choices import Choice
 from mst_fx.plan.groups import groups_of
-from mst_fx.plan.joint_graph import JointGraph, is_attention_backward, is_cheap, source_of, tensor_of
+from mst_fx.plan.joint_graph import (
+    JointGraph,
+    is_attention_backward,
+    is_cheap,
+    is_exchange,
+    source_of,
+    tensor_of,
+)
 from mst_fx.plan.layers import Begin, begins_of
 from mst_fx.plan.order import weights_first
 from mst_fx.plan.transfer import send
@@ -167,17 +174,20 @@ class _Again:
         return self.clones[node]
 
     def _copy(self, node: fx.Node, before: fx.Node) -> fx.Node:
-        operands: Mapping[fx.Node, fx.Node] = {n: self._operand(n) for n in node.all_input_nodes}
+        operands: Mapping[fx.Node, fx.Node] = {n: self._operand(n, node) for n in node.all_input_nodes}
         with self.joint.graph.inserting_before(before):
             new = self.joint.graph.node_copy(node, lambda n: operands[n])
         new.meta = dict(node.meta)
         self.joint.add_backward(new)
         return new
 
-    def _operand(self, node: fx.Node) -> fx.Node:
+    def _operand(self, node: fx.Node, user: fx.Node) -> fx.Node:
         if node in self.clones:
             return self.clones[node]
-        if node is not self.choice.layer.start and node not in self.choice.kept:
+        is_kept = node is self.choice.layer.start or node in self.choice.kept
+        if not is_kept and not is_exchange(
+            user
+        ):  # a weight of which each rank has a part is not gathered before
             return node  # of no layer: a weight, what all layers read
         if node not in self.gates:
             kept = self.there.get(node, node)

@@ -58,10 +58,41 @@ def agree(group: Group, said: str, checksum: Tensor | None = None) -> None:
 
 def texts_of(group: Group, text: str) -> list[str]:
     """What each rank says; all of them have to call it."""
-    texts: list[Any] = [None] * group.ranks
+    return of_ranks(group, text)
+
+
+def of_ranks(group: Group, mine: T) -> list[T]:
+    """What each rank has, in order; all of them have to call it.
+
+    Args:
+        mine: can be pickled.
+    """
+    found: list[Any] = [None] * group.ranks
     with real_tensors():
-        torch.distributed.all_gather_object(texts, text, group=group.process_group)
-    return texts
+        torch.distributed.all_gather_object(found, mine, group=group.process_group)
+    return found
+
+
+def decided(group: Group, function: Callable[[], T]) -> T:
+    """What a function gives on the first rank, on all of them; the others do not run it.
+
+    Args:
+        function: its result, and what it raises, can be pickled.
+
+    Raises:
+        Exception: on all ranks, what it raised.
+    """
+    found: list[Any] = [None, None]
+    if group.me == 0:
+        try:
+            found[0] = function()
+        except Exception as error:
+            found[1] = error
+    with real_tensors():
+        torch.distributed.broadcast_object_list(found, group=group.process_group, group_src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]  # type: ignore[no-any-return]
 
 
 def tried(group: Group, function: Callable[[], T], said: Callable[[T], str]) -> tuple[T, list[str]]:

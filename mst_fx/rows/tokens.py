@@ -105,6 +105,8 @@ class TokenTracer(RowTracer):
         known: list[Label] = [label for label in found if isinstance(label, Row)]
         if func in _VIEWS and known:
             return [self._viewed(Call(self, func, args, kwargs, out))]
+        if func is torch.ops.mst_fx.experts_loop.default:
+            return [_of_experts(Call(self, func, args, kwargs, out))]
         if func is aten.embedding.default and found[0] is None and known:
             return [known[0]]
         if func is aten.index_select.default and found == [None, Row(0)]:
@@ -134,6 +136,16 @@ class TokenTracer(RowTracer):
             return label
         places = [dim for dim, size in enumerate(out.shape) if self.is_rows(size)]
         return Row(places[0]) if len(places) == 1 else label
+
+
+def _of_experts(call: Call) -> Label:
+    """Of ``mst_fx.experts_loop(rows, slots, keys, …)``: what a row gets depends on that row and on its own slots (:mod:`mst_fx.rows.slots`)."""
+    rows, slots, key, *_ = call.args
+    for tensor in (*rows, *slots, key):
+        # Not [N·k], whose rows would be taken for those of k sequences.
+        if call.label(tensor) != Row(0) or expression(tensor.shape[0]) != expression(rows[0].shape[0]):
+            raise call.refusal("has rows, slots or keys that do not lie by tokens")
+    return Row(0)
 
 
 class Prover:

@@ -93,7 +93,7 @@ def test_runs(name: str, ran: Path) -> None:
     assert any("mlp" in line for line in said), stderr[-2000:]
     if not name.startswith("trl"):  # which has its own tiled head
         assert any("1 vocab" in line for line in said), stderr[-2000:]
-    if name == "fsdp2":
+    if name in ("fsdp2", "simple_fsdp"):
         assert any("attention" in line for line in said), stderr[-2000:]
     assert "refused vocab" not in stderr
     assert "loss" in stdout
