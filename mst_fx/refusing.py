@@ -9,6 +9,7 @@ from torch import fx
 
 from mst_fx.chunk_rows import ChunkSize, mlp_chunk_size, vocab_chunk_size
 from mst_fx.context import PassContext
+from mst_fx.declared import is_declared
 from mst_fx.errors import Cause
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.names import common_path, module_path, target_name
@@ -111,7 +112,17 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
             continue  # experts' products are refused as such
         fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
         out = tensor_value(node)
-        if state.rowwise or not state.holds_rows or out is None or not fakes or fakes[0] is None:
+        if state.rowwise or out is None or not fakes or fakes[0] is None:
+            continue
+        # A declared one may have been found to change the number of rows.
+        if not (
+            state.holds_rows
+            or (
+                is_declared(node.target)
+                and state.cause is Cause.UNPROVED
+                and analysis.states[node.all_input_nodes[0]].holds_rows
+            )
+        ):
             continue
         if out.ndim == fakes[0].ndim and hint(out.shape[-1]) > hint(fakes[0].shape[-1]):
             name = module_path(node) or node.name

@@ -158,6 +158,19 @@ def forecast(subject: Subject, setting: Setting, lengths: Sequence[int] = ()) ->
     return _Forecaster(subject, setting).run(lengths)
 
 
+def forecasts(subject: Subject, settings: Sequence[Setting]) -> list[Forecast]:
+    """:func:`forecast` for several settings, such as sizes of devices, which share what is traced of the model.
+
+    Raises:
+        CannotTell: if the model is of a form that is not understood.
+    """
+    of_settings = [_Forecaster(subject, setting) for setting in settings]
+    shared: dict[bool, _Forecaster] = {}
+    for each in of_settings:
+        each.share(shared.setdefault(each.host > 0, each))
+    return [each.run(()) for each in of_settings]
+
+
 class _Forecaster:
     def __init__(self, subject: Subject, setting: Setting) -> None:
         self.subject, self.setting = subject, setting
@@ -178,6 +191,10 @@ class _Forecaster:
         self.asked: frozenset[int] = frozenset()
         self._steps: dict[int, TracedStep] = {}
         self._eager_steps: dict[tuple[str, int], EagerStep] = {}
+
+    def share(self, other: _Forecaster) -> None:
+        """Takes what another one traces, of the same subject; it depends on nothing else but whether there is memory of a host."""
+        self._steps, self._eager_steps = other._steps, other._eager_steps
 
     def run(self, lengths: Sequence[int]) -> Forecast:
         self.asked = frozenset(lengths)

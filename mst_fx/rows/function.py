@@ -195,7 +195,7 @@ class _Proof:
 
     def trace(self, gm: fx.GraphModule, name: str, given: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
         """The ATen graph of ``(n, *tensors of given)``, and what it gives: a :class:`_Kind` for each tensor."""
-        tracer = (GradientTracer if name == "backward" else RowTracer)(self.folder.n)
+        tracer = (GradientTracer if name == "backward" else RowTracer)(self.folder.n, takes_declared=True)
         kinds = [each for each in given if isinstance(each, _Kind)]
         structure: list[Any] = []
 
