@@ -133,9 +133,10 @@ def refuse_functions(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes ``torch.autograd.Function``s that widen rows themselves, and are not proved."""
     for node in filter(is_function, analysis.graph.nodes):
         state, operands = analysis.states[node], [n for n in node.all_input_nodes if tensors_of(n)]
-        if state.rowwise or not operands or not analysis.states[operands[0]].holds_rows:
+        of_rows = [n for n in operands if analysis.states[n].holds_rows]
+        if state.rowwise or not of_rows:
             continue
-        source, out = tensors_of(operands[0])[0], tensors_of(node)[0]
+        source, out = tensors_of(of_rows[0])[0], tensors_of(node)[0]
         if out.ndim == source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
             context.refuse("mlp", module_path(node) or node.name, f"{node.name} {state.reason}", state.cause)
 

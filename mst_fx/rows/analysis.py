@@ -236,7 +236,8 @@ class RowAnalysis:
                 message = [*str(error).strip().splitlines(), repr(error)][0]
                 raise Refusal(f"does not run on folded rows: {message}") from None
         summed = self._check_fold(node, folded, tracer)
-        for each in tracer.declared if self.contexts[node].grad else ():
+        # What lies in a Function has no gradient of its own, but that of the Function, which is proved.
+        for each in tracer.declared if self.contexts[node].grad and formula is None else ():
             prove_gradient(each, Folder(self.rows, self._avoid), *_get_gradients(roles))
         return State(
             rowwise=True, holds_rows=not summed, summed=summed, matmuls=tracer.matmuls, formula=formula

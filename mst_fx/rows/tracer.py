@@ -17,7 +17,7 @@ from mst_fx.rows.rules import CONSTANT_FILLS, OF_SUMS, RULES
 from mst_fx.rows.rules_of_declared import declared
 from mst_fx.rows.rules_of_picks import nll_loss_parts
 from mst_fx.torch_api.modes import TorchDispatchMode
-from mst_fx.torch_api.ops import schema_of
+from mst_fx.torch_api.ops import OpOverload, schema_of
 
 aten = torch.ops.aten
 
@@ -106,7 +106,7 @@ class RowTracer(TorchDispatchMode):
                 raise Refusal(f"{func} was declared row-wise, which does for MLPs and heads alone")
             rule = functools.partial(declared, said)
         if rule is None:
-            raise Refusal(f"{func} has no row-wise rule{_way_out(func)}")
+            raise Refusal(f"{func} has no row-wise rule{way_out(func)}")
         call = Call(self, func, args, kwargs, out)
         labels = rule(call)
         if not isinstance(labels, list):
@@ -164,13 +164,11 @@ class SlotTracer(RowTracer):
         return super()._apply_rule(func, args, kwargs, out)
 
 
-def _way_out(func: Any) -> str:
-    is_of_torch = func.namespace in ("aten", "prims", "prim", "mst_fx")
-    return (
-        ""
-        if is_of_torch
-        else "; if each row of its result needs the same row alone, mst_fx.declare_row_wise says so"
-    )
+def way_out(target: Any) -> str:
+    """What to say of an operator of a library, of which nothing is known."""
+    if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims", "prim", "mst_fx"):
+        return ""
+    return "; if each row of its result needs the same row alone, mst_fx.declare_row_wise says so"
 
 
 _CONTRACTIONS: dict[Any, list[Label]] = {
