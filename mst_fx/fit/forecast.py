@@ -223,12 +223,11 @@ class _Forecaster:
     def _longest(self, way: str, start: int) -> int:
         if self._at_most(LEAST, 0) > self.setting.memory:
             return 0
-        known = (
-            list(self._steps)
-            if way in (MST, MST_PLANNED)
-            else [n for of, n in self._eager_steps if of == way]
-        )
-        starts = known if len(known) > 1 else [start, 2 * start]  # what was traced costs nothing
+        # What was traced costs nothing. A length that does not fit, tried for another way or device, would end the search on a line.
+        is_mst = way in (MST, MST_PLANNED)
+        known = list(self._steps) if is_mst else [seq for of, seq in self._eager_steps if of == way]
+        fitting = [seq for seq in known if self._peak(way, seq) <= self.setting.memory]
+        starts = fitting if len(fitting) > 1 else [start, 2 * start]
         found = longest_below(lambda seq: self._peak(way, seq), self.setting.memory, starts)
         # A plan is one of several that are looked at, and the very last that fits need not be among them.
         for share in _SHRINKS if way == MST_PLANNED else ():
