@@ -22,11 +22,11 @@ class Declaration:
     """What was said of an operator.
 
     Attributes:
-        rows: the arguments that hold rows.
+        row_args: the arguments that hold rows.
         sums: the results, by their position, that are sums over rows.
     """
 
-    rows: tuple[str, ...]
+    row_args: tuple[str, ...]
     sums: tuple[int, ...]
 
 
@@ -45,8 +45,8 @@ class Declarations(State):
         if self._known.setdefault(operator, said) != said:
             known = self._known[operator]
             raise ValueError(
-                f"{operator} was declared before, with rows={known.rows} and sums={known.sums}, "
-                f"and now with rows={said.rows} and sums={said.sums}"
+                f"{operator} was declared before, with row_args={known.row_args} and sums={known.sums}, "
+                f"and now with row_args={said.row_args} and sums={said.sums}"
             )
 
     def of(self, operator: Any) -> Declaration | None:
@@ -59,16 +59,16 @@ class Declarations(State):
 DECLARED = Declarations()
 
 
-def declare_row_wise(op: Any, rows: str | Sequence[str], *, sums: int | Sequence[int] = ()) -> None:
+def declare_row_wise(op: Any, row_args: str | Sequence[str], *, sums: int | Sequence[int] = ()) -> None:
     """Says of an operator of a library that it works on each row alone, so that mst-fx may run it on chunks of rows.
 
     For operators that nobody can look into, such as a linear with packed 4-bit weights. To be called before the model is compiled::
 
-        mst_fx.declare_row_wise(torch.ops.lib.linear4bit, rows="x")    # linear4bit(x, packed, absmax) -> Tensor
+        mst_fx.declare_row_wise(torch.ops.lib.linear4bit, row_args="x")    # linear4bit(x, packed, absmax) -> Tensor
 
     What is said by it:
 
-    - The arguments in ``rows`` have rows in all dimensions but the last (the first of them: ``[*, features]``; others ``[*]`` or
+    - The arguments in ``row_args`` have rows in all dimensions but the last (the first of them: ``[*, features]``; others ``[*]`` or
       ``[*, features]``), and so have the results. ``*`` may be of any sizes: ``[B, S, H]`` may come as ``[1, chunk, H]``.
     - Row i of each result depends on row i of these arguments, and on the other arguments, which all rows share; not on other rows, nor
       on how many there are. Nothing is drawn at random, and nothing else is done.
@@ -76,13 +76,13 @@ def declare_row_wise(op: Any, rows: str | Sequence[str], *, sums: int | Sequence
     Of the gradient nothing is said: the operator's registered backward is run, and proved row-wise operator by operator. If it calls
     an operator of the library, that one is declared, too::
 
-        mst_fx.declare_row_wise(torch.ops.lib.linear4bit_backward, rows="grad")
+        mst_fx.declare_row_wise(torch.ops.lib.linear4bit_backward, row_args="grad")
 
     A wrong word gives wrong numbers, silently. :func:`mst_fx.check_row_wise` tries an operator on tensors of yours.
 
     Args:
         op: what ``torch.library.custom_op`` made, or ``torch.ops.lib.name`` (with an overload where there are several).
-        rows: the name of the argument that holds rows, or the names; none, for an operator that is given no rows (one that unpacks a
+        row_args: the name of the argument that holds rows, or the names; none, for an operator that is given no rows (one that unpacks a
             weight, inside of a ``torch.autograd.Function``): then it is said that it does nothing but to give its value.
         sums: positions of results that are no rows but sums over all of them, as a bias's gradient is.
 
@@ -98,7 +98,7 @@ def declare_row_wise(op: Any, rows: str | Sequence[str], *, sums: int | Sequence
         )
     schema = schema_of(operator)
     said = Declaration(
-        rows=(rows,) if isinstance(rows, str) else tuple(rows),
+        row_args=(row_args,) if isinstance(row_args, str) else tuple(row_args),
         sums=(sums,) if isinstance(sums, int) else tuple(sums),
     )
     if operator.namespace == "mst_fx" or torch.Tag.pointwise in operator.tags:
@@ -110,7 +110,7 @@ def declare_row_wise(op: Any, rows: str | Sequence[str], *, sums: int | Sequence
     if torch.Tag.nondeterministic_seeded in operator.tags:
         raise ValueError(f"{operator} draws random numbers, and cannot run in chunks")
     names = [x.name for x in schema.arguments if "Tensor" in str(x.type)]
-    for name in said.rows:
+    for name in said.row_args:
         if name not in names:
             hint = did_you_mean(name, names) or f"; it has {', '.join(names)}"
             raise ValueError(f"{operator} has no argument {name!r} that is a tensor{hint}")

@@ -33,7 +33,7 @@ def check_row_wise(op: Any, *args: Any, **kwargs: Any) -> None:
     said = DECLARED.of(operator)
     if said is None:
         raise ValueError(f"{op} was not declared: mst_fx.declare_row_wise says which arguments hold its rows")
-    if not said.rows:
+    if not said.row_args:
         raise ValueError(f"{operator} was declared to be given no rows: there is nothing to try")
     names = [x.name for x in schema_of(operator).arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -45,57 +45,61 @@ def check_row_wise(op: Any, *args: Any, **kwargs: Any) -> None:
 class _Trial:
     def __init__(self, operator: Any, said: Declaration, given: dict[str, Any]) -> None:
         self.operator, self.said, self.given = operator, said, given
-        first = given[said.rows[0]]
+        first = given[said.row_args[0]]
         self.lead = first.ndim - 1
         self.count = first.shape[: self.lead].numel()
         if self.count < 4:
             raise ValueError(f"{operator} is tried on at least 4 rows, not {self.count}")
         # [1, ..., rows, features], as loops give them
-        self.rows = {name: self._flat(given[name]) for name in said.rows if isinstance(given[name], Tensor)}
+        self.operands = {
+            name: self._flat(given[name]) for name in said.row_args if isinstance(given[name], Tensor)
+        }
         self.tangents: list[Tensor] | None = None
-        self.whole = self._run(self.rows)
+        self.whole = self._run(self.operands)
 
     def _flat(self, x: Tensor) -> Tensor:
         return x.detach().reshape(*[1] * (self.lead - 1), self.count, *x.shape[self.lead :])
 
-    def _run(self, rows: dict[str, Tensor], at: slice = slice(None)) -> dict[str, tuple[bool, Tensor]]:
+    def _run(self, operands: dict[str, Tensor], at: slice = slice(None)) -> dict[str, tuple[bool, Tensor]]:
         """Results and gradients by what they are, each with whether it holds rows.
 
         Args:
+            operands: those that hold rows.
             at: which rows of the tangents these are.
         """
-        given, leaves = dict(self.given), {}
-        for name, x in self.given.items():
-            if not isinstance(x, Tensor):
-                continue
-            given[name] = rows[name] if name in rows else x.detach()
-            if x.requires_grad and x.is_floating_point():
-                given[name] = leaves[name] = given[name].clone().requires_grad_()
+        given, leaves = self._arguments(operands)
         outs = [x for x in tree_leaves(self.operator(**given)) if isinstance(x, Tensor)]
-        found = {f"result {i}": (i not in self.said.sums, x.detach()) for i, x in enumerate(outs)}
-        first = rows[self.said.rows[0]].shape
+        holds = [position not in self.said.sums for position in range(len(outs))]
+        found = {f"result {i}": (h, x.detach()) for i, (h, x) in enumerate(zip(holds, outs, strict=True))}
+        first = operands[self.said.row_args[0]].shape
         for name, (is_rows, x) in found.items():
             if is_rows and x.shape[: self.lead] != first[: self.lead]:
                 raise ValueError(
                     f"{self.operator} is not row-wise: {name} is {tuple(x.shape)} for {tuple(first)}"
                 )
-        wanted = [x for x in outs if x.requires_grad]
+        wanted = [(h, x) for h, x in zip(holds, outs, strict=True) if x.requires_grad]
         if not leaves or not wanted:
             return found
         if self.tangents is None:
-            generator = torch.Generator(wanted[0].device).manual_seed(0)
-            self.tangents = [
-                torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in wanted
-            ]
-        holds = [i not in self.said.sums for i, x in enumerate(outs) if x.requires_grad]
-        tangents = [
-            self._at(x, at) if is_rows else x for x, is_rows in zip(self.tangents, holds, strict=True)
-        ]
-        grads = torch.autograd.grad(wanted, list(leaves.values()), tangents, allow_unused=True)
+            self.tangents = [_random_like(x) for _, x in wanted]
+        tangents = [self._at(x, at) if h else x for (h, _), x in zip(wanted, self.tangents, strict=True)]
+        grads = torch.autograd.grad(
+            [x for _, x in wanted], list(leaves.values()), tangents, allow_unused=True
+        )
         for name, grad in zip(leaves, grads, strict=True):
             if grad is not None:
-                found[f"the gradient of {name}"] = (name in self.said.rows, grad)
+                found[f"the gradient of {name}"] = (name in self.said.row_args, grad)
         return found
+
+    def _arguments(self, operands: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the operator is given, and those of it that get gradients."""
+        given, leaves = dict(self.given), {}
+        for name, x in self.given.items():
+            if isinstance(x, Tensor):
+                given[name] = operands[name] if name in operands else x.detach()
+                if x.requires_grad and x.is_floating_point():
+                    given[name] = leaves[name] = given[name].clone().requires_grad_()
+        return given, leaves
 
     def _at(self, x: Tensor, at: slice) -> Tensor:
         return x[(slice(None),) * (self.lead - 1) + (at,)]
@@ -106,7 +110,7 @@ class _Trial:
             name: torch.cat(
                 [self._at(x, slice(half)), self._changed(self._at(x, slice(half, None)))], self.lead - 1
             )
-            for name, x in self.rows.items()
+            for name, x in self.operands.items()
         }
         found = self._run(changed)
         for name, (is_rows, x) in self.whole.items():
@@ -124,7 +128,7 @@ class _Trial:
     def chunks_are_alike(self) -> None:
         third = max(1, self.count // 3)
         parts = [
-            self._run({name: self._at(x, at) for name, x in self.rows.items()}, at)
+            self._run({name: self._at(x, at) for name, x in self.operands.items()}, at)
             for at in (slice(third), slice(third, None))
         ]
         for name, (is_rows, x) in self.whole.items():
@@ -136,6 +140,11 @@ class _Trial:
                 )
             if _differ(x, joined):
                 raise ValueError(f"{self.operator} is not row-wise: {name} is something else in chunks")
+
+
+def _random_like(x: Tensor) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(0)
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
 def _differ(x: Tensor, y: Tensor) -> bool:

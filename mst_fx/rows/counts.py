@@ -50,9 +50,9 @@ def _declared_rows(node: fx.Node) -> Any:
     """The rows that a declared operator is given."""
     operator = operator_of(node.target) if node.op == "call_function" else None
     said = DECLARED.of(operator)
-    if said is None or not said.rows:
+    if said is None or not said.row_args:
         return None
     names = [x.name for x in schema_of(operator).arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(said.rows[0])
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(said.row_args[0])
     operand = tensor_value(given) if isinstance(given, fx.Node) else None
     return None if operand is None or operand.ndim < 2 else product(operand.shape[:-1])

@@ -14,20 +14,10 @@ from mst_fx.torch_api.ops import schema_of
 
 def declared(said: Declaration, call: Call) -> list[Label]:
     """All dimensions but the last of the first row argument lead, ``*``; others, and the results, begin with them."""
-    names = [x.name for x in schema_of(call.func).arguments]
-    given = {name: call.arg(index, name) for index, name in enumerate(names)}
-    of_rows = [x for name in said.rows if isinstance(x := given[name], torch.Tensor)]
-    shared = tensors([x for name, x in given.items() if name not in said.rows])
-    if any(call.label(x) is not None for x in shared):
-        raise call.refusal(f"is given rows in an argument that was not declared ({_names(said)})")
-    dims = {call.row_dim(x) for x in of_rows}
-    if len(dims) != 1 or None in dims:
-        raise call.refusal(
-            f"was declared row-wise, and is given no rows, or others, in one of {_names(said)}"
-        )
-    (dim,) = dims
-    assert dim is not None
-    lead = tuple(of_rows[0].shape[:-1])
+    of_rows, shared = _operands(said, call)
+    dim = _row_dim(said, call, of_rows, shared)
+    first = of_rows[0]
+    lead = tuple(first.shape[:-1])
     if dim >= len(lead):
         raise call.refusal(
             "was declared row-wise, and is given rows in the last dimension, which is one row's"
@@ -35,24 +25,46 @@ def declared(said: Declaration, call: Call) -> list[Label]:
     for x in of_rows:
         if not (_begins(x, lead) and x.ndim <= len(lead) + 1):
             raise call.refusal(
-                f"was declared row-wise, and is given {tuple(x.shape)} beside {tuple(of_rows[0].shape)}"
+                f"was declared row-wise, and is given {tuple(x.shape)} beside {tuple(first.shape)}"
             )
-    outs = tensors(call.out)
-    for position, out in enumerate(outs):
+    labels: list[Label] = []
+    for position, out in enumerate(tensors(call.out)):
         is_sum = position in said.sums
         if is_sum and any(map(call.tracer.is_rows, out.shape)):
             raise call.refusal(f"was declared to give a sum over rows, and gives {tuple(out.shape)}")
         if not is_sum and not _begins(out, lead):
             raise call.refusal(
-                f"was declared row-wise, and gives {tuple(out.shape)} for {tuple(of_rows[0].shape)}"
+                f"was declared row-wise, and gives {tuple(out.shape)} for {tuple(first.shape)}"
             )
-    _note_product(call, of_rows[0], shared, [x for i, x in enumerate(outs) if i not in said.sums], dim)
+        labels.append(SUMMED if is_sum else Row(dim))
+    _note_product(
+        call,
+        first,
+        shared,
+        [x for x, label in zip(tensors(call.out), labels, strict=True) if label is not SUMMED],
+        dim,
+    )
     call.tracer.declared.append(call)
-    return [SUMMED if position in said.sums else Row(dim) for position in range(len(outs))]
+    return labels
 
 
-def _names(said: Declaration) -> str:
-    return ", ".join(said.rows) or "none"
+def _operands(said: Declaration, call: Call) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tensors that were declared to hold rows, and all others."""
+    names = [x.name for x in schema_of(call.func).arguments]
+    given = {name: call.arg(index, name) for index, name in enumerate(names)}
+    of_rows = [x for name in said.row_args if isinstance(x := given[name], torch.Tensor)]
+    return of_rows, tensors([x for name, x in given.items() if name not in said.row_args])
+
+
+def _row_dim(said: Declaration, call: Call, of_rows: list[torch.Tensor], shared: list[torch.Tensor]) -> int:
+    names = ", ".join(said.row_args) or "none"
+    if any(call.label(x) is not None for x in shared):
+        raise call.refusal(f"is given rows in an argument that was not declared to hold some ({names})")
+    dims = {call.row_dim(x) for x in of_rows}
+    dim = dims.pop() if len(dims) == 1 else None
+    if dim is None:
+        raise call.refusal(f"was declared row-wise, and is given no rows, or others, in one of {names}")
+    return dim
 
 
 def _begins(x: torch.Tensor, lead: tuple[Any, ...]) -> bool:

@@ -118,8 +118,8 @@ def _report(model: nn.Module, x: Tensor) -> mst_fx.Diagnosis:
 
 
 def _declare_both() -> None:
-    mst_fx.declare_row_wise(torch.ops.test_declared.linear4bit, rows="x")
-    mst_fx.declare_row_wise(_linear4bit_backward, rows="grad")
+    mst_fx.declare_row_wise(torch.ops.test_declared.linear4bit, row_args="x")
+    mst_fx.declare_row_wise(_linear4bit_backward, row_args="grad")
 
 
 @pytest.mark.parametrize("lead", [(3, 35), (70,)])
@@ -171,7 +171,7 @@ def test_not_declared() -> None:
 
 def test_only_forward_declared() -> None:
     """The backward is proved, not trusted: its operator has to be declared, too."""
-    mst_fx.declare_row_wise(_linear4bit, rows="x")
+    mst_fx.declare_row_wise(_linear4bit, row_args="x")
     report = _report(_MLP().double(), _rows(3, 35))
     assert not report.rewrites
     assert all(
@@ -183,7 +183,7 @@ def test_only_forward_declared() -> None:
 
 def test_no_gradient_needs_no_proof() -> None:
     """In inference the forward operator is all that is run."""
-    mst_fx.declare_row_wise(_linear4bit, rows="x")
+    mst_fx.declare_row_wise(_linear4bit, row_args="x")
     model, x = _MLP().double().requires_grad_(False), _rows(3, 35).detach()
     with mst_fx.watch() as report, torch.no_grad():
         found = compile_mst(model, _OPTIONS)(x)
@@ -241,7 +241,7 @@ def _of_trained(monkeypatch: pytest.MonkeyPatch, backward: _Backward) -> mst_fx.
     """A step's report; the numbers are eager's, whose backward is the same."""
     monkeypatch.setitem(_BACKWARD, "", backward)
     torch.manual_seed(0)
-    mst_fx.declare_row_wise(_product, rows="x")
+    mst_fx.declare_row_wise(_product, row_args="x")
     # Of another width each time: what was compiled with another backward is another body's.
     model, x = _Trained(_WIDE + 8 * _BACKWARDS.index(backward)), _rows(2, 40)
     with mst_fx.watch() as report:
@@ -328,7 +328,7 @@ def _(x: Tensor, w: Tensor) -> Tensor:
 
 
 def test_result_of_another_shape() -> None:
-    mst_fx.declare_row_wise(_doubled, rows="x")
+    mst_fx.declare_row_wise(_doubled, row_args="x")
     w = torch.randn(_WIDE, _HIDDEN, dtype=torch.float64)
     with mst_fx.watch() as report, torch.no_grad():
         compile_mst(lambda x: _doubled(x, w)[: x.shape[0]] @ w, _OPTIONS)(_rows(70))
@@ -338,7 +338,7 @@ def test_result_of_another_shape() -> None:
 
 def test_rows_in_another_argument() -> None:
     """Rows that reach an argument of which it was not said."""
-    mst_fx.declare_row_wise(_product, rows="x")
+    mst_fx.declare_row_wise(_product, row_args="x")
     w = torch.randn(_WIDE, _HIDDEN, dtype=torch.float64)
     with mst_fx.watch() as report, torch.no_grad():
         compile_mst(lambda x: _product(w, x).t() @ w, _OPTIONS)(_rows(70))
@@ -363,7 +363,7 @@ class _Head(nn.Module):
 def test_head(backward: _Backward, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward that somebody wrote need not be linear in the tangent: it is run with the one that comes."""
     monkeypatch.setitem(_BACKWARD, "", backward)
-    mst_fx.declare_row_wise(_product, rows="x")
+    mst_fx.declare_row_wise(_product, row_args="x")
     words = _WIDE if backward is _clipped else 2 * _WIDE  # another body
     model, x = _Head(words), _rows(2, 40)
     labels = torch.randint(0, _WIDE, (2, 40))
@@ -427,8 +427,8 @@ class _Scaled(nn.Module):
 
 @pytest.mark.parametrize("sums", [1, ()])
 def test_backward_that_gives_sums(sums: Any) -> None:
-    mst_fx.declare_row_wise(_scaled, rows="x")
-    mst_fx.declare_row_wise(_scaled_backward, rows=("grad", "x"), sums=sums)
+    mst_fx.declare_row_wise(_scaled, row_args="x")
+    mst_fx.declare_row_wise(_scaled_backward, row_args=("grad", "x"), sums=sums)
     model, x = _Scaled(), _rows(2, 40)
     with mst_fx.watch() as report:
         found = _step(compile_mst(model, _OPTIONS), x, model)
@@ -486,7 +486,7 @@ def test_unpacks_inside_of_a_function(
 
     monkeypatch.setattr(_Linear4bit, "forward", forward)
     if is_said:
-        mst_fx.declare_row_wise(_unpack, rows=())
+        mst_fx.declare_row_wise(_unpack, row_args=())
     model, x = _MLP().double(), _rows(3, 35)
     with mst_fx.watch() as report:
         found = _step(compile_mst(model, _OPTIONS), x, model)
@@ -524,16 +524,16 @@ def test_what_cannot_be_declared(op: Any, rows: str, more: dict[str, Any], said:
 
 def test_declared_twice() -> None:
     mst_fx.declare_row_wise(_product, "x")
-    mst_fx.declare_row_wise(_product, rows=["x"])  # says the same
-    with pytest.raises(ValueError, match="was declared before, with rows="):
-        mst_fx.declare_row_wise(_product, rows=("x", "w"))
+    mst_fx.declare_row_wise(_product, row_args=["x"])  # says the same
+    with pytest.raises(ValueError, match="was declared before, with row_args="):
+        mst_fx.declare_row_wise(_product, row_args=("x", "w"))
 
 
 def test_check() -> None:
     _declare_both()
-    mst_fx.declare_row_wise(_product, rows="x")
-    mst_fx.declare_row_wise(_scaled, rows="x")
-    mst_fx.declare_row_wise(_scaled_backward, rows=("grad", "x"), sums=1)
+    mst_fx.declare_row_wise(_product, row_args="x")
+    mst_fx.declare_row_wise(_scaled, row_args="x")
+    mst_fx.declare_row_wise(_scaled_backward, row_args=("grad", "x"), sums=1)
     model, x, scaled = _Linear4bit(_HIDDEN, _WIDE), _rows(2, 9).detach(), _Scaled()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         rows = x.to(dtype).requires_grad_()
@@ -549,7 +549,7 @@ def test_check_finds() -> None:
     with pytest.raises(ValueError, match="was not declared"):
         mst_fx.check_row_wise(_mixed, x, w)
     for op in (_mixed, _doubled, _product):
-        mst_fx.declare_row_wise(op, rows="x")
+        mst_fx.declare_row_wise(op, row_args="x")
     with pytest.raises(ValueError, match="result 0 of some rows changes with other rows"):
         mst_fx.check_row_wise(_mixed, x, w)
     with pytest.raises(ValueError, match=re.escape("result 0 is (18, 64) for (9, 16)")):

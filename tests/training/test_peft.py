@@ -248,7 +248,7 @@ def test_qlora_with_a_declared_operator() -> None:
 
     Gradients are those of the same model with its weights unpacked in plain sight.
     """
-    mst_fx.declare_row_wise(torch.ops.test_peft.quantised_linear, rows="x")
+    mst_fx.declare_row_wise(torch.ops.test_peft.quantised_linear, row_args="x")
     try:
         adapted = _adapted({"num_hidden_layers": 2}, target_modules=_MLP).double()
         plain = copy.deepcopy(adapted)
