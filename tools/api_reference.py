@@ -65,7 +65,8 @@ def _entry(name: str) -> str:
 def _signature(function: Any) -> str:
     """The parameters and the result as the source has them, without ``self``."""
     signature = inspect.signature(function)
-    parts, stars = [], {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parts: list[str] = []
     for parameter in (p for p in signature.parameters.values() if p.name != "self"):
         if parameter.kind is parameter.KEYWORD_ONLY and not any(part.startswith("*") for part in parts):
             parts.append("*")

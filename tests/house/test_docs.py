@@ -87,13 +87,22 @@ def test_numbers_are_those_of_the_benchmarks(page: Path) -> None:
             said = re.sub(_VERSIONS, "", " ".join(row))
             assert not re.search(r"\d\.\d", said), f"a number without a benchmark: {row}"
             continue
-        numbers = re.findall(r"\d[\d,]*\.\d+", " ".join(row[:-1]))
+        said = " ".join(row[:-1])
+        numbers = re.findall(r"\d[\d,]*\.\d+", said) or re.findall(r"\d{1,3}(?:,\d{3})+", said)
         measured = (page.parent / links[0]).read_text().splitlines()
         assert numbers
         for number in numbers:
             assert any(re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", line) for line in measured), (
                 number
             )
+
+
+def test_the_table_by_memory_is_the_benchmarks() -> None:
+    measured = (ROOT / "benchmarks" / "fit-cards.md").read_text()
+    lines = [line for line in (DOCS / "fit.md").read_text().splitlines() if "[fit-cards]" in line]
+    assert len(lines) == 3 * 2 * 3
+    for line in lines:
+        assert line.rpartition(" [fit-cards]")[0] in measured, line
 
 
 def test_commands_can_be_given() -> None:
