@@ -52,6 +52,9 @@ class Declarations(State):
     def of(self, operator: Any) -> Declaration | None:
         return self._known.get(operator)
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def reset(self) -> None:
         self._known.clear()
 

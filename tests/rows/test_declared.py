@@ -307,6 +307,24 @@ def test_gradients_of_other_rows(backward: _Backward, monkeypatch: pytest.Monkey
     assert any("gradient of test_declared.product.default" in r.reason for r in report.refusals)
 
 
+def test_equal_nodes_with_gradients_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of one is not taken for the other: only one of them has a gradient, which is wrong by row."""
+    monkeypatch.setitem(_BACKWARD, "", _scaled_by_largest)
+    mst_fx.declare_row_wise(_product, row_args="x")
+    up, down = torch.randn(48, _HIDDEN, dtype=torch.float64), torch.randn(_HIDDEN, 48, dtype=torch.float64)
+
+    def twice(x: Tensor) -> Tensor:
+        for each in (x.detach(), x):
+            x = x + _product(F.silu(_product(each, up)), down)
+        return x
+
+    x = _rows(2, 40)
+    with mst_fx.watch() as report:
+        found = _step(compile_mst(twice, _OPTIONS), x, nn.Module())
+    assert kinds(report) == {"mlp": 1} and report.refusals
+    assert max(map(relative_error, found, _step(twice, x, nn.Module()))) < 1e-10
+
+
 @torch.library.custom_op("test_declared::doubled", mutates_args=())
 def _doubled(x: Tensor, w: Tensor) -> Tensor:
     return torch.cat([x @ w.t(), x @ w.t()])
