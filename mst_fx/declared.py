@@ -65,7 +65,8 @@ DECLARED = Declarations()
 def declare_row_wise(op: Any, row_args: str | Sequence[str], *, sums: int | Sequence[int] = ()) -> None:
     """Says of an operator of a library that it works on each row alone, so that mst-fx may run it on chunks of rows.
 
-    For operators that nobody can look into, such as a linear with packed 4-bit weights. To be called before the model is compiled::
+    For operators that nobody can look into, such as a linear with packed 4-bit weights. To be called before the model is compiled: what was compiled
+    before stays as it is, until ``torch.compiler.reset()``::
 
         mst_fx.declare_row_wise(torch.ops.lib.linear4bit, row_args="x")    # linear4bit(x, packed, absmax) -> Tensor
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 import mst_fx
 from mst_fx.declared import DECLARED
+from mst_fx.errors import Refusal
+from mst_fx.rows.labels import Row
+from mst_fx.rows.tracer import RowTracer
+from mst_fx.torch_api.modes import enable_python_dispatcher
+from mst_fx.torch_api.symbolic_rows import symbolic_rows
 from tests.helpers import compile_mst, kinds, relative_error
+from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 _OPTIONS = {"inner": "eager", "chunk_rows": 16}
 _HIDDEN, _WIDE = 16, 64
@@ -74,10 +80,10 @@ class _Linear4bit(nn.Module):
 
 
 class _MLP(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = _HIDDEN, wide: int = _WIDE) -> None:
         super().__init__()
-        self.gate, self.up = _Linear4bit(_HIDDEN, _WIDE), _Linear4bit(_HIDDEN, _WIDE)
-        self.down = _Linear4bit(_WIDE, _HIDDEN)
+        self.gate, self.up = _Linear4bit(hidden, wide), _Linear4bit(hidden, wide)
+        self.down = _Linear4bit(wide, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
@@ -513,6 +519,46 @@ def test_unpacks_inside_of_a_function(
     assert max(map(relative_error, found, _step(model, x, model))) < 1e-10
     assert kinds(report) == ({"mlp": 1} if is_said and not is_viewed else {})
     assert all("writes in place" in r.reason for r in report.refusals) or not is_viewed
+
+
+def test_only_where_gradients_are_seen_to() -> None:
+    """Experts and tokens that are cut among ranks are traced without the proof of its gradient."""
+    mst_fx.declare_row_wise(_product, row_args="x")
+    mode, n = symbolic_rows(())
+    tracer = RowTracer(n)
+    with torch.no_grad(), enable_python_dispatcher(), mode:
+        x, w = torch.empty(n, _HIDDEN), torch.empty(_WIDE, _HIDDEN)
+        tracer.set_label(x, Row(0))
+        with tracer, pytest.raises(Refusal, match="does for MLPs and heads alone"):
+            _product(x, w)
+
+
+def _peaks(hidden: int, wide: int, rows: int) -> list[int]:
+    """Bytes at the peak of a warm step, above what was there: of an operator that was not declared, and declared."""
+    meter, found = malloc_meter(), []
+    for is_said in (False, True):
+        if is_said:
+            _declare_both()
+        torch.compiler.reset()
+        mlp = _MLP(hidden, wide)
+        compiled = torch.compile(mlp, backend="mst", options={"inner": "aot_eager", "chunk_rows": 128})
+        x = torch.randn(1, rows, hidden, requires_grad=True)
+        for _ in range(2):
+            mlp.zero_grad(set_to_none=True)
+            x.grad = None
+            start = meter.current()
+            meter.reset()
+            compiled(x).sum().backward()
+            peak = meter.peak() - start
+        found.append(peak)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler")
+def test_memory_is_saved() -> None:
+    before, after = call_metered(_peaks, 128, 1024, 2048)
+    assert after < 0.35 * before
 
 
 # What people are told
