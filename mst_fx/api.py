@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mst_fx.ops  # noqa: F401  (registers the operators, which graphs name)
 from mst_fx.compiling import mst
+from mst_fx.declared import declare_row_wise
+from mst_fx.diagnose.check_rows import check_row_wise
 from mst_fx.diagnose.explain import explain
 from mst_fx.diagnose.findings import Diagnosis, Finding
 from mst_fx.diagnose.warn import warn, warn_eager_checkpoint
@@ -30,6 +32,8 @@ __all__ = [
     "Report",
     "Rewrite",
     "SharedBatches",
+    "check_row_wise",
+    "declare_row_wise",
     "enable",
     "explain",
     "gather_rows",

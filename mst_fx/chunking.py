@@ -95,10 +95,11 @@ def _chunk(
     is_convex = RegionFinder(analysis).is_convex(region)
     if not is_convex:
         raise Refusal("another rewrite would make a cycle through it")
-    if is_deferred and body.formulas:  # loss and logits each run its backward, on a part of the tangent
-        raise Refusal(
-            "a torch.autograd.Function, whose backward need not be linear, comes before logits to be deferred"
-        )
+    if (
+        is_deferred and body.may_be_nonlinear
+    ):  # loss and logits each run its backward, on a part of the tangent
+        what = "a torch.autograd.Function" if body.formulas else "an operator that was declared row-wise"
+        raise Refusal(f"{what}, whose backward need not be linear, comes before logits to be deferred")
     before = tuple(node.format_node() or node.name for node in region.nodes)
     known = set(context.gm.graph.nodes)
     new = replace_region(analysis, region, body, chunk_size, gradient_of, needs)

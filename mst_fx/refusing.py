@@ -9,6 +9,7 @@ from torch import fx
 
 from mst_fx.chunk_rows import ChunkSize, mlp_chunk_size, vocab_chunk_size
 from mst_fx.context import PassContext
+from mst_fx.declared import is_declared
 from mst_fx.errors import Cause
 from mst_fx.graph.modes import outside_transforms
 from mst_fx.graph.names import common_path, module_path, target_name
@@ -111,7 +112,17 @@ def refuse_opaque(context: PassContext, analysis: RowAnalysis) -> None:
             continue  # experts' products are refused as such
         fakes = [tensor_value(operand) for operand in node.all_input_nodes[:1]]
         out = tensor_value(node)
-        if state.rowwise or not state.holds_rows or out is None or not fakes or fakes[0] is None:
+        if state.rowwise or out is None or not fakes or fakes[0] is None:
+            continue
+        # A declared one may have been found to change the number of rows.
+        if not (
+            state.holds_rows
+            or (
+                is_declared(node.target)
+                and state.cause is Cause.UNPROVED
+                and analysis.states[node.all_input_nodes[0]].holds_rows
+            )
+        ):
             continue
         if out.ndim == fakes[0].ndim and hint(out.shape[-1]) > hint(fakes[0].shape[-1]):
             name = module_path(node) or node.name
@@ -122,9 +133,10 @@ def refuse_functions(context: PassContext, analysis: RowAnalysis) -> None:
     """Notes ``torch.autograd.Function``s that widen rows themselves, and are not proved."""
     for node in filter(is_function, analysis.graph.nodes):
         state, operands = analysis.states[node], [n for n in node.all_input_nodes if tensors_of(n)]
-        if state.rowwise or not operands or not analysis.states[operands[0]].holds_rows:
+        of_rows = [n for n in operands if analysis.states[n].holds_rows]
+        if state.rowwise or not of_rows:
             continue
-        source, out = tensors_of(operands[0])[0], tensors_of(node)[0]
+        source, out = tensors_of(of_rows[0])[0], tensors_of(node)[0]
         if out.ndim == source.ndim and hint(out.shape[-1]) > hint(source.shape[-1]):
             context.refuse("mlp", module_path(node) or node.name, f"{node.name} {state.reason}", state.cause)
 

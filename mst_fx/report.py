@@ -218,6 +218,7 @@ class Report:
     after: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:
+        """Adds what is in the report of other graphs."""
         self.rewrites += other.rewrites
         self.refusals += other.refusals
         self.fits += other.fits
@@ -246,6 +247,7 @@ class Report:
         return "\n".join(text for text in texts if text)
 
     def to_json(self) -> str:
+        """All of it but the graphs' code, as JSON."""
         return json.dumps({**self.parts(), "bodies": self.bodies}, indent=2)
 
     def parts(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ knows a model, an activation or a norm.
 
 Experts of a mixture, whose rows are picked and grouped by expert, become loops over chunks of slots (:mod:`mst_fx.chunking_experts`), before.
 
-Not supported, and refused: operators without a row-wise rule inside (linears of other libraries with quantised weights, tensors written
+Not supported, and refused: operators without a row-wise rule inside (those of other libraries that nobody declared, tensors written
 in place), experts whose groups are not proved.
 Dropout inside is seeded (:mod:`mst_fx.passes.dropouts`).
 """

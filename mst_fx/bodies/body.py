@@ -27,6 +27,7 @@ from torch import fx
 
 from mst_fx.bodies.decompositions import add_up_labels, body_decompositions
 from mst_fx.bodies.gradient import GradientPositions, as_leaves, gradients, split_into_terms
+from mst_fx.declared import is_declared
 from mst_fx.graph.formula import named_in
 from mst_fx.graph.sizes import sum_dtype
 from mst_fx.graph.values import tensors_of
@@ -107,6 +108,8 @@ class Body:
         forward: ATen graph of ``(n, *row_inputs, *shared)``, row inputs as ``[n, ...]``; outputs likewise.
         row_metas, shared, outputs: what goes in and comes out.
         formulas: the ``torch.autograd.Function``s inside.
+        may_be_nonlinear: whether a backward inside was written by somebody (of these, or of declared operators): it need not be linear in
+            the tangent (it may clip it, or round it).
     """
 
     def __init__(
@@ -122,6 +125,9 @@ class Body:
         self.row_metas, self.shared, self.outputs = tuple(row_metas), tuple(shared), tuple(outputs)
         self.config = config
         self.formulas = named_in(forward)
+        self.may_be_nonlinear = bool(self.formulas) or any(
+            is_declared(node.target) for node in forward.graph.nodes
+        )
         self._avoid = avoid
         self._compiled: dict[Any, list[CompiledBody]] = {}
         self._lock = threading.Lock()

@@ -34,12 +34,12 @@ def needs_gradient(region: Region) -> list[bool]:
 def scalar_with_gradient(region: Region, body: Body, needs: Sequence[bool]) -> int | None:
     """The output whose tangent is one scalar, if it is the only one with a gradient.
 
-    float16 is left out: gradients of a sum over all rows, not yet scaled, may overflow. So is a body with a
-    ``torch.autograd.Function``: its backward need not be linear in the tangent (it may clip it, or round it).
+    float16 is left out: gradients of a sum over all rows, not yet scaled, may overflow. So is a body whose backward need not be linear
+    in the tangent.
     """
     scalars = [index for index, meta in enumerate(body.outputs) if meta.is_sum and meta.shape == ()]
     dtypes = {x.dtype for x in (*body.row_metas, *body.shared)}
-    if body.formulas or not scalars or torch.float16 in dtypes:
+    if body.may_be_nonlinear or not scalars or torch.float16 in dtypes:
         return None
     differentiable = body.differentiable_for(needs)
     found = [index for index, is_differentiable in enumerate(differentiable) if is_differentiable]

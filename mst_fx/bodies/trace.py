@@ -93,7 +93,7 @@ def _trace_region(analysis: RowAnalysis, region: Region, config: BodyConfig) -> 
     stopped = without_gradients(analysis, region)
     sizes = static_sizes([*region.nodes, *(i.node for i in region.inputs)])
     folder = Folder(analysis.rows, sizes)
-    tracer = RowTracer(folder.n)
+    tracer = RowTracer(folder.n, takes_declared=True)  # the analysis has seen to their gradients
     row_inputs = [i for i in region.inputs if i.role == "row"]
     shared_inputs = [i for i in region.inputs if i.role == "shared"]
     row_metas = [_row_meta(i.node, analysis.rows) for i in row_inputs]

@@ -30,6 +30,7 @@ def explain(fn: Callable[..., Any], options: Mapping[str, Any] | Options | None 
 
     Args:
         fn: a function or module; it is run once, un-compiled, on the arguments of what is returned.
+        options: as of ``torch.compile(..., backend="mst", options=...)``.
 
     Returns:
         To be called with the arguments of ``fn``: gives a report over all graphs that Dynamo captures, with its

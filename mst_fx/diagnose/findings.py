@@ -140,6 +140,7 @@ class Diagnosis(Report):
     findings: list[Finding] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:
+        """Adds what is in the report of other graphs."""
         super().add(other)
         if not isinstance(other, Diagnosis):
             return

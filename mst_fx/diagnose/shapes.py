@@ -40,6 +40,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "llama3.2-3b": (
+        "llama",
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 28,
+            "vocab_size": 128256,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mistral-7b": (
         "mistral",
         {

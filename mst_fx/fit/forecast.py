@@ -158,6 +158,19 @@ def forecast(subject: Subject, setting: Setting, lengths: Sequence[int] = ()) ->
     return _Forecaster(subject, setting).run(lengths)
 
 
+def forecasts(subject: Subject, settings: Sequence[Setting]) -> list[Forecast]:
+    """:func:`forecast` for several settings, such as sizes of devices, which share what is traced of the model.
+
+    Raises:
+        CannotTell: if the model is of a form that is not understood.
+    """
+    of_settings = [_Forecaster(subject, setting) for setting in settings]
+    shared: dict[bool, _Forecaster] = {}
+    for each in of_settings:
+        each.share(shared.setdefault(each.host > 0, each))
+    return [each.run(()) for each in of_settings]
+
+
 class _Forecaster:
     def __init__(self, subject: Subject, setting: Setting) -> None:
         self.subject, self.setting = subject, setting
@@ -178,6 +191,10 @@ class _Forecaster:
         self.asked: frozenset[int] = frozenset()
         self._steps: dict[int, TracedStep] = {}
         self._eager_steps: dict[tuple[str, int], EagerStep] = {}
+
+    def share(self, other: _Forecaster) -> None:
+        """Takes what another one traces, of the same subject; it depends on nothing else but whether there is memory of a host."""
+        self._steps, self._eager_steps = other._steps, other._eager_steps
 
     def run(self, lengths: Sequence[int]) -> Forecast:
         self.asked = frozenset(lengths)
@@ -206,8 +223,11 @@ class _Forecaster:
     def _longest(self, way: str, start: int) -> int:
         if self._at_most(LEAST, 0) > self.setting.memory:
             return 0
-        # What was traced costs nothing.
-        starts = list(self._steps) if way == MST_PLANNED else [start, 2 * start]
+        # What was traced costs nothing. A length that does not fit, tried for another way or device, would end the search on a line.
+        is_mst = way in (MST, MST_PLANNED)
+        known = list(self._steps) if is_mst else [seq for of, seq in self._eager_steps if of == way]
+        fitting = [seq for seq in known if self._peak(way, seq) <= self.setting.memory]
+        starts = fitting if len(fitting) > 1 else [start, 2 * start]
         found = longest_below(lambda seq: self._peak(way, seq), self.setting.memory, starts)
         # A plan is one of several that are looked at, and the very last that fits need not be among them.
         for share in _SHRINKS if way == MST_PLANNED else ():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from mst_fx.declared import is_declared
 from mst_fx.graph.names import target_name
 from mst_fx.graph.spelling import LOOKS, STATISTICS_WRITERS, is_of_library, is_of_mst, operation
 from mst_fx.graph.subgraphs import called_graphs
@@ -53,7 +54,7 @@ def has_effects(node: fx.Node) -> bool:
         return node.op != "get_attr"
     if operation(node) in STATISTICS_WRITERS:
         return True
-    if is_of_library(node) and not is_of_mst(node):
+    if is_of_library(node) and not is_of_mst(node) and not is_declared(node.target):
         return True  # its schema does not say what else it does
     if any(map(_changes_outside, called_graphs(node))):
         return True

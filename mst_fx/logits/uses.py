@@ -309,14 +309,17 @@ def _contiguous(self: DeferredLogits, func: Any, memory_format: Any = torch.cont
     return self._derive(Step(lambda x: x.clone(memory_format=torch.contiguous_format), copies=True))
 
 
+_ANNOUNCING = ("torch.distributed.fsdp.", "deepspeed.runtime.")
+
+
 def announces(hook: Any) -> bool:
-    """Whether a hook only wants to know that a backward pass begins, as FSDP's on all outputs of a module.
+    """Whether a hook only wants to know that a backward pass begins, as FSDP's and DeepSpeed's on all outputs of a module.
 
     The loss has the same hook, so it may stay uncalled if nobody uses the logits. No other hook may: the loss's
     part of the gradient does not come by the logits, and what changes or collects it would be wrong in silence.
     """
     owner = getattr(getattr(hook, "func", hook), "__module__", None) or ""
-    return owner.startswith("torch.distributed.fsdp.")
+    return owner.startswith(_ANNOUNCING)
 
 
 def _register_hook(self: DeferredLogits, func: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:

@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx
 
+from mst_fx.declared import DECLARED
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.formula import Formula
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
@@ -30,6 +31,7 @@ from mst_fx.graph.values import is_plain, storage_key, tensor_value, tensors_of,
 from mst_fx.graph.writes import mutated_storages
 from mst_fx.rows.fold import Folder, fold_rank, read_operand, split_rows, type_name
 from mst_fx.rows.function import prove
+from mst_fx.rows.gradient_of_declared import prove_gradient
 from mst_fx.rows.labels import SUMMED, Matmul, Row, is_same_size
 from mst_fx.rows.tracer import RowTracer
 from mst_fx.torch_api.fakes import quiet_fakes
@@ -200,6 +202,8 @@ class RowAnalysis:
         key = repr((node.op, node.target, args, kwargs, _described(value(node)), self.contexts[node]))
         if is_function(node):
             key += "\n".join(function_text(node))
+        if len(DECLARED):  # the gradient of one is proved where it is needed
+            key += str(_get_gradients(roles))
         if key not in self._known:
             try:
                 self._known[key] = self._run(node, roles)
@@ -216,7 +220,7 @@ class RowAnalysis:
         formula = None
         if is_function(node):
             formula = prove(node, roles, Folder(self.rows, self._avoid), self.contexts[node])
-        tracer = RowTracer(self.folder.n)
+        tracer = RowTracer(self.folder.n, takes_declared=True)
         operands = {operand: self._read(operand, role, tracer) for operand, role in roles.items()}
         read = functools.partial(read_operand, operands)
         for leaf in tree_leaves(list(operands.values())):
@@ -232,6 +236,9 @@ class RowAnalysis:
                 message = [*str(error).strip().splitlines(), repr(error)][0]
                 raise Refusal(f"does not run on folded rows: {message}") from None
         summed = self._check_fold(node, folded, tracer)
+        # What lies in a Function has no gradient of its own, but that of the Function, which is proved.
+        for each in tracer.declared if self.contexts[node].grad and formula is None else ():
+            prove_gradient(each, Folder(self.rows, self._avoid), *_get_gradients(roles))
         return State(
             rowwise=True, holds_rows=not summed, summed=summed, matmuls=tracer.matmuls, formula=formula
         )
@@ -287,6 +294,12 @@ class RowAnalysis:
             return folded
 
         return tree_map_only(torch.Tensor, fold, value(operand))
+
+
+def _get_gradients(roles: dict[fx.Node, Role]) -> tuple[bool, bool]:
+    """Whether operands that are read by row get gradients, and whether shared ones do."""
+    found = {role for operand, role in roles.items() if any(x.requires_grad for x in tensors_of(operand))}
+    return "row" in found, "shared" in found
 
 
 class _Description(tuple[Any, ...]):

@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import fx
 
+from mst_fx.declared import DECLARED
 from mst_fx.graph.sizes import hint, is_known
 from mst_fx.graph.spelling import product_operands
 from mst_fx.graph.values import tensor_value
+from mst_fx.rows.checks import product
 from mst_fx.rows.fold import fold_rank
+from mst_fx.torch_api.ops import operator_of, schema_of
 
 
 def row_counts(graph: fx.Graph) -> list[Any]:
@@ -32,13 +35,24 @@ def products_of_unknown_rows(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _rows_at_matrix(node: fx.Node) -> Any:
+    if (declared := _declared_rows(node)) is not None:
+        return declared
     source, matrix = product_operands(node) or (None, None)
     if not isinstance(source, fx.Node) or not isinstance(matrix, fx.Node):
         return None
     operand, weight = tensor_value(source), tensor_value(matrix)
     if operand is None or weight is None or operand.ndim < 2 or weight.ndim != 2:
         return None
-    count: Any = 1
-    for size in operand.shape[:-1]:
-        count = count * size
-    return count
+    return product(operand.shape[:-1])
+
+
+def _declared_rows(node: fx.Node) -> Any:
+    """The rows that a declared operator is given."""
+    operator = operator_of(node.target) if node.op == "call_function" else None
+    said = DECLARED.of(operator)
+    if said is None or not said.row_args:
+        return None
+    names = [x.name for x in schema_of(operator).arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(said.row_args[0])
+    operand = tensor_value(given) if isinstance(given, fx.Node) else None
+    return None if operand is None or operand.ndim < 2 else product(operand.shape[:-1])

@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_fx.declared import is_declared
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.effects import has_effects
 from mst_fx.graph.formula import FORMULAS, Formula
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
+from mst_fx.graph.names import target_name
+from mst_fx.graph.spelling import out_of_place
 from mst_fx.graph.subgraphs import attribute
 from mst_fx.graph.values import tensor_value, tensors_of, value
 from mst_fx.graph.writes import writes_in_place
 from mst_fx.rows.fold import Folder, check_guards, fold_rank
 from mst_fx.rows.labels import SUMMED, Label, Row, is_same_size
-from mst_fx.rows.tracer import GradientTracer, RowTracer
+from mst_fx.rows.tracer import GradientTracer, RowTracer, way_out
 from mst_fx.torch_api.fakes import make_fx
 from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from mst_fx.torch_api.ops import schema_of
@@ -187,6 +190,16 @@ def _same_shape(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return len(left) == len(right) and all(map(is_same_size, left, right))
 
 
+def _written_anew(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+    """What a write in place gives, ``absmax += offset``, where nobody but the write reads what it writes to, nor what shares its memory."""
+    target, function = node.args[0] if node.args else None, out_of_place(node.target)
+    is_own = isinstance(target, fx.Node) and is_declared(target.target) and set(target.users) == {node}
+    if not is_own or not callable(function):
+        raise Refusal(f"{node.name} writes in place", Cause.WRITTEN)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
+    return function(*args, **kwargs)
+
+
 class _Proof:
     """Traces the graphs of a Function on folded rows."""
 
@@ -195,7 +208,7 @@ class _Proof:
 
     def trace(self, gm: fx.GraphModule, name: str, given: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
         """The ATen graph of ``(n, *tensors of given)``, and what it gives: a :class:`_Kind` for each tensor."""
-        tracer = (GradientTracer if name == "backward" else RowTracer)(self.folder.n)
+        tracer = (GradientTracer if name == "backward" else RowTracer)(self.folder.n, takes_declared=True)
         kinds = [each for each in given if isinstance(each, _Kind)]
         structure: list[Any] = []
 
@@ -268,9 +281,14 @@ class _Proof:
             if node.op == "placeholder" or node.target in _MODES:
                 pass
             elif writes_in_place(node):
-                raise Refusal(f"{node.name} writes in place", Cause.WRITTEN)
+                with autocast_contexts(modes[node].autocast):
+                    env[node] = _written_anew(node, read)
             elif has_effects(node):
-                raise Refusal(f"{node.name} draws random numbers, or has other effects", Cause.OPAQUE)
+                what = f"{node.name} ({target_name(node)})"
+                raise Refusal(
+                    f"{what} draws random numbers, or may have other effects{way_out(node.target)}",
+                    Cause.OPAQUE,
+                )
             elif tensors_of(node):
                 with autocast_contexts(modes[node].autocast):
                     env[node] = self.folder.run_node(node, read)

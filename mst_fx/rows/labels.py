@@ -52,12 +52,14 @@ class Tracer(Protocol):
     Attributes:
         folds: whether the batch is folded into the rows, and sizes of 1 stand for it.
         folded: for how many dimensions of an operand, at most, a size of 1 stands before the rows.
+        declared: the calls of operators that are known by a declaration alone (:mod:`mst_fx.declared`).
     """
 
     rows: torch.SymInt
     folds: bool
     folded: int
     matmuls: list[Matmul]
+    declared: list[Call]
 
     def is_rows(self, size: int | torch.SymInt) -> bool: ...
 

@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from mst_fx.declared import is_declared
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.names import common_path, module_path
 from mst_fx.graph.sizes import hint
@@ -74,7 +75,7 @@ class Region:
     @property
     def name(self) -> str:
         """The module the region computes, e.g. ``model.layers.0.mlp``."""
-        products = [node for node in self.nodes if operation(node) in PRODUCTS]
+        products = [node for node in self.nodes if operation(node) in PRODUCTS or is_declared(node.target)]
         paths = list(dict.fromkeys(module_path(node) for node in products if module_path(node)))
         common = common_path(paths)
         apart = {path.rpartition(".")[0] for path in paths} != {common}  # the modules are not one's children

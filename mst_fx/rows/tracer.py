@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import mst_fx.graph.grouped  # noqa: F401  (registers the operators)
+from mst_fx.declared import DECLARED
 from mst_fx.errors import Refusal
 from mst_fx.rows.checks import is_pointwise, pointwise
 from mst_fx.rows.labels import SUMMED, Call, Label, Matmul, Row, is_same_size, storage, tensors
 from mst_fx.rows.rules import CONSTANT_FILLS, OF_SUMS, RULES
+from mst_fx.rows.rules_of_declared import declared
 from mst_fx.rows.rules_of_picks import nll_loss_parts
 from mst_fx.torch_api.modes import TorchDispatchMode
-from mst_fx.torch_api.ops import schema_of
+from mst_fx.torch_api.ops import OpOverload, schema_of
 
 aten = torch.ops.aten
 
@@ -24,6 +27,7 @@ class RowTracer(TorchDispatchMode):
 
     Args:
         rows: the symbolic number of rows ``n``.
+        takes_declared: whether operators may be known by a declaration alone: whoever says so sees to their gradients.
 
     Raises:
         Refusal: from the dispatched call, naming the operator, when no rule proves it row-wise.
@@ -31,9 +35,10 @@ class RowTracer(TorchDispatchMode):
 
     folds = True
 
-    def __init__(self, rows: torch.SymInt) -> None:
+    def __init__(self, rows: torch.SymInt, takes_declared: bool = False) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self._takes_declared = rows, takes_declared
+        self.declared: list[Call] = []
         self.matmuls: list[Matmul] = []
         self.folded = 0
         # Strong references: an id must not be reused while its label is kept.
@@ -96,8 +101,12 @@ class RowTracer(TorchDispatchMode):
         rule = RULES.get(func)
         if rule is None and is_pointwise(func):
             rule = pointwise
+        if rule is None and (said := DECLARED.of(func)) is not None:
+            if not self._takes_declared:
+                raise Refusal(f"{func} was declared row-wise, which does for MLPs and heads alone")
+            rule = functools.partial(declared, said)
         if rule is None:
-            raise Refusal(f"{func} has no row-wise rule")
+            raise Refusal(f"{func} has no row-wise rule{way_out(func)}")
         call = Call(self, func, args, kwargs, out)
         labels = rule(call)
         if not isinstance(labels, list):
@@ -153,6 +162,13 @@ class SlotTracer(RowTracer):
         if func is aten.index.Tensor and found == [None, Row(0)] and len(args[1]) == 1:
             return [Row(0)]
         return super()._apply_rule(func, args, kwargs, out)
+
+
+def way_out(target: Any) -> str:
+    """What to say of an operator of a library, of which nothing is known."""
+    if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims", "prim", "mst_fx"):
+        return ""
+    return "; if each row of its result needs the same row alone, mst_fx.declare_row_wise says so"
 
 
 _CONTRACTIONS: dict[Any, list[Label]] = {

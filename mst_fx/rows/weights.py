@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_fx.declared import is_declared
 from mst_fx.graph.sizes import hint, is_known
 from mst_fx.graph.spelling import (
     ATTENTION,
@@ -104,4 +105,5 @@ def _is_number(part: Any) -> bool:
 
 def is_attention(node: fx.Node) -> bool:
     """Higher-order operators (flex attention, scans) and operators of libraries on several values of rows."""
-    return isinstance(node.target, HigherOrderOperator) or is_of_library(node)
+    is_unknown = is_of_library(node) and not is_declared(node.target)
+    return isinstance(node.target, HigherOrderOperator) or is_unknown

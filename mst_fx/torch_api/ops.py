@@ -8,9 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch._library.custom_ops import CustomOpDef
 from torch._ops import HigherOrderOperator as HigherOrderOperator  # flex attention, checkpoints, scans
 from torch._ops import OpOverload as OpOverload  # aten.add.Tensor
 from torch._ops import OpOverloadPacket as OpOverloadPacket  # aten.add
+
+
+def operator_of(op: Any) -> Any:
+    """The operator that an operator, a packet of one, or what ``torch.library.custom_op`` gave stands for; None: none, or one of several.
+
+    ``CustomOpDef._opoverload``.
+    """
+    if isinstance(op, OpOverloadPacket):
+        names = op.overloads()
+        return getattr(op, names[0]) if len(names) == 1 else None
+    if isinstance(op, CustomOpDef):
+        return op._opoverload
+    return op if isinstance(op, OpOverload) else None
 
 
 def schema_of(target: Any) -> Any:

@@ -23,6 +23,8 @@ from mst_fx.fit.forecast import (
     Point,
     Setting,
     _Forecaster,
+    forecast,
+    forecasts,
     longest_below,
     state_bytes,
 )
@@ -222,3 +224,19 @@ def test_states_that_are_parked_leave_their_place_to_a_plan() -> None:
     one = dataclasses.replace(roomy, park=True, optimizer="adamw8bit")
     whole = _Forecaster(subject, one).stepping
     assert whole.peak == whole.host > 0, "no optimizer of torch: all of its states are there while it steps"
+
+
+@pytest.mark.slow
+def test_several_devices_at_once() -> None:
+    """What is traced for one serves the others, and what is said of each is what is said of it alone, but for the search's last steps."""
+    small = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8000}
+    subject = subject_of("llama3-8b", Shape(overrides=small, dtype=torch.bfloat16))
+    settings = [Setting("H100", int(memory * _GIB)) for memory in (0.01, 0.5, 1)]
+    together = forecasts(subject, settings)
+    assert [way.longest for way in together[0].ways] == [0, 0, 0, 0], "where not even the parameters fit"
+    alone = forecast(subject, settings[2])  # the other way round, of the first nothing would be shared
+    assert (together[2].parameters, together[2].resident) == (alone.parameters, alone.resident)
+    for smaller, one, other in zip(together[1].ways, together[2].ways, alone.ways, strict=True):
+        assert other.longest and one.longest == pytest.approx(other.longest, rel=1 / 64, abs=1024)
+        assert smaller.longest and smaller.longest < other.longest
+        assert all(point.peak <= settings[2].memory for point in one.points)

@@ -27,6 +27,9 @@ def _id(page: Path) -> str:
 
 
 _LINK = re.compile(r"\[[^\]]+\]\(([^)#]+)\)")
+_PLACE = re.compile(r"\[[^\]]+\]\(([^)#:]*)#([^)]+)\)")
+_OUTSIDE = ("https://arxiv.org/", "https://docs.pytorch.org/")
+_VERSIONS = r"(torch|Python|transformers|bitsandbytes|torchao|DeepSpeed) \d+(\.\d+)+"
 
 
 def _rows(page: Path) -> list[list[str]]:
@@ -53,7 +56,15 @@ def test_causes_are_all_there() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in _LINK.findall(page.read_text()):
-        assert link.startswith("https://arxiv.org/") or (page.parent / link).exists(), link
+        assert link.startswith(_OUTSIDE) or (page.parent / link).exists(), link
+    for name, place in _PLACE.findall(page.read_text()):
+        assert place in _places(page.parent / name if name else page), f"{name}#{place}"
+
+
+def _places(page: Path) -> list[str]:
+    """What a link to a heading of a page says, as GitHub has it."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_every_page_is_in_the_list() -> None:
@@ -73,16 +84,25 @@ def test_numbers_are_those_of_the_benchmarks(page: Path) -> None:
     for row in _rows(page):
         links = _LINK.findall(row[-1])
         if not links or "benchmarks/" not in links[0]:
-            said = re.sub(r"torch \d\.\d+", "", " ".join(row))
+            said = re.sub(_VERSIONS, "", " ".join(row))
             assert not re.search(r"\d\.\d", said), f"a number without a benchmark: {row}"
             continue
-        numbers = re.findall(r"\d[\d,]*\.\d+", " ".join(row[:-1]))
+        said = " ".join(row[:-1])
+        numbers = re.findall(r"\d[\d,]*\.\d+", said) or re.findall(r"\d{1,3}(?:,\d{3})+", said)
         measured = (page.parent / links[0]).read_text().splitlines()
         assert numbers
         for number in numbers:
             assert any(re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", line) for line in measured), (
                 number
             )
+
+
+def test_the_table_by_memory_is_the_benchmarks() -> None:
+    measured = (ROOT / "benchmarks" / "fit-cards.md").read_text()
+    lines = [line for line in (DOCS / "fit.md").read_text().splitlines() if "[fit-cards]" in line]
+    assert len(lines) == 3 * 2 * 3
+    for line in lines:
+        assert line.rpartition(" [fit-cards]")[0] in measured, line
 
 
 def test_commands_can_be_given() -> None:

@@ -191,15 +191,19 @@ def test_values_that_come_in_another_layout() -> None:
 # Hooks
 
 
-def _fsdp(hook: Callable[..., Any]) -> Callable[..., Any]:
-    hook.__module__ = "torch.distributed.fsdp._runtime_utils"
+_FSDP = "torch.distributed.fsdp._runtime_utils"
+
+
+def _fsdp(hook: Callable[..., Any], module: str = _FSDP) -> Callable[..., Any]:
+    hook.__module__ = module
     return hook
 
 
-def test_hooks_that_announce_a_backward_pass() -> None:
+@pytest.mark.parametrize("module", [_FSDP, "deepspeed.runtime.utils"])
+def test_hooks_that_announce_a_backward_pass(module: str) -> None:
     """FSDP's; tests/training/test_fsdp.py has the real ones. They are called for rows too, and no more rows are computed."""
     called: list[tuple[int, ...]] = []
-    hook = _fsdp(lambda state, grad: called.append(tuple(grad.shape)))
+    hook = _fsdp(lambda state, grad: called.append(tuple(grad.shape)), module)
     logits, _ = _pair("whole")
     logits.register_hook(functools.partial(hook, None))
     logits.register_hook(functools.partial(hook, None)).remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 from peft import LoraConfig, get_peft_model
 
 import mst_fx
+from mst_fx.declared import DECLARED
 from tests.helpers import (
     EAGER_BODIES,
     SMALL_CHUNKS,
@@ -23,9 +25,11 @@ from tests.helpers import (
     compile_mst,
     kinds,
     loss_of,
+    relative_error,
     report_of,
     step,
     token_batch,
+    worst_error,
 )
 from tests.text import build_llama, token_blocks
 from tools.meters.cpu import call_metered, is_available, malloc_meter
@@ -38,7 +42,7 @@ _EAGER = {**SMALL_CHUNKS, "inner": "eager"}  # where AOTAutograd is not the poin
 def _adapted(model: dict[str, Any] | None = None, **more: Any) -> Any:
     """The toy Llama, of one layer, with LoRA adapters that are not zero."""
     config = LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", "target_modules": _ALL, **more})
-    adapted = get_peft_model(build_llama(num_hidden_layers=1, **(model or {})), config)  # type: ignore[arg-type]
+    adapted = get_peft_model(build_llama(**{"num_hidden_layers": 1, **(model or {})}), config)  # type: ignore[arg-type]
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -228,6 +232,39 @@ def test_quantised_linears() -> None:
     assert report.rewrites[0].name.endswith("model.layers.0.mlp")
     assert {r.name for r in report.refusals} == {f"model.layers.1.mlp.{name}" for name in _MLP[:2]}
     assert all("test_peft.quantised_linear.default has no row-wise rule" in r.reason for r in report.refusals)
+    assert all("mst_fx.declare_row_wise says so" in r.reason for r in report.refusals)
+
+
+def _quantise_bases(adapted: Any, kind: type[_QuantisedLinear]) -> None:
+    """Puts quantised linears in the place of those that adapters stand beside, in MLPs."""
+    for layer in adapted.base_model.model.model.layers:
+        for name in _MLP:
+            part = getattr(layer.mlp, name)
+            part.base_layer = kind(part.base_layer)
+
+
+def test_qlora_with_a_declared_operator() -> None:
+    """Adapters beside frozen weights that only an operator of a library can read: every MLP, once that was said of it.
+
+    Gradients are those of the same model with its weights unpacked in plain sight.
+    """
+    mst_fx.declare_row_wise(torch.ops.test_peft.quantised_linear, row_args="x")
+    try:
+        adapted = _adapted({"num_hidden_layers": 2}, target_modules=_MLP).double()
+        plain = copy.deepcopy(adapted)
+        _quantise_bases(adapted, _QuantisedLinear)
+        _quantise_bases(plain, _DequantisedLinear)
+        with mst_fx.watch() as report:
+            found = step(adapted, compile_mst(adapted, _EAGER), _batch())
+        assert kinds(report) == {"mlp": 2, "vocab": 1} and not report.refusals
+        found_in = [text.count("test_peft.quantised_linear.default(") for text in report.bodies.values()]
+        assert sorted(found_in) == [0, 3, 3]
+        truth = step(plain, plain, _batch())
+        # Llama's norms and rotary embedding are in float32, whatever the model is in.
+        assert relative_error(found[0], truth[0]) < 1e-7
+        assert len(found[1]) == 2 * 3 * 2 and worst_error(found[1], truth[1]) < 1e-6
+    finally:
+        DECLARED.reset()
 
 
 def _peaks(hidden: int, wide: int, rows: int) -> dict[str, int]:
