@@ -18,7 +18,8 @@ process, on O(S) integers a rank. Each rank returns the same loss, and gradients
 process. What works on one token alone is proved (:mod:`mst_fx.rows.tokens`); whatever does not has its rows gathered, which costs time
 and memory, is in the report, and is as right (:mod:`mst_fx.cutting`). MLPs and the head become loops over this rank's rows.
 
-Left alone: sequences of fewer than two tokens a rank. An error on all ranks: a graph with weights and without token ids.
+Left alone: sequences of fewer than two tokens a rank. An error on all ranks: a graph with weights, and without token ids
+or rows ``[B, S, E]``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def run(context: PassContext) -> bool:
     """Cuts a program among the ranks of a group.
 
     Raises:
-        GroupError: if it has weights, and no token ids at which to cut.
+        GroupError: if it has weights, and no token ids or rows at which to cut.
     """
     group = context.options.group
     assert group is not None
@@ -84,8 +85,8 @@ def _check_left(context: PassContext) -> None:
     if any(row_counts(graph) for graph in graphs_of(context.gm)):
         where = f" It ends where {context.ending}." if context.ending else ""
         raise GroupError(
-            "sequence_parallel: a graph has weights and no embedding of token ids, at which its sequence would be cut. Is there a graph "
-            f"break before it (FSDP2 on each layer makes some; TORCH_LOGS=graph_breaks shows them)?{where}"
+            "sequence_parallel: a graph has weights, but no token ids and no rows [B, S, E] at which its sequence could be cut. Is there a "
+            f"graph break before it (FSDP2 on each layer makes some; TORCH_LOGS=graph_breaks shows them)?{where}"
         )
 
 

@@ -662,7 +662,7 @@ def test_errors_are_those_of_all_ranks(two: list[Any]) -> None:
             assert "the ranks of a group that works on one sequence need the same batches" in found[name]
             assert "rank 0: " in found[name] and "rank 1: " in found[name]
         assert "[1, 64]" in found["another length"] and "[1, 65]" in found["another length"]
-        assert "no embedding of token ids" in found["no embedding"]
+        assert "no token ids and no rows" in found["no embedding"]
         assert "a mesh of 2 dimensions" in found["2-D"]
         assert "a 1-D DeviceMesh" in found["a size"]
         assert found["one"] == found["short"] == "set()"

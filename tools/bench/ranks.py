@@ -3,13 +3,17 @@
     python -m tools.bench.ranks --ranks 1,2 --seq 32768,131072                  # Llama3-8B, 8 layers, checkpointed
     python -m tools.bench.ranks --ranks 1,2 --model qwen2-7b --layers 4 --seq 65536
     python -m tools.bench.ranks --ranks 4 --seq 131072 --kernels                # what runs in a step of rank 0, with its gaps
+    python -m tools.bench.ranks --ranks 2 --layers 32 --seq 458752 --shard --no-checkpoint --steps 0 --options '{"memory": "auto"}'
     python -m tools.bench.ranks --cpu                                           # a small size, gloo
 
 For each number of ranks so many processes of this machine are started, a GPU each (gloo and the CPU with ``--cpu``). All build the same
 random bfloat16 model and are given the same text; more than one compile it with ``sequence_parallel``. A step is forward and backward
 pass with fresh gradients (``set_to_none=True``), and the mean of the gradients over the ranks behind it, all of it timed; no optimizer.
-Seconds are the median of the steps behind the first two, from barrier to barrier; bytes are those of the rank that takes most. What
-fails is reported, and the others go on.
+Seconds are the median of the steps behind the first two (with ``--steps 0`` those of the first), from barrier to barrier; bytes are those
+of the rank that takes most. What fails is reported, and the others go on.
+
+``--shard``: each rank has a part of every parameter, which is gathered inside of the graph (examples/simple_fsdp.py), and of AdamW's states,
+which are on the host while forward and backward pass run (``mst_fx.park``); the optimizer steps, and is in the seconds.
 """
 
 from __future__ import annotations
@@ -27,8 +31,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import ProcessException, spawn
+from torch.nn.utils import parametrize
 
+import mst_fx
 from tools.bench.contenders import Contender, make_model
 from tools.bench.models import MODELS, text_tokens
 from tools.bench.tables import GIB, markdown_table, numbers, write_results
@@ -56,6 +64,12 @@ class _Rank:
         )
         # transformers 5.17 sets one for checkpointing that breaks the graph behind the embedding.
         self.model.get_input_embeddings()._forward_hooks.clear()  # type: ignore[union-attr, operator]
+        self._optimizer: torch.optim.Optimizer | None = None
+        if arguments.shard:
+            _shard(self.model, init_device_mesh(self.device, (dist.get_world_size(),)))
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self._on_gpu)
+            if self._on_gpu:
+                mst_fx.park(self._optimizer)
         options = dict(arguments.options)
         if self.group is not None:
             options["sequence_parallel"] = self.group
@@ -65,8 +79,15 @@ class _Rank:
         self.model.zero_grad(set_to_none=True)
         loss: torch.Tensor = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
-        self._average()
+        if self._optimizer is None:
+            self._average()
         return loss.detach()
+
+    def _stepped(self, ids: torch.Tensor) -> torch.Tensor:
+        loss = self.step(ids)
+        if self._optimizer is not None:
+            self._optimizer.step()
+        return loss
 
     def _average(self) -> None:
         """Of the gradients, as DDP does it behind a compiled backward pass, which hands over all of them at its end."""
@@ -95,7 +116,7 @@ class _Rank:
         vocabulary = int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
         ids = text_tokens(seq, vocabulary).view(1, seq).to(self.device)
         seconds, peaks = [], []
-        for _ in range(steps + 2):
+        for _ in range(steps + 2 if steps else 1):
             self.model.zero_grad(set_to_none=True)
             before = 0
             if self._on_gpu:
@@ -103,22 +124,26 @@ class _Rank:
                 before = torch.cuda.memory_allocated()
             self.settle()
             start = time.perf_counter()
-            loss = self.step(ids)
+            loss = self._stepped(ids)
             self.settle()
             seconds.append(time.perf_counter() - start)
             peaks.append((torch.cuda.max_memory_allocated() if self._on_gpu else 0, before))
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-        peak, before = max(peaks[2:])
+        gradients = [_local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).square()
+        total = squares.sum()
+        if self._optimizer is not None:
+            dist.all_reduce(total, group=self.group)
+        counted = slice(2 if steps else 0, None)
+        peak, before = max(peaks[counted])
         size = sum(g.nbytes for g in gradients)
         return {
             "seq": seq,
             "first_step_seconds": seconds[0],
-            "step_seconds": statistics.median(seconds[2:]),
+            "step_seconds": statistics.median(seconds[counted]),
             "peak_bytes": peak,
             "above_before_and_gradients_bytes": peak - before - size,
             "loss": float(loss),
-            "gradient_norm": float(torch.linalg.vector_norm(norms)),
+            "gradient_norm": float(total.sqrt()),
         }
 
     def kernels(self, seq: int) -> str:
@@ -130,6 +155,25 @@ class _Rank:
             torch.cuda.synchronize()
 
         return kernel_table(step)
+
+
+class _Gathered(torch.nn.Module):
+    """A parameter of which each rank has a part; its gradient is the mean over all ranks, a part on each."""
+
+    def forward(self, x: DTensor) -> torch.Tensor:
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial("avg")])
+
+
+def _shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Lets each rank keep a part of every parameter."""
+    for module in [*model.modules()]:
+        for name, value in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, torch.nn.Parameter(distribute_tensor(value.data, mesh, [Shard(0)])))
+            parametrize.register_parametrization(module, name, _Gathered(), unsafe=True)
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _run(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> None:
@@ -257,6 +301,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="that are timed")
     parser.add_argument(
         "--no-checkpoint", dest="checkpoint", action="store_false", help="keep what layers made"
+    )
+    parser.add_argument(
+        "--shard", action="store_true", help="parameters and AdamW's states, gathered in the graph"
     )
     parser.add_argument("--options", type=json.loads, default={}, help="of mst, as JSON")
     parser.add_argument(
