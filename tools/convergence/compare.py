@@ -1,0 +1,170 @@
+"""How far ways of training are from eager, held against what a seed changes: numbers, a table, a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.bench.tables import GIB, markdown_table
+from tools.convergence.runs import Result
+
+WINDOW = 20  # steps whose mean loss is a point of a curve
+_COLORS = {"eager": "tab:gray", "nudged": "black", "mst": "tab:red", "plan": "tab:blue", "ranks": "tab:green"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """How far a way is from eager, in losses.
+
+    Attributes:
+        held_out: the mean over the seeds.
+        gap: of the held-out losses, from the same weights; the largest over the seeds.
+        curve: of two points of the curves, from the same weights; the largest over seeds and points.
+    """
+
+    way: str
+    held_out: float
+    gap: float
+    curve: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What a seed changes: how far eager's runs are from each other.
+
+    Attributes:
+        held_out: the largest less the least loss.
+        curve: the same for each point of the curves.
+    """
+
+    held_out: float
+    curve: list[float]
+
+    def has(self, gap: Gap) -> bool:
+        """Whether a gap lies within it: at the end, and along the curves, whose points' median counts."""
+        return gap.gap <= self.held_out and gap.curve <= statistics.median(self.curve)
+
+
+def curve(result: Result) -> list[float]:
+    """Means of the losses of :data:`WINDOW` steps each; the last one may have fewer."""
+    losses = result["losses"]
+    return [statistics.mean(losses[at : at + WINDOW]) for at in range(0, len(losses), WINDOW)]
+
+
+def noise(results: Sequence[Result]) -> Noise:
+    """Of eager's seeds.
+
+    Raises:
+        ValueError: if there are fewer than two.
+    """
+    eager = [r for r in results if r["way"] == "eager"]
+    if len({r["seed"] for r in eager}) < 2:
+        raise ValueError("two seeds of eager at least: one says nothing of what a seed changes")
+    points = [_spread(at) for at in zip(*map(curve, eager), strict=True)]
+    return Noise(_spread([r["held_out"] for r in eager]), points)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return max(values) - min(values)
+
+
+def curve_gaps(results: Sequence[Result], way: str) -> list[float]:
+    """At each point of the curves the largest over the seeds."""
+    eager = {r["seed"]: curve(r) for r in results if r["way"] == "eager"}
+    mine = [(curve(r), eager[r["seed"]]) for r in results if r["way"] == way]
+    of_seeds = [[abs(a - b) for a, b in zip(*pair, strict=True)] for pair in mine]
+    return [max(at) for at in zip(*of_seeds, strict=True)]
+
+
+def gap(results: Sequence[Result], way: str) -> Gap:
+    eager = {r["seed"]: r["held_out"] for r in results if r["way"] == "eager"}
+    mine = [r for r in results if r["way"] == way]
+    worst = max(abs(r["held_out"] - eager[r["seed"]]) for r in mine)
+    mean = statistics.mean(r["held_out"] for r in mine)
+    return Gap(way, mean, worst, max(curve_gaps(results, way)))
+
+
+def ways_of(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(r["way"] for r in results))
+
+
+def table(results: Sequence[Result]) -> str:
+    """A line a way, and what is to be said of it in a sentence."""
+    seeds = noise(results)
+    found = [gap(results, way) for way in ways_of(results)]
+    lines: list[Any] = [
+        (
+            *("way", "held-out loss", "gap to eager", "of the seeds' spread", "gap of the curves", "of it"),
+            *("within", "first step, s", "s a step", "peak GiB", "rewritten"),
+        )
+    ]
+    middle = statistics.median(seeds.curve)
+    for each in found:
+        mine = [r for r in results if r["way"] == each.way]
+        peaks = [r["peak_bytes"] / GIB for r in mine if r["peak_bytes"]]
+        is_eager = each.way == "eager"
+        of_gap = (
+            f"{each.gap:.1e}",
+            f"{each.gap / seeds.held_out:.2g}",
+            f"{each.curve:.1e}",
+            f"{each.curve / middle:.2g}",
+        )
+        rewritten = ", ".join(f"{count} {kind}" for kind, count in mine[0]["rewritten"].items())
+        lines.append(
+            (
+                *(each.way, f"{each.held_out:.4f}"),
+                *(("–",) * 5 if is_eager else (*of_gap, "yes" if seeds.has(each) else "NO")),
+                *(
+                    f"{mine[0]['first_seconds']:.1f}",
+                    f"{statistics.median(r['step_seconds'] for r in mine):.4f}",
+                ),
+                *(f"{max(peaks):.2f}" if peaks else "–", rewritten or "–"),
+            )
+        )
+    count = len({r["seed"] for r in results if r["way"] == "eager"})
+    text = (
+        f"{count} seeds of eager: their held-out losses lie {seeds.held_out:.4f} apart, the points of their curves (means of {WINDOW} steps) "
+        f"{middle:.4f} in the median. Gaps are to eager from the same weights, the largest over seeds and points."
+    )
+    plans = [plan for r in results for plan in r["plans"]]
+    return "\n\n".join([text, markdown_table(lines), *(f"```\n{plan}\n```" for plan in plans)])
+
+
+def draw(results: Sequence[Result], path: Path, title: str) -> None:
+    """The curves; and the gaps to eager, with the spread of eager's seeds, on a logarithmic scale.
+
+    Args:
+        path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    steps = [WINDOW * (at + 1) for at in range(len(curve(results[0])))]
+    for result in results:
+        way, is_first = result["way"], result["seed"] == results[0]["seed"]
+        style = {"lw": 3.0, "alpha": 0.5} if way == "eager" else {"lw": 1.0, "ls": "--"}
+        left.plot(steps, curve(result), color=_COLORS[way], label=way if is_first else None, **style)
+    right.fill_between(
+        steps, noise(results).curve, color="tab:gray", alpha=0.3, label="eager's seeds among themselves"
+    )
+    for way in ways_of(results):
+        if way != "eager":
+            right.plot(
+                steps, curve_gaps(results, way), color=_COLORS[way], label=f"{way} to eager, same weights"
+            )
+    right.set_yscale("log")
+    left.set(xlabel="step", ylabel=f"loss, mean of {WINDOW} steps")
+    right.set(xlabel="step", ylabel="difference of these losses")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
