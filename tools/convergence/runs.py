@@ -71,8 +71,8 @@ class Setup:
         )
 
 
-ON_CPU = Setup("cpu", 1024, 96, 384, 2, 4, 2048, steps=300, held_out=16, rate=4e-3, memory="12MiB")
-ON_CUDA = Setup("cuda", 16_384, 384, 1536, 6, 6, 16_384, steps=300, held_out=8, rate=1.5e-3)
+ON_CPU = Setup("cpu", 1024, 96, 384, 2, 4, 2048, steps=300, held_out=16, rate=1e-3, memory="12MiB")
+ON_CUDA = Setup("cuda", 16_384, 384, 1536, 6, 6, 16_384, steps=300, held_out=8, rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""Systems that others have built, as examples: rewritten, with eager's numbers, and at the memory that they promise.
+
+Each example runs as it is, in a process of its own with the malloc meter, under mst (the inside by eager, which compiles sooner) and eagerly;
+then functions of its are called again, and measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mst_fx
+from tests.helpers import kinds, relative_error
+from tools.meters.cpu import call_metered, is_available, malloc_meter
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_available(), reason="needs Linux and a C compiler"),
+]
+
+_FOLDER = Path(__file__).parents[2] / "examples"
+_BAR = 1e-5  # float32
+_MIB = 2**20
+
+Found = dict[str, Any]
+
+
+def _run(way: str, name: str, *arguments: Any) -> tuple[Found, Found]:
+    """The names of an example that has run in this process; what was rewritten and printed."""
+    os.environ["EXAMPLES_INNER"] = "eager"
+    sys.path[:0], sys.argv = [str(_FOLDER)], [name, *map(str, arguments)]
+    if way == "eager":  # this process is for one example
+        torch.compile = lambda **_: lambda function: function  # type: ignore[assignment]
+        nn.Module.compile = lambda *_, **__: None  # type: ignore[method-assign]
+    with mst_fx.watch() as report, contextlib.redirect_stdout(io.StringIO()) as out:
+        names = vars(importlib.import_module(name))
+    refused = [f"{each.kind} {each.name}: {each.reason}" for each in report.refusals]
+    return names, {"kinds": kinds(report), "refused": refused, "printed": out.getvalue()}
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """Bytes above what was there; of the second call, for the first one compiles."""
+    call()
+    meter = malloc_meter()
+    meter.reset()
+    level = meter.current()
+    result = call()
+    del result
+    return meter.peak() - level
+
+
+def _ids(names: Found, length: int) -> Tensor:
+    return names["token_blocks"](1, length)[0]["input_ids"][None]  # type: ignore[no-any-return]
+
+
+def _both(function: Callable[..., Found], *arguments: Any) -> tuple[Found, Found]:
+    """Under mst, and eagerly."""
+    mst, eager = (call_metered(function, way, *arguments) for way in ("mst", "eager"))
+    assert not mst["refused"] and not eager["kinds"], mst["refused"]
+    return mst, eager
+
+
+# MeZO-SVRG
+
+
+def _svrg(way: str, steps: int, length: int) -> Found:
+    names, found = _run(way, "zeroth_order_svrg", steps)
+    model, ids = names["model"], _ids(names, length)
+    found["weights"] = torch.cat([weight.flatten() for weight in model.parameters()])
+    found["noise"] = max(weight.nbytes for weight in model.parameters())
+    score = functools.partial(model, input_ids=ids, labels=ids, use_cache=False)
+    found["prefill"] = _peak(score)
+    found["step"] = _peak(lambda: names["slope"](model, 0, [ids]))
+    model.requires_grad_()
+    found["training"] = _peak(lambda: torch.autograd.grad(score().loss, list(model.parameters())))
+    return found
+
+
+def test_zeroth_order_steps_with_an_anchor() -> None:
+    mst, eager = _both(_svrg, 6, 2048)
+    assert mst["kinds"] == {"attention": 2, "mlp": 2, "vocab": 1}
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", mst["printed"])]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert relative_error(mst["weights"], eager["weights"]) <= 1e-4  # a loss's rounding over 2 epsilon
+    print({key: round(way[key] / _MIB, 2) for way in (mst, eager) for key in ("prefill", "step", "training")})
+    assert mst["step"] <= mst["prefill"] + 2 * mst["noise"]
+    assert mst["step"] <= 0.3 * eager["step"] and mst["step"] <= 0.1 * eager["training"]
+
+
+# SHERL
+
+
+def _frozen(way: str, layers: int, length: int) -> Found:
+    names, found = _run(way, "frozen_layers", layers)
+    model, ids = names["model"], _ids(names, length)
+    found["weights"] = torch.cat([model.down.weight.flatten(), model.up.weight.flatten()]).detach()
+
+    def step() -> int:
+        level = malloc_meter().current()
+        loss = model(ids, ids)
+        kept = malloc_meter().current() - level
+        loss.backward()
+        return kept
+
+    found["peak"], found["kept"] = _peak(step), step()
+    model.llama.requires_grad_()
+    step()
+    found["all kept"] = step()
+    return found
+
+
+def test_frozen_layers_keep_nothing() -> None:
+    mst, eager = _both(_frozen, 3, 2048)
+    more = call_metered(_frozen, "mst", 5, 2048)
+    assert mst["kinds"] == {"attention": 3, "mlp": 3, "vocab": 1}
+    assert relative_error(mst["weights"], eager["weights"]) <= 1e-4  # eight steps of AdamW
+    for found in (mst, more, eager):
+        print({key: round(found[key] / _MIB, 2) for key in ("peak", "kept", "all kept")})
+    hidden = 2048 * 64 * 4
+    assert more["kept"] <= mst["kept"] + hidden // 4  # of two layers more nothing
+    assert more["all kept"] >= mst["all kept"] + 2 * hidden  # if they are trained
+    assert more["peak"] <= mst["peak"] + 2.5 * hidden  # what they gave, until it is mixed
+    assert mst["peak"] <= 0.5 * eager["peak"]
+
+
+# HOMER
+
+
+def _merged(way: str, height: int) -> Found:
+    names, found = _run(way, "merged_context", height)
+    prompt = names["prompt"]
+    found |= {key: names[key] for key in ("hidden", "places", "cached")}
+    found["peak"] = _peak(lambda: names["merge"](prompt, height))
+    found["prefill"] = _peak(lambda: names["model"].model(prompt))
+    return found
+
+
+def test_merged_context() -> None:
+    mst, eager = _both(_merged, 1)
+    longer = call_metered(_merged, "mst", 3)
+    assert mst["kinds"] == {"attention": 6, "mlp": 6}
+    assert torch.equal(mst["places"], eager["places"])
+    assert relative_error(mst["hidden"], eager["hidden"]) <= _BAR
+    assert max(map(relative_error, mst["cached"], eager["cached"])) <= _BAR
+    assert [x.shape[-2] for x in mst["cached"]] == [512] * 6
+    for found in (mst, longer, eager):
+        print({key: round(found[key] / _MIB, 2) for key in ("peak", "prefill")})
+    assert longer["peak"] <= 1.5 * mst["peak"] and longer["prefill"] >= 3 * mst["prefill"]
+
+
+# InfLLM
+
+
+def _looked_up(way: str, chunks: int) -> Found:
+    names, found = _run(way, "looked_up_context", chunks)
+    model, size = names["model"], names["size"]
+    found["logits"] = names["logits"]
+    ids = _ids(names, size)
+    places = torch.arange(chunks * size, (chunks + 1) * size)[None]
+    found["peak"] = _peak(lambda: model(ids, position_ids=places, use_cache=False, logits_to_keep=1))
+    found["stored"] = sum(x.nbytes for blocks in names["past"] for block in blocks for x in block)
+    return found
+
+
+def test_looked_up_context() -> None:
+    mst, eager = _both(_looked_up, 2)
+    longer = call_metered(_looked_up, "mst", 8)
+    assert mst["kinds"] == {"mlp": 1}
+    assert relative_error(mst["logits"], eager["logits"]) <= _BAR
+    for found in (mst, longer, eager):
+        print({key: round(found[key] / _MIB, 2) for key in ("peak", "stored")})
+    assert longer["peak"] <= 1.1 * mst["peak"] and longer["stored"] >= 2.5 * mst["stored"]
+
+
+# LoRC
+
+
+def _low_rank(way: str, *arguments: int) -> Found:
+    names, found = _run(way, "low_rank_cache", *arguments)
+    model, prompt = names["model"], names["prompt"]
+    layers = names["out"].past_key_values.layers
+    found |= {"tokens": names["out"].sequences, "held": names["held"], "length": layers[0].keys.shape[2]}
+    with torch.no_grad():
+        score = functools.partial(model, prompt, use_cache=True, logits_to_keep=1)
+        found["logits"], found["peak"] = score().logits, _peak(score)
+        if way == "eager":
+            plain = names["toy_llama"]().eval()
+            found["plain"] = plain(prompt, logits_to_keep=1).logits
+            found["plain tokens"] = plain.generate(prompt, max_new_tokens=8, use_cache=True)
+            found["plain peak"] = _peak(functools.partial(plain, prompt, use_cache=True, logits_to_keep=1))
+    return found
+
+
+def test_low_rank_cache() -> None:
+    mst, eager = _both(_low_rank, 2000, 8, 16)
+    whole = call_metered(_low_rank, "eager", 2000, 32, 32)
+    assert mst["kinds"] == {"attention": 2, "mlp": 2}
+    assert torch.equal(mst["tokens"], eager["tokens"])
+    assert relative_error(mst["logits"], eager["logits"]) <= _BAR
+    # of whole rank it is the model as it was
+    assert torch.equal(whole["tokens"], whole["plain tokens"])
+    assert (
+        relative_error(whole["logits"], whole["plain"])
+        <= _BAR
+        < relative_error(eager["logits"], whole["plain"])
+    )
+    assert mst["held"] == 4 * mst["length"] * 2 * (8 + 16) and whole["held"] == 4 * mst["length"] * 2 * 64
+    for found in (mst, eager, whole):
+        print({key: round(found[key] / _MIB, 2) for key in ("peak", "held", "plain peak") if key in found})
+    assert mst["peak"] <= 0.5 * eager["peak"]
