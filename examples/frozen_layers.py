@@ -32,7 +32,7 @@ class Tuned(nn.Module):
 model = Tuned(layers=int(sys.argv[1]) if len(sys.argv) > 1 else 6, late=1)
 model.compile(backend="mst", options=OPTIONS)
 optimizer = torch.optim.AdamW([model.down.weight, model.up.weight], lr=1e-2)
-for batch in token_blocks(8, 1024):
+for batch in token_blocks(8, 2048):
     loss = model(batch["input_ids"][None], batch["labels"][None])
     loss.backward()
     optimizer.step()

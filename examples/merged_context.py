@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 height, size = int(sys.argv[1]) if len(sys.argv) > 1 else 2, 1024  # 2**height chunks of so many tokens
-model = toy_llama(layers=6).eval().requires_grad_(False)
+model = toy_llama(layers=4).eval().requires_grad_(False)
 
 
 @torch.compile(backend="mst", options=OPTIONS)

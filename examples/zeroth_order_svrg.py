@@ -9,7 +9,7 @@ steps, period, epsilon, rates = int(sys.argv[1]) if len(sys.argv) > 1 else 40, 5
 model, anchor = (toy_llama().eval().requires_grad_(False) for _ in range(2))
 for net in (model, anchor):
     net.compile(backend="mst", options=OPTIONS)
-data, slopes = [block["input_ids"][None] for block in token_blocks(4, 1024)], {}
+data, slopes = [block["input_ids"][None] for block in token_blocks(2, 2048)], {}
 
 
 def perturb(net: torch.nn.Module, seed: int, scale: float) -> None:  # noise is made anew, never kept

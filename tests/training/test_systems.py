@@ -75,36 +75,38 @@ def _both(function: Callable[..., Found], *arguments: Any) -> tuple[Found, Found
 # MeZO-SVRG
 
 
-def _svrg(way: str, steps: int, length: int) -> Found:
+def _svrg(way: str, steps: int) -> Found:
     names, found = _run(way, "zeroth_order_svrg", steps)
-    model, ids = names["model"], _ids(names, length)
+    model, ids = names["model"], names["data"][0]
     found["weights"] = torch.cat([weight.flatten() for weight in model.parameters()])
     found["noise"] = max(weight.nbytes for weight in model.parameters())
     score = functools.partial(model, input_ids=ids, labels=ids, use_cache=False)
     found["prefill"] = _peak(score)
     found["step"] = _peak(lambda: names["slope"](model, 0, [ids]))
-    model.requires_grad_()
-    found["training"] = _peak(lambda: torch.autograd.grad(score().loss, list(model.parameters())))
+    if way == "eager":
+        model.requires_grad_()
+        found["training"] = _peak(lambda: torch.autograd.grad(score().loss, list(model.parameters())))
     return found
 
 
 def test_zeroth_order_steps_with_an_anchor() -> None:
-    mst, eager = _both(_svrg, 6, 2048)
+    mst, eager = _both(_svrg, 4)
     assert mst["kinds"] == {"attention": 2, "mlp": 2, "vocab": 1}
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", mst["printed"])]
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert len(losses) == 4 and losses[-1] < losses[0]
     assert relative_error(mst["weights"], eager["weights"]) <= 1e-4  # a loss's rounding over 2 epsilon
-    print({key: round(way[key] / _MIB, 2) for way in (mst, eager) for key in ("prefill", "step", "training")})
+    for found in (mst, eager):
+        print({key: round(found[key] / _MIB, 2) for key in ("prefill", "step", "training") if key in found})
     assert mst["step"] <= mst["prefill"] + 2 * mst["noise"]
-    assert mst["step"] <= 0.3 * eager["step"] and mst["step"] <= 0.1 * eager["training"]
+    assert mst["step"] <= 0.4 * eager["step"] and mst["step"] <= 0.1 * eager["training"]
 
 
 # SHERL
 
 
-def _frozen(way: str, layers: int, length: int) -> Found:
+def _frozen(way: str, layers: int) -> Found:
     names, found = _run(way, "frozen_layers", layers)
-    model, ids = names["model"], _ids(names, length)
+    model, ids = names["model"], names["batch"]["input_ids"][None]
     found["weights"] = torch.cat([model.down.weight.flatten(), model.up.weight.flatten()]).detach()
 
     def step() -> int:
@@ -115,24 +117,23 @@ def _frozen(way: str, layers: int, length: int) -> Found:
         return kept
 
     found["peak"], found["kept"] = _peak(step), step()
-    model.llama.requires_grad_()
-    step()
-    found["all kept"] = step()
+    if way == "eager":
+        model.llama.requires_grad_()
+        found["all kept"] = step()
     return found
 
 
 def test_frozen_layers_keep_nothing() -> None:
-    mst, eager = _both(_frozen, 3, 2048)
-    more = call_metered(_frozen, "mst", 5, 2048)
+    mst, eager = _both(_frozen, 3)
+    more = call_metered(_frozen, "mst", 4)
     assert mst["kinds"] == {"attention": 3, "mlp": 3, "vocab": 1}
     assert relative_error(mst["weights"], eager["weights"]) <= 1e-4  # eight steps of AdamW
     for found in (mst, more, eager):
-        print({key: round(found[key] / _MIB, 2) for key in ("peak", "kept", "all kept")})
+        print({key: round(found[key] / _MIB, 2) for key in ("peak", "kept", "all kept") if key in found})
     hidden = 2048 * 64 * 4
-    assert more["kept"] <= mst["kept"] + hidden // 4  # of two layers more nothing
-    assert more["all kept"] >= mst["all kept"] + 2 * hidden  # if they are trained
-    assert more["peak"] <= mst["peak"] + 2.5 * hidden  # what they gave, until it is mixed
-    assert mst["peak"] <= 0.5 * eager["peak"]
+    assert more["kept"] <= mst["kept"] + hidden // 4  # of one frozen layer more nothing
+    assert more["peak"] <= mst["peak"] + 1.5 * hidden  # but what it gives, until that is mixed
+    assert mst["peak"] <= 0.5 * eager["peak"] and mst["kept"] <= 0.2 * eager["all kept"]
 
 
 # HOMER
@@ -150,11 +151,11 @@ def _merged(way: str, height: int) -> Found:
 def test_merged_context() -> None:
     mst, eager = _both(_merged, 1)
     longer = call_metered(_merged, "mst", 3)
-    assert mst["kinds"] == {"attention": 6, "mlp": 6}
+    assert mst["kinds"] == {"attention": 4, "mlp": 4}
     assert torch.equal(mst["places"], eager["places"])
     assert relative_error(mst["hidden"], eager["hidden"]) <= _BAR
     assert max(map(relative_error, mst["cached"], eager["cached"])) <= _BAR
-    assert [x.shape[-2] for x in mst["cached"]] == [512] * 6
+    assert [x.shape[-2] for x in mst["cached"]] == [512] * 4
     for found in (mst, longer, eager):
         print({key: round(found[key] / _MIB, 2) for key in ("peak", "prefill")})
     assert longer["peak"] <= 1.5 * mst["peak"] and longer["prefill"] >= 3 * mst["prefill"]
@@ -177,11 +178,12 @@ def _looked_up(way: str, chunks: int) -> Found:
 def test_looked_up_context() -> None:
     mst, eager = _both(_looked_up, 2)
     longer = call_metered(_looked_up, "mst", 8)
-    assert mst["kinds"] == {"mlp": 1}
+    assert mst["kinds"] == {"attention": 2, "mlp": 1}
     assert relative_error(mst["logits"], eager["logits"]) <= _BAR
     for found in (mst, longer, eager):
         print({key: round(found[key] / _MIB, 2) for key in ("peak", "stored")})
-    assert longer["peak"] <= 1.1 * mst["peak"] and longer["stored"] >= 2.5 * mst["stored"]
+    assert longer["peak"] <= 1.1 * mst["peak"] <= 0.7 * eager["peak"]
+    assert longer["stored"] >= 2.4 * mst["stored"]  # on the host
 
 
 # LoRC

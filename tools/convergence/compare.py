@@ -23,12 +23,15 @@ class Gap:
         held_out: the mean over the seeds.
         gap: of the held-out losses, from the same weights; the largest over the seeds.
         curve: of two points of the curves, from the same weights; the largest over seeds and points.
+        norm: of the first step's gradients' norms, relative; the largest over the seeds. AdamW would hide that all
+            gradients of a weight are too large by a factor.
     """
 
     way: str
     held_out: float
     gap: float
     curve: float
+    norm: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,57 +83,68 @@ def curve_gaps(results: Sequence[Result], way: str) -> list[float]:
 
 
 def gap(results: Sequence[Result], way: str) -> Gap:
-    eager = {r["seed"]: r["held_out"] for r in results if r["way"] == "eager"}
-    mine = [r for r in results if r["way"] == way]
-    worst = max(abs(r["held_out"] - eager[r["seed"]]) for r in mine)
-    mean = statistics.mean(r["held_out"] for r in mine)
-    return Gap(way, mean, worst, max(curve_gaps(results, way)))
+    eager = {r["seed"]: r for r in results if r["way"] == "eager"}
+    pairs = [(r, eager[r["seed"]]) for r in results if r["way"] == way]
+    return Gap(
+        way,
+        held_out=statistics.mean(r["held_out"] for r, _ in pairs),
+        gap=max(abs(r["held_out"] - truth["held_out"]) for r, truth in pairs),
+        curve=max(curve_gaps(results, way)),
+        norm=max(abs(r["norms"][0] / truth["norms"][0] - 1) for r, truth in pairs),
+    )
 
 
 def ways_of(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(r["way"] for r in results))
 
 
+_HEAD = (
+    *(
+        "way",
+        "held-out loss",
+        "gap to eager",
+        "of the seeds' spread",
+        "gap of the curves",
+        "of the spread",
+        "within",
+    ),
+    *("gap of the first gradient's norm", "first step, s", "s a step", "peak GiB", "rewritten"),
+)
+
+
 def table(results: Sequence[Result]) -> str:
-    """A line a way, and what is to be said of it in a sentence."""
-    seeds = noise(results)
-    found = [gap(results, way) for way in ways_of(results)]
-    lines: list[Any] = [
-        (
-            *("way", "held-out loss", "gap to eager", "of the seeds' spread", "gap of the curves", "of it"),
-            *("within", "first step, s", "s a step", "peak GiB", "rewritten"),
-        )
-    ]
-    middle = statistics.median(seeds.curve)
-    for each in found:
-        mine = [r for r in results if r["way"] == each.way]
-        peaks = [r["peak_bytes"] / GIB for r in mine if r["peak_bytes"]]
-        is_eager = each.way == "eager"
-        of_gap = (
-            f"{each.gap:.1e}",
-            f"{each.gap / seeds.held_out:.2g}",
-            f"{each.curve:.1e}",
-            f"{each.curve / middle:.2g}",
-        )
-        rewritten = ", ".join(f"{count} {kind}" for kind, count in mine[0]["rewritten"].items())
-        lines.append(
-            (
-                *(each.way, f"{each.held_out:.4f}"),
-                *(("–",) * 5 if is_eager else (*of_gap, "yes" if seeds.has(each) else "NO")),
-                *(
-                    f"{mine[0]['first_seconds']:.1f}",
-                    f"{statistics.median(r['step_seconds'] for r in mine):.4f}",
-                ),
-                *(f"{max(peaks):.2f}" if peaks else "–", rewritten or "–"),
-            )
-        )
+    """What seeds change, a line a way, and the plans."""
+    seeds, middle = noise(results), statistics.median(noise(results).curve)
     count = len({r["seed"] for r in results if r["way"] == "eager"})
     text = (
         f"{count} seeds of eager: their held-out losses lie {seeds.held_out:.4f} apart, the points of their curves (means of {WINDOW} steps) "
-        f"{middle:.4f} in the median. Gaps are to eager from the same weights, the largest over seeds and points."
+        f"{middle:.4f} in the median. Gaps are to eager from the same weights, the largest over seeds and points; that of norms is relative."
     )
+    lines = [
+        _HEAD,
+        *(
+            _line([r for r in results if r["way"] == way], gap(results, way), seeds)
+            for way in ways_of(results)
+        ),
+    ]
     plans = [plan for r in results for plan in r["plans"]]
     return "\n\n".join([text, markdown_table(lines), *(f"```\n{plan}\n```" for plan in plans)])
+
+
+def _line(mine: Sequence[Result], found: Gap, seeds: Noise) -> tuple[Any, ...]:
+    """Of a way."""
+    shares = found.gap / seeds.held_out, found.curve / statistics.median(seeds.curve)
+    gaps = (
+        *(f"{found.gap:.1e}", f"{shares[0]:.2g}", f"{found.curve:.1e}", f"{shares[1]:.2g}"),
+        *("yes" if seeds.has(found) else "NO", f"{found.norm:.1e}"),
+    )
+    peaks = [r["peak_bytes"] / GIB for r in mine if r["peak_bytes"]]
+    rewritten = ", ".join(f"{count} {kind}" for kind, count in mine[0]["rewritten"].items())
+    return (
+        *(found.way, f"{found.held_out:.4f}", *(["–"] * len(gaps) if found.way == "eager" else gaps)),
+        *(f"{mine[0]['first_seconds']:.1f}", f"{statistics.median(r['step_seconds'] for r in mine):.4f}"),
+        *(f"{max(peaks):.2f}" if peaks else "–", rewritten or "–"),
+    )
 
 
 def draw(results: Sequence[Result], path: Path, title: str) -> None:

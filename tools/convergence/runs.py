@@ -121,14 +121,14 @@ def rate_at(step: int, steps: int) -> float:
 def train(
     model: nn.Module, data: Data, setup: Setup, average: Callable[[nn.Module], None] | None = None
 ) -> Result:
-    """Trains a model, a sequence a step; its losses, the held-out loss, and what it took.
+    """Trains a model, a sequence a step; its losses, its gradients' norms before they are clipped, the held-out loss, and what it took.
 
     Args:
         average: makes the ranks' gradients one.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=setup.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(rate_at, steps=setup.steps))
-    losses, seconds = [], 0.0
+    losses, norms, seconds = [], [], 0.0
     _wait(setup)
     if setup.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -139,7 +139,7 @@ def train(
         loss.backward()
         if average is not None:
             average(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
@@ -151,6 +151,7 @@ def train(
     steps = (time.perf_counter() - start - seconds) / max(1, setup.steps - 1)
     return {
         "losses": [round(x, 6) for x in torch.stack(losses).tolist()],
+        "norms": [float(f"{x:.6g}") for x in torch.stack(norms).tolist()],
         "held_out": held_out_loss(model, data, setup),
         "first_seconds": round(seconds, 3),
         "step_seconds": round(steps, 5),
