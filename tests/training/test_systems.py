@@ -1,19 +1,20 @@
 """Systems that others have built, as examples: rewritten, with eager's numbers, and at the memory that they promise.
 
-Each example runs as it is, in a process of its own with the malloc meter, under mst (the inside by eager, which compiles sooner) and eagerly;
-then functions of its are called again, and measured.
+Each example runs as it is, in a process with the malloc meter, under mst (the inside by eager, which compiles sooner) and then eagerly;
+functions of its are called again, and measured.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,12 @@ Found = dict[str, Any]
 
 def _run(way: str, name: str, *arguments: Any) -> tuple[Found, Found]:
     """The names of an example that has run in this process; what was rewritten and printed."""
+    torch._dynamo.reset()
+    gc.collect()
     os.environ["EXAMPLES_INNER"] = "eager"
     sys.path[:0], sys.argv = [str(_FOLDER)], [name, *map(str, arguments)]
-    if way == "eager":  # this process is for one example
+    sys.modules.pop(name, None)
+    if way == "eager":  # for good: the last one of this process
         torch.compile = lambda **_: lambda function: function  # type: ignore[assignment]
         nn.Module.compile = lambda *_, **__: None  # type: ignore[method-assign]
     with mst_fx.watch() as report, contextlib.redirect_stdout(io.StringIO()) as out:
@@ -65,11 +69,16 @@ def _ids(names: Found, length: int) -> Tensor:
     return names["token_blocks"](1, length)[0]["input_ids"][None]  # type: ignore[no-any-return]
 
 
-def _both(function: Callable[..., Found], *arguments: Any) -> tuple[Found, Found]:
-    """Under mst, and eagerly."""
-    mst, eager = (call_metered(function, way, *arguments) for way in ("mst", "eager"))
-    assert not mst["refused"] and not eager["kinds"], mst["refused"]
-    return mst, eager
+def _each(function: Callable[..., Found], *cases: Sequence[Any]) -> list[Found]:
+    """What it returns for each case, one after the other, in one process; the last one is eager."""
+    found: list[Found] = call_metered(_in_turn, function, cases)
+    assert not any(each["refused"] for each in found), found[0]["refused"]
+    assert cases[-1][0] == "eager" and not found[-1]["kinds"]
+    return found
+
+
+def _in_turn(function: Callable[..., Found], cases: Sequence[Sequence[Any]]) -> list[Found]:
+    return [function(*case) for case in cases]
 
 
 # MeZO-SVRG
@@ -90,7 +99,7 @@ def _svrg(way: str, steps: int) -> Found:
 
 
 def test_zeroth_order_steps_with_an_anchor() -> None:
-    mst, eager = _both(_svrg, 4)
+    mst, eager = _each(_svrg, ("mst", 4), ("eager", 4))
     assert mst["kinds"] == {"attention": 2, "mlp": 2, "vocab": 1}
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", mst["printed"])]
     assert len(losses) == 4 and losses[-1] < losses[0]
@@ -124,8 +133,7 @@ def _frozen(way: str, layers: int) -> Found:
 
 
 def test_frozen_layers_keep_nothing() -> None:
-    mst, eager = _both(_frozen, 3)
-    more = call_metered(_frozen, "mst", 4)
+    mst, more, eager = _each(_frozen, ("mst", 3), ("mst", 4), ("eager", 3))
     assert mst["kinds"] == {"attention": 3, "mlp": 3, "vocab": 1}
     assert relative_error(mst["weights"], eager["weights"]) <= 1e-4  # eight steps of AdamW
     for found in (mst, more, eager):
@@ -149,8 +157,7 @@ def _merged(way: str, height: int) -> Found:
 
 
 def test_merged_context() -> None:
-    mst, eager = _both(_merged, 1)
-    longer = call_metered(_merged, "mst", 3)
+    mst, longer, eager = _each(_merged, ("mst", 1), ("mst", 3), ("eager", 1))
     assert mst["kinds"] == {"attention": 4, "mlp": 4}
     assert torch.equal(mst["places"], eager["places"])
     assert relative_error(mst["hidden"], eager["hidden"]) <= _BAR
@@ -176,8 +183,7 @@ def _looked_up(way: str, chunks: int) -> Found:
 
 
 def test_looked_up_context() -> None:
-    mst, eager = _both(_looked_up, 2)
-    longer = call_metered(_looked_up, "mst", 8)
+    mst, longer, eager = _each(_looked_up, ("mst", 2), ("mst", 8), ("eager", 2))
     assert mst["kinds"] == {"attention": 2, "mlp": 1}
     assert relative_error(mst["logits"], eager["logits"]) <= _BAR
     for found in (mst, longer, eager):
@@ -206,8 +212,9 @@ def _low_rank(way: str, *arguments: int) -> Found:
 
 
 def test_low_rank_cache() -> None:
-    mst, eager = _both(_low_rank, 2000, 8, 16)
-    whole = call_metered(_low_rank, "eager", 2000, 32, 32)
+    mst, whole, eager = _each(
+        _low_rank, ("mst", 2000, 8, 16), ("eager", 2000, 32, 32), ("eager", 2000, 8, 16)
+    )
     assert mst["kinds"] == {"attention": 2, "mlp": 2}
     assert torch.equal(mst["tokens"], eager["tokens"])
     assert relative_error(mst["logits"], eager["logits"]) <= _BAR
