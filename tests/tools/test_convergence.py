@@ -96,7 +96,7 @@ def test_rates_rise_and_fall() -> None:
 def _trained(folder: str, ways: list[str]) -> None:
     torch.set_num_threads(1)
     setattr(runs, "spawn", functools.partial(start_processes, start_method="fork"))  # noqa: B010
-    run(TINY, ways, [0, 1], Path(folder) / "tiny")
+    run(TINY, ways, [0, 1], Path(folder) / "tiny", Path(folder) / "tiny.png")
 
 
 @pytest.mark.slow

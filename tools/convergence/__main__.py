@@ -15,8 +15,8 @@ from tools.convergence.compare import draw, table
 from tools.convergence.runs import ON_CPU, ON_CUDA, RANKS, WAYS, Result, Setup, all_runs, parameters_of
 
 
-def run(setup: Setup, ways: Sequence[str], seeds: Sequence[int], out: Path) -> list[Result]:
-    """Trains, and writes ``out`` with three endings: after each run, so that what ends a process leaves what was before."""
+def run(setup: Setup, ways: Sequence[str], seeds: Sequence[int], out: Path, picture: Path) -> list[Result]:
+    """Trains, and writes ``out`` with two endings after each run, so that what ends a process leaves what was before; then the picture."""
     results: list[Result] = []
     facts = dataclasses.asdict(setup) | {"parameters": parameters_of(setup)}
     title = (
@@ -30,7 +30,7 @@ def run(setup: Setup, ways: Sequence[str], seeds: Sequence[int], out: Path) -> l
         has_noise = sum(r["way"] == "eager" for r in results) >= 2
         text = f"{title}.\n\n{table(results)}" if has_noise else title
         write_results(out.parent, out.name, {"setup": facts, "runs": results}, text)
-    draw(results, out.with_name(f"{out.name}.png"), title)
+    draw(results, picture, title)
     print(table(results))
     return results
 
@@ -49,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--memory", help="that the plan may take, as '2GiB'")
     parser.add_argument("--out", type=Path, default=Path("bench-out/convergence"))
+    parser.add_argument("--picture", type=Path, help="OUT.png, if nothing is said")
     arguments = parser.parse_args()
     setup = ON_CPU if arguments.cpu else ON_CUDA
     given = {name: getattr(arguments, name) for name in ("seq", "steps", "memory")}
@@ -56,9 +57,10 @@ def main() -> None:
     ways = [*arguments.ways.split(","), *([RANKS] if arguments.ranks else [])]
     if setup.device == "cuda" and torch.cuda.device_count() < (setup.world if arguments.ranks else 1):
         parser.error("too few GPUs; --cpu trains a small model without")
-    if ways[0] != "eager" or len(arguments.seeds) < 2 or not {*ways} <= {*WAYS, RANKS}:
+    if ways[0] != "eager" or len({*arguments.seeds}) < 2 or not {*ways} <= {*WAYS, RANKS}:
         parser.error(f"--ways begin with eager and are of {', '.join(WAYS)}; --seeds are two at least")
-    run(setup, ways, arguments.seeds, arguments.out)
+    out = arguments.out
+    run(setup, ways, arguments.seeds, out, arguments.picture or out.with_name(f"{out.name}.png"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import gc
 import math
 import tempfile
 import time
@@ -189,6 +190,7 @@ def runs_of(
         options: of mst; None: eager.
     """
     torch._dynamo.reset()
+    gc.collect()  # what the way before held, of which a plan would think that it stays
     model: Any = Qwen2ForCausalLM(setup.config)
     model = model.to(setup.device).train()
     data = Data(data.train.to(setup.device), data.held_out.to(setup.device))
@@ -196,7 +198,9 @@ def runs_of(
         model.compile(backend="mst", options=options)
     for seed in seeds:
         start = starting_weights(setup, seed, way == "nudged")
-        model.load_state_dict(start, strict=False)  # without the head, which is tied
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(start[name])
         with mst_fx.watch() as report:  # of what is compiled: all of it in the first step of the first seed
             found = train(model, data, setup, average)
         count = collections.Counter(rewrite.kind for rewrite in report.rewrites)
@@ -208,10 +212,9 @@ def planned(seeds: Sequence[int], data: Data, setup: Setup, most: int | None) ->
     """The way "plan": within ``setup.memory``, or the least share of ``most`` bytes for which there is a plan."""
     budgets = [setup.memory] if setup.memory or not most else [int(share * most) for share in _SHARES]
     for budget in budgets:
+        options = {**setup.options, "memory": budget, "host_memory": "0"}
         try:
-            for found in runs_of(
-                "plan", seeds, data, setup, {**setup.options, "memory": budget, "host_memory": "0"}
-            ):
+            for found in runs_of("plan", seeds, data, setup, options):
                 yield {**found, "memory": budget}
             return
         except Exception as error:  # torch.compile makes its own of it
