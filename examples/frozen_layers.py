@@ -1,4 +1,4 @@
-"""SHERL-like tuning (arXiv 2407.07523): early layers are frozen and keep nothing; an adapter of what they gave feeds the last ones."""
+"""SHERL-like tuning (arXiv 2407.07523): frozen early layers keep nothing; what they gave feeds the last ones."""
 
 import sys
 

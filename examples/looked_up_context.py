@@ -1,4 +1,4 @@
-"""InfLLM-like long prompts (arXiv 2402.04617): a chunk sees the first tokens, the last ones, and blocks of the past that it looks up."""
+"""InfLLM-like long prompts (arXiv 2402.04617): a chunk sees the first tokens, the last ones, and what it looks up."""
 
 import sys
 

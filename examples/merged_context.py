@@ -1,4 +1,4 @@
-"""HOMER-like long prompts (arXiv 2404.10308): chunks go through early layers alone, lose half of their tokens, and merge in pairs."""
+"""HOMER-like long prompts (arXiv 2404.10308): chunks go through layers alone, lose half of their tokens, and merge."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""MeZO-SVRG (arXiv 2404.08080): zeroth-order steps, steadied by an anchor, at the memory of a prefill and a copy of the weights."""
+"""MeZO-SVRG (arXiv 2404.08080): zeroth-order steps that an anchor steadies, in the memory of a prefill."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Real text, and a real tokenizer, without a network: the source of Python's standard library, and a BPE trained on it."""
+"""Real text and a real tokenizer without a network: the source of Python's library, and a BPE trained on it."""
 
 from __future__ import annotations
 

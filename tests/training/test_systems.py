@@ -1,7 +1,7 @@
 """Systems that others have built, as examples: rewritten, with eager's numbers, and at the memory that they promise.
 
-Each example runs as it is, in a process with the malloc meter, under mst (the inside by eager, which compiles sooner) and then eagerly;
-functions of its are called again, and measured.
+Each example runs as it is, in a process with the malloc meter, under mst (the inside by eager, which compiles sooner)
+and then eagerly; functions of its are called again, and measured.
 """
 
 from __future__ import annotations

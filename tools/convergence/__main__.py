@@ -16,12 +16,13 @@ from tools.convergence.runs import ON_CPU, ON_CUDA, RANKS, WAYS, Result, Setup, 
 
 
 def run(setup: Setup, ways: Sequence[str], seeds: Sequence[int], out: Path, picture: Path) -> list[Result]:
-    """Trains, and writes ``out`` with two endings after each run, so that what ends a process leaves what was before; then the picture."""
+    """Trains; writes ``out``.json and .md after each run, so that an early end leaves what was before it, then the picture."""
     results: list[Result] = []
     facts = dataclasses.asdict(setup) | {"parameters": parameters_of(setup)}
     title = (
         f"Qwen2, {facts['parameters'] / 1e6:.1f} M weights, {setup.layers} layers, vocabulary {setup.vocabulary:,}, "
-        f"{setup.seq:,} tokens a step, {setup.steps} steps, {'bfloat16 autocast' if setup.device == 'cuda' else 'float32'}"
+        f"{setup.seq:,} tokens a step, {setup.steps} steps, "
+        f"{'bfloat16 autocast' if setup.device == 'cuda' else 'float32'}"
     )
     for result in all_runs(ways, seeds, setup):
         results.append(result)

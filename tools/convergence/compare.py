@@ -118,9 +118,10 @@ def table(results: Sequence[Result]) -> str:
     seeds, ways = noise(results), ways_of(results)
     count = len({r["seed"] for r in results if r["way"] == "eager"})
     text = (
-        f"{count} seeds of eager: their held-out losses lie {seeds.held_out:.4f} apart, the points of their curves (means of {WINDOW} steps) "
-        f"{statistics.median(seeds.curve):.4f} in the median. Gaps are to eager from the same weights, the largest over seeds and points; "
-        "within: neither is larger than these. The gap of norms is relative: AdamW hides a gradient that is too large by a factor."
+        f"{count} seeds of eager: their held-out losses lie {seeds.held_out:.4f} apart, the points of their curves "
+        f"(means of {WINDOW} steps) {statistics.median(seeds.curve):.4f} in the median. Gaps are to eager from the same "
+        "weights, the largest over seeds and points; within: neither is larger than these. The gap of norms is relative: "
+        "AdamW hides a gradient that is too large by a factor."
     )
     of_way = {way: [r for r in results if r["way"] == way] for way in ways}
     lines = [_HEAD, *(_line(of_way[way], gap(results, way), seeds) for way in ways)]

@@ -122,7 +122,7 @@ def rate_at(step: int, steps: int) -> float:
 def train(
     model: nn.Module, data: Data, setup: Setup, average: Callable[[nn.Module], None] | None = None
 ) -> Result:
-    """Trains a model, a sequence a step; its losses, its gradients' norms before they are clipped, the held-out loss, and what it took.
+    """Trains a model, a sequence a step: losses, gradients' norms before they are clipped, the held-out loss, what it took.
 
     Args:
         average: makes the ranks' gradients one.
