@@ -26,7 +26,7 @@ def run(setup: Setup, ways: Sequence[str], seeds: Sequence[int], out: Path, pict
     )
     for result in all_runs(ways, seeds, setup):
         results.append(result)
-        said = {key: value for key, value in result.items() if key not in ("losses", "norms", "plans")}
+        said = {key: value for key, value in result.items() if key not in ("losses", "plans")}
         print(f"{said}, last losses {result['losses'][-3:]}", flush=True)
         has_noise = sum(r["way"] == "eager" for r in results) >= 2
         text = f"{title}.\n\n{table(results)}" if has_noise else title

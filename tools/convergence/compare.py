@@ -89,7 +89,7 @@ def gap(results: Sequence[Result], way: str) -> Gap:
         held_out=statistics.mean(r["held_out"] for r, _ in pairs),
         gap=max(abs(r["held_out"] - truth["held_out"]) for r, truth in pairs),
         curve=max(curve_gaps(results, way)),
-        norm=max(abs(r["norms"][0] / truth["norms"][0] - 1) for r, truth in pairs),
+        norm=max(abs(r["norm"] / truth["norm"] - 1) for r, truth in pairs),
     )
 
 

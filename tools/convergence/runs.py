@@ -122,14 +122,14 @@ def rate_at(step: int, steps: int) -> float:
 def train(
     model: nn.Module, data: Data, setup: Setup, average: Callable[[nn.Module], None] | None = None
 ) -> Result:
-    """Trains a model, a sequence a step: losses, gradients' norms before they are clipped, the held-out loss, what it took.
+    """Trains a model, a sequence a step: its losses, the first gradients' norm, the held-out loss, what it took.
 
     Args:
         average: makes the ranks' gradients one.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=setup.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(rate_at, steps=setup.steps))
-    losses, norms, seconds = [], [], 0.0
+    losses, norm, seconds = [], torch.zeros(()), 0.0
     _wait(setup)
     if setup.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -140,23 +140,24 @@ def train(
         loss.backward()
         if average is not None:
             average(model)
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        length = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         losses.append(loss.detach())
         if index == 0:  # which compiles
             _wait(setup)
-            seconds = time.perf_counter() - start
+            norm, seconds = length, time.perf_counter() - start
     _wait(setup)
     steps = (time.perf_counter() - start - seconds) / max(1, setup.steps - 1)
+    peak = torch.cuda.max_memory_allocated() if setup.device == "cuda" else None  # before eager evaluates
     return {
         "losses": [round(x, 6) for x in torch.stack(losses).tolist()],
-        "norms": [float(f"{x:.6g}") for x in torch.stack(norms).tolist()],
+        "norm": float(f"{float(norm):.6g}"),
         "held_out": held_out_loss(model, data, setup),
         "first_seconds": round(seconds, 3),
         "step_seconds": round(steps, 5),
-        "peak_bytes": torch.cuda.max_memory_allocated() if setup.device == "cuda" else None,
+        "peak_bytes": peak,
     }
 
 
@@ -164,7 +165,7 @@ def held_out_loss(model: nn.Module, data: Data, setup: Setup) -> float:
     """The mean over the held-out sequences, by the model as it is written: the same ruler for all ways."""
     with torch.no_grad(), _precision(setup):
         found = [model.forward(input_ids=ids[None], labels=ids[None]).loss for ids in data.held_out]
-    return float(torch.stack(found).mean())
+    return float(torch.stack(found).double().mean())
 
 
 def _precision(setup: Setup) -> torch.autocast:
