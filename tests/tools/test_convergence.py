@@ -48,10 +48,10 @@ def _results(gap: float, at: float) -> list[runs.Result]:
 )
 def test_gaps_are_held_against_what_seeds_change(gap: float, at: float, within: bool, tmp_path: Path) -> None:
     results = _results(gap, at)
-    noise, found = compare.noise(results), compare.gap(results, "mst")
+    noise, found = compare.noise(results), compare.compare(results, "mst")
     assert noise.held_out == pytest.approx(0.2) and noise.curve == pytest.approx([0.4, 0.4])
-    assert found.gap == pytest.approx(gap) and found.curve == pytest.approx(abs(at))
-    assert noise.has(found) == within and found.norm == pytest.approx(2e-3)
+    assert found.held_out_gap == pytest.approx(gap) and found.curve_gap == pytest.approx(abs(at))
+    assert noise.has(found) == within and found.norm_gap == pytest.approx(2e-3)
     row = next(line for line in compare.table(results).splitlines() if line.startswith("| mst"))
     assert ("| yes |" in row) == within and ("| NO |" in row) != within
     compare.draw(results, tmp_path / "x.png", "")

@@ -95,7 +95,14 @@ def _svrg(way: str, steps: int) -> Found:
     if way == "eager":
         fresh = names["toy_llama"]().eval().requires_grad_(False)
         found["start"] = sum(float(fresh(input_ids=x, labels=x).loss) for x in names["data"]) / 2
+        found["slope"] = names["slope"](model, 7, [ids])
+        before = [weight.clone() for weight in model.parameters()]
+        names["perturb"](model, 7, 1.0)
+        noise = [weight - x for weight, x in zip(model.parameters(), before, strict=True)]
+        names["perturb"](model, 7, -1.0)
         model.requires_grad_()
+        gradients = torch.autograd.grad(score().loss, list(model.parameters()))
+        found["derivative"] = sum(float((g * z).sum()) for g, z in zip(gradients, noise, strict=True))
         found["training"] = _peak(lambda: torch.autograd.grad(score().loss, list(model.parameters())))
     return found
 
@@ -105,6 +112,7 @@ def test_zeroth_order_steps_with_an_anchor() -> None:
     assert mst["kinds"] == {"attention": 2, "mlp": 2, "vocab": 1}
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", mst["printed"])]
     assert len(losses) == 4 and losses[-1] < losses[0] < eager["start"]
+    assert eager["slope"] == pytest.approx(eager["derivative"], rel=0.02)
     assert relative_error(mst["weights"], eager["weights"]) <= 1e-4  # a loss's rounding over 2 epsilon
     for found in (mst, eager):
         print({key: round(found[key] / _MIB, 2) for key in ("prefill", "step", "training") if key in found})
@@ -129,6 +137,8 @@ def _frozen(way: str, layers: int) -> Found:
 
     found["peak"], found["kept"] = _peak(step), step()
     if way == "eager":
+        fresh, plain = names["Tuned"](layers, 1), names["toy_llama"](layers)
+        found["at first"], found["plain"] = fresh(ids, ids).item(), plain(ids, labels=ids).loss.item()
         model.llama.requires_grad_()
         found["all kept"] = step()
     return found
@@ -137,6 +147,7 @@ def _frozen(way: str, layers: int) -> Found:
 def test_frozen_layers_keep_nothing() -> None:
     mst, more, eager = _each(_frozen, ("mst", 3), ("mst", 4), ("eager", 3))
     assert mst["kinds"] == {"attention": 3, "mlp": 3, "vocab": 1}
+    assert eager["at first"] == pytest.approx(eager["plain"], rel=_BAR)
     assert relative_error(mst["weights"], eager["weights"]) <= 1e-4  # eight steps of AdamW
     for found in (mst, more, eager):
         print({key: round(found[key] / _MIB, 2) for key in ("peak", "kept", "all kept") if key in found})
@@ -155,12 +166,19 @@ def _merged(way: str, height: int) -> Found:
     found |= {key: names[key] for key in ("hidden", "places", "cached")}
     found["peak"] = _peak(lambda: names["merge"](prompt, height))
     found["prefill"] = _peak(lambda: names["model"].model(prompt))
+    if way == "eager":  # of one chunk, and nothing merged, all layers give what the model gives
+        decoder, ids = names["model"].model, prompt[:, : names["size"]]
+        places = torch.arange(ids.shape[1])[None, :, None]
+        hidden, _, scores = names["run"](decoder.embed_tokens(ids), places, 0, len(decoder.layers))
+        found["alone"], found["plain"] = decoder.norm(hidden), decoder(ids).last_hidden_state
+        found["scores"] = scores.shape
     return found
 
 
 def test_merged_context() -> None:
     mst, longer, eager = _each(_merged, ("mst", 1), ("mst", 3), ("eager", 1))
     assert mst["kinds"] == {"attention": 4, "mlp": 4}
+    assert relative_error(eager["alone"], eager["plain"]) <= _BAR and eager["scores"] == (1024,)
     assert torch.equal(mst["places"], eager["places"])
     assert relative_error(mst["hidden"], eager["hidden"]) <= _BAR
     assert max(map(relative_error, mst["cached"], eager["cached"])) <= _BAR
@@ -181,6 +199,13 @@ def _looked_up(way: str, chunks: int) -> Found:
     places = torch.arange(chunks * size, (chunks + 1) * size)[None]
     found["peak"] = _peak(lambda: model(ids, position_ids=places, use_cache=False, logits_to_keep=1))
     found["stored"] = sum(x.nbytes for blocks in names["past"] for block in blocks for x in block)
+    if way == "eager":  # who looks up all blocks sees what the model sees
+        names["near"], names["past"] = 1000, [[] for _ in model.model.layers]
+        text = names["token_blocks"](1, 2 * size)[0]["input_ids"][None]
+        for places in torch.arange(2 * size)[None].split(size, 1):
+            given = {"position_ids": places, "use_cache": False, "logits_to_keep": 1}
+            found["all"] = model(text[:, places[0]], **given).logits
+        found["plain"] = names["toy_llama"]().eval()(text, logits_to_keep=1).logits.detach()
     return found
 
 
@@ -188,6 +213,7 @@ def test_looked_up_context() -> None:
     mst, longer, eager = _each(_looked_up, ("mst", 2), ("mst", 8), ("eager", 2))
     assert mst["kinds"] == {"attention": 2, "mlp": 1}
     assert relative_error(mst["logits"], eager["logits"]) <= _BAR
+    assert relative_error(eager["all"], eager["plain"]) <= _BAR
     for found in (mst, longer, eager):
         print({key: round(found[key] / _MIB, 2) for key in ("peak", "stored")})
     assert longer["peak"] <= 1.1 * mst["peak"] <= 0.7 * eager["peak"]

@@ -16,21 +16,21 @@ _COLORS = {"eager": "tab:gray", "nudged": "black", "mst": "tab:red", "plan": "ta
 
 
 @dataclasses.dataclass(frozen=True)
-class Gap:
-    """How far a way is from eager, in losses.
+class Comparison:
+    """A way beside eager.
 
     Attributes:
-        held_out: the mean over the seeds.
-        gap: of the held-out losses, from the same weights; the largest over the seeds.
-        curve: of two points of the curves, from the same weights; the largest over seeds and points.
-        norm: of the first step's gradients' norms, relative; the largest over the seeds.
+        held_out: loss, the mean over the seeds.
+        held_out_gap: of these losses, from the same weights; the largest over the seeds.
+        curve_gap: of two points of the curves, from the same weights; the largest over seeds and points.
+        norm_gap: of the norms of the first step's gradients, relative; the largest over the seeds.
     """
 
     way: str
     held_out: float
-    gap: float
-    curve: float
-    norm: float
+    held_out_gap: float
+    curve_gap: float
+    norm_gap: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Noise:
     held_out: float
     curve: list[float]
 
-    def has(self, gap: Gap) -> bool:
-        """Whether a gap lies within it: at the end, and along the curves, whose points' median counts."""
-        return gap.gap <= self.held_out and gap.curve <= statistics.median(self.curve)
+    def has(self, found: Comparison) -> bool:
+        """Whether a way's gaps lie within it: at the end, and along the curves, whose points' median counts."""
+        return found.held_out_gap <= self.held_out and found.curve_gap <= statistics.median(self.curve)
 
 
 def curve(result: Result) -> list[float]:
@@ -81,15 +81,15 @@ def curve_gaps(results: Sequence[Result], way: str) -> list[float]:
     return [max(at) for at in zip(*of_seeds, strict=True)]
 
 
-def gap(results: Sequence[Result], way: str) -> Gap:
+def compare(results: Sequence[Result], way: str) -> Comparison:
     eager = {r["seed"]: r for r in results if r["way"] == "eager"}
     pairs = [(r, eager[r["seed"]]) for r in results if r["way"] == way]
-    return Gap(
+    return Comparison(
         way,
         held_out=statistics.mean(r["held_out"] for r, _ in pairs),
-        gap=max(abs(r["held_out"] - truth["held_out"]) for r, truth in pairs),
-        curve=max(curve_gaps(results, way)),
-        norm=max(abs(r["norm"] / truth["norm"] - 1) for r, truth in pairs),
+        held_out_gap=max(abs(r["held_out"] - truth["held_out"]) for r, truth in pairs),
+        curve_gap=max(curve_gaps(results, way)),
+        norm_gap=max(abs(r["norm"] / truth["norm"] - 1) for r, truth in pairs),
     )
 
 
@@ -124,17 +124,17 @@ def table(results: Sequence[Result]) -> str:
         "AdamW hides a gradient that is too large by a factor."
     )
     of_way = {way: [r for r in results if r["way"] == way] for way in ways}
-    lines = [_HEAD, *(_line(of_way[way], gap(results, way), seeds) for way in ways)]
+    lines = [_HEAD, *(_line(of_way[way], compare(results, way), seeds) for way in ways)]
     plans = [plan for r in results for plan in r["plans"]]
     return "\n\n".join([text, markdown_table(lines), *(f"```\n{plan}\n```" for plan in plans)])
 
 
-def _line(mine: Sequence[Result], found: Gap, seeds: Noise) -> tuple[Any, ...]:
+def _line(mine: Sequence[Result], found: Comparison, seeds: Noise) -> tuple[Any, ...]:
     """Of a way."""
-    shares = found.gap / seeds.held_out, found.curve / statistics.median(seeds.curve)
+    shares = found.held_out_gap / seeds.held_out, found.curve_gap / statistics.median(seeds.curve)
     gaps = (
-        *(f"{found.gap:.1e}", f"{shares[0]:.2g}", f"{found.curve:.1e}", f"{shares[1]:.2g}"),
-        *("yes" if seeds.has(found) else "NO", f"{found.norm:.1e}"),
+        *(f"{found.held_out_gap:.1e}", f"{shares[0]:.2g}", f"{found.curve_gap:.1e}", f"{shares[1]:.2g}"),
+        *("yes" if seeds.has(found) else "NO", f"{found.norm_gap:.1e}"),
     )
     peaks = [r["peak_bytes"] / GIB for r in mine if r["peak_bytes"]]
     rewritten = ", ".join(f"{count} {kind}" for kind, count in mine[0]["rewritten"].items())
