@@ -21,13 +21,13 @@ tokenizer = ByT5Tokenizer(extra_ids=0)  # needs no vocabulary: a token is a byte
 tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-def toy_llama() -> LlamaForCausalLM:
+def toy_llama(layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id,

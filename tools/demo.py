@@ -14,9 +14,7 @@ import json
 import math
 import os
 import platform
-import random
 import statistics
-import sysconfig
 import time
 from pathlib import Path
 
@@ -32,18 +30,17 @@ from matplotlib import pyplot
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mst_fx.diagnose.model_of import random_model
 from mst_fx.report import human_bytes
+from tools import corpus
 from tools.meters.cpu import Measurement, measure_cpu
 from tools.meters.gpu import measure_cuda
 
 matplotlib.use("agg")
 
 VOCABULARY = 16_384
-END_OF_FILE = "<|endoftext|>"
 # The first steps of a run compile, and touch memory for the first time.
 COLD_STEPS = 2
 
@@ -133,44 +130,14 @@ def make_config(setup: Setup) -> LlamaConfig:
 
 def make_batches(setup: Setup, progress: Progress) -> list[torch.Tensor]:
     """One batch ``[1, seq]`` of token ids a step, from the standard library's source files."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
-    files = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
-    random.Random(0).shuffle(files)
+    files = corpus.source_files()
     task = progress.add_task("reading Python's library", total=len(files), note="")
-    texts = []
-    for path in files:
-        texts.append(path.read_text(encoding="utf-8", errors="replace"))
-        progress.advance(task)
+    texts = corpus.read(files, lambda: progress.advance(task))
     task = progress.add_task("training the tokenizer", total=1, note=f"{sum(map(len, texts)) / 1e6:.0f} MB")
-    tokenizer = train_tokenizer(texts)
+    tokenizer = corpus.train_tokenizer(texts, VOCABULARY)
     progress.update(task, completed=1, note=f"{tokenizer.get_vocab_size():,} tokens")
-    end = tokenizer.token_to_id(END_OF_FILE)
-    assert end is not None
-    needed = setup.steps * setup.seq
-    stream: list[int] = []
-    while len(stream) < needed:
-        for text in texts:
-            stream += [*tokenizer.encode(text).ids, end]
-            if len(stream) >= needed:
-                break
-    return list(torch.tensor(stream[:needed]).view(setup.steps, 1, setup.seq).to(setup.device))
-
-
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer of :data:`VOCABULARY` tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END_OF_FILE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    assert tokenizer.get_vocab_size() == VOCABULARY, tokenizer.get_vocab_size()
-    return tokenizer
+    stream = corpus.token_stream(tokenizer, texts, setup.steps * setup.seq)
+    return list(torch.tensor(stream).view(setup.steps, 1, setup.seq).to(setup.device))
 
 
 def train(

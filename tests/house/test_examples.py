@@ -16,7 +16,11 @@ from tests import apart, quick
 _FOLDER = Path(__file__).resolve().parents[2] / "examples"
 _NAMES = sorted(path.stem for path in _FOLDER.glob("[!_]*.py"))
 _WITHOUT_GRADIENTS = ("perplexity", "prefill", "zeroth_order")  # tests/training/test_inference.py runs them
+_SYSTEMS = (  # tests/training/test_systems.py runs them
+    *("frozen_layers", "looked_up_context", "low_rank_cache", "merged_context", "zeroth_order_svrg"),
+)
 _OF_THE_COMMAND_LINE = ("hf_trainer_run",)  # tests/cli/test_program.py runs it
+_ELSEWHERE = {*_WITHOUT_GRADIENTS, *_SYSTEMS, *_OF_THE_COMMAND_LINE}
 _NEEDS = {
     "accelerate": "accelerate",
     "peft": "peft",
@@ -81,9 +85,7 @@ def _run(path: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in _NAMES if name not in (*_WITHOUT_GRADIENTS, *_OF_THE_COMMAND_LINE)]
-)
+@pytest.mark.parametrize("name", [name for name in _NAMES if name not in _ELSEWHERE])
 def test_runs(name: str, ran: Path) -> None:
     if not _is_runnable(name):
         pytest.skip(f"{_NEEDS[name.split('_')[0]]} is not installed")
