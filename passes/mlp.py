@@ -44,7 +44,8 @@ from mst_fx.rows.region import seeds
 
 def run(context: PassContext) -> None:
     """Rewrites every MLP of a graph, and all experts."""
-    chunk_experts(context)
+    if context.options.group is None:  # else they are there: passes/experts
+        chunk_experts(context)
     experts: list[tuple[list[fx.Node], bool]] = []
     widening: set[fx.Node] = set()
     for analysis in context.analyses():

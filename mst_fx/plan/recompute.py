@@ -185,9 +185,8 @@ class _Again:
         if node in self.clones:
             return self.clones[node]
         is_kept = node is self.choice.layer.start or node in self.choice.kept
-        if not is_kept and not is_exchange(
-            user
-        ):  # a weight of which each rank has a part is not gathered before
+        is_part = is_exchange(user)  # of a weight, which is not gathered before
+        if not is_kept and not is_part:
             return node  # of no layer: a weight, what all layers read
         if node not in self.gates:
             kept = self.there.get(node, node)

@@ -16,6 +16,7 @@ def _loops(run: object) -> list[str]:
     return [name for name, _ in operators(run) if name.startswith("mst_fx::")]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_nothing_is_rewritten(
     inner: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -54,6 +54,7 @@ def _run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     return apart.call(command, "run", *_OPTIONS, *arguments, env={**os.environ, **more})
 
 
+@pytest.mark.slow
 def test_a_script_gets_its_arguments_and_is_rewritten(script: str, tmp_path: Path) -> None:
     done = _run("--report", "--report-to", str(tmp_path / "said.json"), script, "--lr", "3", "--report")
     assert done.returncode == 0, done.stderr
@@ -68,6 +69,7 @@ def test_a_script_gets_its_arguments_and_is_rewritten(script: str, tmp_path: Pat
     assert float(off.stdout.splitlines()[1]) == pytest.approx(float(loss), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_its_exit_code_is_the_scripts(script: str) -> None:
     assert _run("--quiet", script, "exit").returncode == 7
     done = _run("--quiet", "--report", script, "raise")

@@ -168,6 +168,7 @@ def test_numbers(form: Callable[..., Tensor], padded: int, name: str) -> None:
     assert not report.refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [t5, alibi_by_distance, bloom], ids=lambda x: x.__name__)
 def test_sequences_of_changing_length(form: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)

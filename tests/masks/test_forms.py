@@ -304,6 +304,7 @@ def test_scores_of_blocks_are_no_refusal() -> None:
     assert "without a softmax" in refused.reason
 
 
+@pytest.mark.slow
 def test_a_projection_into_blocks_is_no_head() -> None:
     """As of MiniMax: queries, keys and values of one product, behind a function."""
 

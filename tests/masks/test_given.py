@@ -452,6 +452,7 @@ def test_some_heads_at_a_time(form: Form, monkeypatch: pytest.MonkeyPatch) -> No
     assert _given(check_parity(Attention(form).double(), _batch(), _BAR, _BAR, OPTIONS)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [chosen_before_a_mask, learned_beside_what_is_learned_of_keys, with_sinks])
 def test_with_inductor_and_dynamic_sizes(form: Form) -> None:
     torch.manual_seed(0)
@@ -475,6 +476,7 @@ def test_autocast(form: Form) -> None:
     assert _given(report) == 1 and errors[1] <= 1.1 * errors[0], errors
 
 
+@pytest.mark.slow
 def test_operator() -> None:
     torch.manual_seed(0)
     query = torch.randn(2, 4, 9, 3, dtype=torch.float64, requires_grad=True)

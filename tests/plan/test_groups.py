@@ -68,6 +68,7 @@ def _way(grouped: Grouped) -> tuple[Sequence[Stage], dict[str, Any]]:
     return (Stage("memory", grouped.__call__, when=When.JOINT),), STRICT
 
 
+@pytest.mark.slow
 def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the device and on the host, of two layers and more; attention runs again for each start, unless it is kept."""
     torch.manual_seed(0)

@@ -74,6 +74,7 @@ def _way(sending: Sending) -> tuple[tuple[Stage, ...], dict[str, Any]]:
     return (Stage("memory", sending.__call__, when=When.JOINT),), STRICT
 
 
+@pytest.mark.slow
 def test_every_choice_on_the_host_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the passes the arena holds what the plan sends, and nothing afterwards."""
     model, batch = _toy(_LAYERS)
@@ -100,6 +101,7 @@ def test_every_choice_on_the_host_has_the_same_bits(monkeypatch: pytest.MonkeyPa
     assert len(every) >= 5
 
 
+@pytest.mark.slow
 def test_graphs_that_live_on_are_dropped_or_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two graphs alive at once, one retained; one dropped; one whose backward pass raises: nobody reads another's memory."""
     model, batch = _toy(_LAYERS)
@@ -135,6 +137,7 @@ def test_graphs_that_live_on_are_dropped_or_raise(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(loss_of(fourth), loss) and all(map(torch.equal, gradients(fourth), expected))
 
 
+@pytest.mark.slow
 def test_layers_between_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fetched ahead is that of the next layer alone; others start their copies where they begin."""
     model, batch = _toy(layers=4)

@@ -90,6 +90,7 @@ class _Ordered(Chosen):
             super().__call__(context)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 100])
 def test_the_same_bits(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all made again, and with most kept."""
@@ -135,6 +136,7 @@ def test_products_of_the_next_layer_stay() -> None:
     assert sorted(names, key=lambda name: order[n[name]]) == list(names)
 
 
+@pytest.mark.slow
 def test_inductor_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer's three products of weights, whose left operand is transposed, come first in the code: 96 rows are summed over."""
     model, batch = _model()
