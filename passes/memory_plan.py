@@ -29,7 +29,7 @@ from mst_fx.plan.costs import Cost, Device, cost_of, device_of, plus
 from mst_fx.plan.groups import ways_in_groups
 from mst_fx.plan.joint_graph import JointGraph, bytes_of, is_attention, tensor_of
 from mst_fx.plan.layers import Layer, layers_of
-from mst_fx.plan.of_ranks import Told, heard, least_room, same_choices, tell
+from mst_fx.plan.of_ranks import Told, exchanges_of, heard, least_room, tell
 from mst_fx.plan.peak import peak_of
 from mst_fx.plan.recompute import make_again, on_trial
 from mst_fx.plan.room import Room, host_bytes, room_for
@@ -87,7 +87,7 @@ def run(context: JointContext) -> bool:
     """
     group = context.options.group
     start = _together(
-        group, lambda: _start(context), lambda found: same_choices(found.choices) if found else ""
+        group, lambda: _start(context), lambda found: exchanges_of(found.layers) if found else ""
     )
     if start is None:
         return False
@@ -139,7 +139,7 @@ def _together(group: Group | None, function: Callable[[], T], said: Callable[[T]
         return function()
     found, texts = tried(group, function, said)
     if len(set(texts)) > 1:
-        raise Refusal("the layers of the ranks differ in more than sizes", Cause.NO_LAYERS)
+        raise Refusal("the layers of the ranks exchange different things", Cause.NO_LAYERS)
     return found
 
 
@@ -183,10 +183,10 @@ def _chosen_by_first(group: Group, start: _Start, room: Room, host: int) -> tupl
 
     def choose() -> tuple[list[Told], int]:
         chosen, peak = fastest_choices(start.joint, start.choices, room, host)
-        return tell(start.choices, chosen), peak
+        return tell(chosen), peak
 
     told, peak = decided(group, choose)
-    return heard(start.choices, told), peak
+    return _together(group, lambda: heard(start.layers[:-1], told), lambda _: "heard"), peak
 
 
 def _reserved(sizes: Sequence[int], room: Room) -> str:

@@ -135,19 +135,19 @@ def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:
     Args:
         wanted: what is kept in any case.
     """
-    found = [_choice(layer, set(wanted))]
+    found = [keeping(layer, set(wanted))]
     while True:
         now = found[-1]
         dear = dict.fromkeys(source_of(node) for node in now.again if not is_cheap(node))
         calls = [call for call in dear if not must_recompute(call)]
-        more = [_choice(layer, {*wanted, *map(source_of, now.kept), call}) for call in calls]
+        more = [keeping(layer, {*wanted, *map(source_of, now.kept), call}) for call in calls]
         better = [each for each in more if each.bytes > now.bytes and each.cost.flops < now.cost.flops]
         if not better:
             break
         found.append(
             max(better, key=lambda each: (now.cost.flops - each.cost.flops) / (each.bytes - now.bytes))
         )
-    most = _choice(layer, {*wanted, *map(source_of, found[-1].kept), *_operands(layer)})
+    most = keeping(layer, {*wanted, *map(source_of, found[-1].kept), *_operands(layer)})
     return [*found, most] if most.bytes > found[-1].bytes else found
 
 
@@ -163,7 +163,7 @@ def _operands(layer: Layer) -> set[fx.Node]:
     }
 
 
-def _choice(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
+def keeping(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
     """A layer of which some calls, or some results of them, are kept: of a view its memory is, and the view made again."""
     wanted = {*wanted, *map(storage_of, wanted)}
     inside = set(layer.nodes)

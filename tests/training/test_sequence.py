@@ -30,7 +30,8 @@ from transformers import Trainer, TrainingArguments
 
 import mst_fx
 from mst_fx.logits.tensor import DeferredLogits
-from mst_fx.plan.joint_graph import JointGraph
+from mst_fx.plan.joint_graph import JointGraph, is_under_way
+from mst_fx.plan.recompute import make_again
 from mst_fx.plan.room import Room, room_for
 from mst_fx.ranks.shares import Heads, shares_of
 from tests import apart
@@ -45,6 +46,7 @@ from tests.helpers import (
     worst_error,
 )
 from tests.models import ACCEPTED, OTHERS, inputs_of
+from tools.bench.ranks import shard
 from tools.meters.cpu import is_available, malloc_meter
 
 _OPTIONS: dict[str, Any] = {
@@ -375,7 +377,7 @@ def _rank(rank: int, names: list[str]) -> dict[str, Any]:
     if dist.get_world_size() == 4:
         found |= {"_bound": _bound(rank), "_mesh": _mesh(rank)}
     if dist.get_world_size() == 2:
-        extra = (_uses, _plans, _order, _dropout, _errors, _shared, _trainer)
+        extra = (_uses, _plans, _parts, _order, _dropout, _errors, _shared, _trainer)
         found |= {function.__name__: function(rank) for function in extra}
     return found
 
@@ -577,6 +579,54 @@ def test_ranks_take_one_plan(two: list[Any]) -> None:
     assert "of 5.5 MiB" in first["6MiB"]["plans"][0] and "attention" in first["6MiB"]["plans"][0]
     assert "attention" not in first["1GiB"]["plans"][0]
     assert "BudgetError: no memory plan fits" in first["too little"] == second["too little"]
+
+
+# Parameters of which each rank has a part, gathered inside of the graph
+
+
+def _parts(rank: int) -> dict[str, Any]:
+    """With a plan for all ranks, which gathers again; and without a sequence over ranks, where each plans for itself and keeps what is gathered."""
+    found: dict[str, Any] = {}
+    for name, more in {"together": {"sequence_parallel": dist.group.WORLD}, "alone": {}}.items():
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model: Any = _real("llama", num_hidden_layers=3)
+        shard(model, init_device_mesh("cpu", (2,)))
+        made: list[int] = []  # exchanges, again
+
+        def look(joint: JointGraph, chosen: Any, is_planned: bool = True) -> None:
+            made.append(sum(is_under_way(node) for choice in chosen for node in choice.again))  # noqa: B023
+            make_again(joint, chosen, is_planned)
+
+        options: Any = {**_OPTIONS, "memory": "2.5MiB" if more else "1GiB", **more}
+        with pytest.MonkeyPatch.context() as patch, mst_fx.watch() as report:
+            patch.setattr("mst_fx.passes.memory_plan.make_again", look)
+            model.compile(backend="mst", options=options)
+            loss = model(**inputs_of(ACCEPTED["llama"], 1, _LENGTH)).loss
+            loss.backward()
+        gradients = {
+            name.replace("parametrizations.", "").replace(".original", ""): p.grad.full_tensor()
+            for name, p in model.named_parameters()
+        }
+        plans = [str(plan) for plan in report.plans]
+        found[name] = {"loss": loss.detach(), "gradients": gradients, "plans": plans, "made": made[-1]}
+    return found
+
+
+@pytest.mark.slow
+def test_parameters_in_parts(two: list[Any]) -> None:
+    torch.manual_seed(0)
+    model: Any = _real("llama", num_hidden_layers=3)
+    loss = model(**inputs_of(ACCEPTED["llama"], 1, _LENGTH)).loss
+    loss.backward()
+    truth = {name: p.grad for name, p in model.named_parameters()}
+    for each in two:
+        for found in each["_parts"].values():
+            assert relative_error(found["loss"], loss) <= 1e-6
+            assert worst_error(found["gradients"], truth) <= 1e-6
+            assert len(found["plans"]) == 1
+        assert each["_parts"]["together"]["made"] > 0
+        assert each["_parts"]["alone"]["made"] == 0
 
 
 # Dropout

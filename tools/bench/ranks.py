@@ -66,7 +66,7 @@ class _Rank:
         self.model.get_input_embeddings()._forward_hooks.clear()  # type: ignore[union-attr, operator]
         self._optimizer: torch.optim.Optimizer | None = None
         if arguments.shard:
-            _shard(self.model, init_device_mesh(self.device, (dist.get_world_size(),)))
+            shard(self.model, init_device_mesh(self.device, (dist.get_world_size(),)))
             self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self._on_gpu)
             if self._on_gpu:
                 mst_fx.park(self._optimizer)
@@ -164,7 +164,7 @@ class _Gathered(torch.nn.Module):
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial("avg")])
 
 
-def _shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
     """Lets each rank keep a part of every parameter."""
     for module in [*model.modules()]:
         for name, value in [*module.named_parameters(recurse=False)]:
