@@ -16,7 +16,7 @@ from torch import fx
 from mst_fx.graph.names import target_name
 from mst_fx.graph.sizes import settled
 from mst_fx.graph.subgraphs import graphs_of
-from mst_fx.graph.values import is_plain, tensors_of, value
+from mst_fx.graph.values import is_of_batch, tensors_of, value
 from mst_fx.group import Group
 from mst_fx.options import Options
 from mst_fx.pipeline import Result
@@ -55,7 +55,7 @@ def compile_together(group: Group, compile_graph: Callable[[], Callable[..., Any
 def with_same_batches(function: Callable[..., Any], group: Group, gm: fx.GraphModule) -> Callable[..., Any]:
     """A compiled graph that compares the batches of all ranks when it is called, and raises GroupError on all if they differ."""
     said = f"runs {_inputs(gm)}"
-    given = [at for at, node in enumerate(gm.graph.find_nodes(op="placeholder")) if _is_of_batch(value(node))]
+    given = [at for at, node in enumerate(gm.graph.find_nodes(op="placeholder")) if is_of_batch(value(node))]
 
     def run(*args: Any) -> Any:
         tensors = [args[at] for at in given if isinstance(args[at], torch.Tensor)]
@@ -75,13 +75,9 @@ def _settle_sizes(gm: fx.GraphModule) -> None:
                     int(size)  # adds a guard
 
 
-def _is_of_batch(found: Any) -> bool:
-    return isinstance(found, torch.Tensor) and not isinstance(found, torch.nn.Parameter) and is_plain(found)
-
-
 def _inputs(gm: fx.GraphModule) -> str:
     nodes = gm.graph.find_nodes(op="placeholder")
-    return ", ".join(f"{n.name} {list(settled(value(n).shape))}" for n in nodes if _is_of_batch(value(n)))
+    return ", ".join(f"{n.name} {list(settled(value(n).shape))}" for n in nodes if is_of_batch(value(n)))
 
 
 def _text(gm: fx.GraphModule) -> str:

@@ -27,7 +27,7 @@ _LOOP = torch.ops.mst_fx.experts_loop.default
 
 
 def matches(context: PassContext) -> bool:
-    return context.options.group is not None
+    return context.options.group is not None and "mlp" in context.options.passes
 
 
 def run(context: PassContext) -> None:

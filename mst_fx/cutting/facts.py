@@ -7,7 +7,7 @@ from torch import fx
 
 from mst_fx.graph.effects import has_effects
 from mst_fx.graph.spelling import dropout_probability
-from mst_fx.graph.values import tensor_value, tensors_of, value
+from mst_fx.graph.values import is_of_batch, tensor_value, tensors_of, value
 from mst_fx.rows.tokens import Tokens
 from mst_fx.torch_api.ops import HigherOrderOperator
 from mst_fx.torch_api.tensors import tree_leaves
@@ -39,13 +39,8 @@ def is_given(node: fx.Node) -> bool:
 
 
 def is_activation(fake: torch.Tensor) -> bool:
-    """Whether an input holds something of each token: ``[B, S, E]``, and is no parameter."""
-    return (
-        fake.ndim == 3
-        and fake.is_floating_point()
-        and not isinstance(fake, torch.nn.Parameter)
-        and fake.shape[2] > 1
-    )
+    """Whether an input holds something of each token of a batch: ``[B, S, E]``."""
+    return is_of_batch(fake) and fake.is_floating_point() and fake.ndim == 3 and fake.shape[2] > 1
 
 
 def why_not(node: fx.Node) -> str | None:

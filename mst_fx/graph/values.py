@@ -40,6 +40,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_of_batch(found: Any) -> bool:
+    """Whether an input is a tensor that comes with a batch: a plain one, and no parameter."""
+    return isinstance(found, torch.Tensor) and not isinstance(found, torch.nn.Parameter) and is_plain(found)
+
+
 def storage_key(tensor: torch.Tensor) -> int | None:
     """What tells a tensor's storage from others; None if it has none to show: values inside of ``torch.vmap``
     and ``torch.func.grad``, sparse tensors, some subclasses."""

@@ -175,8 +175,8 @@ def keeping(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
         if node not in inside or node in again or node in kept:
             continue
         is_kept = node in wanted or source_of(node) in wanted or not may_run_again(node)
-        is_kept = is_kept and not is_under_way(node)
-        if is_kept and tensor_of(node) is not None and not is_view(node):  # of several results each by itself
+        is_value = tensor_of(node) is not None and not is_view(node) and not is_under_way(node)
+        if is_kept and is_value:  # of several results each by itself
             kept[node] = None
         else:
             again.add(node)

@@ -101,6 +101,10 @@ class _Rank:
         if not self._on_gpu:
             torch._foreach_div_(gradients, dist.get_world_size())
 
+    def _ids(self, seq: int) -> torch.Tensor:
+        vocabulary = int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        return text_tokens(seq, vocabulary).view(1, seq).to(self.device)
+
     def settle(self) -> None:
         """All ranks, and what runs on their GPUs, are here."""
         if self._on_gpu:
@@ -113,8 +117,7 @@ class _Rank:
     def measure(self, seq: int, steps: int) -> dict[str, Any]:
         """Steps of one length, compiled anew."""
         torch.compiler.reset()
-        vocabulary = int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        ids = text_tokens(seq, vocabulary).view(1, seq).to(self.device)
+        ids = self._ids(seq)
         seconds, peaks = [], []
         for _ in range(steps + 2 if steps else 1):
             self.model.zero_grad(set_to_none=True)
@@ -147,8 +150,7 @@ class _Rank:
         }
 
     def kernels(self, seq: int) -> str:
-        vocabulary = int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        ids = text_tokens(seq, vocabulary).view(1, seq).to(self.device)
+        ids = self._ids(seq)
 
         def step() -> None:
             self.step(ids)
