@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mst_fx
+from tools.meters.cpu import malloc_meter
 
 EAGER_BODIES = {"inner": "aot_eager"}  # for tests that are not about Inductor
 # torch 2.11's Dynamo runs a layer eagerly that FSDP2 shards and a checkpoint calls.
@@ -219,3 +220,25 @@ class Exponential(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad * x.exp()
+
+
+def warm_peak(call: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> int:
+    """Bytes at the peak of a call above what was there, by the malloc meter (:func:`tools.meters.cpu.call_metered`); of the second one,
+    for the first compiles.
+
+    Args:
+        prepare: is called before each, and not measured.
+    """
+    meter, peak = malloc_meter(), 0
+    for _ in range(2):
+        prepare()
+        meter.reset()
+        level = meter.current()
+        call()
+        peak = meter.peak() - level
+    return peak
+
+
+def forget_gradients(module: nn.Module, x: Tensor) -> None:
+    module.zero_grad(set_to_none=True)
+    x.grad = None

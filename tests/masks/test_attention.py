@@ -35,7 +35,7 @@ from mst_fx.masks.reach import (
 )
 from mst_fx.ops.attention import attention, mask_reach
 from tests.direct import check, rewritten
-from tests.helpers import check_parity, compile_mst, report_of
+from tests.helpers import check_parity, compile_mst, report_of, warm_peak
 from tests.models import ACCEPTED, ATTENTION_SEQ, OTHERS, attention_batch
 from tools.meters.cpu import call_metered, is_available
 
@@ -775,7 +775,6 @@ def test_strict_raises_the_reason() -> None:
 def _measure() -> list[int]:
     """Bytes that a step of one layer at S = 6,144 takes at its peak above what was there before: whole, and padded."""
     from tools.bench.models import Shape, make_llama
-    from tools.meters.cpu import malloc_meter
 
     seq = 6144
     shape = Shape(hidden=16, intermediate=16, heads=1, kv_heads=1, vocabulary=16, layers=1)
@@ -785,14 +784,7 @@ def _measure() -> list[int]:
     padding = {"attention_mask": (torch.arange(seq) < seq - 100)[None].long()}
     options: Any = {"inner": "aot_eager", "passes": ("attention",)}
     run = torch.compile(model, backend="mst", options=options)
-    meter, peaks = malloc_meter(), []
-    for more in ({}, padding):
-        run(**inputs, **more).loss.backward()
-        meter.reset()
-        level = meter.current()
-        run(**inputs, **more).loss.backward()
-        peaks.append(meter.peak() - level)
-    return peaks
+    return [warm_peak(lambda: run(**inputs, **more).loss.backward()) for more in ({}, padding)]  # noqa: B023
 
 
 @pytest.mark.slow

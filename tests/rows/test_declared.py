@@ -18,8 +18,8 @@ from mst_fx.rows.labels import Row
 from mst_fx.rows.tracer import RowTracer
 from mst_fx.torch_api.modes import enable_python_dispatcher
 from mst_fx.torch_api.symbolic_rows import symbolic_rows
-from tests.helpers import compile_mst, kinds, relative_error
-from tools.meters.cpu import call_metered, is_available, malloc_meter
+from tests.helpers import compile_mst, forget_gradients, kinds, relative_error, warm_peak
+from tools.meters.cpu import call_metered, is_available
 
 _OPTIONS = {"inner": "eager", "chunk_rows": 16}
 _HIDDEN, _WIDE = 16, 64
@@ -535,7 +535,7 @@ def test_only_where_gradients_are_seen_to() -> None:
 
 def _peaks(hidden: int, wide: int, rows: int) -> list[int]:
     """Bytes at the peak of a warm step, above what was there: of an operator that was not declared, and declared."""
-    meter, found = malloc_meter(), []
+    found = []
     for is_said in (False, True):
         if is_said:
             _declare_both()
@@ -543,14 +543,12 @@ def _peaks(hidden: int, wide: int, rows: int) -> list[int]:
         mlp = _MLP(hidden, wide)
         compiled = torch.compile(mlp, backend="mst", options={"inner": "aot_eager", "chunk_rows": 128})
         x = torch.randn(1, rows, hidden, requires_grad=True)
-        for _ in range(2):
-            mlp.zero_grad(set_to_none=True)
-            x.grad = None
-            start = meter.current()
-            meter.reset()
-            compiled(x).sum().backward()
-            peak = meter.peak() - start
-        found.append(peak)
+        found.append(
+            warm_peak(
+                lambda: compiled(x).sum().backward(),  # noqa: B023
+                lambda: forget_gradients(mlp, x),  # noqa: B023
+            )
+        )
     return found
 
 

@@ -23,16 +23,18 @@ from tests.helpers import (
     ToyLM,
     check_parity,
     compile_mst,
+    forget_gradients,
     kinds,
     loss_of,
     relative_error,
     report_of,
     step,
     token_batch,
+    warm_peak,
     worst_error,
 )
 from tests.text import build_llama, token_blocks
-from tools.meters.cpu import call_metered, is_available, malloc_meter
+from tools.meters.cpu import call_metered, is_available
 
 _ALL = "all-linear"
 _MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -271,19 +273,15 @@ def _peaks(hidden: int, wide: int, rows: int) -> dict[str, int]:
     """Bytes at the peak of a warm step of an MLP, above what was there, with its weights trained and frozen."""
     from tests.helpers import GatedMLP
 
-    meter = malloc_meter()
     peaks = {}
     for name, is_trained in {"trained": True, "frozen": False}.items():
         mlp = GatedMLP(hidden, wide).requires_grad_(is_trained)
         compiled = torch.compile(mlp, backend="mst", options={**EAGER_BODIES, "chunk_rows": 128})
         x = torch.randn(1, rows, hidden, requires_grad=True)
-        for _ in range(2):
-            mlp.zero_grad(set_to_none=True)
-            x.grad = None
-            start = meter.current()
-            meter.reset()
-            compiled(x).sum().backward()
-            peaks[name] = meter.peak() - start
+        peaks[name] = warm_peak(
+            lambda: compiled(x).sum().backward(),  # noqa: B023
+            lambda: forget_gradients(mlp, x),  # noqa: B023
+        )
         peaks["weights"] = sum(p.nbytes for p in mlp.parameters())
     return peaks
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import mst_fx
-from tests.helpers import kinds, relative_error
+from tests.helpers import kinds, relative_error, warm_peak
 from tools.meters.cpu import call_metered, is_available, malloc_meter
 
 pytestmark = [
@@ -54,17 +54,6 @@ def _run(way: str, name: str, *arguments: Any) -> tuple[Found, Found]:
     return names, {"kinds": kinds(report), "refused": refused, "printed": out.getvalue()}
 
 
-def _peak(call: Callable[[], Any]) -> int:
-    """Bytes above what was there; of the second call, for the first one compiles."""
-    call()
-    meter = malloc_meter()
-    meter.reset()
-    level = meter.current()
-    result = call()
-    del result
-    return meter.peak() - level
-
-
 def _ids(names: Found, length: int) -> Tensor:
     return names["token_blocks"](1, length)[0]["input_ids"][None]  # type: ignore[no-any-return]
 
@@ -90,8 +79,8 @@ def _svrg(way: str, steps: int) -> Found:
     found["weights"] = torch.cat([weight.flatten() for weight in model.parameters()])
     found["noise"] = max(weight.nbytes for weight in model.parameters())
     score = functools.partial(model, input_ids=ids, labels=ids, use_cache=False)
-    found["prefill"] = _peak(score)
-    found["step"] = _peak(lambda: names["slope"](model, 0, [ids]))
+    found["prefill"] = warm_peak(score)
+    found["step"] = warm_peak(lambda: names["slope"](model, 0, [ids]))
     if way == "eager":
         fresh = names["toy_llama"]().eval().requires_grad_(False)
         found["start"] = sum(float(fresh(input_ids=x, labels=x).loss) for x in names["data"]) / 2
@@ -103,7 +92,7 @@ def _svrg(way: str, steps: int) -> Found:
         model.requires_grad_()
         gradients = torch.autograd.grad(score().loss, list(model.parameters()))
         found["derivative"] = sum(float((g * z).sum()) for g, z in zip(gradients, noise, strict=True))
-        found["training"] = _peak(lambda: torch.autograd.grad(score().loss, list(model.parameters())))
+        found["training"] = warm_peak(lambda: torch.autograd.grad(score().loss, list(model.parameters())))
     return found
 
 
@@ -135,7 +124,7 @@ def _frozen(way: str, layers: int) -> Found:
         loss.backward()
         return kept
 
-    found["peak"], found["kept"] = _peak(step), step()
+    found["peak"], found["kept"] = warm_peak(step), step()
     if way == "eager":
         fresh, plain = names["Tuned"](layers, 1), names["toy_llama"](layers)
         found["at first"], found["plain"] = fresh(ids, ids).item(), plain(ids, labels=ids).loss.item()
@@ -164,8 +153,8 @@ def _merged(way: str, height: int) -> Found:
     names, found = _run(way, "merged_context", height)
     prompt = names["prompt"]
     found |= {key: names[key] for key in ("hidden", "places", "cached")}
-    found["peak"] = _peak(lambda: names["merge"](prompt, height))
-    found["prefill"] = _peak(lambda: names["model"].model(prompt))
+    found["peak"] = warm_peak(lambda: names["merge"](prompt, height))
+    found["prefill"] = warm_peak(lambda: names["model"].model(prompt))
     if way == "eager":  # of one chunk, and nothing merged, all layers give what the model gives
         decoder, ids = names["model"].model, prompt[:, : names["size"]]
         places = torch.arange(ids.shape[1])[None, :, None]
@@ -197,7 +186,7 @@ def _looked_up(way: str, chunks: int) -> Found:
     found["logits"] = names["logits"]
     ids = _ids(names, size)
     places = torch.arange(chunks * size, (chunks + 1) * size)[None]
-    found["peak"] = _peak(lambda: model(ids, position_ids=places, use_cache=False, logits_to_keep=1))
+    found["peak"] = warm_peak(lambda: model(ids, position_ids=places, use_cache=False, logits_to_keep=1))
     found["stored"] = sum(x.nbytes for blocks in names["past"] for block in blocks for x in block)
     if way == "eager":  # who looks up all blocks sees what the model sees
         names["near"], names["past"] = 1000, [[] for _ in model.model.layers]
@@ -230,12 +219,14 @@ def _low_rank(way: str, *arguments: int) -> Found:
     found |= {"tokens": names["out"].sequences, "held": names["held"], "length": layers[0].keys.shape[2]}
     with torch.no_grad():
         score = functools.partial(model, prompt, use_cache=True, logits_to_keep=1)
-        found["logits"], found["peak"] = score().logits, _peak(score)
+        found["logits"], found["peak"] = score().logits, warm_peak(score)
         if way == "eager":
             plain = names["toy_llama"]().eval()
             found["plain"] = plain(prompt, logits_to_keep=1).logits
             found["plain tokens"] = plain.generate(prompt, max_new_tokens=8, use_cache=True)
-            found["plain peak"] = _peak(functools.partial(plain, prompt, use_cache=True, logits_to_keep=1))
+            found["plain peak"] = warm_peak(
+                functools.partial(plain, prompt, use_cache=True, logits_to_keep=1)
+            )
     return found
 
 
