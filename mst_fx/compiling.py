@@ -23,7 +23,13 @@ from mst_fx.process import Said
 from mst_fx.switch import NAME, is_off
 from mst_fx.together import compile_together, run_together, with_same_batches
 from mst_fx.torch_api.dynamo import settle_floats
-from mst_fx.torch_api.inductor import compile_graph, compile_plainly, mode_patches, unknown_patches
+from mst_fx.torch_api.inductor import (
+    AS_ORDERED,
+    compile_graph,
+    compile_plainly,
+    mode_patches,
+    unknown_patches,
+)
 
 log = logging.getLogger("mst_fx")
 
@@ -54,7 +60,8 @@ def mst(
     """
     checked = make_options(options)
     mode = mode or checked.mode
-    patches = {**mode_patches(mode), **checked.inductor}
+    as_ordered = {} if checked.group is None else AS_ORDERED
+    patches = {**as_ordered, **mode_patches(mode), **checked.inductor}
     _check_patches(patches)
     if is_off():
         if _SAID.is_new("off"):

@@ -210,8 +210,12 @@ class JointContext:
             place.
         options: the user's.
         tell: takes what was planned.
+        inputs: with how many the program was captured.
+        parameters: which of them are parameters.
     """
 
     graph: fx.Graph
     options: Options
     tell: Callable[[MemoryPlan], None]
+    inputs: int = 0
+    parameters: tuple[int, ...] = ()

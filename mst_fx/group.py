@@ -35,8 +35,11 @@ class Group:
         return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
 
-def group_of(given: Any) -> Group:
+def group_of(given: Any, option: str = "sequence_parallel") -> Group:
     """The group of a 1-D ``DeviceMesh`` or of a ``ProcessGroup``.
+
+    Args:
+        option: of which it is the value.
 
     Raises:
         OptionError: if it is neither.
@@ -45,13 +48,13 @@ def group_of(given: Any) -> Group:
     if hasattr(given, "get_group") and hasattr(given, "ndim"):
         if given.ndim != 1:
             raise OptionError(
-                f"mst option 'sequence_parallel' is a mesh of {given.ndim} dimensions; allowed: one of them, as mesh['sp']"
+                f"mst option {option!r} is a mesh of {given.ndim} dimensions; allowed: one of them, as mesh['sp']"
             )
         found = given.get_group()
     distributed = _torch().distributed
     if not distributed.is_available() or not isinstance(found, distributed.ProcessGroup):
         raise OptionError(
-            f"mst option 'sequence_parallel' is {given!r}; allowed: a 1-D DeviceMesh (mesh['sp']) or a ProcessGroup"
+            f"mst option {option!r} is {given!r}; allowed: a 1-D DeviceMesh (mesh['sp']) or a ProcessGroup"
         )
     return Group(found.group_name, found.size(), found.rank(), found)
 

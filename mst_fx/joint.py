@@ -1,6 +1,7 @@
 """The stages that run on the joint graph of forward and backward pass: where it is known what is kept between the two.
 
-A stage gets a :class:`~mst_fx.context.JointContext`. One that fails, or makes a graph that is not well-formed, leaves the graph as it was.
+A stage gets a :class:`~mst_fx.context.JointContext`. One that fails, or makes a graph that is not well-formed, leaves the graph as it was,
+or raises, if it is vital.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import fx
 
 from mst_fx.context import JointContext
 from mst_fx.errors import BudgetError, Refusal, defect
+from mst_fx.graph.values import value
 from mst_fx.listeners import on_plan
 from mst_fx.options import Options
 from mst_fx.report import MemoryPlan, Refused
@@ -38,31 +41,32 @@ def hooked(
     stages = [stage for stage in stages if stage.wanted is None or stage.wanted(options, gm)]
     if not stages:
         return contextlib.nullcontext()
-    change = functools.partial(_run, stages, options)
+    change = functools.partial(_run, stages, options, gm.graph.find_nodes(op="placeholder"))
     is_cacheable = all(stage.is_cacheable for stage in stages)
     return joint.changed_joint_graphs(change, _key(stages, options), options.inner, is_cacheable)
 
 
-def _run(stages: Sequence[Stage], options: Options, graph: fx.Graph) -> None:
+def _run(stages: Sequence[Stage], options: Options, given: Sequence[fx.Node], graph: fx.Graph) -> None:
     if not joint.has_backward(graph):
         return
+    parameters = tuple(at for at, node in enumerate(given) if isinstance(value(node), torch.nn.Parameter))
     for stage in stages:
         backup = joint.copied(graph)
         try:
-            if stage.run(JointContext(graph, options, _tell)) is not False:
+            if stage.run(JointContext(graph, options, _tell, len(given), parameters)) is not False:
                 graph.lint()
                 if graph.owning_module is not None:
                     trace.write(f"mst_fx_after_{stage.name}", lambda: str(graph))
         except BudgetError:
             raise
         except Refusal as refusal:
-            if options.strict:
+            if options.strict or stage.is_vital:
                 raise
             joint.restore(graph, backup)
             log.warning("mst-fx: no %s plan for a graph: %s", stage.name, refusal)
             on_plan.tell(Refused(stage.name, "", str(refusal), refusal.cause))
         except Exception as error:
-            if options.strict:
+            if options.strict or stage.is_vital:
                 raise
             joint.restore(graph, backup)
             defect(f"skipped the {stage.name} pass for a graph", error)
@@ -75,7 +79,8 @@ def _tell(plan: MemoryPlan) -> None:
 
 def _key(stages: Sequence[Stage], options: Options) -> str:
     """What a compiled graph depends on: our version, the options, the stages and the text of the files they are in."""
-    found = hashlib.sha256(repr((__version__, options, [stage.name for stage in stages])).encode())
+    known = (__version__, options, options.group, options.averaged_over, [stage.name for stage in stages])
+    found = hashlib.sha256(repr(known).encode())
     for stage in stages:
         found.update(Path(inspect.getfile(stage.run)).read_bytes())
     return found.hexdigest()

@@ -39,6 +39,9 @@ class Options:
         mode: as of ``torch.compile``, which takes it or options, and not both; passed on to Inductor.
         sequence_parallel: a 1-D ``DeviceMesh`` (``mesh["sp"]``) or a ``ProcessGroup``, of which all ranks get the same batches: each
             keeps its share of every sequence's tokens. None: no such group.
+        average_gradients: what the backward pass returns for parameters is the mean over ranks, computed while it runs, and nothing
+            else (DDP) needs to average them: True: over those of ``sequence_parallel``; a 1-D ``DeviceMesh`` or a ``ProcessGroup``: over
+            its ranks, as those of all copies of the model. Of parameters in parts (FSDP) it is not for us.
         strict: raise on a refusal or a failure of a pass instead of leaving the graph as it was.
         inductor: patches of ``torch._inductor.config``.
     """
@@ -54,6 +57,7 @@ class Options:
     host_memory: str | int = "auto"
     mode: str | None = None
     sequence_parallel: Any = None
+    average_gradients: Any = False
     strict: bool = False
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -73,6 +77,7 @@ class Options:
             raise _bad("host_memory", host, "'auto', '0', bytes as in '100GiB' or an int ≥ 0")
         if not isinstance(self.mode, (str, type(None))):
             raise _bad("mode", self.mode, "a mode of torch.compile, as 'max-autotune', or None")
+        _check_averages(self.average_gradients, self.sequence_parallel, self.inner)
         if not isinstance(self.strict, bool):
             raise _bad("strict", self.strict, "True or False")
         if not isinstance(self.inductor, Mapping):
@@ -88,6 +93,16 @@ class Options:
         """The ranks among which sequences are cut; None: there is no other than this one."""
         found = group_of(self.sequence_parallel) if self.sequence_parallel is not None else None
         return found if found is not None and found.ranks > 1 else None
+
+    @property
+    def averaged_over(self) -> Group | None:
+        """The ranks over which gradients are averaged; None: no other than this one."""
+        if self.average_gradients is False:
+            return None
+        if self.average_gradients is True:
+            return self.group
+        found = group_of(self.average_gradients, "average_gradients")
+        return found if found.ranks > 1 else None
 
 
 _SOME_PASSES = f"a tuple or list of names out of {', '.join(map(repr, PASS_NAMES))}, as ('mlp',)"
@@ -124,6 +139,17 @@ def _check_memory(memory: Any, inner: str) -> None:
         raise _bad("memory", memory, "'auto', bytes as in '70GiB' or an int ≥ 1, or None")
     if inner == "eager":
         raise _bad("memory", memory, "None with inner='eager', which has no graph of both passes")
+
+
+def _check_averages(average: Any, group: Any, inner: str) -> None:
+    if average is True and group is None:
+        raise _bad(
+            "average_gradients", True, "True with sequence_parallel; a DeviceMesh or a ProcessGroup; False"
+        )
+    if average is not False and inner == "eager":
+        raise _bad(
+            "average_gradients", average, "False with inner='eager', which has no graph of both passes"
+        )
 
 
 def _bad(name: str, value: Any, allowed: str) -> OptionError:

@@ -19,6 +19,7 @@ from mst_fx.logits.put_back import TakenLogits, arguments_of, with_logits
 from mst_fx.options import PASS_NAMES, Options, make_options
 from mst_fx.passes import (
     attention,
+    averages,
     buffers,
     casts,
     dead_code,
@@ -34,6 +35,7 @@ from mst_fx.passes import (
     memory_plan,
     mlp,
     one_hots,
+    overlap,
     picks,
     positional,
     repeated_rows,
@@ -210,6 +212,17 @@ JOINT_STAGES: tuple[Stage, ...] = (
     # Before the plan, which keeps what is marked.
     Stage("routing", routing.run, when=When.JOINT, wanted=routing.is_wanted, is_cacheable=True),
     Stage("memory", memory_plan.run, when=When.JOINT, wanted=memory_plan.is_wanted),
+    # Behind the plan, which says what is made again.
+    Stage("overlap", overlap.run, when=When.JOINT, wanted=overlap.is_wanted, is_cacheable=True),
+    # Behind what moves exchanges to where their operands are made.
+    Stage(
+        "averages",
+        averages.run,
+        when=When.JOINT,
+        wanted=averages.is_wanted,
+        is_cacheable=True,
+        is_vital=True,
+    ),
 )
 
 check_order(STAGES, When.CAPTURED, PASS_NAMES)

@@ -20,7 +20,7 @@ from mst_fx.graph.values import is_of_batch, tensors_of, value
 from mst_fx.group import Group
 from mst_fx.options import Options
 from mst_fx.pipeline import Result
-from mst_fx.ranks.agreement import agree, checksum_of, tried
+from mst_fx.ranks.agreement import agree, ask, checksum_of, tried
 
 
 def run_together(
@@ -60,8 +60,13 @@ def with_same_batches(function: Callable[..., Any], group: Group, gm: fx.GraphMo
     def run(*args: Any) -> Any:
         tensors = [args[at] for at in given if isinstance(args[at], torch.Tensor)]
         with torch.no_grad():
-            agree(group, said, checksum_of(tensors, group.device))
-        return function(*args)
+            check = ask(group, said, checksum_of(tensors, group.device))
+        if group.device.type == "cpu":
+            check()
+            return function(*args)
+        found = function(*args)  # what a GPU is told to run: the comparison stands before it in its queue
+        check()
+        return found
 
     return run
 
@@ -91,8 +96,12 @@ def _text(gm: fx.GraphModule) -> str:
 
 
 def _options(options: Options) -> str:
-    given = {name: of for name, of in vars(options).items() if name != "sequence_parallel"}
+    given = {name: of for name, of in vars(options).items() if name not in _OF_A_RANK}
     return f"{given}, grad {torch.is_grad_enabled()}"
+
+
+# Options whose values name this rank.
+_OF_A_RANK = ("sequence_parallel", "average_gradients")
 
 
 def _taken(result: Result) -> str:

@@ -9,7 +9,8 @@ Before (every rank is given the whole batch)::
 After::
 
     h = embedding(ids.narrow(1, first, rows), w)                 # [B, S/P, E]
-    q, k, v = mst_fx.rows_to_heads([q, k, v], …)                 # [B, H/P, S, D]
+    (q,) = mst_fx.rows_to_heads([q], …)                          # [B, H/P, S, D]
+    k, v = mst_fx.rows_to_heads([k, v], …)
     o = mst_fx.heads_to_rows(attention(q, k, v, mask), …)        # [B, H, S/P, D]
     loss = mst_fx.sum_over_ranks(cross_entropy(linear(h, head), labels.narrow(1, first, rows), …)) / count
 

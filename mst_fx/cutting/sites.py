@@ -6,7 +6,8 @@ Before::
 
 After::
 
-    q, k, v = mst_fx.rows_to_heads([q, k, v], …)       # [B, H/P, S, D]
+    (q,) = mst_fx.rows_to_heads([q], …)                # [B, H/P, S, D]
+    k, v = mst_fx.rows_to_heads([k, v], …)
     out = mst_fx.heads_to_rows(attention(q, k, v, …))  # [B, H, S/P, D]
 
 The mask is what it was: a formula, or a tensor, of all tokens. What differs between heads (sinks, biases by key or distance, a mask of
@@ -56,6 +57,8 @@ def exchange(cutter: Cutter, node: fx.Node) -> None:
         raise Refusal("has its tokens in other dimensions than [B, H, S, D]")
     if any(len(shape) != 4 or shape[0] != shapes[0][0] for shape in shapes):
         raise Refusal("has queries, keys and values of several batches")
+    if shapes[1][2] != shapes[2][2]:
+        raise Refusal("has not as many keys as values")
     if shapes[1][1] != shapes[2][1] or shapes[0][1] % shapes[1][1]:
         raise Refusal("has heads that are not grouped evenly")
     if shapes[0][1] < cutter.group.ranks:
@@ -76,20 +79,25 @@ def exchange(cutter: Cutter, node: fx.Node) -> None:
 
 
 def _to_heads(cutter: Cutter, heads: Heads, leaves: list[Leaf]) -> list[fx.Node]:
-    """All tokens of this rank's heads, of queries, keys and values: those of one type by one exchange."""
+    """All tokens of this rank's heads, of queries, keys and values: keys and values by one exchange, if they are of one type.
+
+    (Queries come by one of their own: it can be under way while keys and values are computed, :mod:`mst_fx.passes.overlap`.)
+    """
     firsts = [firsts_of(heads.shares), heads.key_firsts, heads.key_firsts]
     shares = [heads.shares, heads.key_shares, heads.key_shares]
-    rows_of = [Share.of(cutter.group, leaf.place.count).rows_of for leaf in leaves]  # type: ignore[union-attr]
-    types = [tensors_of(leaf.node)[0].dtype for leaf in leaves]
+    of_type = [(min(part, 1), tensors_of(leaf.node)[0].dtype) for part, leaf in enumerate(leaves)]
     found: dict[int, fx.Node] = {}
-    for dtype in dict.fromkeys(types):
-        some = [part for part, of_part in enumerate(types) if of_part == dtype]
-        flat = [[number for part in some for number in each[part]] for each in (firsts, shares, rows_of)]
+    for each in dict.fromkeys(of_type):
+        some = [part for part in range(3) if of_type[part] == each]
+        place = leaves[some[0]].place
+        assert place is not None
         moved = add_call(
             cutter.graph,
             torch.ops.mst_fx.rows_to_heads.default,
             [leaves[part].node for part in some],
-            *flat,
+            firsts[some[0]],
+            shares[some[0]],
+            list(Share.of(cutter.group, place.count).rows_of),
             cutter.group.me,
             cutter.group.name,
         )

@@ -38,6 +38,15 @@ def agree(group: Group, said: str, checksum: Tensor | None = None) -> None:
     Raises:
         GroupError: on all ranks, with what each of them said.
     """
+    ask(group, said, checksum)()
+
+
+def ask(group: Group, said: str, checksum: Tensor | None = None) -> Callable[[], None]:
+    """:func:`agree` in two parts: on a GPU the numbers of the others come while the host goes on.
+
+    Returns:
+        raises the GroupError; the host waits there.
+    """
     digest = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big", signed=True)
     with real_tensors():
         mine = torch.tensor([digest, 0], device=group.device)
@@ -45,7 +54,28 @@ def agree(group: Group, said: str, checksum: Tensor | None = None) -> None:
             mine[1] = checksum
         of_ranks = [torch.empty_like(mine) for _ in range(group.ranks)]
         torch.distributed.all_gather(of_ranks, mine, group=group.process_group)
-        found = torch.stack(of_ranks).tolist()
+        found = torch.stack(of_ranks)
+        arrived = None
+        if found.is_cuda:
+            found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
+            arrived = torch.cuda.current_stream().record_event()
+
+    def check() -> None:
+        if arrived is not None:
+            arrived.synchronize()
+        _compare(group, said, found.tolist())
+
+    return check
+
+
+def _compare(group: Group, said: str, found: list[list[int]]) -> None:
+    """
+    Args:
+        found: of each rank the digest of what it said, and its checksum.
+
+    Raises:
+        GroupError: if they differ.
+    """
     if all(each == found[0] for each in found):
         return
     texts = texts_of(group, said)

@@ -1,8 +1,8 @@
 """Rows and heads on their way between the ranks of a group, with their gradients.
 
 ``mst_fx::rows_to_heads(parts, …) -> parts``
-    before attention. Of queries, keys and values each rank has all heads of its rows, ``[B, H, S/P, D]``, and gets all rows of its
-    heads, ``[B, H/P, S, D]``: in one exchange.
+    before attention. Of queries, or of keys and values, each rank has all heads of its rows, ``[B, H, S/P, D]``, and gets all rows of
+    its heads, ``[B, H/P, S, D]``: tensors of as many heads in one exchange.
 ``mst_fx::heads_to_rows(x, …) -> x``
     behind it, the other way round.
 ``mst_fx::gather_rows(x, …) -> x``
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,97 +39,81 @@ def _composite(schema: str, function: Callable[..., Any]) -> None:
     _LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
 
 
-# Exchanges. The order in a buffer: by rank, then by part, then [B, heads, rows, D] of each piece.
+# Exchanges. The order in a buffer: by rank, then [rows, B, heads of each part · D]. All rows of some heads arrive as they lie in memory, and
+# nothing is copied; what attention's kernels give, [B, S, H, D] in memory, is sent as it lies where there is one sequence.
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """Of one tensor over the ranks: the first head and the number of heads, and the rows, that each has."""
+class _Exchange:
+    """What is exchanged with whom: of tensors over the ranks the first head and the number of heads, and the rows, that each has."""
 
     firsts: list[int]
     heads: list[int]
     rows_of: list[int]
+    me: int
+    group: str
 
     @property
     def is_disjoint(self) -> bool:
         """Whether no head goes to two ranks."""
         return self.firsts == firsts_of(self.heads)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Exchange:
-    """What is exchanged with whom."""
-
-    parts: list[_Part]
-    me: int
-    group: str
-
-    @staticmethod
-    def of(
-        firsts: list[int], heads: list[int], rows_of: list[int], count: int, me: int, group: str
-    ) -> _Exchange:
-        ranks = len(heads) // count
-        pieces = [slice(at, at + ranks) for at in range(0, len(heads), ranks)]
-        return _Exchange([_Part(firsts[at], heads[at], rows_of[at]) for at in pieces], me, group)
-
-    @property
-    def ranks(self) -> range:
-        return range(len(self.parts[0].heads))
-
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """All heads of this rank's rows → all rows of its heads, of each part."""
-        sent = [
-            [
-                x.narrow(1, part.firsts[rank], part.heads[rank])
-                for x, part in zip(tensors, self.parts, strict=True)
-            ]
-            for rank in self.ranks
+        """All heads of this rank's rows → all rows of its heads, of each."""
+        batch, features = tensors[0].shape[0], [x.shape[3] for x in tensors]
+        pieces = [
+            _by_rows([x.narrow(1, first, heads) for x in tensors])
+            for first, heads in zip(self.firsts, self.heads, strict=True)
         ]
-        shapes: list[list[tuple[int, ...]]] = [
-            [
-                (x.shape[0], part.heads[self.me], part.rows_of[rank], x.shape[3])
-                for x, part in zip(tensors, self.parts, strict=True)
-            ]
-            for rank in self.ranks
-        ]
-        got = self._sent(sent, shapes)
-        return [torch.cat(pieces, 2) for pieces in zip(*got, strict=True)]
+        mine = self.heads[self.me] * sum(features)
+        got = self._sent(pieces, [rows * batch * mine for rows in self.rows_of])
+        return _by_heads(got.view(sum(self.rows_of), batch, mine), self.heads[self.me], features)
 
     def to_rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All rows of this rank's heads → all heads of its rows; what several ranks have of a head is added up."""
-        pieces = [x.split(part.rows_of, 2) for x, part in zip(tensors, self.parts, strict=True)]
-        shapes: list[list[tuple[int, ...]]] = [
-            [
-                (x.shape[0], part.heads[rank], part.rows_of[self.me], x.shape[3])
-                for x, part in zip(tensors, self.parts, strict=True)
-            ]
-            for rank in self.ranks
+        batch, features = tensors[0].shape[0], [x.shape[3] for x in tensors]
+        rows, widths = self.rows_of[self.me], [heads * sum(features) for heads in self.heads]
+        pieces = list(_by_rows(tensors).split(self.rows_of))
+        got = self._sent(pieces, [rows * batch * width for width in widths])
+        of_ranks = [
+            _by_heads(piece.view(rows, batch, width), heads, features)
+            for piece, width, heads in zip(
+                got.split([rows * batch * width for width in widths]), widths, self.heads, strict=True
+            )
         ]
-        got = self._sent([list(of_rank) for of_rank in zip(*pieces, strict=True)], shapes)
-        return [
-            torch.cat(found, 1) if part.is_disjoint else _added(found, part)
-            for found, part in zip(map(list, zip(*got, strict=True)), self.parts, strict=True)
-        ]
+        return [self._joined(list(found)) for found in zip(*of_ranks, strict=True)]
 
-    def _sent(self, pieces: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]) -> list[list[Tensor]]:
-        """Pieces of each rank's parts for pieces of those shapes."""
-        flat = torch.cat([x.reshape(-1) for of_rank in pieces for x in of_rank])
-        sends = [sum(x.numel() for x in of_rank) for of_rank in pieces]
-        sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
-        got = all_to_all(flat, [sum(of_rank) for of_rank in sizes], sends, self.group)
-        found = iter(got.split([size for of_rank in sizes for size in of_rank]))
-        return [[next(found).view(shape) for shape in of_rank] for of_rank in shapes]
+    def _sent(self, pieces: list[Tensor], gets: list[int]) -> Tensor:
+        """A piece for each rank → so many elements of each."""
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        return all_to_all(flat, gets, [piece.numel() for piece in pieces], self.group)
+
+    def _joined(self, pieces: list[Tensor]) -> Tensor:
+        if self.is_disjoint:
+            return torch.cat([x.permute(2, 0, 1, 3) for x in pieces], 2).permute(1, 2, 0, 3)
+        return _added(pieces, self.firsts, self.heads)
 
 
-def _added(pieces: list[Tensor], part: _Part) -> Tensor:
+def _by_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """``[B, h, rows, D]`` of each → ``[rows, B, h · D of all]``."""
+    flat = [x.permute(2, 0, 1, 3).flatten(2) for x in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 2)
+
+
+def _by_heads(x: Tensor, heads: int, features: list[int]) -> list[Tensor]:
+    """``[rows, B, h · D of all]`` → ``[B, h, rows, D]`` of each."""
+    parts = x.split([heads * each for each in features], 2)
+    return [part.unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for part in parts]
+
+
+def _added(pieces: list[Tensor], firsts: list[int], counts: list[int]) -> Tensor:
     """Heads of which some come from several ranks, side by side."""
-    count = max(first + heads for first, heads in zip(part.firsts, part.heads, strict=True))
     of_heads = []
-    for head in range(count):
+    for head in range(max(first + count for first, count in zip(firsts, counts, strict=True))):
         found = [
             x.narrow(1, head - first, 1)
-            for x, first, heads in zip(pieces, part.firsts, part.heads, strict=True)
-            if first <= head < first + heads
+            for x, first, count in zip(pieces, firsts, counts, strict=True)
+            if first <= head < first + count
         ]
         of_heads.append(functools.reduce(torch.add, found))
     return torch.cat(of_heads, 1)
@@ -161,12 +144,12 @@ class _ToRows(torch.autograd.Function):
 def _rows_to_heads(
     parts: list[Tensor], firsts: list[int], heads: list[int], rows_of: list[int], me: int, group: str
 ) -> list[Tensor]:
-    exchange = _Exchange.of(firsts, heads, rows_of, len(parts), me, group)
+    exchange = _Exchange(firsts, heads, rows_of, me, group)
     return list(_ToHeads.apply(exchange, *parts))  # type: ignore[no-untyped-call]
 
 
 def _heads_to_rows(x: Tensor, heads: list[int], rows_of: list[int], me: int, group: str) -> Tensor:
-    exchange = _Exchange.of(firsts_of(heads), heads, rows_of, 1, me, group)
+    exchange = _Exchange(firsts_of(heads), heads, rows_of, me, group)
     return _ToRows.apply(exchange, x)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 _OPS: Any = torch.ops._c10d_functional
 
@@ -23,6 +23,28 @@ def all_to_all(x: Tensor, gets: Sequence[int], sends: Sequence[int], group: str)
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum over the ranks."""
     return _OPS.wait_tensor(_OPS.all_reduce(x, "sum", group))  # type: ignore[no-any-return]
+
+
+def start_reduction(x: fx.Node, how: str, before: fx.Node, group: str) -> fx.Node:
+    """A call that starts to add up a tensor over the ranks, in front of a node.
+
+    Args:
+        how: ``"sum"``, or ``"avg"`` with NCCL.
+    """
+    with x.graph.inserting_before(before):
+        return _call(x, _OPS.all_reduce.default, x, how, group)
+
+
+def wait_for(started: fx.Node, before: fx.Node) -> fx.Node:
+    """A call that gives what comes of a collective that was started."""
+    with started.graph.inserting_before(before):
+        return _call(started, _OPS.wait_tensor.default, started)
+
+
+def _call(like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    node = like.graph.call_function(target, args)
+    node.meta["val"] = like.meta["val"]
+    return node
 
 
 def all_gather(x: Tensor, ranks: int, group: str) -> Tensor:

@@ -63,6 +63,8 @@ Compiled = Callable[..., Any]
 # between, of whose memory it knows nothing: 2 to 3 tensors of S x H in the backward pass of a checkpointed
 # layer. Freed, its block goes back to torch's allocator, which is as fast.
 _FREED_AT_ONCE: dict[str, Any] = {"allow_buffer_reuse": False}
+# Inductor would put each wait for a collective behind it, to free what was sent.
+AS_ORDERED: dict[str, Any] = {"reorder_for_peak_memory": False}
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:

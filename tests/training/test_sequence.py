@@ -192,7 +192,7 @@ class Case:
     Attributes:
         build: the model.
         batch: name and arguments of a batch.
-        spread: how the ranks' gradients are averaged: by "hand", "ddp", or "fsdp" at the root.
+        spread: how the ranks' gradients are averaged: by "hand", "ddp", "fsdp" at the root, or in the "graph".
         rewritten: the number of rewrites by kind.
         mlp_rows: of the first rank's MLP.
         gathered: how many nodes have their rows gathered.
@@ -218,7 +218,7 @@ _TWO: tuple[Case, ...] = (
         "toy",
         ToyLM,
         ("toy", 2, _LENGTH),
-        "hand",
+        "graph",
         {**_ONE, "attention": 2, "exchange": 2, "mlp": 2},
         98,
         0,
@@ -248,7 +248,7 @@ _TWO: tuple[Case, ...] = (
     ),
     Case("llama-ddp", lambda: _real("llama", True), ("some", 1, _LENGTH), "ddp", _ONE, 49),
     Case("llama-fsdp", lambda: _real("llama"), ("tokens", 2, _LENGTH), "fsdp", _ONE, 98),
-    Case("mixtral", lambda: _real("mixtral", True), ("tokens", 2, _LENGTH), "hand", _ONE),
+    Case("mixtral", lambda: _real("mixtral", True), ("tokens", 2, _LENGTH), "graph", _ONE),
     Case(
         "deepseek",
         lambda: _real("deepseek_v3", num_hidden_layers=2),
@@ -269,7 +269,7 @@ _TWO: tuple[Case, ...] = (
     ),
     Case("several-types", lambda: _gpt_neo(), ("tokens", 1, _LENGTH), "hand", _TWICE, 49),
     # PEFT's hook on the embedding breaks the graph: its rows come over the break.
-    Case("lora", lambda: _lora(), ("tokens", 1, _LENGTH), "hand", {**_ONE, "sequence": 3}, 49),
+    Case("lora", lambda: _lora(), ("tokens", 1, _LENGTH), "graph", {**_ONE, "sequence": 3}, 49),
     Case(
         "t5",
         lambda: _real("t5", num_layers=1),
@@ -283,7 +283,7 @@ _SIX = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}
 _FOUR = (
     Case("6-heads", lambda: _real("llama", True, **_SIX), ("tokens", 2, 101), "hand", _ONE, 52),
     Case(
-        "1-kv-head", lambda: _real("llama", True, num_key_value_heads=1), ("tokens", 1, 96), "hand", _ONE, 24
+        "1-kv-head", lambda: _real("llama", True, num_key_value_heads=1), ("tokens", 1, 96), "graph", _ONE, 24
     ),
     Case(
         "28-heads",
@@ -303,7 +303,7 @@ _FOUR = (
         48,
     ),
     Case("packed", lambda: _real("llama"), ("packed", 1, _LENGTH), "hand", _ONE, 25),
-    Case("no-labels", lambda: _real("gpt2", n_layer=1), ("none", 1, 96), "hand", _ONE, 24),
+    Case("no-labels", lambda: _real("gpt2", n_layer=1), ("none", 1, 96), "graph", _ONE, 24),
     Case(
         "2-heads",
         ToyLM,
@@ -349,7 +349,9 @@ def _mean(grad: Any) -> Tensor:
 def _train(case: Case) -> dict[str, Any]:
     torch._dynamo.reset()
     model = _seeded(case)
-    options: Any = {**_OPTIONS, "sequence_parallel": init_device_mesh("cpu", (dist.get_world_size(),))}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    in_graph = case.spread == "graph"
+    options: Any = {**_OPTIONS, "sequence_parallel": mesh, "average_gradients": in_graph}
     if case.spread == "fsdp":
         fully_shard(model)
     model.compile(backend="mst", options=options)
@@ -358,7 +360,7 @@ def _train(case: Case) -> dict[str, Any]:
     with mst_fx.watch() as report:
         loss = loss_of(run(**_batch(*case.batch)))
         loss.backward()
-    averaged: Any = {"hand": _mean, "ddp": torch.clone, "fsdp": lambda grad: grad.full_tensor()}[case.spread]
+    averaged: Any = {"hand": _mean, "fsdp": lambda grad: grad.full_tensor()}.get(case.spread, torch.clone)
     gradients = {name: averaged(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return {
         "loss": loss.detach(),
@@ -375,7 +377,7 @@ def _rank(rank: int, names: list[str]) -> dict[str, Any]:
     if is_available():
         found["_held"] = _held(dist.group.WORLD)
     if dist.get_world_size() == 4:
-        found |= {"_bound": _bound(rank), "_mesh": _mesh(rank)}
+        found |= {"_bound": _bound(rank), "_mesh": [_mesh(rank, in_graph) for in_graph in (False, True)]}
     if dist.get_world_size() == 2:
         extra = (_uses, _plans, _parts, _order, _dropout, _errors, _shared, _trainer)
         found |= {function.__name__: function(rank) for function in extra}
@@ -524,8 +526,8 @@ def test_collectives_of_generated_code(two: list[Any]) -> None:
     assert first["order"] == second["order"]
     forward, backward = first["order"]
     exchange, total = "all_to_all_single", "all_reduce"
-    assert forward == [exchange] * 2 + [total]
-    assert backward == [total] + [exchange] * 4  # two of them again
+    assert forward == [exchange] * 3 + [total]
+    assert backward == [total] + [exchange] * 6  # three of them again
     assert relative_error(first["loss"], loss) <= 1e-6
     assert worst_error(first["gradients"], {name: p.grad for name, p in model.named_parameters()}) <= 1e-6
 
@@ -539,7 +541,8 @@ def _planned(memory: str | None, inner: str, rank: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = _real("llama", num_hidden_layers=4)
     options: Any = {**_OPTIONS, "inner": inner, "memory": memory, "sequence_parallel": dist.group.WORLD}
-    model.compile(backend="mst", options=options)
+    in_graph = inner == "inductor"
+    model.compile(backend="mst", options={**options, "average_gradients": in_graph})
     lacking = rank * 2**19
 
     def less_room(memory: int | None, joint: JointGraph) -> Room:
@@ -550,7 +553,8 @@ def _planned(memory: str | None, inner: str, rank: int) -> dict[str, Any]:
         patch.setattr("mst_fx.passes.memory_plan.room_for", less_room)
         loss = model(**inputs_of(ACCEPTED["llama"], 1, 512)).loss
         loss.backward()
-    gradients = {name: _mean(p.grad) for name, p in model.named_parameters()}
+    averaged = torch.clone if in_graph else _mean
+    gradients = {name: averaged(p.grad) for name, p in model.named_parameters()}  # type: ignore[arg-type]
     return {"loss": loss.detach(), "gradients": gradients, "plans": list(map(str, report.plans))}
 
 
@@ -684,6 +688,12 @@ def _errors(rank: int) -> dict[str, str]:
         lambda: run(nn.Linear(16, 16), options={"sequence_parallel": dist.group.WORLD})(torch.rand(64, 16))
     )
     torch._dynamo.reset()
+    sharded = ToyLM(layers=1)
+    shard(sharded, init_device_mesh("cpu", (2,)))
+    found["parts"] = _error(
+        lambda: run(sharded, options={"average_gradients": dist.group.WORLD, **_OPTIONS})(**batch)
+    )
+    torch._dynamo.reset()
     found["another model"] = _error(
         lambda: run(ToyLM(layers=1 + rank), options={**_OPTIONS, "sequence_parallel": dist.group.WORLD})(
             **batch
@@ -715,6 +725,7 @@ def test_errors_are_those_of_all_ranks(two: list[Any]) -> None:
         assert "no token ids and no rows" in found["no embedding"]
         assert "a mesh of 2 dimensions" in found["2-D"]
         assert "a 1-D DeviceMesh" in found["a size"]
+        assert "'average_gradients' with a parameter that is a DTensor" in found["parts"]
         assert found["one"] == found["short"] == "set()"
 
 
@@ -739,15 +750,16 @@ def test_what_one_rank_defers_all_do(four: list[Any]) -> None:
 # Data-parallel groups of ranks, and who trains with them
 
 
-def _mesh(rank: int) -> dict[str, Any]:
-    """Two groups of two ranks, each with a batch and a length of its own, under DDP over all four."""
+def _mesh(rank: int, in_graph: bool) -> dict[str, Any]:
+    """Two groups of two ranks, each with a batch and a length of its own; gradients are averaged over all four."""
     torch._dynamo.reset()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     torch.manual_seed(0)
     model = ToyLM(layers=1)
     options: Any = {**_OPTIONS, "sequence_parallel": mesh["sp"]}
+    options["average_gradients"] = in_graph and dist.group.WORLD
     model.compile(backend="mst", options=options)
-    run = DistributedDataParallel(model)
+    run = model if in_graph else DistributedDataParallel(model)
     loader = [token_batch(1, 60 + rank)]  # of the ranks of a group, one after the other
     losses = []
     for batch in mst_fx.shared_batches(loader, mesh["sp"]):
@@ -764,10 +776,13 @@ def test_groups_of_ranks(four: list[Any]) -> None:
     losses = [loss_of(model(**token_batch(1, 60 + rank))) for rank in range(4)]
     (torch.stack(losses).sum() / 2).backward()  # two batches at once, one after the other
     truth = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for rank, found in enumerate(each["_mesh"] for each in four):
+    for rank, each in enumerate(four):
         first = rank // 2 * 2
-        assert relative_error(torch.stack(found["losses"]), torch.stack(losses[first : first + 2])) <= 1e-12
-        assert worst_error(found["gradients"], truth) <= 1e-12
+        for found in each["_mesh"]:
+            assert (
+                relative_error(torch.stack(found["losses"]), torch.stack(losses[first : first + 2])) <= 1e-12
+            )
+            assert worst_error(found["gradients"], truth) <= 1e-12
 
 
 class SharedTrainer(Trainer):

@@ -7,8 +7,8 @@
     python -m tools.bench.ranks --cpu                                           # a small size, gloo
 
 For each number of ranks so many processes of this machine are started, a GPU each (gloo and the CPU with ``--cpu``). All build the same
-random bfloat16 model and are given the same text; more than one compile it with ``sequence_parallel``. A step is forward and backward
-pass with fresh gradients (``set_to_none=True``), and the mean of the gradients over the ranks behind it, all of it timed; no optimizer.
+random bfloat16 model and are given the same text; more than one compile it with ``sequence_parallel`` and ``average_gradients``. A step is
+forward and backward pass with fresh gradients (``set_to_none=True``) that are the mean over the ranks, all of it timed; no optimizer.
 Seconds are the median of the steps behind the first two (with ``--steps 0`` those of the first), from barrier to barrier; bytes are those
 of the rank that takes most. What fails is reported, and the others go on.
 
@@ -72,15 +72,13 @@ class _Rank:
                 mst_fx.park(self._optimizer)
         options = dict(arguments.options)
         if self.group is not None:
-            options["sequence_parallel"] = self.group
+            options |= {"sequence_parallel": self.group, "average_gradients": not arguments.shard}
         self.model.compile(backend="mst", options=options)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         self.model.zero_grad(set_to_none=True)
         loss: torch.Tensor = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
-        if self._optimizer is None:
-            self._average()
         return loss.detach()
 
     def _stepped(self, ids: torch.Tensor) -> torch.Tensor:
@@ -88,18 +86,6 @@ class _Rank:
         if self._optimizer is not None:
             self._optimizer.step()
         return loss
-
-    def _average(self) -> None:
-        """Of the gradients, as DDP does it behind a compiled backward pass, which hands over all of them at its end."""
-        if self.group is None:
-            return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        mean = dist.ReduceOp.AVG if self._on_gpu else dist.ReduceOp.SUM
-        waiting = [dist.all_reduce(g, op=mean, group=self.group, async_op=True) for g in gradients]
-        for work in waiting:
-            work.wait()
-        if not self._on_gpu:
-            torch._foreach_div_(gradients, dist.get_world_size())
 
     def _ids(self, seq: int) -> torch.Tensor:
         vocabulary = int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,104 @@
+"""Averages the gradients of parameters over ranks while the backward pass runs.
+
+Before: the backward pass returns each rank's own; whoever averages them starts when the last one is there. After::
+
+    dw = mm(g.T, x); …; sent = all_reduce(dw, "avg"); dh = loop_backward(…); …; return wait(sent)
+
+An average starts in front of the next loop or attention, which hides it: over the same group, the exchanges in between would queue behind it.
+What stays visible is the average of what the backward pass makes last.
+
+Averaged is what a graph returns for a parameter. Gradients of its other inputs stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from mst_fx.context import JointContext
+from mst_fx.errors import GroupError, OptionError
+from mst_fx.graph.names import module_path
+from mst_fx.graph.spelling import operation
+from mst_fx.graph.values import is_plain, value
+from mst_fx.options import Options
+from mst_fx.plan.joint_graph import JointGraph, is_attention, is_attention_backward
+from mst_fx.torch_api.collectives import start_reduction, wait_for
+
+_LONG = ("mst_fx::loop", "mst_fx::experts")
+
+
+def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
+    """Whether gradients are averaged.
+
+    Raises:
+        OptionError: for a parameter of which each rank has a part.
+    """
+    if options.averaged_over is None:
+        return False
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if is_parameter(node) and not is_plain(value(node)):
+            raise OptionError(
+                f"mst option 'average_gradients' with a parameter that is a {type(value(node)).__name__} "
+                f"({module_path(node) or node.name}): leave the option out, what shards parameters averages their gradients"
+            )
+    return True
+
+
+def run(context: JointContext) -> bool:
+    """Puts the averages into a joint graph; whether there are any.
+
+    Raises:
+        GroupError: if its gradients are not those of the inputs that the graph was captured with.
+    """
+    group = context.options.averaged_over
+    assert group is not None
+    joint = JointGraph(context.graph)
+    if len(joint.gradients) != context.inputs:
+        raise GroupError(
+            f"average_gradients: a graph captured with {context.inputs} inputs has {len(joint.gradients)} gradients"
+        )
+    nodes = list(context.graph.nodes)
+    place = {node: at for at, node in enumerate(nodes)}
+    output = context.graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    first = len(results) - len(joint.gradients)
+    is_nccl = group.device.type == "cuda"  # which divides while it sums
+    sent: dict[fx.Node, fx.Node] = {}
+    for gradient in (joint.gradients[at] for at in context.parameters):
+        if gradient is not None and gradient not in sent:
+            before = _next_long(nodes[place[gradient] + 1 :], joint)
+            sent[gradient] = start_reduction(gradient, "avg" if is_nccl else "sum", before, group.name)
+    means = {gradient: wait_for(started, output) for gradient, started in sent.items()}
+    joint.add_backward(*sent.values(), *means.values())
+    if not is_nccl:
+        means = {gradient: _divided(joint, total, output, group.ranks) for gradient, total in means.items()}
+    for at in context.parameters:
+        gradient = joint.gradients[at]
+        if gradient is not None:
+            results[first + at] = means[gradient]
+    output.args = (results,)
+    return bool(means)
+
+
+def _divided(joint: JointGraph, total: fx.Node, before: fx.Node, ranks: int) -> fx.Node:
+    with joint.graph.inserting_before(before):
+        node = joint.graph.call_function(torch.ops.aten.div.Tensor, (total, ranks))
+    node.meta["val"] = total.meta["val"]
+    joint.add_backward(node)
+    return node
+
+
+def _next_long(behind: Sequence[fx.Node], joint: JointGraph) -> fx.Node:
+    """The next loop or attention of the backward pass; else the output."""
+    return next(node for node in behind if node.op == "output" or (node in joint.backward and _is_long(node)))
+
+
+def _is_long(node: fx.Node) -> bool:
+    return is_attention(node) or is_attention_backward(node) or operation(node).startswith(_LONG)
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether an input is a parameter."""
+    return isinstance(value(node), torch.nn.Parameter)
