@@ -55,7 +55,7 @@ from mst_fx.masks.reach import CAUSAL
 from mst_fx.masks.scores import is_of_block, is_of_scores, is_product
 from mst_fx.masks.sinks import has_own_sinks
 from mst_fx.masks.sites import Site, find_sites, mask_bytes, mask_of, scaled_query, sinks_of_heads
-from mst_fx.masks.understand import Understood, as_vector, understand
+from mst_fx.masks.understand import Known, Understood, as_vector, understand
 from mst_fx.report import Rewrite
 
 
@@ -64,12 +64,13 @@ def run(context: PassContext) -> bool:
     top = Level(context.gm)
     found: list[Understood] = []
     vectors: dict[fx.Node, fx.Node] = {}
+    known: Known = {}
     mutated = {storage for level in all_levels(top) for storage in mutated_storages(level.gm.graph)}
     sites = list(find_sites(top, mutated))
     for site in sites:
         name = module_path(site.out) or site.out.name
         try:
-            understood = _understood(context, site, mutated, vectors)
+            understood = _understood(context, site, mutated, vectors, known)
         except Refusal as refusal:
             context.refuse("attention", name, str(refusal), refusal.cause)
             continue
@@ -90,12 +91,13 @@ def run(context: PassContext) -> bool:
 
 
 def _understood(
-    context: PassContext, site: Site, mutated: set[int], vectors: dict[fx.Node, fx.Node]
+    context: PassContext, site: Site, mutated: set[int], vectors: dict[fx.Node, fx.Node], known: Known
 ) -> Understood | None:
     """What the mask of a site says; None: there is nothing to gain.
 
     Args:
         vectors: of the biases so far; is added to.
+        known: of the masks so far; is added to.
 
     Raises:
         Refusal: if the mask is not understood.
@@ -107,7 +109,7 @@ def _understood(
     chunk = queries_a_chunk(query.device.type, context.options.attention_chunk_rows)
     if hint(queries) <= chunk and not changes(queries):
         return None
-    found = understand(site, chunk, mutated)
+    found = understand(site, chunk, mutated, known)
     if found is not None and found.is_biased:
         found = dataclasses.replace(found, vectors=vectors_of(found.biases, site.level, site.out, vectors))
     # Asked last: a guard that gains nothing would compile longer batches anew.

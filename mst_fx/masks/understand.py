@@ -35,6 +35,7 @@ class Read:
         fill: what is added to a masked score; 0: masked scores do not count at all.
         keys, queries: the nodes of these vectors.
         vectors: their values, if all are constants.
+        tables: those that were asked for, by all that they depend on: layers have a mask in common.
     """
 
     formula: Mask
@@ -42,6 +43,9 @@ class Read:
     keys: tuple[fx.Node, ...] = ()
     queries: tuple[fx.Node, ...] = ()
     vectors: Vectors | None = None
+    tables: dict[tuple[int, int, int, bool], Tensor] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def is_finite(self) -> bool:
@@ -52,7 +56,11 @@ class Read:
         """Its :attr:`~mst_fx.masks.reach.Reach.table`, if vectors and sizes are constants."""
         if self.vectors is None or not isinstance(queries, int) or not isinstance(keys, int):
             return None
-        return reach.reach_of(self.formula, self.vectors, queries, keys, chunk, self.is_finite).table
+        wanted = (queries, keys, chunk, self.is_finite)
+        if wanted not in self.tables:
+            found = reach.reach_of(self.formula, self.vectors, *wanted)
+            self.tables[wanted] = found.table
+        return self.tables[wanted]
 
 
 NO_MASK = Read(formula.TRUE, vectors=Vectors((), ()))
@@ -128,12 +136,17 @@ class Understood:
         return (self.mask.formula, self.mask.is_finite, sizes, self.mask.keys, self.mask.queries)
 
 
-def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood | None:
+# What masks of the program's graph say, with their numbers of queries and keys.
+Known = dict[tuple[fx.Node, int, int], Read]
+
+
+def understand(site: Site, chunk: int, mutated: Collection[int], known: Known) -> Understood | None:
     """What a site's mask says; None: there is nothing to gain.
 
     Args:
         chunk: queries a chunk.
         mutated: the storages that some node of the program writes to.
+        known: of the sites so far; is added to.
 
     Raises:
         Refusal: if the mask is not understood, or the site is of a kind that is left alone.
@@ -141,7 +154,7 @@ def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood |
     why = ""
     if site.steps is None:
         try:
-            return _as_formula(site, chunk, mutated)
+            return _as_formula(site, chunk, mutated, known)
         except Refusal as refusal:
             given = as_given(site, mutated, _under_autocast(site))
             if given is None:
@@ -151,7 +164,7 @@ def understand(site: Site, chunk: int, mutated: Collection[int]) -> Understood |
     return Understood(site, NO_MASK, chunk, reach.native_table(FULL), "given", why=f"{why}{site.steps}")
 
 
-def _as_formula(site: Site, chunk: int, mutated: Collection[int]) -> Understood | None:
+def _as_formula(site: Site, chunk: int, mutated: Collection[int], known: Known) -> Understood | None:
     """A site whose mask and biases are formulas."""
     _check(site)
     if site.dropout or not _gains(site):
@@ -161,7 +174,7 @@ def _as_formula(site: Site, chunk: int, mutated: Collection[int]) -> Understood 
     queries, keys = query.shape[2], key.shape[2]
     if site.causal:
         return Understood(site, NO_MASK, chunk, reach.native_table(CAUSAL), "causal")
-    read, biases = _read(site, queries, keys, mutated)
+    read, biases = _read(site, queries, keys, mutated, known)
     if site.behind != 1.0:
         if not biases.is_empty:
             raise Refusal(f"{site.out.name}: scores are scaled with a bias in them", Cause.SCORES)
@@ -181,7 +194,7 @@ def _as_formula(site: Site, chunk: int, mutated: Collection[int]) -> Understood 
     return found
 
 
-def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tuple[Read, Biases]:
+def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int], known: Known) -> tuple[Read, Biases]:
     """The mask and the biases of a site."""
     is_plain = not site.others and site.hidden == NOT_HIDDEN
     if site.mask is None and is_plain:
@@ -189,7 +202,7 @@ def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tupl
     first: Refusal | None = None
     try:
         if is_plain and site.mask is not None and not _is_added_as_numbers(site):
-            return read_mask(site.mask, site.level, queries, keys, mutated), NO_BIASES
+            return _read_once(site.mask, site.level, queries, keys, mutated, known), NO_BIASES
     except Refusal as refusal:
         first = refusal
     query = tensor_value(site.query)
@@ -208,6 +221,18 @@ def _read(site: Site, queries: Any, keys: Any, mutated: Collection[int]) -> tupl
         if first is not None and not _has_heads(site.mask):
             raise first from None
         raise
+
+
+def _read_once(
+    mask: fx.Node, level: Level, queries: Any, keys: Any, mutated: Collection[int], known: Known
+) -> Read:
+    """:func:`read_mask`; a mask of the program's graph is read once for all layers that are given it."""
+    shared = level.resolve(mask)
+    if shared.graph is not level.top.gm.graph or not isinstance(queries, int) or not isinstance(keys, int):
+        return read_mask(mask, level, queries, keys, mutated)
+    if (shared, queries, keys) not in known:
+        known[shared, queries, keys] = read_mask(mask, level, queries, keys, mutated)
+    return known[shared, queries, keys]
 
 
 def _is_added_as_numbers(site: Site) -> bool:
