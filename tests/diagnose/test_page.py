@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -252,6 +253,33 @@ def test_a_browser_runs_it(text: str, tmp_path: Path) -> None:
     folded = re.findall(r"<details class=[^>]*>", dom.split("Bodies of the loops")[0])
     assert folded and all("open" in tag for tag in folded)
     assert int(re.findall(r'data-width="(\d+)"', dom)[0]) <= 1200, "nothing sticks out at the right"
+
+
+# In a frame: headless windows are not as narrow as a telephone.
+_MEASURE = """<script>
+const right = Math.max(...[...document.querySelectorAll("td, th, pre, .line, .tile, text")]
+  .filter((x) => x.getClientRects().length).map((x) => x.getBoundingClientRect().right));
+const left = Math.min(...[...document.querySelectorAll("text")].filter((x) => x.getClientRects().length).map((x) => x.getBoundingClientRect().left));
+const heights = [...document.querySelectorAll("text")].filter((x) => x.getClientRects().length).map((x) => x.getBoundingClientRect().height);
+const cut = [...document.querySelectorAll("td, .line, .plan")].filter((x) => x.scrollWidth > x.clientWidth + 1 && x.clientWidth).map((x) => x.outerHTML.slice(0, 200));
+parent.postMessage({ right, left, cut, least: Math.min(...heights), wide: document.documentElement.scrollWidth }, "*");
+</script></body>"""
+_FRAME = """<body><iframe src="page.html" style="border:0;width:{width}px;height:2000px"></iframe><script>
+addEventListener("message", (event) => { document.body.dataset.found = JSON.stringify(event.data); });
+</script></body>"""
+
+
+@pytest.mark.browser
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_cut(text: str, tmp_path: Path, width: int) -> None:
+    (tmp_path / "page.html").write_text(text.replace("</body>", _MEASURE))
+    (tmp_path / "frame.html").write_text(_FRAME.replace("{width}", str(width)))
+    dom = _chromium("--virtual-time-budget=2000", "--dump-dom", f"file://{tmp_path / 'frame.html'}")
+    found = json.loads(html.unescape(re.findall(r'data-found="([^"]*)"', dom)[0]))
+    assert found["wide"] <= width and found["right"] <= width and found["left"] >= 0, found
+    assert found["cut"] == [], "columns that are cut, or have to be scrolled"
+    assert found["least"] >= 10, "labels of the chart, in pixels"
 
 
 @pytest.mark.browser
