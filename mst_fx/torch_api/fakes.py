@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -65,7 +66,8 @@ def _is_critical(record: logging.LogRecord) -> bool:
 def real_tensors() -> Iterator[None]:
     """Runs its block on real tensors, whatever fake mode is active: constants of a graph are computed.
 
-    ``unset_fake_temporarily``: what Dynamo itself does for them.
+    ``unset_fake_temporarily``: what Dynamo itself does for them. Without the Python dispatcher, under which a collective of gloo takes the GIL
+    and waits for a lock that gloo's thread holds while it waits for the GIL.
     """
-    with unset_fake_temporarily(), torch.no_grad():
+    with unset_fake_temporarily(), torch.no_grad(), no_python_dispatcher():
         yield
