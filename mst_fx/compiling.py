@@ -20,6 +20,7 @@ from mst_fx.options import Options, make_options
 from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import JOINT_STAGES, Result, run_passes
 from mst_fx.process import Said
+from mst_fx.ranks.faults import MEMBERS, guarded
 from mst_fx.switch import NAME, is_off
 from mst_fx.together import compile_together, run_together, with_same_batches
 from mst_fx.torch_api.dynamo import settle_floats
@@ -95,8 +96,10 @@ def _compiled(
         compiled = compiled_graph()
     else:
         kept = dataclasses.replace(checked, logits="keep")
-        result = run_together(group, gm, checked, lambda may_take: passed(checked if may_take else kept))
-        compiled = with_same_batches(compile_together(group, compiled_graph), group, result.gm)
+        with MEMBERS.of(group).waiting():
+            result = run_together(group, gm, checked, lambda may_take: passed(checked if may_take else kept))
+            compiled = with_same_batches(compile_together(group, compiled_graph), group, result.gm)
+        compiled = guarded(compiled, group)
     compiled = crossing.put_masks(with_bodies_alive(compiled, result.bodies), bool(result.taken_logits))
     outputs = crossing.outputs or result.outputs
     return crossing.open_masks(put_logits(compiled, result.taken_logits, outputs))

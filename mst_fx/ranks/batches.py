@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from mst_fx.group import Group, group_of
+from mst_fx.ranks.agreement import of_ranks
+from mst_fx.ranks.faults import MEMBERS
 from mst_fx.torch_api.tensors import tree_map_only
+
+# What accelerate asks a loader, to end a window of accumulated gradients with it: of the last batch of all ranks, not of each.
+_END = "end_of_dataloader"
 
 
 def shared_batches(loader: Iterable[Any], mesh: Any) -> SharedBatches:
@@ -42,18 +47,21 @@ class SharedBatches:
         return len(self._loader) * self._group.ranks  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self._loader)
+        member, batches = MEMBERS.of(self._group), iter(self._loader)
         while True:
             mine = next(batches, None)
-            kinds: list[Any] = [None] * self._group.ranks
-            torch.distributed.all_gather_object(
-                kinds, tree_map_only(Tensor, _Kind, mine), group=self._group.process_group
-            )
-            if all(kind is None for kind in kinds):
+            is_end = getattr(self._loader, _END, False)
+            with member.waiting():
+                found = of_ranks(self._group, (tree_map_only(Tensor, _Kind, mine), is_end))
+            given = {rank: kind for rank, (kind, _) in enumerate(found) if kind is not None}
+            if not given:
                 return
-            for rank, kind in enumerate(kinds):
-                if kind is not None:
-                    yield self._from(rank, mine if rank == self._group.me else kind)
+            for rank, kind in given.items():
+                with member.waiting():
+                    batch = self._from(rank, mine if rank == self._group.me else kind)
+                if is_end:
+                    setattr(self._loader, _END, rank == max(given) and all(found[each][1] for each in given))
+                yield batch
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
