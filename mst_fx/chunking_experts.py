@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+from torch import fx
 
 from mst_fx.bodies.body import Body
 from mst_fx.bodies.trace_slots import trace_slots
@@ -15,8 +17,9 @@ from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.edit import add_call, copy_provenance, eliminate_dead_code
 from mst_fx.graph.modes import contexts
 from mst_fx.graph.sizes import hint
+from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.graph.values import tensor_value
-from mst_fx.report import Fit
+from mst_fx.report import Fit, Rewrite
 from mst_fx.rows.frames import Read, has_stacks
 from mst_fx.rows.slots import SlotRegion, SlotRegionFinder, name_of
 
@@ -45,6 +48,35 @@ def chunk_experts(context: PassContext) -> None:
         left_out.setdefault(name_of([product]), reason)
     for name, reason in left_out.items():
         context.refuse("mlp", name, reason, Cause.EXPERTS)
+
+
+def with_rows_of_rank(rewrites: Sequence[Rewrite], gm: fx.GraphModule) -> list[Rewrite]:
+    """What was said of experts before tokens were cut (:mod:`mst_fx.passes.experts`), of one rank's rows.
+
+    Args:
+        gm: as it was cut; of a body whose loops have several numbers of rows, what was said stays.
+    """
+    found: dict[str, set[int]] = {}
+    for graph in graphs_of(gm):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.mst_fx.experts_loop.default):
+            fake = tensor_value(node)
+            assert fake is not None
+            found.setdefault(str(node.args[4]), set()).add(hint(fake.shape[0]))
+    return [
+        _of_rank(each, next(iter(found[each.body]))) if len(found.get(each.body, ())) == 1 else each
+        for each in rewrites
+    ]
+
+
+def _of_rank(rewrite: Rewrite, rows: int) -> Rewrite:
+    inside, chunks = rewrite.intermediate_bytes // rewrite.rows, -(-rows // rewrite.chunk_rows)
+    return dataclasses.replace(
+        rewrite,
+        rows=rows,
+        chunks=chunks,
+        intermediate_bytes=inside * rows,
+        chunk_bytes=inside * -(-rows // chunks),
+    )
 
 
 def _chunk_size(context: PassContext, region: SlotRegion) -> ChunkSize:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from mst_fx.bodies.body import Body, BodyConfig
+from mst_fx.chunking_experts import with_rows_of_rank
 from mst_fx.context import Shared
 from mst_fx.errors import Cause, GroupError, defect
 from mst_fx.graph.edit import copy_tree
@@ -318,6 +319,8 @@ def run_passes(
         )
     if not report.rewrites:
         new, shared = gm, Shared()
+    elif options.group is not None:
+        report.rewrites[:] = with_rows_of_rank(report.rewrites, new)
     report.rewrites[:0] = crossing.rewrites if crossing is not None else ()
     if report.rewrites:
         report.before.append(_text(captured))
