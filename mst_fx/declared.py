@@ -82,6 +82,9 @@ def declare_row_wise(op: Any, row_args: str | Sequence[str], *, sums: int | Sequ
 
         mst_fx.declare_row_wise(torch.ops.lib.linear4bit_backward, row_args="grad")
 
+    Of such a one it is also said that it is linear in the gradient, as derivatives are: ranks that work on one sequence (``sequence_parallel``)
+    give it P times the gradient.
+
     A wrong word gives wrong numbers, silently. :func:`mst_fx.check_row_wise` tries an operator on tensors of yours.
 
     Args:

@@ -4,7 +4,8 @@ A step never reaches the proof: nothing here imports ``rows``, edits a graph or 
 is a pass. Importing this package registers all of them, and ``mst_fx/__init__`` does.
 """
 
-import mst_fx.ranks.collectives  # noqa: F401
+import mst_fx.ranks.collectives
+import mst_fx.ranks.gradients  # noqa: F401
 from mst_fx.ops import (
     arena,
     attention,

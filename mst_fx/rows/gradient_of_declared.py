@@ -6,25 +6,33 @@ share a sum over rows, as with a ``torch.autograd.Function`` (:mod:`mst_fx.rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from mst_fx.errors import Refusal
+from mst_fx.graph.sizes import expression
 from mst_fx.rows.fold import Folder, check_guards
 from mst_fx.rows.labels import SUMMED, Call, Label, Row, is_same_size, tensors
-from mst_fx.rows.tracer import GradientTracer
+from mst_fx.rows.tracer import GradientTracer, RowTracer
 from mst_fx.torch_api.tensors import tree_map_only
 
 
-def prove_gradient(call: Call, folder: Folder, of_rows: bool, of_shared: bool) -> None:
+def prove_gradient(
+    call: Call,
+    folder: Folder,
+    of_rows: bool,
+    of_shared: bool,
+    tracer_of: Callable[[torch.SymInt], SeesNoNumbers] | None = None,
+) -> None:
     """Proves that gradients of chunks are gradients of all rows.
 
     Args:
-        call: a call of a declared operator, on folded rows.
+        call: a call of a declared operator, on folded rows; or on tokens, as that tracer labels them.
         folder: for this proof alone.
         of_rows, of_shared: whether the tensors with rows, and those without, need gradients.
+        tracer_of: makes one for so many rows, that sees no numbers (:class:`SeesNoNumbers`); None: of folded rows.
 
     Raises:
         Refusal: names the operator of the backward that is not row-wise.
@@ -32,7 +40,8 @@ def prove_gradient(call: Call, folder: Folder, of_rows: bool, of_shared: bool) -
     if not (of_rows or of_shared):
         return
     try:
-        _run(call, folder, of_rows, of_shared)
+        tracer = (tracer_of or FoldedGradients)(folder.n)
+        _run(call, folder, of_rows, of_shared, tracer)
         check_guards(folder)
     except Refusal as refusal:
         raise Refusal(f"in the gradient of {call.func}: {refusal}", refusal.cause) from None
@@ -41,8 +50,7 @@ def prove_gradient(call: Call, folder: Folder, of_rows: bool, of_shared: bool) -
         raise Refusal(f"the gradient of {call.func} does not run on folded rows: {message}") from None
 
 
-def _run(call: Call, folder: Folder, of_rows: bool, of_shared: bool) -> None:
-    tracer = _Tracer(folder.n, takes_declared=True)
+def _run(call: Call, folder: Folder, of_rows: bool, of_shared: bool, tracer: SeesNoNumbers) -> None:
     leaves: list[torch.Tensor] = []
 
     def leaf(x: torch.Tensor) -> torch.Tensor:
@@ -70,6 +78,7 @@ def _run(call: Call, folder: Folder, of_rows: bool, of_shared: bool) -> None:
             label = tracer.label(out)
             tracer.set_label(tangent, label if isinstance(label, Row) else None)
             tracer.protect(tangent)
+            tracer.note_tangent(tangent)
         with tracer:
             grads = torch.autograd.grad(outs, leaves, tangents, allow_unused=True)
     for x, grad in zip(leaves, grads, strict=True):
@@ -77,8 +86,11 @@ def _run(call: Call, folder: Folder, of_rows: bool, of_shared: bool) -> None:
             _check(tracer.label(x), x, tracer.label(grad), grad)
 
 
-class _Tracer(GradientTracer):
+class SeesNoNumbers(RowTracer):
     """Refuses what computes with the number of rows: a backward is Python that is run on each chunk, and would see the chunk's."""
+
+    def note_tangent(self, tangent: torch.Tensor) -> None:
+        """Is told of each gradient that arrives."""
 
     def __torch_dispatch__(
         self,
@@ -96,8 +108,19 @@ class _Tracer(GradientTracer):
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
+class FoldedGradients(SeesNoNumbers, GradientTracer):
+    """A backward on folded rows."""
+
+    def __init__(self, rows: torch.SymInt) -> None:
+        super().__init__(rows, takes_declared=True)
+
+
 def _sizes(x: torch.Tensor, call: Call, folder: Folder) -> list[Any]:
-    return [folder.n if call.tracer.is_rows(size) else int(size) for size in x.shape]
+    rows = expression(call.tracer.rows)
+    return [
+        int(expression(size) / rows) * folder.n if call.tracer.is_rows(size) else int(size)
+        for size in x.shape
+    ]
 
 
 def _check(label: Label, x: torch.Tensor, found: Label, grad: torch.Tensor) -> None:

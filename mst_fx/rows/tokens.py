@@ -18,16 +18,19 @@ import sympy
 import torch
 from torch import fx
 
+from mst_fx.declared import DECLARED
 from mst_fx.errors import Refusal
 from mst_fx.graph.fill import call
 from mst_fx.graph.modes import Context, autocast_contexts
 from mst_fx.graph.sizes import expression, settled
-from mst_fx.graph.values import is_plain, value
-from mst_fx.rows.fold import type_name
+from mst_fx.graph.values import is_plain, tensors_of, value
+from mst_fx.rows.fold import Folder, type_name
+from mst_fx.rows.gradient_of_declared import SeesNoNumbers, prove_gradient
 from mst_fx.rows.labels import SUMMED, Call, Label, Row, tensors, wrap
+from mst_fx.rows.linear import is_linear
 from mst_fx.rows.rules import CONSTANT_FILLS
 from mst_fx.rows.rules_of_reductions import REDUCTION_RULES
-from mst_fx.rows.tracer import RowTracer
+from mst_fx.rows.tracer import GradientTracer, RowTracer
 from mst_fx.torch_api.modes import enable_python_dispatcher
 from mst_fx.torch_api.symbolic_rows import symbolic_rows
 from mst_fx.torch_api.tensors import tree_leaves, tree_map_only
@@ -138,6 +141,38 @@ class TokenTracer(RowTracer):
         return Row(places[0]) if len(places) == 1 else label
 
 
+class _TokenGradients(SeesNoNumbers, GradientTracer, TokenTracer):
+    """Labels what the backward of a declared operator makes of tokens; refuses what is not linear in the gradient."""
+
+    def __init__(self, rows: torch.SymInt) -> None:
+        super().__init__(rows, takes_declared=True)
+        self._of_gradient: dict[int, torch.Tensor] = {}
+
+    def note_tangent(self, tangent: torch.Tensor) -> None:
+        self._of_gradient[id(tangent)] = tangent
+
+    def _apply_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
+        labels = super()._apply_rule(func, args, kwargs, out)
+        if any(map(self._depends, tensors((args, kwargs)))):
+            if not is_linear(func, args, kwargs, self._depends):
+                raise Refusal(f"{func} is not known to be linear in the gradient")
+            for tensor in tensors(out):
+                self.note_tangent(tensor)
+        return labels
+
+    def _depends(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._of_gradient
+
+
+def _need_gradients(readings: Mapping[fx.Node, Sequence[Tokens | None]]) -> tuple[bool, bool]:
+    """Whether operands with tokens, and those that are read whole, need gradients."""
+    needed = {True: False, False: False}
+    for operand, labels in readings.items():
+        for x, label in zip(tensors_of(operand), labels, strict=True):
+            needed[label is not None] |= x.requires_grad
+    return needed[True], needed[False]
+
+
 def _of_experts(call: Call) -> Label:
     """Of ``mst_fx.experts_loop(rows, slots, keys, …)``: what a row gets depends on that row and on its own slots (:mod:`mst_fx.rows.slots`)."""
     rows, slots, key, *_ = call.args
@@ -189,10 +224,11 @@ class Prover:
             return _Text(f"<{_described(value(operand))} {readings.get(operand)}>")
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), described)
-        return repr((node.op, node.target, args, kwargs, _described(value(node)), context))
+        gradients = _need_gradients(readings) if len(DECLARED) else ()
+        return repr((node.op, node.target, args, kwargs, _described(value(node)), context, gradients))
 
     def _prove(self, node: fx.Node, readings: Mapping[fx.Node, Any], context: Context) -> list[Found]:
-        tracer = TokenTracer(self._n)
+        tracer = TokenTracer(self._n, takes_declared=True)
         counts = {label.count for labels in readings.values() for label in labels if label is not None}
         assert len(counts) == 1
         operands = {operand: self._fakes(operand, labels, tracer) for operand, labels in readings.items()}
@@ -215,7 +251,10 @@ class Prover:
             except Exception as error:
                 message = [*str(error).strip().splitlines(), repr(error)][0]
                 raise Refusal(f"does not run on other numbers of tokens: {message}") from None
-        return self._checked(node, results, tracer, counts.pop())
+        found = self._checked(node, results, tracer, counts.pop())
+        for each in tracer.declared if context.grad else ():
+            prove_gradient(each, Folder(self._n, self._avoid), *_need_gradients(readings), _TokenGradients)
+        return found
 
     def _fakes(self, operand: fx.Node, labels: Sequence[Tokens | None], tracer: TokenTracer) -> Any:
         found = iter(labels)
