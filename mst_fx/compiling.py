@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from mst_fx.bodies.body import with_bodies_alive
+from mst_fx.equal_layers import fold_equal_layers
 from mst_fx.errors import OptionError
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.joint import hooked
@@ -88,8 +89,10 @@ def _compiled(
         return run_passes(gm, crossing.inputs, options, mode, crossing)
 
     def compiled_graph() -> Callable[..., Any]:
+        folded = fold_equal_layers(result.gm, checked, patches)
         with hooked(JOINT_STAGES, checked, result.gm):
-            return compile_graph(result.gm, crossing.inputs, checked.inner, patches)
+            compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches, folded)
+        return with_bodies_alive(compiled, (*result.bodies, *folded.values()))
 
     if group is None:
         result = passed()
@@ -100,7 +103,7 @@ def _compiled(
             result = run_together(group, gm, checked, lambda may_take: passed(checked if may_take else kept))
             compiled = with_same_batches(compile_together(group, compiled_graph), group, result.gm)
         compiled = guarded(compiled, group)
-    compiled = crossing.put_masks(with_bodies_alive(compiled, result.bodies), bool(result.taken_logits))
+    compiled = crossing.put_masks(compiled, bool(result.taken_logits))
     outputs = crossing.outputs or result.outputs
     return crossing.open_masks(put_logits(compiled, result.taken_logits, outputs))
 

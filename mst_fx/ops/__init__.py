@@ -16,6 +16,7 @@ from mst_fx.ops import (
     embedding,
     experts,
     gate,
+    layer,
     loop,
     loop_over,
     masked,
@@ -26,6 +27,6 @@ from mst_fx.ops import (
 )
 
 __all__ = [
-    "arena", "attention", "biased", "buffer", "chunks", "dropout", "embedding", "experts", "gate", "loop", "loop_over",
+    "arena", "attention", "biased", "buffer", "chunks", "dropout", "embedding", "experts", "gate", "layer", "loop", "loop_over",
     "masked", "offload", "port", "row_sums", "scaled",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.ir import InvokeSubgraph
 from torch._inductor.lowering import (  # type: ignore[attr-defined]
     get_layout_constraint_tag,
     lowerings,
@@ -55,6 +56,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mst_fx.torch_api.layers import Layer, call_graphs
 from mst_fx.torch_api.overwriting import write_over_dead_operands
 
 Compiled = Callable[..., Any]
@@ -77,13 +79,18 @@ def mode_patches(mode: str | None) -> dict[str, Any]:
 
 
 def compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str, patches: Mapping[str, Any]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    inner: str,
+    patches: Mapping[str, Any],
+    layers: Mapping[str, Layer] | None = None,
 ) -> Compiled:
     """Compiles a rewritten Dynamo graph, forward and (later) backward.
 
     Args:
         inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         patches: Inductor config patches.
+        layers: by their keys those that operators of the graph name (:mod:`mst_fx.torch_api.layers`).
     """
     if inner == "eager":
         return gm.forward
@@ -93,7 +100,8 @@ def compile_graph(
         if inner == "aot_eager":
             return aot_eager(gm, list(example_inputs), fw_compiler=_run_as_traced)
         patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)
-        return compile_fx(gm, list(example_inputs), inner_compile=_compile_apart, config_patches=patched)  # type: ignore[return-value]
+        apart = _compile_apart(layers or {})
+        return compile_fx(gm, list(example_inputs), inner_compile=apart, config_patches=patched)  # type: ignore[return-value]
 
 
 def compile_plainly(
@@ -157,12 +165,16 @@ class _Choices(InductorChoices):
 
 
 def _loops(scheduler: Any) -> dict[str, int]:
-    """The names of mst-fx's loops and attentions among a scheduler's nodes, and where they stand."""
+    """The names of mst-fx's loops and attentions, and of layers that hold some, among a scheduler's nodes, and where they stand."""
     found: dict[str, int] | None = getattr(scheduler, "_mst_fx_loops", None)
     if found is None:
-        loops = [node for node in scheduler.nodes if _is_loop(getattr(node.node, "op_overload", None))]
+        loops = [node for node in scheduler.nodes if _holds_loops(node.node)]
         found = scheduler._mst_fx_loops = {node.get_name(): node.min_order for node in loops}
     return found
+
+
+def _holds_loops(node: Any) -> bool:
+    return isinstance(node, InvokeSubgraph) or _is_loop(getattr(node, "op_overload", None))
 
 
 def _is_loop(operator: Any) -> bool:
@@ -184,13 +196,19 @@ def _know_operators(graph: fx.Graph) -> None:
             make_fallback(target, layout_constraint=constraint, warn=False)
 
 
-@functools.wraps(compile_fx_inner)
-def _compile_apart(*args: Any, **kwargs: Any) -> Any:
-    _donate_nothing()
-    write_over_dead_operands(args[0].graph)
-    _know_operators(args[0].graph)
-    with V.set_choices_handler(_Choices()):
-        return compile_fx_inner(*args, **kwargs)
+def _compile_apart(layers: Mapping[str, Layer]) -> Compiled:
+    """What compiles a forward or backward graph of ours."""
+
+    @functools.wraps(compile_fx_inner)
+    def compile_apart(*args: Any, **kwargs: Any) -> Any:
+        _donate_nothing()
+        call_graphs(args[0], layers, _know_operators)
+        write_over_dead_operands(args[0].graph)
+        _know_operators(args[0].graph)
+        with V.set_choices_handler(_Choices()):
+            return compile_fx_inner(*args, **kwargs)
+
+    return compile_apart
 
 
 Redirection = Callable[[fx.GraphModule, Sequence[Any], Mapping[str, Any]], Compiled]

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,14 +49,20 @@ Order = Mapping[fx.Node, int]
 IsGiven = Callable[[fx.Node], bool]
 
 
-def write_over_dead_operands(graph: fx.Graph) -> None:
-    """Lets the loops and attentions of a backward graph that goes to Inductor write over operands, where they may."""
+def write_over_dead_operands(graph: fx.Graph, own: Collection[fx.Node] = ()) -> None:
+    """Lets the loops and attentions of a backward graph that goes to Inductor write over operands, where they may.
+
+    Args:
+        own: inputs of the graph whose memory is the graph's, since nobody else reads it again. To those that are written over the graph
+            writes at its end, too: else Inductor would copy them first; the writing at the end it leaves out.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
     targets = (mst.attention_backward.default, mst.loop_backward.default)
     calls = [node for target in targets for node in graph.find_nodes(op="call_function", target=target)]
-    for node, dead in [(node, dead_operands(node, order, _is_input)) for node in calls]:
+    for node, dead in [(node, dead_operands(node, order, _is_input, own)) for node in calls]:
         if not dead:
             continue
+        written = {dead[user.args[1]]: user for user in node.users if dead.get(user.args[1]) in own}  # type: ignore[arg-type]
         if node.target is mst.attention_backward.default:
             over = {f"over_{name}": dead.get(index) for index, name in enumerate(_OF_ATTENTION)}
             places = {index: len(_OF_ATTENTION) + index for index in dead}
@@ -70,6 +76,10 @@ def write_over_dead_operands(graph: fx.Graph) -> None:
                 {"over": tangent, "result": result},
                 {result: MOST},
             )
+        for operand, found in written.items():
+            with graph.inserting_before(graph.output_node()):
+                copy = graph.call_function(aten.copy_.default, (operand, found))
+            copy.meta["val"] = operand.meta["val"]
 
 
 def _is_input(node: fx.Node) -> bool:
@@ -100,16 +110,23 @@ def _named(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def dead_operands(node: fx.Node, order: Order, is_given: IsGiven) -> dict[int, fx.Node]:
+def dead_operands(
+    node: fx.Node, order: Order, is_given: IsGiven, own: Collection[fx.Node] = ()
+) -> dict[int, fx.Node]:
     """The operands over which a backward pass of attention, or of a loop, may write results, by the number of the result.
 
     Args:
         order: the place of each call of the graph, in the order in which they run.
         is_given: whether a node is none that the backward pass makes.
+        own: as of :func:`write_over_dead_operands`.
     """
     given = _named(node)
     found = (_of_attention if node.target is mst.attention_backward.default else _of_loop)(given)
-    return {index: operand for index, operand in found.items() if _is_dead(node, operand, order, is_given)}
+    return {
+        index: operand
+        for index, operand in found.items()
+        if _is_dead(node, operand, order, is_given, own)
+    }
 
 
 def _of_attention(given: Mapping[str, Any]) -> dict[int, fx.Node]:
@@ -157,11 +174,14 @@ def _is_known(found: Any) -> bool:
     return statically_known_true(found)
 
 
-def _is_dead(node: fx.Node, operand: fx.Node, order: Order, is_given: IsGiven) -> bool:
+def _is_dead(
+    node: fx.Node, operand: fx.Node, order: Order, is_given: IsGiven, own: Collection[fx.Node]
+) -> bool:
     """Whether nobody but a call reads the memory behind one of its operands from there on, and the backward pass has made it for that
     operand alone."""
     base = memory_of(operand)
-    if is_given(base) or not _is_made_new(base):
+    is_own = base in own and base is operand
+    if not is_own and (is_given(base) or not is_made_new(base)):
         return False
     if not _is_known(base.meta["val"].numel() == operand.meta["val"].numel()):
         return False
@@ -234,7 +254,7 @@ def _is_view(node: fx.Node) -> bool:
     return may_show or node.target is aten._unsafe_view.default
 
 
-def _is_made_new(node: fx.Node) -> bool:
+def is_made_new(node: fx.Node) -> bool:
     """Whether a call makes memory in any case: a product, an operator of ours, or arithmetic of several tensors. (What copies, casts
     or pads might be left out, and be its operand.)"""
     source: Any = node.args[0] if node.target is operator.getitem else node

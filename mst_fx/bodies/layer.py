@@ -1,0 +1,69 @@
+"""A checkpointed layer that stands several times in a graph, as one graph of both its passes.
+
+The operators of :mod:`mst_fx.ops.layer` name it by its key, as loops do their bodies.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.process import Named
+from mst_fx.torch_api import layers
+from mst_fx.torch_api.fakes import FakeTensorMode
+from mst_fx.version import __version__
+
+
+class LayerGraph:
+    """A layer as a function of its inputs, forward and backward.
+
+    Attributes:
+        key: names it by content; equal keys, same graph.
+        needs: which inputs get a gradient.
+        outputs, gradients: fakes of what the forward pass gives, and of the gradients of the inputs that get one.
+    """
+
+    def __init__(
+        self, joint: fx.GraphModule, needs: Sequence[bool], outputs: int, mode: FakeTensorMode, config: Any
+    ) -> None:
+        """
+        Args:
+            joint: ``(*inputs, *tangents)`` → ``(*outputs, *gradients)``, ATen, with None for inputs that get no gradient.
+            mode: of the fakes in it.
+            config: what it is compiled with, as a part of the key.
+        """
+        self.needs, self._joint, self._mode = tuple(needs), joint, mode
+        self._count = outputs
+        self.outputs, self.gradients = ([x.meta["val"] for x in each] for each in self._results(joint))
+        metas = [
+            (x.shape, x.stride(), x.dtype, x.device)
+            for node in joint.graph.find_nodes(op="placeholder")
+            for x in [node.meta["val"]]
+        ]
+        content = repr((joint.code, metas, self.needs, outputs, config, torch.__version__, __version__))
+        self.key = hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    def _results(self, joint: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
+        found: Any = joint.graph.output_node().args[0]
+        return list(found[: self._count]), [x for x in found[self._count :] if x is not None]
+
+    @functools.cached_property
+    def _prepared(self) -> fx.GraphModule:
+        return layers.prepared(self._joint, self._mode)
+
+    def forward_graph(self) -> fx.GraphModule:
+        """``inputs`` → outputs."""
+        return layers.part(self._prepared, self._results(self._prepared)[0], len(self.needs))
+
+    def backward_graph(self) -> fx.GraphModule:
+        """``(*inputs, *tangents)`` → gradients; what the forward pass has made is made again."""
+        return layers.part(self._prepared, self._results(self._prepared)[1])
+
+
+# Kept alive by who runs a graph that names one, as bodies are.
+LAYERS: Named[LayerGraph] = Named()

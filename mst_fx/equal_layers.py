@@ -1,0 +1,211 @@
+"""Equal checkpointed layers are traced and compiled once.
+
+Before: ``h1 = checkpoint(layer_0, h0, w0, …)``, ``h2 = checkpoint(layer_1, h1, w1, …)``: a sub-graph for each. After::
+
+    h1 = mst_fx.layer([h0, w0, …], key)[0]
+    h2 = mst_fx.layer([h1, w1, …], key)[0]
+
+whose forward pass saves its operands, as a checkpoint does, and whose derivative runs the layer's backward pass, the layer made again in
+it. AOTAutograd sees two operators; Inductor gets calls of one graph for each pass (:mod:`mst_fx.torch_api.layers`), and makes code of it
+once, whatever the number of layers.
+
+Left as they are: layers of which there is one; whose policy keeps a part (selective checkpointing); that draw random numbers, which the
+backward pass would draw anew; that write to what they are given, or give it; with experts in a loop, whose routing is kept; with sizes
+that change; whose results get no gradient. No layers at all where the joint graph is planned (``memory``), with a group of ranks, for
+other compilers than Inductor, and for its settings that know no calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.bodies.layer import LAYERS, LayerGraph
+from mst_fx.errors import Refusal
+from mst_fx.graph.edit import drop_unused_subgraphs
+from mst_fx.graph.modes import Context, autocast_contexts, contexts
+from mst_fx.graph.names import module_path
+from mst_fx.graph.spelling import CHECKPOINTS, operation
+from mst_fx.graph.subgraphs import called_graph, subgraphs
+from mst_fx.graph.values import is_plain, tensors_of, value
+from mst_fx.options import Options
+from mst_fx.torch_api import layers as torch_layers
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.fakes import mode_of
+from mst_fx.torch_api.ops import HigherOrderOperator
+from mst_fx.torch_api.tensors import tree_leaves
+
+log = logging.getLogger("mst_fx")
+
+LEAST = 2  # layers that are worth a graph of their own
+_KEEPS_ROUTING = torch.ops.mst_fx.experts_loop.default
+
+
+def fold_equal_layers(
+    gm: fx.GraphModule, options: Options, patches: Mapping[str, Any]
+) -> dict[str, LayerGraph]:
+    """Puts the operators of layers in the place of checkpointed layers of which there are several.
+
+    Args:
+        gm: the captured graph, rewritten; changed in place.
+        patches: of Inductor's config.
+
+    Returns:
+        The layers by the key by which the graph names them; whoever runs the graph keeps them alive.
+    """
+    reason = _why_none(options, patches)
+    groups = {} if reason else _groups(gm)
+    folded: dict[str, LayerGraph] = {}
+    for nodes in groups.values():
+        if len(nodes) < LEAST:
+            continue
+        try:
+            layer = LAYERS.the_one(_traced(gm, nodes[0], patches))
+        except Refusal as refusal:
+            reason = str(refusal)
+            continue
+        folded[layer.key] = layer
+        for node in nodes:
+            _replace(gm.graph, node, layer)
+        log.info("%d equal layers are compiled once: %s …", len(nodes), module_path(nodes[0]) or nodes[0].name)
+    if folded:
+        drop_unused_subgraphs(gm)
+        gm.graph.lint()
+        gm.recompile()
+    elif reason:
+        log.info("layers are compiled one by one: %s", reason)
+    return folded
+
+
+def _why_none(options: Options, patches: Mapping[str, Any]) -> str:
+    if options.layers == "each":
+        return "the option layers says so"
+    if options.inner != "inductor":
+        return f"inner is {options.inner}"
+    if options.memory is not None:
+        return "the memory plan looks into them"
+    if options.group is not None:
+        return "a group of ranks works on each sequence"
+    if torch.is_inference_mode_enabled():
+        return "inference_mode"
+    return torch_layers.why_not_called(patches)
+
+
+def _groups(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """The checkpointed layers, by what tells them apart."""
+    found: dict[str, list[fx.Node]] = {}
+    modes = contexts(gm.graph)
+    for node in gm.graph.nodes:
+        child = called_graph(gm, node) if operation(node) in CHECKPOINTS else None
+        if child is not None:
+            found.setdefault(_text(node, child, modes[node]), []).append(node)
+    return found
+
+
+def _text(node: fx.Node, child: fx.GraphModule, modes: Context) -> str:
+    """A layer up to the names of its nodes: the modes that it runs in, its operands and its graph, with all values."""
+    names = {inner: f"%{index}" for index, inner in enumerate(child.graph.nodes)}
+    meta = {key: found for key, found in child.meta.items() if "checkpoint" in str(key)}
+    lines = [repr((modes, node.kwargs, meta, [_described(x) for x in node.args[1:]]))]
+    for inner in child.graph.nodes:
+        args = fx.node.map_arg((inner.args, inner.kwargs), names.__getitem__)  # type: ignore[arg-type]
+        target = "" if inner.op == "placeholder" else inner.target
+        lines.append(repr((inner.op, target, args, _described(inner))))
+    return "\n".join(lines)
+
+
+def _described(operand: Any) -> Any:
+    if not isinstance(operand, fx.Node):
+        return operand
+    return [
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad, torch_layers.is_aligned(leaf))
+        if isinstance(leaf, torch.Tensor) and is_plain(leaf)
+        else (type(leaf), leaf)
+        for leaf in tree_leaves(value(operand))
+    ]
+
+
+def _traced(gm: fx.GraphModule, node: fx.Node, patches: Mapping[str, Any]) -> LayerGraph:
+    """The graph of both passes of a layer.
+
+    Raises:
+        Refusal: if it cannot be one that others share.
+    """
+    child, modes = called_graph(gm, node), contexts(gm.graph)[node]
+    assert child is not None
+    given = [_operand(x) for x in node.args[1:]]
+    outputs = _checked(node, child, modes)
+    has_backward = modes.grad and any(x.requires_grad for x in given)
+    if has_backward and not all(x.requires_grad for each in outputs for x in tensors_of(each)):
+        raise Refusal("a layer gives what has no gradient")
+    mode = mode_of(given[0])
+    with mode:
+        fakes = [
+            torch.empty_strided(
+                x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=x.requires_grad
+            )
+            for x in given
+        ]
+
+    def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with autocast_contexts(modes.autocast):
+            return tuple(child(*operands))
+
+    try:
+        with without_saved_tensors_hooks(), torch.set_grad_enabled(modes.grad):
+            joint = torch_layers.both_passes(run, fakes, mode, has_backward)
+    except RuntimeError as error:  # it writes to what it is given, or gives it
+        raise Refusal(f"a layer cannot be traced alone: {str(error).splitlines()[0][:200]}") from None
+    if any(torch_layers.is_random(inner.target) for inner in joint.graph.nodes):
+        raise Refusal("a layer draws random numbers, or calls graphs of its own")
+    needs = [has_backward and x.requires_grad for x in given]
+    return LayerGraph(joint, needs, len(outputs), mode, sorted(patches.items()))
+
+
+def _operand(operand: Any) -> torch.Tensor:
+    fake = value(operand) if isinstance(operand, fx.Node) else None
+    if not isinstance(fake, torch.Tensor) or not is_plain(fake) or not torch_layers.is_aligned(fake):
+        raise Refusal("a layer is given something else than plain tensors")
+    if not all(isinstance(size, int) for size in (*fake.shape, *fake.stride())):
+        raise Refusal("the sizes change")
+    return fake
+
+
+def _checked(node: fx.Node, child: fx.GraphModule, modes: Context) -> list[fx.Node]:
+    """What a layer gives.
+
+    Raises:
+        Refusal: if it does something that others cannot share.
+    """
+    if set(node.kwargs) - {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}:
+        raise Refusal("a layer's checkpoint has arguments of its own")
+    if any("context_fn" in str(key) for key in child.meta):
+        raise Refusal("a policy says what a layer keeps")
+    if modes.level or modes.inference:
+        raise Refusal("a layer lies inside of a torch.func transform, or of inference_mode")
+    if next(subgraphs(child), None) is not None or child.graph.find_nodes(op="get_attr"):
+        raise Refusal("a layer has constants, or graphs of its own")
+    if any(isinstance(inner.target, HigherOrderOperator) for inner in child.graph.nodes):
+        raise Refusal("a layer has graphs of its own")
+    if child.graph.find_nodes(op="call_function", target=_KEEPS_ROUTING):
+        raise Refusal("which experts a row goes to is kept")
+    outputs = child.graph.output_node().args[0]
+    given: Sequence[Any] = outputs if isinstance(outputs, (tuple, list)) else [None]
+    if not all(isinstance(x, fx.Node) and isinstance(value(x), torch.Tensor) for x in given):
+        raise Refusal("a layer gives something else than tensors")
+    return list(given)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, layer: LayerGraph) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(torch.ops.mst_fx.layer.default, (list(node.args[1:]), layer.key))
+    new.meta = dict(node.meta)
+    called: Any = node.args[0]
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    if not called.users:
+        graph.erase_node(called)

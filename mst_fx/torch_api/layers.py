@@ -1,0 +1,216 @@
+"""Layers that are traced once, and called in a graph that goes to Inductor as one graph of which it makes code once.
+
+Before, of a backward graph: ``found = mst_fx.layer_backward([x, w, …], [tangent], key)`` for each layer. After::
+
+    graph = get_attr layer_graph_0                      # (x, w, …, tangent) → gradients
+    found = invoke_subgraph(graph, "layer_graph_0", x, w, …, tangent)
+
+- ``torch._functorch.aot_autograd.aot_export_joint_simple``: forward and backward pass of a function as one ATen graph; it raises where
+  the function writes to operands, or gives what shares memory with one.
+- ``torch._inductor.compile_fx._recursive_joint_graph_passes``, ``torch._functorch.compile_utils.fx_graph_cse``: what Inductor and its
+  partitioner do with such a graph before they cut it in two.
+- ``torch.ops.higher_order.invoke_subgraph`` (public name: ``torch.compiler.nested_compile_region``, which Dynamo makes it of): put in
+  behind AOTAutograd, so that its derivative is not asked for. Inductor lowers the graph once, whatever the number of calls, and frees
+  operands inside of it. It reads ``meta`` of the output node for strides that have to be kept.
+- ``torch._inductor.config``: what has no such calls (``cpp_wrapper``), or takes addresses of operands for granted (CUDA graphs).
+
+Tried with torch 2.11.0 (CPU) and 2.13.0 (CPU).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import _recursive_joint_graph_passes
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mst_fx.torch_api.overwriting import is_made_new, memory_of, write_over_dead_operands
+
+_FORWARD, _BACKWARD = "mst_fx::layer", "mst_fx::layer_backward"
+_BYTES = 16  # of which Inductor takes the address of what a graph is given for a multiple
+
+
+class Layer(Protocol):
+    """What an operator names by its key."""
+
+    def forward_graph(self) -> fx.GraphModule: ...
+    def backward_graph(self) -> fx.GraphModule: ...
+
+
+def why_not_called(patches: Mapping[str, Any]) -> str:
+    """Why Inductor, with these config patches, should not get calls of graphs; "" if it may."""
+    with inductor_config.patch(dict(patches)):
+        if inductor_config.cpp_wrapper:
+            return "Inductor's C++ wrapper has no calls of graphs"
+        if inductor_config.triton.cudagraphs:
+            return "CUDA graphs take the addresses of parameters for granted"
+        if inductor_config.freezing:
+            return "Inductor freezes parameters"
+    return ""
+
+
+def both_passes(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], mode: FakeTensorMode, has_backward: bool
+) -> fx.GraphModule:
+    """The ATen graph of ``(*inputs, *tangents)`` → ``(*outputs, *gradients)``, with None for inputs that get no gradient.
+
+    Args:
+        inputs: fakes of ``mode``.
+        has_backward: without, of ``inputs`` → ``outputs``.
+
+    Raises:
+        RuntimeError: if the function writes to an input, or gives what shares memory with one, or with another result.
+    """
+    table = dict(select_decomp_table())
+    with tracing(TracingContext(mode)):
+        found = aot_export_joint_simple(
+            function, tuple(inputs), trace_joint=has_backward, decompositions=table
+        )
+    assert isinstance(found, fx.GraphModule)
+    return found
+
+
+def prepared(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
+    """What Inductor makes of a graph of both passes before it is cut in two."""
+    with tracing(TracingContext(mode)):
+        gm = _recursive_joint_graph_passes(gm)
+        return fx.GraphModule(gm, fx_graph_cse(gm.graph))
+
+
+def part(gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: int | None = None) -> fx.GraphModule:
+    """A graph that gives only some values of another one.
+
+    Args:
+        inputs: how many of the inputs it has; None: all.
+    """
+    graph, copies = fx.Graph(), {}
+    for node in gm.graph.nodes:
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = dict(node.meta)
+    result = graph.output(tuple(copies[node] for node in outputs))
+    result.meta["user_visible_output_idxs"] = list(range(len(outputs)))
+    result.meta["original_output_strides"] = [node.meta["val"].stride() for node in outputs]
+    graph.eliminate_dead_code()
+    for node in graph.find_nodes(op="placeholder")[inputs:] if inputs is not None else ():
+        graph.erase_node(node)
+    graph.lint()
+    return fx.GraphModule(gm, graph)
+
+
+def call_graphs(gm: fx.GraphModule, layers: Mapping[str, Layer], know: Callable[[fx.Graph], None]) -> None:
+    """Puts calls of their graphs in the place of the operators of layers, in a graph that goes to Inductor.
+
+    Args:
+        know: is told of each of these graphs.
+    """
+    names: dict[Any, str] = {}
+    calls = [node for node in gm.graph.nodes if _name(node) in (_FORWARD, _BACKWARD)]
+    for node, dead in [(node, _dead_tangents(node, layers)) for node in calls]:
+        key = (node.args[-1], _name(node), dead)
+        if key not in names:
+            names[key] = f"layer_graph_{len(names)}"
+            graph = _own(_graph_of(node, layers), dead)
+            know(graph.graph)
+            gm.register_module(names[key], graph)
+        _call(gm, node, names[key])
+    if names:
+        gm.recompile()
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target.name() if node.op == "call_function" and isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _graph_of(node: fx.Node, layers: Mapping[str, Layer]) -> fx.GraphModule:
+    layer = layers[str(node.args[-1])]
+    return layer.backward_graph() if _name(node) == _BACKWARD else layer.forward_graph()
+
+
+def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def _dead_tangents(node: fx.Node, layers: Mapping[str, Layer]) -> tuple[int, ...]:
+    """The tangents that a call alone reads, once, and that share their memory with nothing, counted from the last operand."""
+    operands: list[fx.Node] = []
+    fx.map_arg(node.args, operands.append)
+    tangents: Any = node.args[1] if _name(node) == _BACKWARD else ()
+    return tuple(
+        index - len(tangents)
+        for index, tangent in enumerate(tangents)
+        if list(tangent.users) == [node] and operands.count(tangent) == 1 and _is_apart(tangent, layers)
+    )
+
+
+def _is_apart(tangent: fx.Node, layers: Mapping[str, Layer]) -> bool:
+    """Whether a call has made memory for a value alone."""
+    if memory_of(tangent) is not tangent or not is_made_new(tangent):
+        return False
+    source: Any = tangent.args[0] if tangent.target is operator.getitem else tangent
+    if _name(source) not in (_FORWARD, _BACKWARD):
+        return True
+    bases = [memory_of(x) for x in _outputs(_graph_of(source, layers))]
+    base = bases[tangent.args[1]]  # type: ignore[index]
+    return bases.count(base) == 1 and base.op == "call_function" and is_made_new(base)
+
+
+def _own(whole: fx.GraphModule, dead: Collection[int]) -> fx.GraphModule:
+    """A layer's graph, to be changed by Inductor; it may write over some of its inputs, counted from the last."""
+    gm = part(whole, _outputs(whole))
+    inputs = gm.graph.find_nodes(op="placeholder")
+    write_over_dead_operands(gm.graph, {inputs[index] for index in dead})
+    return gm
+
+
+def _call(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
+    operands: list[fx.Node] = []
+    fx.map_arg(node.args, operands.append)
+    inputs = getattr(gm, name).graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_before(node):
+        graph = gm.graph.get_attr(name)
+        given = [_as_traced(gm.graph, x, known.meta["val"]) for x, known in zip(operands, inputs, strict=True)]
+        new = gm.graph.call_function(torch.ops.higher_order.invoke_subgraph, (graph, name, *given))
+    new.meta = {key: found for key, found in node.meta.items() if key != "eager_input_vals"}
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _as_traced(graph: fx.Graph, node: fx.Node, known: torch.Tensor) -> fx.Node:
+    """An operand with the strides of the input that a graph was traced with, at an address that Inductor counts on."""
+    found = node.meta["val"]
+    if found.stride() == known.stride() and is_aligned(found):
+        return node
+    with known.fake_mode:  # type: ignore[attr-defined]
+        fake = torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device=known.device)
+    aten = torch.ops.aten
+    kind = {"dtype": known.dtype, "device": known.device}
+    empty = graph.call_function(aten.empty_strided.default, (list(known.shape), list(known.stride())), kind)
+    copy = graph.call_function(aten.copy.default, (empty, node))
+    empty.meta["val"] = copy.meta["val"] = fake
+    return copy
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor starts where Inductor thinks that inputs of graphs do, if its storage does."""
+    offset = tensor.storage_offset()
+    return isinstance(offset, int) and offset * tensor.element_size() % _BYTES == 0
+
+
+@functools.cache
+def is_random(target: Any) -> bool:
+    """Whether an operator draws random numbers, or may run any other: a higher-order one."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
