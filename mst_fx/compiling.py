@@ -89,10 +89,10 @@ def _compiled(
         return run_passes(gm, crossing.inputs, options, mode, crossing)
 
     def compiled_graph() -> Callable[..., Any]:
-        folded = fold_equal_layers(result.gm, checked, patches)
-        with hooked(JOINT_STAGES, checked, result.gm):
-            compiled = compile_graph(result.gm, crossing.inputs, checked.inner, patches, folded)
-        return with_bodies_alive(compiled, (*result.bodies, *folded.values()))
+        folded, layers = fold_equal_layers(result.gm, checked, patches)
+        with hooked(JOINT_STAGES, checked, folded):
+            compiled = compile_graph(folded, crossing.inputs, checked.inner, patches, layers)
+        return with_bodies_alive(compiled, (*result.bodies, *layers.values()))
 
     if group is None:
         result = passed()

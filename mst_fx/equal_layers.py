@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import fx
 
+import mst_fx.ops  # noqa: F401  (registers the operators)
 from mst_fx.bodies.layer import LAYERS, LayerGraph
 from mst_fx.errors import Refusal
-from mst_fx.graph.edit import drop_unused_subgraphs
+from mst_fx.graph.edit import copy_graph, drop_unused_subgraphs
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
 from mst_fx.graph.names import module_path
 from mst_fx.graph.spelling import CHECKPOINTS, operation
@@ -42,43 +43,46 @@ from mst_fx.torch_api.tensors import tree_leaves
 log = logging.getLogger("mst_fx")
 
 LEAST = 2  # layers that are worth a graph of their own
-_KEEPS_ROUTING = torch.ops.mst_fx.experts_loop.default
+_KEEPS_ROUTING = "mst_fx::experts_loop"  # :mod:`mst_fx.passes.routing`
 
 
 def fold_equal_layers(
     gm: fx.GraphModule, options: Options, patches: Mapping[str, Any]
-) -> dict[str, LayerGraph]:
+) -> tuple[fx.GraphModule, dict[str, LayerGraph]]:
     """Puts the operators of layers in the place of checkpointed layers of which there are several.
 
     Args:
-        gm: the captured graph, rewritten; changed in place.
+        gm: the captured graph, rewritten; it is not changed.
         patches: of Inductor's config.
 
     Returns:
-        The layers by the key by which the graph names them; whoever runs the graph keeps them alive.
+        The new graph (``gm`` itself if there are no such layers), and the layers by the key by which it names them: whoever runs it keeps
+        them alive.
     """
     reason = _why_none(options, patches)
-    groups = {} if reason else _groups(gm)
+    new = gm if reason else copy_graph(gm)
+    groups = {} if reason else _groups(new)
     folded: dict[str, LayerGraph] = {}
     for nodes in groups.values():
         if len(nodes) < LEAST:
             continue
         try:
-            layer = LAYERS.the_one(_traced(gm, nodes[0], patches))
+            layer = LAYERS.the_one(_traced(new, nodes[0], patches))
         except Refusal as refusal:
             reason = str(refusal)
             continue
         folded[layer.key] = layer
         for node in nodes:
-            _replace(gm.graph, node, layer)
+            _replace(new.graph, node, layer)
         log.info("%d equal layers are compiled once: %s …", len(nodes), module_path(nodes[0]) or nodes[0].name)
-    if folded:
-        drop_unused_subgraphs(gm)
-        gm.graph.lint()
-        gm.recompile()
-    elif reason:
+    if reason:
         log.info("layers are compiled one by one: %s", reason)
-    return folded
+    if not folded:
+        return gm, {}
+    drop_unused_subgraphs(new)
+    new.graph.lint()
+    new.recompile()
+    return new, folded
 
 
 def _why_none(options: Options, patches: Mapping[str, Any]) -> str:
@@ -168,7 +172,7 @@ def _traced(gm: fx.GraphModule, node: fx.Node, patches: Mapping[str, Any]) -> La
 
 def _operand(operand: Any) -> torch.Tensor:
     fake = value(operand) if isinstance(operand, fx.Node) else None
-    if not isinstance(fake, torch.Tensor) or not is_plain(fake) or not torch_layers.is_aligned(fake):
+    if not isinstance(fake, torch.Tensor) or not is_plain(fake):
         raise Refusal("a layer is given something else than plain tensors")
     if not all(isinstance(size, int) for size in (*fake.shape, *fake.stride())):
         raise Refusal("the sizes change")
@@ -191,7 +195,7 @@ def _checked(node: fx.Node, child: fx.GraphModule, modes: Context) -> list[fx.No
         raise Refusal("a layer has constants, or graphs of its own")
     if any(isinstance(inner.target, HigherOrderOperator) for inner in child.graph.nodes):
         raise Refusal("a layer has graphs of its own")
-    if child.graph.find_nodes(op="call_function", target=_KEEPS_ROUTING):
+    if any(operation(inner) == _KEEPS_ROUTING for inner in child.graph.nodes):
         raise Refusal("which experts a row goes to is kept")
     outputs = child.graph.output_node().args[0]
     given: Sequence[Any] = outputs if isinstance(outputs, (tuple, list)) else [None]

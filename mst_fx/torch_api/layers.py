@@ -19,6 +19,7 @@ Tried with torch 2.11.0 (CPU) and 2.13.0 (CPU).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -98,14 +99,19 @@ def part(gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: int | None = No
         if node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = dict(node.meta)
-    result = graph.output(tuple(copies[node] for node in outputs))
-    result.meta["user_visible_output_idxs"] = list(range(len(outputs)))
-    result.meta["original_output_strides"] = [node.meta["val"].stride() for node in outputs]
+    _set_outputs(graph.output(()), [copies[node] for node in outputs])
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="placeholder")[inputs:] if inputs is not None else ():
         graph.erase_node(node)
     graph.lint()
     return fx.GraphModule(gm, graph)
+
+
+def _set_outputs(output: fx.Node, given: Sequence[fx.Node]) -> None:
+    """What a graph gives, whose strides Inductor has to keep."""
+    output.args = (tuple(given),)
+    output.meta["user_visible_output_idxs"] = list(range(len(given)))
+    output.meta["original_output_strides"] = [node.meta["val"].stride() for node in given]
 
 
 def call_graphs(gm: fx.GraphModule, layers: Mapping[str, Layer], know: Callable[[fx.Graph], None]) -> None:
@@ -114,18 +120,25 @@ def call_graphs(gm: fx.GraphModule, layers: Mapping[str, Layer], know: Callable[
     Args:
         know: is told of each of these graphs.
     """
-    names: dict[Any, str] = {}
+    known: dict[Any, _Called] = {}
     calls = [node for node in gm.graph.nodes if _name(node) in (_FORWARD, _BACKWARD)]
     for node, dead in [(node, _dead_tangents(node, layers)) for node in calls]:
-        key = (node.args[-1], _name(node), dead)
-        if key not in names:
-            names[key] = f"layer_graph_{len(names)}"
-            graph = _own(_graph_of(node, layers), dead)
-            know(graph.graph)
-            gm.register_module(names[key], graph)
-        _call(gm, node, names[key])
-    if names:
+        are_aligned = tuple(is_aligned(x.meta["val"]) for x in _operands(node))
+        key = (node.args[-1], _name(node), dead, are_aligned)
+        if key not in known:
+            called = known[key] = _called(f"layer_graph_{len(known)}", _graph_of(node, layers), dead)
+            know(called.gm.graph)
+            gm.register_module(called.name, called.gm)
+        _call(gm.graph, node, known[key])
+    if known:
+        gm.graph.lint()
         gm.recompile()
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(node.args, found.append)
+    return found
 
 
 def _name(node: fx.Node) -> str:
@@ -144,8 +157,7 @@ def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
 
 def _dead_tangents(node: fx.Node, layers: Mapping[str, Layer]) -> tuple[int, ...]:
     """The tangents that a call alone reads, once, and that share their memory with nothing, counted from the last operand."""
-    operands: list[fx.Node] = []
-    fx.map_arg(node.args, operands.append)
+    operands = _operands(node)
     tangents: Any = node.args[1] if _name(node) == _BACKWARD else ()
     return tuple(
         index - len(tangents)
@@ -166,44 +178,88 @@ def _is_apart(tangent: fx.Node, layers: Mapping[str, Layer]) -> bool:
     return bases.count(base) == 1 and base.op == "call_function" and is_made_new(base)
 
 
-def _own(whole: fx.GraphModule, dead: Collection[int]) -> fx.GraphModule:
-    """A layer's graph, to be changed by Inductor; it may write over some of its inputs, counted from the last."""
+@dataclasses.dataclass(frozen=True)
+class _Called:
+    """A graph that is called, and where what the layer gives is: which of the graph's outputs it is, or of its inputs."""
+
+    name: str
+    gm: fx.GraphModule
+    outputs: tuple[tuple[str, int], ...]
+
+
+def _called(name: str, whole: fx.GraphModule, dead: Collection[int]) -> _Called:
+    """A layer's graph, to be changed by Inductor, whose outputs share memory neither with each other nor with an input: whoever calls it
+    takes them for tensors of its own, and may write to them.
+
+    Args:
+        dead: inputs that it may write over, counted from the last.
+    """
     gm = part(whole, _outputs(whole))
     inputs = gm.graph.find_nodes(op="placeholder")
+    apart: dict[fx.Node, fx.Node] = {}
+    bases = set(inputs)
+    for node in _outputs(gm):
+        if node not in inputs and node not in apart:
+            apart[node] = _copy(gm.graph, node) if memory_of(node) in bases else node
+            bases.add(memory_of(node))
+    kept = list(apart)
+    places = [("input", inputs.index(x)) if x in inputs else ("output", kept.index(x)) for x in _outputs(gm)]
+    _set_outputs(gm.graph.output_node(), list(apart.values()))
     write_over_dead_operands(gm.graph, {inputs[index] for index in dead})
-    return gm
+    gm.recompile()
+    return _Called(name, gm, tuple(places))
 
 
-def _call(gm: fx.GraphModule, node: fx.Node, name: str) -> None:
-    operands: list[fx.Node] = []
-    fx.map_arg(node.args, operands.append)
-    inputs = getattr(gm, name).graph.find_nodes(op="placeholder")
-    with gm.graph.inserting_before(node):
-        graph = gm.graph.get_attr(name)
-        given = [_as_traced(gm.graph, x, known.meta["val"]) for x, known in zip(operands, inputs, strict=True)]
-        new = gm.graph.call_function(torch.ops.higher_order.invoke_subgraph, (graph, name, *given))
-    new.meta = {key: found for key, found in node.meta.items() if key != "eager_input_vals"}
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    found = node.meta["val"]
+    with graph.inserting_before(graph.output_node()):
+        copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+    copy.meta["val"] = _new_fake(found.fake_mode, found)
+    return copy
+
+
+def _new_fake(mode: FakeTensorMode, like: torch.Tensor) -> torch.Tensor:
+    with mode:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+
+
+def _call(graph: fx.Graph, node: fx.Node, called: _Called) -> None:
+    """Puts a call of a graph in the place of an operator."""
+    inputs = called.gm.graph.find_nodes(op="placeholder")
+    with graph.inserting_before(node):
+        name = graph.get_attr(called.name)
+        given = [
+            _as_traced(graph, x, known.meta["val"]) for x, known in zip(_operands(node), inputs, strict=True)
+        ]
+        new = graph.call_function(torch.ops.higher_order.invoke_subgraph, (name, called.name, *given))
+    new.meta = {key: found for key, found in node.meta.items() if key not in ("eager_input_vals", "val")}
+    found: list[Any] = [None] * len(_outputs(called.gm))
+    for member in list(node.users):
+        kind, index = called.outputs[member.args[1]]  # type: ignore[index]
+        if kind == "input":
+            member.replace_all_uses_with(given[index])
+            graph.erase_node(member)
+        else:
+            member.args = (new, index)
+            found[index] = member.meta["val"]
+    new.meta["val"] = tuple(found)
+    graph.erase_node(node)
 
 
 def _as_traced(graph: fx.Graph, node: fx.Node, known: torch.Tensor) -> fx.Node:
-    """An operand with the strides of the input that a graph was traced with, at an address that Inductor counts on."""
-    found = node.meta["val"]
-    if found.stride() == known.stride() and is_aligned(found):
+    """An operand with the strides of the input that a graph was traced with."""
+    if node.meta["val"].stride() == known.stride():
         return node
-    with known.fake_mode:  # type: ignore[attr-defined]
-        fake = torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device=known.device)
-    aten = torch.ops.aten
     kind = {"dtype": known.dtype, "device": known.device}
-    empty = graph.call_function(aten.empty_strided.default, (list(known.shape), list(known.stride())), kind)
-    copy = graph.call_function(aten.copy.default, (empty, node))
-    empty.meta["val"] = copy.meta["val"] = fake
+    shape = list(known.shape), list(known.stride())
+    empty = graph.call_function(torch.ops.aten.empty_strided.default, shape, kind)
+    copy = graph.call_function(torch.ops.aten.copy.default, (empty, node))
+    empty.meta["val"] = copy.meta["val"] = _new_fake(known.fake_mode, known)  # type: ignore[attr-defined]
     return copy
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether a tensor starts where Inductor thinks that inputs of graphs do, if its storage does."""
+    """Whether a tensor starts where Inductor's kernels may count on, if its storage does."""
     offset = tensor.storage_offset()
     return isinstance(offset, int) and offset * tensor.element_size() % _BYTES == 0
 
