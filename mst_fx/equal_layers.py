@@ -32,7 +32,7 @@ from mst_fx.graph.modes import Context, autocast_contexts, contexts
 from mst_fx.graph.names import module_path
 from mst_fx.graph.spelling import CHECKPOINTS, operation
 from mst_fx.graph.subgraphs import called_graph, subgraphs
-from mst_fx.graph.values import is_plain, tensors_of, value
+from mst_fx.graph.values import is_plain, storage_keys, tensors_of, value
 from mst_fx.options import Options
 from mst_fx.torch_api import layers as torch_layers
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
@@ -155,9 +155,13 @@ def _traced(gm: fx.GraphModule, node: fx.Node, patches: Mapping[str, Any]) -> La
             for x in given
         ]
 
+    # What shows memory that the layer made is given as memory of its own; Inductor leaves the copy out.
+    are_views = [torch_layers.is_view(x) for each in outputs for x in tensors_of(each)]
+
     def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with autocast_contexts(modes.autocast):
-            return tuple(child(*operands))
+            found = child(*operands)
+        return tuple(x.clone() if is_view else x for x, is_view in zip(found, are_views, strict=True))
 
     try:
         with without_saved_tensors_hooks(), torch.set_grad_enabled(modes.grad):
@@ -201,6 +205,9 @@ def _checked(node: fx.Node, child: fx.GraphModule, modes: Context) -> list[fx.No
     given: Sequence[Any] = outputs if isinstance(outputs, (tuple, list)) else [None]
     if not all(isinstance(x, fx.Node) and isinstance(value(x), torch.Tensor) for x in given):
         raise Refusal("a layer gives something else than tensors")
+    memory = {key for x in child.graph.find_nodes(op="placeholder") for key in storage_keys(x)}
+    if any(not memory.isdisjoint(storage_keys(x)) for x in given):
+        raise Refusal("a layer gives what it is given")
     return list(given)
 
 

@@ -264,6 +264,11 @@ def is_aligned(tensor: torch.Tensor) -> bool:
     return isinstance(offset, int) and offset * tensor.element_size() % _BYTES == 0
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether a tensor shows the memory of another one. ``Tensor._is_view``: public names tell a storage, and not whose it was first."""
+    return tensor._is_view()
+
+
 @functools.cache
 def is_random(target: Any) -> bool:
     """Whether an operator draws random numbers, or may run any other: a higher-order one."""

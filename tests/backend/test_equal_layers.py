@@ -121,27 +121,31 @@ def test_layers_of_two_kinds(folded: Folded) -> None:
 
 
 class _TwoStreams(nn.Module):
-    """Both gradients that a layer gives are one tensor, which the layer before must not write over."""
+    """Both gradients that a layer gives are one tensor, or one shows the other; the layer before must not write over it."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_view: bool) -> None:
         super().__init__()
+        self.is_view = is_view
         self.first, self.layers = nn.Linear(WIDTH, WIDTH), nn.ModuleList(Layer() for _ in range(3))
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.first(x), self.first(x).cos()
+        if self.is_view:
+            b = b.flatten(0, 1)
 
         def run(layer: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            both = a + b
-            return layer(both), both.cos()
+            both = a + b.view_as(a)
+            return layer(both), both.cos().view(b.shape)
 
         for layer in self.layers:
             a, b = checkpoint(run, layer, a, b, use_reentrant=False)
-        return (a * b).sum()
+        return (a * b.view_as(a)).sum()
 
 
-def test_gradients_that_share_memory(folded: Folded) -> None:
-    _check(_TwoStreams(), _x())
+@pytest.mark.parametrize("is_view", [False, True])
+def test_gradients_that_share_memory(folded: Folded, is_view: bool) -> None:
+    _check(_TwoStreams(is_view), _x())
     assert folded.operators == [3]
 
 
