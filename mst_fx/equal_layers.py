@@ -26,7 +26,7 @@ from torch import fx
 
 import mst_fx.ops  # noqa: F401  (registers the operators)
 from mst_fx.bodies.layer import LAYERS, LayerGraph
-from mst_fx.errors import Refusal
+from mst_fx.errors import Refusal, defect
 from mst_fx.graph.edit import copy_graph, drop_unused_subgraphs
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
 from mst_fx.graph.names import module_path
@@ -71,10 +71,17 @@ def fold_equal_layers(
         except Refusal as refusal:
             reason = str(refusal)
             continue
+        except Exception as error:
+            if options.strict:
+                raise
+            reason = defect("compiles layers one by one", error)
+            continue
         folded[layer.key] = layer
         for node in nodes:
             _replace(new.graph, node, layer)
-        log.info("%d equal layers are compiled once: %s …", len(nodes), module_path(nodes[0]) or nodes[0].name)
+        log.info(
+            "%d equal layers are compiled once: %s …", len(nodes), module_path(nodes[0]) or nodes[0].name
+        )
     if reason:
         log.info("layers are compiled one by one: %s", reason)
     if not folded:
@@ -126,7 +133,14 @@ def _described(operand: Any) -> Any:
     if not isinstance(operand, fx.Node):
         return operand
     return [
-        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad, torch_layers.is_aligned(leaf))
+        (
+            leaf.shape,
+            leaf.stride(),
+            leaf.dtype,
+            leaf.device,
+            leaf.requires_grad,
+            torch_layers.is_aligned(leaf),
+        )
         if isinstance(leaf, torch.Tensor) and is_plain(leaf)
         else (type(leaf), leaf)
         for leaf in tree_leaves(value(operand))

@@ -362,8 +362,8 @@ def body_of(key: str) -> Body:
         ) from None
 
 
-def with_bodies_alive(function: Callable[..., Any], bodies: Sequence[Body]) -> Callable[..., Any]:
-    """A compiled graph that keeps the bodies of its loops alive.
+def with_bodies_alive(function: Callable[..., Any], bodies: Sequence[Any]) -> Callable[..., Any]:
+    """A compiled graph that keeps the bodies of its loops, and its layers, alive.
 
     ``torch.compiler.reset()`` forgets the function, and there may be backward passes of it to come: the autograd
     graphs of its results keep the bodies too.

@@ -94,7 +94,8 @@ def part(gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: int | None = No
     Args:
         inputs: how many of the inputs it has; None: all.
     """
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -250,7 +251,7 @@ def _as_traced(graph: fx.Graph, node: fx.Node, known: torch.Tensor) -> fx.Node:
     """An operand with the strides of the input that a graph was traced with."""
     if node.meta["val"].stride() == known.stride():
         return node
-    kind = {"dtype": known.dtype, "device": known.device}
+    kind: dict[str, Any] = {"dtype": known.dtype, "device": known.device}
     shape = list(known.shape), list(known.stride())
     empty = graph.call_function(torch.ops.aten.empty_strided.default, shape, kind)
     copy = graph.call_function(torch.ops.aten.copy.default, (empty, node))

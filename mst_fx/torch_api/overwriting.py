@@ -123,9 +123,7 @@ def dead_operands(
     given = _named(node)
     found = (_of_attention if node.target is mst.attention_backward.default else _of_loop)(given)
     return {
-        index: operand
-        for index, operand in found.items()
-        if _is_dead(node, operand, order, is_given, own)
+        index: operand for index, operand in found.items() if _is_dead(node, operand, order, is_given, own)
     }
 
 

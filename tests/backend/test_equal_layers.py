@@ -21,11 +21,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from mst_fx import compiling
+from mst_fx import compiling, equal_layers
 from mst_fx.bodies.layer import LayerGraph
-from mst_fx.equal_layers import fold_equal_layers
 from mst_fx.options import Options, make_options
-from mst_fx.torch_api import inductor
+from mst_fx.torch_api import inductor, layers
 from tests.helpers import GatedMLP, worst_error
 
 WIDTH = 8
@@ -68,12 +67,12 @@ class Folded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.operators: list[int] = []
         self.graphs: list[int] = []
-        fold, call = compiling.fold_equal_layers, inductor.call_graphs
+        fold, call = equal_layers.fold_equal_layers, layers.call_graphs
 
         def watched_fold(*args: Any) -> Any:
-            new, layers = fold(*args)
+            new, known = fold(*args)
             self.operators.append(len(new.graph.find_nodes(op="call_function", target=_OPERATOR)))
-            return new, layers
+            return new, known
 
         def watched_call(gm: fx.GraphModule, *args: Any) -> None:
             call(gm, *args)
@@ -88,7 +87,9 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> Folded:
     return Folded(monkeypatch)
 
 
-def _gradients(model: nn.Module, run: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _gradients(
+    model: nn.Module, run: Callable[..., Any], *inputs: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
     loss = run(*inputs)
     loss.backward()
@@ -164,7 +165,9 @@ class _Shared(nn.Module):
         h, scale = self.first(x).cos(), self.first(x)
         between = []
         for layer in self.layers:
-            h = checkpoint(lambda layer, h, scale: layer(h) * scale.sigmoid(), layer, h, scale, use_reentrant=False)
+            h = checkpoint(
+                lambda layer, h, scale: layer(h) * scale.sigmoid(), layer, h, scale, use_reentrant=False
+            )
             between.append(h.mean())
         return h.sin().sum() + sum(between)
 
@@ -205,7 +208,11 @@ def test_layers_under_autocast(folded: Folded) -> None:
     assert abs(found_loss - found_apart) <= 1e-2 * abs(loss)
     whole = copy.deepcopy(model).double()
     _, truth_64 = _gradients(whole, functools.partial(_plain, whole), x.double())
-    assert 1e-4 < worst_error(found, truth_64) <= 1.1 * max(worst_error(each, truth_64) for each in (truth, apart))
+    assert (
+        1e-4
+        < worst_error(found, truth_64)
+        <= 1.1 * max(worst_error(each, truth_64) for each in (truth, apart))
+    )
 
 
 def _plain(model: Any, x: Tensor) -> Tensor:
@@ -232,9 +239,9 @@ def _folded(function: Any, *inputs: Any, options: Any = None, **settings: Any) -
 
     def backend(gm: fx.GraphModule, _: Any) -> Any:
         before = str(gm.graph)
-        new, layers = fold_equal_layers(gm, checked, settings.get("patches", {}))
-        assert str(gm.graph) == before and (new is gm) == (not layers)
-        found.append(layers)
+        new, known = equal_layers.fold_equal_layers(gm, checked, settings.get("patches", {}))
+        assert str(gm.graph) == before and (new is gm) == (not known)
+        found.append(known)
         return gm.forward
 
     torch._dynamo.reset()
@@ -263,6 +270,7 @@ class _Counts(Layer):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.count: Tensor
         self.count.add_(1)
         return super().forward(x) + self.count
 
@@ -296,7 +304,9 @@ _SELECTIVE = functools.partial(create_selective_checkpoint_contexts, _policy)
 OTHERS: dict[str, Callable[[], Stack]] = {
     "one": lambda: Stack(Layer()),
     "of other sizes": lambda: Stack(Layer(), Layer(inner=40)),
-    "of other epsilons": lambda: _with(Stack(Layer(), Layer()), lambda m: setattr(m.layers[1].norm, "eps", 1e-3)),
+    "of other epsilons": lambda: _with(
+        Stack(Layer(), Layer()), lambda m: setattr(m.layers[1].norm, "eps", 1e-3)
+    ),
     "one frozen": lambda: _with(Stack(Layer(), Layer()), lambda m: m.layers[1].requires_grad_(False)),
     "dropout": lambda: _three(_Drops),
     "writes": lambda: _three(_Counts),

@@ -43,8 +43,9 @@ class Ways:
         self.errors: list[BudgetError] = []
 
         def compiled_in_each(
-            gm: fx.GraphModule, inputs: Sequence[Any], _: str, patches: Mapping[str, Any]
+            gm: fx.GraphModule, inputs: Sequence[Any], _: str, patches: Mapping[str, Any], layers: Any
         ) -> Callable[..., Any]:
+            assert not layers
             compiled: list[Callable[..., Any]] = []
             for stages, more in ways:
                 chosen = make_options({**options, **more})
@@ -57,7 +58,7 @@ class Ways:
             return lambda *args: compiled[self.now](*args)
 
         monkeypatch.setattr(compiling, "compile_graph", compiled_in_each)
-        self.run = compile_mst(model, options)
+        self.run = compile_mst(model, {**options, "layers": "each"})
 
 
 def _never(*_: Any) -> Any:

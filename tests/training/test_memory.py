@@ -6,6 +6,7 @@ For whole steps the sizes are an eighth in every dimension, chunks included: all
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -71,6 +72,17 @@ def test_a_checkpointed_step_takes_a_tenth_of_inductors_memory(steps: dict[str, 
     mst, plain = steps["model"], step_peak("inductor", "model", SHAPE, SEQ, mask=False)
     assert mst.loss == pytest.approx(plain.loss, rel=1e-5)
     assert mst.above <= 0.10 * plain.above, f"{mst.above / plain.above:.3f}; alive: {mst.alive}"
+
+
+def test_layers_that_are_compiled_once_take_no_more() -> None:
+    """Their backward pass writes over what arrives there, as that of layers that are compiled one by one does."""
+    shape = dataclasses.replace(SHAPE, layers=3)
+    once, each = (
+        step_peak("mst", "model", shape, SEQ, mask=False, layers=layers, **CHUNKS)
+        for layers in ("once", "each")
+    )
+    assert once.loss == each.loss
+    assert once.above <= each.above + SLACK, f"{once.alive}; {each.alive}"
 
 
 def test_logits_among_the_outputs_cost_nothing(steps: dict[str, StepPeak]) -> None:
