@@ -156,6 +156,8 @@ def _traced(gm: fx.GraphModule, node: fx.Node, patches: Mapping[str, Any]) -> La
     child, modes = called_graph(gm, node), contexts(gm.graph)[node]
     assert child is not None
     given = [_operand(x) for x in node.args[1:]]
+    if len({x.device for x in given}) != 1:
+        raise Refusal("a layer is given tensors of several devices, or none")
     outputs = _checked(node, child, modes)
     has_backward = modes.grad and any(x.requires_grad for x in given)
     if has_backward and not all(x.requires_grad for each in outputs for x in tensors_of(each)):

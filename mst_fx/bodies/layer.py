@@ -27,6 +27,7 @@ class LayerGraph:
     Attributes:
         key: names it by content; equal keys, same graph.
         needs: which inputs get a gradient.
+        reads: the inputs, by number, that the backward pass reads: what is kept for it.
         outputs, gradients: fakes of what the forward pass gives, and of the gradients of the inputs that get one.
     """
 
@@ -41,7 +42,10 @@ class LayerGraph:
         """
         self.needs, self._joint, self._mode = tuple(needs), joint, mode
         self._count = outputs
-        self.outputs, self.gradients = ([x.meta["val"] for x in each] for each in self._results(joint))
+        forward, backward = self._results(joint)
+        self.outputs, self.gradients = ([x.meta["val"] for x in each] for each in (forward, backward))
+        read = layers.inputs_read(joint, backward)
+        self.reads = tuple(index for index in read if index < len(needs))
         metas = [
             (x.shape, x.stride(), x.dtype, x.device)
             for node in joint.graph.find_nodes(op="placeholder")
@@ -62,11 +66,13 @@ class LayerGraph:
 
     def forward_graph(self) -> fx.GraphModule:
         """``inputs`` → outputs."""
-        return layers.part(self._prepared, self._results(self._prepared)[0], len(self.needs))
+        return layers.part(self._prepared, self._results(self._prepared)[0], range(len(self.needs)))
 
     def backward_graph(self) -> fx.GraphModule:
-        """``(*inputs, *tangents)`` → gradients; what the forward pass has made is made again."""
-        return layers.part(self._prepared, self._results(self._prepared)[1])
+        """``(*inputs that it reads, *tangents)`` → gradients; what the forward pass has made is made again."""
+        inputs = self._prepared.graph.find_nodes(op="placeholder")
+        kept = {*self.reads, *range(len(self.needs), len(inputs))}
+        return layers.part(self._prepared, self._results(self._prepared)[1], kept)
 
 
 # Kept alive by who runs a graph that names one, as bodies are.

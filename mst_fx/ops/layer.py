@@ -1,7 +1,7 @@
 """The ops of a checkpointed layer that stands several times in a graph, and is compiled once.
 
-``mst_fx::layer(inputs, key) -> outputs`` saves its inputs only; its derivative is
-``mst_fx::layer_backward(inputs, tangents, key) -> gradients``, of the inputs that get one, which runs the layer again.
+``mst_fx::layer(inputs, key) -> outputs`` saves inputs only, those that are read again; its derivative is
+``mst_fx::layer_backward(saved, tangents, key) -> gradients``, of the inputs that get one, which runs the layer again.
 
 They live from the captured graph to Inductor, which gets calls of the layer's graphs in their place (:mod:`mst_fx.torch_api.layers`).
 """
@@ -36,22 +36,23 @@ def _(inputs: list[Tensor], key: str) -> list[Tensor]:
 @torch.library.custom_op(
     "mst_fx::layer_backward",
     mutates_args=(),
-    schema="(Tensor[] inputs, Tensor[] tangents, str key) -> Tensor[]",
+    schema="(Tensor[] saved, Tensor[] tangents, str key) -> Tensor[]",
 )
-def layer_backward(inputs: list[Tensor], tangents: list[Tensor], key: str) -> list[Tensor]:
+def layer_backward(saved: list[Tensor], tangents: list[Tensor], key: str) -> list[Tensor]:
     with plain_mode():
-        return list(LAYERS[key].backward_graph()(*inputs, *tangents))
+        return list(LAYERS[key].backward_graph()(*saved, *tangents))
 
 
 @layer_backward.register_fake
-def _(inputs: list[Tensor], tangents: list[Tensor], key: str) -> list[Tensor]:
+def _(saved: list[Tensor], tangents: list[Tensor], key: str) -> list[Tensor]:
     return _fakes(LAYERS[key].gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     operands, ctx.key = inputs
-    ctx.needs = LAYERS[ctx.key].needs
-    ctx.save_for_backward(*operands)
+    known = LAYERS[ctx.key]
+    ctx.needs = known.needs
+    ctx.save_for_backward(*(operands[index] for index in known.reads))
 
 
 def _backward(ctx: Any, tangents: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -88,11 +88,13 @@ def prepared(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
         return fx.GraphModule(gm, fx_graph_cse(gm.graph))
 
 
-def part(gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: int | None = None) -> fx.GraphModule:
+def part(
+    gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: Collection[int] | None = None
+) -> fx.GraphModule:
     """A graph that gives only some values of another one.
 
     Args:
-        inputs: how many of the inputs it has; None: all.
+        inputs: which of the inputs it has, by number, and no other one does it read; None: all.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -102,10 +104,21 @@ def part(gm: fx.GraphModule, outputs: Sequence[fx.Node], inputs: int | None = No
             copies[node].meta = dict(node.meta)
     _set_outputs(graph.output(()), [copies[node] for node in outputs])
     graph.eliminate_dead_code()
-    for node in graph.find_nodes(op="placeholder")[inputs:] if inputs is not None else ():
-        graph.erase_node(node)
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        if inputs is not None and index not in inputs:
+            graph.erase_node(node)
     graph.lint()
     return fx.GraphModule(gm, graph)
+
+
+def inputs_read(gm: fx.GraphModule, outputs: Sequence[fx.Node]) -> tuple[int, ...]:
+    """The inputs of a graph, by number, that some of its values are made of."""
+    read, waiting = set(outputs), list(outputs)
+    while waiting:
+        following = set(waiting.pop().all_input_nodes) - read
+        read |= following
+        waiting += following
+    return tuple(i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in read)
 
 
 def _set_outputs(output: fx.Node, given: Sequence[fx.Node]) -> None:
