@@ -51,7 +51,9 @@ class LayerGraph:
             for node in joint.graph.find_nodes(op="placeholder")
             for x in [node.meta["val"]]
         ]
-        content = repr((joint.code, metas, self.needs, outputs, config, torch.__version__, __version__))
+        content = repr(
+            (joint.code, metas, self.needs, self.reads, outputs, config, torch.__version__, __version__)
+        )
         # A graph of AOTAutograd's cache was made of the layer by what stands in these files.
         code = b"".join(Path(inspect.getfile(each)).read_bytes() for each in (layers, overwriting))
         self.key = hashlib.sha256(content.encode() + code).hexdigest()[:32]

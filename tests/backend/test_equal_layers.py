@@ -188,8 +188,10 @@ class _Adds(nn.Module):
     def forward(self, x: Tensor, more: Tensor) -> Tensor:
         h = self.first(x)
         for index, layer in enumerate(self.layers):
-            other = (more + index).sin()
-            h = checkpoint(lambda layer, h, other: layer(h) + other, layer, h, other, use_reentrant=False)
+            other = (more + index) @ more[0, :WIDTH]  # a product, which nobody makes again
+            h = checkpoint(
+                lambda layer, h, other: layer.norm(h).sin() + other, layer, h, other, use_reentrant=False
+            )
         return h.sin().sum()
 
 
