@@ -9,6 +9,11 @@ whose forward pass saves its operands, as a checkpoint does, and whose derivativ
 it. AOTAutograd sees two operators; Inductor gets calls of one graph for each pass (:mod:`mst_fx.torch_api.layers`), and makes code of it
 once, whatever the number of layers.
 
+torch's own way to say so, ``invoke_subgraph`` in the captured graph (``torch.compiler.nested_compile_region``), gives the same numbers and falls
+short in memory (tried with torch 2.13, a Llama of 4 layers): instead of a checkpoint it keeps what the inside of each layer makes (2.4 times as much
+in all); inside of one AOTAutograd's partitioner keeps the input of the first layer alone (of checkpointed layers it saves no member of a list, which
+is what the operator gives), so that the backward pass makes all layers again before it starts.
+
 Left as they are: layers of which there is one; whose policy keeps a part (selective checkpointing); that draw random numbers, which the
 backward pass would draw anew; that write to what they are given, or give it; with experts in a loop, whose routing is kept; with sizes
 that change; whose results get no gradient. No layers at all where the joint graph is planned (``memory``), with a group of ranks, for
