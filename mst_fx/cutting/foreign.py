@@ -26,7 +26,7 @@ def is_foreign(node: fx.Node) -> bool:
     return is_function(node) or (is_of_library(node) and not operation(node).startswith(_LINEAR))
 
 
-def average_gradients(graph: fx.Graph, node: fx.Node, group: Group) -> None:
+def give_true_gradient(graph: fx.Graph, node: fx.Node, group: Group) -> None:
     """Lets a node, which all ranks run on the same, get the gradient that it gets in one process."""
     results = (
         [node] if tensor_value(node) is not None else [x for x in node.users if x.target is operator.getitem]

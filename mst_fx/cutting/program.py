@@ -25,7 +25,7 @@ from torch import fx
 
 from mst_fx.cutting import readings
 from mst_fx.cutting.facts import cut_again, index_of, is_activation, is_given, why_not
-from mst_fx.cutting.foreign import average_gradients, is_foreign
+from mst_fx.cutting.foreign import give_true_gradient, is_foreign
 from mst_fx.cutting.layers import is_layer, walk_through
 from mst_fx.cutting.sites import exchange, is_site
 from mst_fx.cutting.values import (
@@ -140,7 +140,7 @@ class Cutter:
                 self.graph.erase_node(node)
         for node in filter(is_foreign, list(self.graph.nodes)):
             if node in self._captured and self.modes[node].grad:
-                average_gradients(self.graph, node, self.group)
+                give_true_gradient(self.graph, node, self.group)
         eliminate_dead_code(self.graph)
         self.gm.recompile()
 

@@ -58,8 +58,7 @@ class Read:
             return None
         wanted = (queries, keys, chunk, self.is_finite)
         if wanted not in self.tables:
-            found = reach.reach_of(self.formula, self.vectors, *wanted)
-            self.tables[wanted] = found.table
+            self.tables[wanted] = reach.reach_of(self.formula, self.vectors, *wanted).table
         return self.tables[wanted]
 
 
@@ -228,11 +227,10 @@ def _read_once(
 ) -> Read:
     """:func:`read_mask`; a mask of the program's graph is read once for all layers that are given it."""
     shared = level.resolve(mask)
-    if shared.graph is not level.top.gm.graph or not isinstance(queries, int) or not isinstance(keys, int):
-        return read_mask(mask, level, queries, keys, mutated)
-    if (shared, queries, keys) not in known:
-        known[shared, queries, keys] = read_mask(mask, level, queries, keys, mutated)
-    return known[shared, queries, keys]
+    is_shared = shared.graph is level.top.gm.graph and isinstance(queries, int) and isinstance(keys, int)
+    found = known.get((shared, queries, keys)) if is_shared else None
+    found = found or read_mask(mask, level, queries, keys, mutated)
+    return known.setdefault((shared, queries, keys), found) if is_shared else found
 
 
 def _is_added_as_numbers(site: Site) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.distributed  # the operators of collectives
@@ -15,7 +16,7 @@ from mst_fx.passes import overlap
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
-_CALLS = {
+_CALLS: dict[str, Any] = {
     "mm": aten.mm.default,
     "neg": aten.neg.default,
     "view": aten.view.default,
