@@ -12,6 +12,7 @@ Averaged is what a graph returns for a parameter. Gradients of its other inputs 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -22,10 +23,15 @@ from mst_fx.errors import GroupError, OptionError
 from mst_fx.graph.names import module_path
 from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import is_plain, value
+from mst_fx.group import Group
 from mst_fx.options import Options
 from mst_fx.plan.joint_graph import JointGraph, is_attention, is_attention_backward
+from mst_fx.process import Said
 from mst_fx.torch_api.collectives import start_reduction, wait_for
 
+log = logging.getLogger("mst_fx")
+
+_SAID = Said()
 _LONG = ("mst_fx::loop", "mst_fx::experts")
 
 
@@ -37,6 +43,7 @@ def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
     """
     if options.averaged_over is None:
         return False
+    _warn_of_fewer(options.averaged_over, options)
     for node in gm.graph.find_nodes(op="placeholder"):
         if is_parameter(node) and not is_plain(value(node)):
             raise OptionError(
@@ -44,6 +51,18 @@ def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
                 f"({module_path(node) or node.name}): leave the option out, what shards parameters averages their gradients"
             )
     return True
+
+
+def _warn_of_fewer(group: Group, options: Options) -> None:
+    """Says that other ranks, which may have copies of the model, are left out."""
+    ranks = torch.distributed.get_world_size()
+    if options.average_gradients is True and group.ranks < ranks and _SAID.is_new(group.name):
+        log.warning(
+            "mst-fx: average_gradients=True averages over the %d ranks of sequence_parallel, and there are %d: if all have copies of the model, "
+            "give it dist.group.WORLD",
+            group.ranks,
+            ranks,
+        )
 
 
 def run(context: JointContext) -> bool:

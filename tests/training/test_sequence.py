@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import time
+import unittest
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,6 +31,8 @@ from transformers import Trainer, TrainingArguments
 
 import mst_fx
 from mst_fx.logits.tensor import DeferredLogits
+from mst_fx.options import make_options
+from mst_fx.passes import averages
 from mst_fx.plan.joint_graph import JointGraph, is_under_way
 from mst_fx.plan.recompute import make_again
 from mst_fx.plan.room import Room, room_for
@@ -766,7 +769,12 @@ def _mesh(rank: int, in_graph: bool) -> dict[str, Any]:
         loss = loss_of(run(**batch))
         loss.backward()
         losses.append(loss.detach())
-    return {"losses": losses, "gradients": {name: p.grad for name, p in model.named_parameters()}}
+    averages._SAID.reset()
+    with unittest.TestCase().assertLogs("mst_fx") as logs:
+        fewer = make_options({"sequence_parallel": mesh["sp"], "average_gradients": True})
+        averages.is_wanted(fewer, fx.GraphModule({}, fx.Graph()))
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"losses": losses, "gradients": gradients, "said": logs.output}
 
 
 @pytest.mark.slow
@@ -783,6 +791,7 @@ def test_groups_of_ranks(four: list[Any]) -> None:
                 relative_error(torch.stack(found["losses"]), torch.stack(losses[first : first + 2])) <= 1e-12
             )
             assert worst_error(found["gradients"], truth) <= 1e-12
+            assert "over the 2 ranks of sequence_parallel, and there are 4" in found["said"][0]
 
 
 class SharedTrainer(Trainer):
