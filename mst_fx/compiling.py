@@ -18,6 +18,7 @@ from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.joint import hooked
 from mst_fx.logits.put_back import put_logits
 from mst_fx.options import Options, make_options
+from mst_fx.passes import overlap
 from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import JOINT_STAGES, Result, run_passes
 from mst_fx.process import Said
@@ -62,7 +63,7 @@ def mst(
     """
     checked = make_options(options)
     mode = mode or checked.mode
-    as_ordered = {} if checked.group is None else AS_ORDERED
+    as_ordered = AS_ORDERED if overlap.is_wanted(checked, gm) else {}
     patches = {**as_ordered, **mode_patches(mode), **checked.inductor}
     _check_patches(patches)
     if is_off():

@@ -89,7 +89,10 @@ def run(context: JointContext) -> bool:
         if gradient is not None and gradient not in sent:
             before = _next_long(nodes[place[gradient] + 1 :], joint)
             sent[gradient] = start_reduction(gradient, "avg" if is_nccl else "sum", before, group.name)
-    means = {gradient: wait_for(started, output) for gradient, started in sent.items()}
+    # (gloo's are waited for at once: see :mod:`mst_fx.passes.overlap`.)
+    means = {
+        gradient: wait_for(started, output if is_nccl else started.next) for gradient, started in sent.items()
+    }
     joint.add_backward(*sent.values(), *means.values())
     if not is_nccl:
         means = {gradient: _divided(joint, total, output, group.ranks) for gradient, total in means.items()}

@@ -30,7 +30,13 @@ from mst_fx.plan.joint_graph import is_cheap, is_exchange, is_under_way, may_run
 
 
 def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
-    return options.group is not None
+    """With ``average_gradients`` over NCCL, whose ranks run what they were given in order.
+
+    gloo runs several that are under way at once, and three ranks have waited for each other so (torch 2.13). Without the option it stays
+    off until it has been measured.
+    """
+    group = options.group
+    return group is not None and options.averaged_over is not None and group.device.type == "cuda"
 
 
 def run(context: JointContext) -> bool:
