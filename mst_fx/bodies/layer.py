@@ -66,10 +66,12 @@ class LayerGraph:
     def _prepared(self) -> fx.GraphModule:
         return layers.prepared(self._joint, self._mode)
 
+    @functools.cached_property
     def forward_graph(self) -> fx.GraphModule:
         """``inputs`` → outputs."""
         return layers.part(self._prepared, self._results(self._prepared)[0], range(len(self.needs)))
 
+    @functools.cached_property
     def backward_graph(self) -> fx.GraphModule:
         """``(*inputs that it reads, *tangents)`` → gradients; what the forward pass has made is made again."""
         inputs = self._prepared.graph.find_nodes(op="placeholder")

@@ -25,7 +25,7 @@ def _fakes(like: Sequence[Tensor]) -> list[Tensor]:
 @torch.library.custom_op("mst_fx::layer", mutates_args=(), schema="(Tensor[] inputs, str key) -> Tensor[]")
 def layer(inputs: list[Tensor], key: str) -> list[Tensor]:
     with plain_mode():
-        return list(LAYERS[key].forward_graph()(*inputs))
+        return list(LAYERS[key].forward_graph(*inputs))
 
 
 @layer.register_fake
@@ -40,7 +40,7 @@ def _(inputs: list[Tensor], key: str) -> list[Tensor]:
 )
 def layer_backward(saved: list[Tensor], tangents: list[Tensor], key: str) -> list[Tensor]:
     with plain_mode():
-        return list(LAYERS[key].backward_graph()(*saved, *tangents))
+        return list(LAYERS[key].backward_graph(*saved, *tangents))
 
 
 @layer_backward.register_fake

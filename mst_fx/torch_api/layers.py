@@ -44,7 +44,9 @@ _BYTES = 16  # of which Inductor takes the address of what a graph is given for 
 class Layer(Protocol):
     """What an operator names by its key."""
 
+    @property
     def forward_graph(self) -> fx.GraphModule: ...
+    @property
     def backward_graph(self) -> fx.GraphModule: ...
 
 
@@ -162,7 +164,7 @@ def _name(node: fx.Node) -> str:
 
 def _graph_of(node: fx.Node, layers: Mapping[str, Layer]) -> fx.GraphModule:
     layer = layers[str(node.args[-1])]
-    return layer.backward_graph() if _name(node) == _BACKWARD else layer.forward_graph()
+    return layer.backward_graph if _name(node) == _BACKWARD else layer.forward_graph
 
 
 def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
