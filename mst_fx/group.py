@@ -28,11 +28,15 @@ class Group:
     process_group: Any = dataclasses.field(repr=False, compare=False)
 
     @property
+    def is_nccl(self) -> bool:
+        """Whether NCCL runs its collectives: on GPUs, in the order in which they are started."""
+        return "nccl" in str(_torch().distributed.get_backend(self.process_group))
+
+    @property
     def device(self) -> torch.device:
         """Where its collectives run."""
         torch = _torch()
-        is_nccl = "nccl" in str(torch.distributed.get_backend(self.process_group))
-        return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if self.is_nccl else torch.device("cpu")
 
 
 def group_of(given: Any, option: str = "sequence_parallel") -> Group:

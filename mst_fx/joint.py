@@ -14,12 +14,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import fx
 
 from mst_fx.context import JointContext
 from mst_fx.errors import BudgetError, Refusal, defect
-from mst_fx.graph.values import value
+from mst_fx.graph.values import is_parameter, value
 from mst_fx.listeners import on_plan
 from mst_fx.options import Options
 from mst_fx.report import MemoryPlan, Refused
@@ -49,7 +48,7 @@ def hooked(
 def _run(stages: Sequence[Stage], options: Options, given: Sequence[fx.Node], graph: fx.Graph) -> None:
     if not joint.has_backward(graph):
         return
-    parameters = tuple(at for at, node in enumerate(given) if isinstance(value(node), torch.nn.Parameter))
+    parameters = tuple(at for at, node in enumerate(given) if is_parameter(value(node)))
     for stage in stages:
         backup = joint.copied(graph)
         try:

@@ -13,7 +13,6 @@ Averaged is what a graph returns for a parameter. Gradients of its other inputs 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -22,7 +21,7 @@ from mst_fx.context import JointContext
 from mst_fx.errors import GroupError, OptionError
 from mst_fx.graph.names import module_path
 from mst_fx.graph.spelling import operation
-from mst_fx.graph.values import is_plain, value
+from mst_fx.graph.values import is_parameter, is_plain, value
 from mst_fx.group import Group
 from mst_fx.options import Options
 from mst_fx.plan.joint_graph import JointGraph, is_attention, is_attention_backward
@@ -45,7 +44,7 @@ def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
         return False
     _warn_of_fewer(options.averaged_over, options)
     for node in gm.graph.find_nodes(op="placeholder"):
-        if is_parameter(node) and not is_plain(value(node)):
+        if is_parameter(value(node)) and not is_plain(value(node)):
             raise OptionError(
                 f"mst option 'average_gradients' with a parameter that is a {type(value(node)).__name__} "
                 f"({module_path(node) or node.name}): leave the option out, what shards parameters averages their gradients"
@@ -78,17 +77,16 @@ def run(context: JointContext) -> bool:
         raise GroupError(
             f"average_gradients: a graph captured with {context.inputs} inputs has {len(joint.gradients)} gradients"
         )
-    nodes = list(context.graph.nodes)
-    place = {node: at for at, node in enumerate(nodes)}
     output = context.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     first = len(results) - len(joint.gradients)
-    is_nccl = group.device.type == "cuda"  # which divides while it sums
+    is_nccl = group.is_nccl  # which divides while it sums
+    behind = _next_long(joint)
     sent: dict[fx.Node, fx.Node] = {}
     for gradient in (joint.gradients[at] for at in context.parameters):
         if gradient is not None and gradient not in sent:
-            before = _next_long(nodes[place[gradient] + 1 :], joint)
-            sent[gradient] = start_reduction(gradient, "avg" if is_nccl else "sum", before, group.name)
+            how = "avg" if is_nccl else "sum"
+            sent[gradient] = start_reduction(gradient, how, behind[gradient], group.name)
     # (gloo's are waited for at once: see :mod:`mst_fx.passes.overlap`.)
     means = {
         gradient: wait_for(started, output if is_nccl else started.next) for gradient, started in sent.items()
@@ -112,15 +110,16 @@ def _divided(joint: JointGraph, total: fx.Node, before: fx.Node, ranks: int) -> 
     return node
 
 
-def _next_long(behind: Sequence[fx.Node], joint: JointGraph) -> fx.Node:
-    """The next loop or attention of the backward pass; else the output."""
-    return next(node for node in behind if node.op == "output" or (node in joint.backward and _is_long(node)))
+def _next_long(joint: JointGraph) -> dict[fx.Node, fx.Node]:
+    """For each node the next loop or attention of the backward pass behind it; else the output."""
+    found: dict[fx.Node, fx.Node] = {}
+    last = joint.graph.output_node()
+    for node in reversed(joint.graph.nodes):
+        found[node] = last
+        if node in joint.backward and _is_long(node):
+            last = node
+    return found
 
 
 def _is_long(node: fx.Node) -> bool:
     return is_attention(node) or is_attention_backward(node) or operation(node).startswith(_LONG)
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """Whether an input is a parameter."""
-    return isinstance(value(node), torch.nn.Parameter)

@@ -36,7 +36,7 @@ def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
     off until it has been measured.
     """
     group = options.group
-    return group is not None and options.averaged_over is not None and group.device.type == "cuda"
+    return group is not None and options.averaged_over is not None and group.is_nccl
 
 
 def run(context: JointContext) -> bool:

@@ -40,9 +40,14 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_parameter(found: Any) -> bool:
+    """Whether the value of an input is a parameter."""
+    return isinstance(found, torch.nn.Parameter)
+
+
 def is_of_batch(found: Any) -> bool:
     """Whether an input is a tensor that comes with a batch: a plain one, and no parameter."""
-    return isinstance(found, torch.Tensor) and not isinstance(found, torch.nn.Parameter) and is_plain(found)
+    return isinstance(found, torch.Tensor) and not is_parameter(found) and is_plain(found)
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:

@@ -74,12 +74,11 @@ class _Exchange:
         batch, features = tensors[0].shape[0], [x.shape[3] for x in tensors]
         rows, widths = self.rows_of[self.me], [heads * sum(features) for heads in self.heads]
         pieces = list(_by_rows(tensors).split(self.rows_of))
-        got = self._sent(pieces, [rows * batch * width for width in widths])
+        sizes = [rows * batch * width for width in widths]
+        got = self._sent(pieces, sizes)
         of_ranks = [
             _by_heads(piece.view(rows, batch, width), heads, features)
-            for piece, width, heads in zip(
-                got.split([rows * batch * width for width in widths]), widths, self.heads, strict=True
-            )
+            for piece, width, heads in zip(got.split(sizes), widths, self.heads, strict=True)
         ]
         return [self._joined(list(found)) for found in zip(*of_ranks, strict=True)]
 
