@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+# What attention runs on a CPU, with masks or without.
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
 
 def operators(run: Callable[[], Any]) -> list[tuple[str, list[list[int]]]]:
     """Name and operands' shapes of every operator that runs.
@@ -18,6 +21,11 @@ def operators(run: Callable[[], Any]) -> list[tuple[str, list[list[int]]]]:
         run()
     records: Any = seen.profiler.kineto_results  # type: ignore[union-attr]
     return [(record.name(), record.shapes()) for record in records.events()]
+
+
+def times_run(operator: str, run: Callable[[], Any]) -> int:
+    """How often an operator runs, ``namespace::name``: a compiled graph may have fewer calls of it than the graph that was given."""
+    return [name for name, _ in operators(run)].count(operator)
 
 
 def widest_operand(run: Callable[[], Any]) -> int:

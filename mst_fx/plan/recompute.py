@@ -45,10 +45,13 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice], is_planned: bool = T
     begins = begins_of(joint, [choice.layer for choice in chosen])
     fetched = send(joint, chosen, begins)
     there = {node: back.node for node, back in fetched.items()}
-    come = {node: back.begin for node, back in fetched.items()}
-    for group in groups_of(chosen):
-        if len(group) > 1:
-            there |= _starts_again(joint, [chosen[index] for index in group], begins[group[-1]], there)
+    groups = [group for group in groups_of(chosen) if len(group) > 1]
+    # What a group keeps comes where its starts are made again, before its other layers' backward passes begin. What these make waits for
+    # them: made of the same operands, it would be one with what the starts were made of, and held from there on.
+    of_groups = {node for group in groups for index in group for node in chosen[index].sent}
+    come = {node: back.begin for node, back in fetched.items() if node not in of_groups}
+    for group in groups:
+        there |= _starts_again(joint, [chosen[index] for index in group], begins[group[-1]], there)
     for index, choice in enumerate(chosen):
         if choice.again:
             before, behind = _in_two(joint, choice)

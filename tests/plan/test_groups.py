@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
 from tests.helpers import ToyLM, loss_of, step, token_batch, worst_error
 from tests.models import ACCEPTED, inputs_of
+from tests.operators import ATTENTION, times_run
 from tests.plan.ways import PLAIN, STRICT, Ways
 from tools.meters.cpu import measure_cpu
 
@@ -94,6 +96,8 @@ def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(groups_of(grouped.chosen)[0]) == grouped.size
         assert grouped.attention == (_LAYERS if grouped.index else 2 * _LAYERS + inner)
         del found
+        run = functools.partial(step, model, compiled.run, batch)
+        assert times_run(ATTENTION, run) == grouped.attention
         gc.collect()
         assert not ARENA.used
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -27,6 +28,7 @@ from mst_fx.stage import Stage, When
 from mst_fx.torch_api.joint import must_save
 from tests.helpers import SMALL_CHUNKS, compile_mst, step, worst_error
 from tests.models import ACCEPTED, inputs_of
+from tests.operators import ATTENTION, times_run
 from tests.plan.ways import PLAIN, STRICT, Ways
 from tools.meters.cpu import call_metered, is_available, malloc_meter
 
@@ -107,7 +109,9 @@ def test_every_choice_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(found.loss, loss)
         assert all(torch.equal(p.grad, truth[name]) for name, p in model.named_parameters())
         assert len(chosen.choices) == _LAYERS and len({str(choice) for choice in chosen.choices[:-1]}) == 1
-        counts.append(chosen.attention)
+        run = functools.partial(step, model, compiled.run, batch)
+        counts.append(times_run(ATTENTION, run))
+        assert counts[-1] == chosen.attention
         kept.append(sum(choice.bytes for choice in chosen.choices))
     assert len(every) >= 5
     assert counts[0] == 2 * _LAYERS and set(counts[1:]) == {_LAYERS}
