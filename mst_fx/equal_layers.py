@@ -64,7 +64,7 @@ def fold_equal_layers(
         The new graph (``gm`` itself if there are no such layers), and the layers by the key by which it names them: whoever runs it keeps
         them alive.
     """
-    reason = _why_none(gm, options, patches)
+    reason = _why_none(options, patches)
     new = gm if reason else copy_graph(gm)
     groups = {} if reason else _groups(new)
     folded: dict[str, LayerGraph] = {}
@@ -97,12 +97,9 @@ def fold_equal_layers(
     return new, folded
 
 
-def _why_none(gm: fx.GraphModule, options: Options, patches: Mapping[str, Any]) -> str:
+def _why_none(options: Options, patches: Mapping[str, Any]) -> str:
     if options.layers == "each":
         return "the option layers says so"
-    given = (x for node in gm.graph.find_nodes(op="placeholder") for x in tensors_of(node))
-    if options.layers == "auto" and any(x.device.type != "cpu" for x in given):
-        return "on GPUs it has not been measured (layers='once' does it)"
     if options.inner != "inductor":
         return f"inner is {options.inner}"
     if options.memory is not None:

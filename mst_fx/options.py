@@ -30,8 +30,7 @@ class Options:
         logits: whether a logits output may be deferred: ``"auto"`` (when the loss of the same graph
             consumes the logits), ``"keep"`` (never) or ``"defer"`` (also when there is no loss).
         inner: compiler of the rewritten graph and of the loops' bodies.
-        layers: how checkpointed layers that are equal are compiled: ``"once"`` (one of them, for all), ``"each"`` by itself, or ``"auto"``: once
-            on CPUs, each on GPUs, where it has not been measured.
+        layers: how checkpointed layers that are equal are compiled: ``"once"`` (one of them, for all) or ``"each"`` by itself.
         memory: plans what is kept for the backward pass and what is made again, so that the step is the fastest that
             fits: bytes that may be allocated on the device at the peak of a step, as ``"70GiB"`` or an int, or ``"auto"``: what is
             free when the step is compiled, less an optimizer's states. None: no plan; the checkpointing in the model decides.
@@ -55,7 +54,7 @@ class Options:
     accumulate: Literal["auto", "weight"] = "auto"
     logits: Literal["auto", "keep", "defer"] = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
-    layers: Literal["auto", "once", "each"] = "auto"
+    layers: Literal["once", "each"] = "once"
     memory: str | int | None = None
     host_memory: str | int = "auto"
     mode: str | None = None
@@ -113,7 +112,7 @@ _CHOICES = {
     "accumulate": ("auto", "weight"),
     "logits": ("auto", "keep", "defer"),
     "inner": ("inductor", "aot_eager", "eager"),
-    "layers": ("auto", "once", "each"),
+    "layers": ("once", "each"),
 }
 
 
