@@ -2,7 +2,7 @@
 
     python -m tools.bench.ranks --ranks 1,2 --seq 32768,131072                  # Llama3-8B, 8 layers, checkpointed
     python -m tools.bench.ranks --ranks 1,2 --model qwen2-7b --layers 4 --seq 65536
-    python -m tools.bench.ranks --ranks 4 --seq 131072 --kernels                # what runs in a step of rank 0, with its gaps
+    python -m tools.bench.ranks --ranks 4 --seq 131072 --kernels 131072         # what runs in a step of each rank, with its gaps
     python -m tools.bench.ranks --ranks 2 --layers 32 --seq 458752 --shard --no-checkpoint --steps 0 --options '{"memory": "auto"}'
     python -m tools.bench.ranks --cpu                                           # a small size, gloo
 
@@ -183,7 +183,7 @@ def _run(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> N
     for seq in arguments.seq:
         found = member.measure(seq, arguments.steps)
         Path(folder, f"{rank}-{seq}.json").write_text(json.dumps(found))
-        if arguments.kernels:
+        if seq in arguments.kernels:
             text = member.kernels(seq)
             (arguments.out / f"kernels-{arguments.model}-{seq}-{ranks}-{rank}.txt").write_text(f"{text}\n")
     if ranks > 1:
@@ -295,7 +295,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--options", type=json.loads, default={}, help="of mst, as JSON")
     parser.add_argument(
-        "--kernels", action="store_true", help="write what runs in a step of each rank, and its gaps"
+        "--kernels",
+        type=numbers,
+        default=[],
+        help="lengths of whose steps is written what runs on each rank, and its gaps",
     )
     parser.add_argument("--limit", type=float, default=600, help="seconds that one number of ranks may take")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import linecache
@@ -22,16 +23,23 @@ _GROUPS = (
     ("fused pointwise", r"^triton_"),
     ("copy, fill", r"Memcpy|Memset|copy|fill|FillFunctor|CatArray"),
 )
+_COLLECTIVE, _SPAN = "ncclDevKernel", "nccl:"  # a kernel, and what torch's profiler draws around it
+_NEAR = 64  # kernels that may still run when another one starts
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 def kernel_table(step: Callable[[], Any], most: int = 40) -> str:
-    """Runs a step: milliseconds of its kernels by group and by name, launches, waits, and idle time."""
+    """Runs a step: milliseconds of its kernels by group and by name, launches, waits, and idle time; of collectives also how long nothing
+    ran beside them, and which kernel waited."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         step()
     events: Any = record.events()
-    on_device = [e for e in events if e.device_type.name == "CUDA" and e.device_time > 0]
+    on_device = [
+        e
+        for e in events
+        if e.device_type.name == "CUDA" and e.device_time > 0 and not e.name.startswith(_SPAN)
+    ]
     if not on_device:
         return "no kernel ran"
     by_name: dict[str, list[float]] = collections.defaultdict(list)
@@ -48,10 +56,38 @@ def kernel_table(step: Callable[[], Any], most: int = 40) -> str:
     ]
     for group, times in sorted(groups.items(), key=lambda item: -sum(item[1])):
         lines.append(f"{sum(times):9.2f} ms {len(times):6d} x  {group}")
-    lines.append("")
+    lines += [*_collectives(on_device), ""]
     for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:most]:
         lines.append(f"{sum(times):9.2f} ms {len(times):6d} x  {name[:140]}")
     return "\n".join(lines)
+
+
+def _collectives(on_device: list[Any], most: int = 12) -> list[str]:
+    """Lines of the collectives beside which nothing ran, by the kernel that came next: it waited."""
+    sends = [e for e in on_device if e.name.startswith(_COLLECTIVE)]
+    if not sends:
+        return []
+    others = sorted((e for e in on_device if not e.name.startswith(_COLLECTIVE)), key=_start)
+    spans = [(e.time_range.start, e.time_range.end) for e in others]
+    starts = [start for start, _ in spans]
+    bare: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for event in sends:
+        start, end = event.time_range.start, event.time_range.end
+        first, last = bisect.bisect_left(starts, start), bisect.bisect_left(starts, end)
+        # (A kernel that started before it may run on beside it, but for the last few none does.)
+        near = spans[max(0, first - _NEAR) : last]
+        reader = others[last].name if last < len(others) else "the end"
+        bare[event.name, reader].append(exposed([(start, end)], near) / 1000)
+    all_bare = sum(map(sum, bare.values()))
+    lines = ["", f"{all_bare:9.2f} ms of collectives with nothing beside them, in front of"]
+    for (name, reader), times in sorted(bare.items(), key=lambda item: -sum(item[1]))[:most]:
+        kind = name.removeprefix(f"{_COLLECTIVE}_").partition("(")[0]
+        lines.append(f"{sum(times):9.2f} ms {len(times):6d} x  {kind}: {reader[:110]}")
+    return lines
+
+
+def _start(event: Any) -> float:
+    return float(event.time_range.start)
 
 
 def _group(name: str) -> str:
