@@ -26,7 +26,7 @@ from torch import fx
 
 from mst_fx.context import JointContext
 from mst_fx.options import Options
-from mst_fx.plan.joint_graph import is_cheap, is_exchange, is_under_way, may_run_again
+from mst_fx.plan.joint_graph import backward_of, is_cheap, is_exchange, is_under_way, may_run_again
 
 
 def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
@@ -44,11 +44,18 @@ def run(context: JointContext) -> bool:
     nodes = list(context.graph.nodes)
     if not any(map(is_under_way, nodes)):
         return False
-    order = _started_early(_waited_for_where_read(nodes))
+    output = nodes.pop()
+    backward = backward_of(nodes)
+    start = next((at for at, node in enumerate(nodes) if node.op == "call_function" and node in backward), len(nodes))
+    order = [*_ordered(nodes[:start]), *_ordered(nodes[start:]), output]
     for before, node in itertools.pairwise(order):
         if before.next is not node:
             before.append(node)
     return True
+
+
+def _ordered(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    return _started_early(_waited_for_where_read(nodes))
 
 
 def _started_early(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -98,9 +105,9 @@ def _waited_for_where_read(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         if node in arriving:
             waiting[node] = None
             continue
-        order += [*waiting] if node.op == "output" else _taken(waiting, node)
+        order += _taken(waiting, node)
         order.append(node)
-    return order
+    return [*order, *waiting]
 
 
 def _taken(waiting: dict[fx.Node, None], reader: fx.Node) -> list[fx.Node]:

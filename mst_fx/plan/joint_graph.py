@@ -49,11 +49,8 @@ class JointGraph:
 
     def __post_init__(self) -> None:
         inputs = self.graph.find_nodes(op="placeholder")
-        self.backward = {node for node in inputs if "tangents" in str(node.target)}
-        count = len(inputs) - len(self.backward)
-        for node in self.graph.nodes:
-            if node.op != "output" and not self.backward.isdisjoint(node.all_input_nodes):
-                self.backward.add(node)
+        self.backward = backward_of(self.graph.nodes)
+        count = sum(node not in self.backward for node in inputs)
         results = tree_leaves(self.graph.output_node().args)
         cut = len(results) - count
         self.outputs = [node for node in results[: max(cut, 0)] if isinstance(node, fx.Node)]
@@ -128,6 +125,16 @@ class JointGraph:
             for node in user.all_input_nodes
             if node.op == "call_function" and node not in self.backward
         ]
+
+
+def backward_of(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Of a joint graph's nodes the arriving gradients, and what depends on one."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or (node.op != "output" and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _is_gradient_of(gradient: fx.Node | None, given: fx.Node) -> bool:
