@@ -91,17 +91,20 @@ def _compiled(
 
     def compiled_graph() -> Callable[..., Any]:
         folded, layers = fold_equal_layers(result.gm, checked, patches)
-        with hooked(JOINT_STAGES, checked, folded):
+        with hooked(JOINT_STAGES, checked, folded, are_alike):
             compiled = compile_graph(folded, crossing.inputs, checked.inner, patches, layers)
         return with_bodies_alive(compiled, (*result.bodies, *layers.values()))
 
+    are_alike = True
     if group is None:
         result = passed()
         compiled = compiled_graph()
     else:
         kept = dataclasses.replace(checked, logits="keep")
         with MEMBERS.of(group).waiting():
-            result = run_together(group, gm, checked, lambda may_take: passed(checked if may_take else kept))
+            result, are_alike = run_together(
+                group, gm, checked, lambda may_take: passed(checked if may_take else kept)
+            )
             compiled = with_same_batches(compile_together(group, compiled_graph), group, result.gm)
         compiled = guarded(compiled, group)
     compiled = crossing.put_masks(compiled, bool(result.taken_logits))

@@ -212,6 +212,7 @@ class JointContext:
         tell: takes what was planned.
         inputs: with how many the program was captured.
         parameters: which of them are parameters.
+        are_alike: whether the graphs of all ranks of the group have the same calls, of other sizes.
     """
 
     graph: fx.Graph
@@ -219,3 +220,4 @@ class JointContext:
     tell: Callable[[MemoryPlan], None]
     inputs: int = 0
     parameters: tuple[int, ...] = ()
+    are_alike: bool = True

@@ -30,29 +30,33 @@ log = logging.getLogger("mst_fx")
 
 
 def hooked(
-    stages: Sequence[Stage], options: Options, gm: fx.GraphModule
+    stages: Sequence[Stage], options: Options, gm: fx.GraphModule, are_alike: bool = True
 ) -> contextlib.AbstractContextManager[None]:
     """The joint graphs that are compiled inside of the block go through the stages that are wanted; without any, nothing is hooked in.
 
     Args:
         gm: the captured graph, rewritten.
+        are_alike: as of :class:`~mst_fx.context.JointContext`.
     """
     stages = [stage for stage in stages if stage.wanted is None or stage.wanted(options, gm)]
     if not stages:
         return contextlib.nullcontext()
-    change = functools.partial(_run, stages, options, gm.graph.find_nodes(op="placeholder"))
+    change = functools.partial(_run, stages, options, gm.graph.find_nodes(op="placeholder"), are_alike)
     is_cacheable = all(stage.is_cacheable for stage in stages)
-    return joint.changed_joint_graphs(change, _key(stages, options), options.inner, is_cacheable)
+    return joint.changed_joint_graphs(change, _key(stages, options, are_alike), options.inner, is_cacheable)
 
 
-def _run(stages: Sequence[Stage], options: Options, given: Sequence[fx.Node], graph: fx.Graph) -> None:
+def _run(
+    stages: Sequence[Stage], options: Options, given: Sequence[fx.Node], are_alike: bool, graph: fx.Graph
+) -> None:
     if not joint.has_backward(graph):
         return
     parameters = tuple(at for at, node in enumerate(given) if is_parameter(value(node)))
     for stage in stages:
         backup = joint.copied(graph)
         try:
-            if stage.run(JointContext(graph, options, _tell, len(given), parameters)) is not False:
+            context = JointContext(graph, options, _tell, len(given), parameters, are_alike)
+            if stage.run(context) is not False:
                 graph.lint()
                 if graph.owning_module is not None:
                     trace.write(f"mst_fx_after_{stage.name}", lambda: str(graph))
@@ -76,9 +80,10 @@ def _tell(plan: MemoryPlan) -> None:
     on_plan.tell(plan)
 
 
-def _key(stages: Sequence[Stage], options: Options) -> str:
+def _key(stages: Sequence[Stage], options: Options, are_alike: bool) -> str:
     """What a compiled graph depends on: our version, the options, the stages and the text of the files they are in."""
-    known = (__version__, options, options.group, options.averaged_over, [stage.name for stage in stages])
+    names = [stage.name for stage in stages]
+    known = (__version__, options, options.group, options.averaged_over, names, are_alike)
     found = hashlib.sha256(repr(known).encode())
     for stage in stages:
         found.update(Path(inspect.getfile(stage.run)).read_bytes())

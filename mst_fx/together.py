@@ -6,6 +6,7 @@ in the graph; and in each step their batches. What differs, or fails on one of t
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -25,21 +26,24 @@ from mst_fx.ranks.agreement import agree, ask, checksum_of, tried
 
 def run_together(
     group: Group, gm: fx.GraphModule, options: Options, run_passes: Callable[[bool], Result]
-) -> Result:
+) -> tuple[Result, bool]:
     """The passes on all ranks of a group.
 
     Args:
         run_passes: with whether logits may be taken out.
+
+    Returns:
+        What they gave, and whether the graphs of all ranks have the same calls: one with a row less may have no loop where others have one.
 
     Raises:
         GroupError: on all ranks.
     """
     _settle_sizes(gm)
     agree(group, f"compiles {_inputs(gm)}; {_text(gm)}; {_options(options)}")
-    result, texts = tried(group, lambda: run_passes(True), _taken)
-    if len(set(texts)) > 1:  # one rank has so few rows that it took out none
-        result, texts = tried(group, lambda: run_passes(False), _taken)
-    return result
+    result, found = tried(group, lambda: run_passes(True), _outcome)
+    if len({text.partition(_AND)[0] for text in found}) > 1:  # one rank has so few rows that it took out none
+        result, found = tried(group, lambda: run_passes(False), _outcome)
+    return result, len(set(found)) == 1
 
 
 def compile_together(group: Group, compile_graph: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
@@ -104,5 +108,11 @@ def _options(options: Options) -> str:
 _OF_A_RANK = ("sequence_parallel", "average_gradients")
 
 
-def _taken(result: Result) -> str:
-    return str([logits.position for logits in result.taken_logits])
+_AND = "; "
+
+
+def _outcome(result: Result) -> str:
+    """Which logits were taken out, and what is called, but for sizes."""
+    calls = "\n".join(target_name(node) for graph in graphs_of(result.gm) for node in graph.nodes)
+    taken = [logits.position for logits in result.taken_logits]
+    return f"{taken}{_AND}{hashlib.sha256(calls.encode()).hexdigest()}"

@@ -81,26 +81,35 @@ def run(context: JointContext) -> bool:
     output = context.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     first = len(results) - len(joint.gradients)
-    is_nccl = group.is_nccl  # which divides while it sums
-    behind = _next_loop(joint)
-    sent: dict[fx.Node, fx.Node] = {}
-    for gradient in (joint.gradients[at] for at in context.parameters):
-        if gradient is not None and gradient not in sent:
-            how = "avg" if is_nccl else "sum"
-            sent[gradient] = start_reduction(gradient, how, behind[gradient], group.name)
-    # (gloo's are waited for at once: see :mod:`mst_fx.passes.overlap`.)
-    means = {
-        gradient: wait_for(started, output if is_nccl else started.next) for gradient, started in sent.items()
-    }
+    sent = _started(joint, context, "avg" if group.is_nccl else "sum", group)
+    means = {at: wait_for(started, output) for at, started in sent.items()}
     joint.add_backward(*sent.values(), *means.values())
-    if not is_nccl:
-        means = {gradient: _divided(joint, total, output, group.ranks) for gradient, total in means.items()}
-    for at in context.parameters:
-        gradient = joint.gradients[at]
-        if gradient is not None:
-            results[first + at] = means[gradient]
+    if not group.is_nccl:  # which divides while it sums
+        means = {at: _divided(joint, total, output, group.ranks) for at, total in means.items()}
+    for at, mean in means.items():
+        results[first + at] = mean
     output.args = (results,)
     return bool(means)
+
+
+def _started(joint: JointGraph, context: JointContext, how: str, group: Group) -> dict[int, fx.Node]:
+    """The averages that are started, by the input whose gradient each is of.
+
+    All ranks start them in one order, that of the parameters from the last to the first, which is about that in which gradients are made: ranks
+    with other batches, or rows, may make them in another. A graph that is not like those of the other ranks may have its exchanges elsewhere
+    among them, too: it starts all behind the last exchange.
+    """
+    place = {node: at for at, node in enumerate(joint.graph.nodes)}
+    behind, output = _next_loop(joint), joint.graph.output_node()
+    sent: dict[int, fx.Node] = {}
+    before: fx.Node | None = None
+    for at in reversed(context.parameters):
+        gradient = joint.gradients[at]
+        if gradient is not None:
+            ready = behind[gradient] if context.are_alike else output
+            before = ready if before is None else max(before, ready, key=place.__getitem__)
+            sent[at] = start_reduction(gradient, how, before, group.name)
+    return sent
 
 
 def _divided(joint: JointGraph, total: fx.Node, before: fx.Node, ranks: int) -> fx.Node:

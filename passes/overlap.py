@@ -30,13 +30,7 @@ from mst_fx.plan.joint_graph import backward_of, is_cheap, is_exchange, is_under
 
 
 def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
-    """With ``average_gradients`` over NCCL, whose ranks run what they were given in order.
-
-    gloo runs several that are under way at once, and three ranks have waited for each other so (torch 2.13). Without the option it stays
-    off until it has been measured.
-    """
-    group = options.group
-    return group is not None and options.averaged_over is not None and group.is_nccl
+    return options.group is not None
 
 
 def run(context: JointContext) -> bool:
@@ -46,7 +40,9 @@ def run(context: JointContext) -> bool:
         return False
     output = nodes.pop()
     backward = backward_of(nodes)
-    start = next((at for at, node in enumerate(nodes) if node.op == "call_function" and node in backward), len(nodes))
+    start = next(
+        (at for at, node in enumerate(nodes) if node.op == "call_function" and node in backward), len(nodes)
+    )
     order = [*_ordered(nodes[:start]), *_ordered(nodes[start:]), output]
     for before, node in itertools.pairwise(order):
         if before.next is not node:
