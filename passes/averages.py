@@ -28,6 +28,7 @@ from mst_fx.options import Options
 from mst_fx.plan.joint_graph import JointGraph
 from mst_fx.process import Said
 from mst_fx.torch_api.collectives import start_reduction, wait_for
+from mst_fx.torch_api.tensors import tree_leaves
 
 log = logging.getLogger("mst_fx")
 
@@ -108,8 +109,18 @@ def _started(joint: JointGraph, context: JointContext, how: str, group: Group) -
         if gradient is not None:
             ready = behind[gradient] if context.are_alike else output
             before = ready if before is None else max(before, ready, key=place.__getitem__)
-            sent[at] = start_reduction(gradient, how, before, group.name)
+            sent[at] = start_reduction(_ready(joint, gradient, before), how, before, group.name)
     return sent
+
+
+def _ready(joint: JointGraph, gradient: fx.Node, loop: fx.Node) -> fx.Node:
+    """A gradient behind what a loop reads: of a checkpointed layer that is made again in front of the loop, by exchanges that an average which
+    starts before them would hold up."""
+    rows = [node for node in tree_leaves(loop.args[0]) if isinstance(node, fx.Node)]
+    if loop.op == "output" or not rows:
+        return gradient
+    with joint.graph.inserting_before(loop):
+        return joint.gate(gradient, rows[0], like=gradient)
 
 
 def _divided(joint: JointGraph, total: fx.Node, before: fx.Node, ranks: int) -> fx.Node:
