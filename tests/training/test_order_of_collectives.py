@@ -76,13 +76,14 @@ class Case:
         return token_batch(self.sequences, 61)
 
 
+_mlp_first = functools.partial(Toy, mlp_first=True)
 _CASES = (
     Case("loops", Toy, 8),
     Case("loops on one rank", Toy, 20),
     # Two ranks could make the sum of the loss again in the backward pass, where nobody wants it, and one could not.
-    Case("a loss that is a loop on one rank", ToyLM, 8, vocab_chunk_rows=20, is_averaged=False),
+    Case("a loss that is a loop on one rank", _mlp_first, 8, vocab_chunk_rows=20, is_averaged=False),
     Case("two sequences", functools.partial(Toy, "post"), 40, sequences=2),
-    Case("MLPs first", functools.partial(Toy, mlp_first=True), 20),
+    Case("MLPs first", _mlp_first, 20),
     Case("llama", _llama, 20, bar=1e-6),
 )
 _RUN = (*_CASES[1:3], *_CASES[4:])
