@@ -7,6 +7,7 @@ Before: the backward pass returns each rank's own; whoever averages them starts 
 An average starts in front of the next loop, whose products hide it; what is made behind the last loop is averaged at the end. Not beside
 attention: there it took longer than alone. A block of its kernels runs for milliseconds at long sequences; until those of NCCL's have
 found a place on both ranks, the first of them turn in theirs (two H200s, 131,072 tokens: 938 ms of 25, attention 2.5 % slower).
+Which parameter's comes next is the same on all ranks.
 
 Averaged is what a graph returns for a parameter. Gradients of its other inputs stay what they are.
 """

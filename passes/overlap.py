@@ -13,6 +13,9 @@ After::
 The same calls on the same numbers, collectives among themselves in the order in which they were: nothing else moves than what neither
 feeds an exchange nor reads it. Gathers of parameters, which wait for no product, stay where they are: they would hold memory.
 
+Each pass is ordered by itself. A wait that nobody reads is kept by torch's partitioner in either pass that can make what it waits for
+(behind the first call that reads an arriving gradient: 2.13), and so would be an exchange more in the backward pass of those ranks that can.
+
 Left alone: what stands behind a call that draws random numbers or writes to an operand is not moved before it.
 """
 

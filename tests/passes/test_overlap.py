@@ -124,6 +124,27 @@ def test_exchanges_keep_their_order() -> None:
     assert _ordered(text) == "b sent_b a sent_a here_a here_b c"
 
 
+def test_exchanges_of_the_forward_pass_stay_in_it() -> None:
+    """Behind the first call that reads an arriving gradient torch's partitioner would put a wait that nobody reads, and the exchange, into the
+    backward pass as well: on those ranks alone that can make again what is sent."""
+    text = """
+        y = mm x w
+        sent = send y
+        loss = wait sent
+        dy = mm tangents_1 w
+        dx = neg dy
+        """
+    assert _ordered(text) == "y sent loss dy dx"
+    text = """
+        y = mm x w
+        z = mm x w2
+        dy = mm tangents_1 w
+        sent = send dy
+        here = wait sent
+        """
+    assert _ordered(text) == "y z dy sent here"
+
+
 def test_a_graph_without_exchanges_is_left_alone() -> None:
     graph = _graph("a = mm x w\nb = neg a")
     before = str(graph)
