@@ -70,6 +70,10 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def has_all_loops(self) -> bool:
+        return self.name.endswith("loops")
+
     def batch(self) -> dict[str, Tensor]:
         if self.build is _llama:
             return inputs_of(ACCEPTED["llama"], self.sequences, 61)
@@ -85,6 +89,7 @@ _CASES = (
     Case("two sequences", functools.partial(Toy, "post"), 40, sequences=2),
     Case("MLPs first", _mlp_first, 20),
     Case("llama", _llama, 20, bar=1e-6),
+    Case("llama with loops", _llama, 8, bar=1e-6),
 )
 _RUN = (*_CASES[1:3], *_CASES[4:])
 
@@ -199,7 +204,15 @@ def test_collectives_have_one_order(case: Case, recorded: list[dict[str, Any]]) 
     averages = [at for at, call in enumerate(backwards[0]) if call[0] == "all_reduce" and call[4]]
     assert len(averages) == (len([*case.build().parameters()]) if case.is_averaged else 0)
     if case.is_averaged:  # among exchanges where all ranks have loops, behind them elsewhere
-        assert ("all_to_all_single" in names[averages[0] :]) == (case.name == "loops")
+        assert ("all_to_all_single" in names[averages[0] :]) == case.has_all_loops
+
+
+@pytest.mark.slow
+def test_averages_start_behind_what_a_layer_makes_again(recorded: list[dict[str, Any]]) -> None:
+    """Started in front of it, they would hold up its exchanges: of queries, of keys with values, and of what attention gives."""
+    for _, backward in (each["llama with loops"] for each in recorded):
+        names = [call[0] for call in backward if call[0] == "all_to_all_single" or call[4]]
+        assert names.index("all_reduce") == 3
 
 
 @pytest.mark.slow
