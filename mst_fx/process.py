@@ -7,6 +7,8 @@ is written to once the module is imported.
 from __future__ import annotations
 
 import abc
+import contextlib
+import gc
 import threading
 import weakref
 from collections.abc import Iterator
@@ -86,3 +88,20 @@ class Named(Generic[T]):
     def reset(self) -> None:
         """Forgets the names, also those of graphs that are alive, which cannot run any more."""
         self._named.clear()
+
+
+@contextlib.contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Inside of the block the collector of cycles looks through what is made there alone, and not again and again through all that is there
+    already: graphs on trial, which are cycles of some ten thousand objects, make it run, and a process that compiles has millions.
+
+    Where somebody has frozen objects himself (``gc.freeze``) they stay so, and nothing changes.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -47,6 +47,7 @@ from mst_fx.plan.search import (
 from mst_fx.plan.solve import Host, Option
 from mst_fx.plan.timeline import timeline_of
 from mst_fx.plan.unchunk import Unchunking
+from mst_fx.process import only_new_garbage
 from mst_fx.ranks.agreement import decided, of_ranks, tried
 from mst_fx.report import MemoryPlan, Planned, Timeline
 from mst_fx.torch_api.guards import guard_at_most
@@ -159,6 +160,7 @@ def _hold_up_to(layer: Layer, room: Room, peak: int) -> None:
     guard_at_most(rows.numel(), hint(rows.numel()) * room.most // peak)
 
 
+@only_new_garbage()  # of trials
 def _planned(group: Group | None, start: _Start, room: Room, host: int) -> tuple[list[Choice], int]:
     """The choice of each layer, and the peak of the graph with them; the host memory that they take is there.
 

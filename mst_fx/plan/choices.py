@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from torch import fx
 
 from mst_fx.graph.spelling import operation
-from mst_fx.plan.costs import Cost, cost_of, plus
+from mst_fx.plan.costs import Cost, cost_of, cost_of_call, in_turn, plus
 from mst_fx.plan.joint_graph import (
     bytes_of,
     is_attention,
@@ -135,19 +135,20 @@ def choices_of(layer: Layer, wanted: Collection[fx.Node] = ()) -> list[Choice]:
     Args:
         wanted: what is kept in any case.
     """
-    found = [keeping(layer, set(wanted))]
+    inside = _Inside(layer)
+    found = [inside.keeping(set(wanted))]
     while True:
         now = found[-1]
         dear = dict.fromkeys(source_of(node) for node in now.again if not is_cheap(node))
         calls = [call for call in dear if not must_recompute(call)]
-        more = [keeping(layer, {*wanted, *map(source_of, now.kept), call}) for call in calls]
+        more = [inside.keeping({*wanted, *map(source_of, now.kept), call}) for call in calls]
         better = [each for each in more if each.bytes > now.bytes and each.cost.flops < now.cost.flops]
         if not better:
             break
         found.append(
             max(better, key=lambda each: (now.cost.flops - each.cost.flops) / (each.bytes - now.bytes))
         )
-    most = keeping(layer, {*wanted, *map(source_of, found[-1].kept), *_operands(layer)})
+    most = inside.keeping({*wanted, *map(source_of, found[-1].kept), *_operands(layer)})
     return [*found, most] if most.bytes > found[-1].bytes else found
 
 
@@ -165,22 +166,45 @@ def _operands(layer: Layer) -> set[fx.Node]:
 
 def keeping(layer: Layer, wanted: Collection[fx.Node]) -> Choice:
     """A layer of which some calls, or some results of them, are kept: of a view its memory is, and the view made again."""
-    wanted = {*wanted, *map(storage_of, wanted)}
-    inside = set(layer.nodes)
-    kept: dict[fx.Node, None] = {}
-    again: set[fx.Node] = set()
-    waiting = [node for _, node in layer.readers]
-    while waiting:
-        node = waiting.pop()
-        if node not in inside or node in again or node in kept:
-            continue
-        is_kept = node in wanted or source_of(node) in wanted or not may_run_again(node)
-        is_value = tensor_of(node) is not None and not is_view(node) and not is_under_way(node)
-        if is_kept and is_value:  # of several results each by itself
-            kept[node] = None
-        else:
-            again.add(node)
-            waiting += node.all_input_nodes
-    size = sum(map(bytes_of, storages([layer.start, *kept])))
-    in_order = tuple(node for node in layer.nodes if node in again)
-    return Choice(layer, frozenset(kept), in_order, size, cost_of(in_order))
+    return _Inside(layer).keeping(wanted)
+
+
+class _Inside:
+    """A layer, and what every choice asks of its nodes: a layer has some hundred choices to look at.
+
+    Attributes:
+        values: the nodes whose results can be kept.
+        lasting: those that are kept where they can be, for they may not run again.
+        costs: of each node by itself.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.values = {
+            node
+            for node in layer.nodes
+            if tensor_of(node) is not None and not is_view(node) and not is_under_way(node)
+        }
+        self.lasting = {node for node in layer.nodes if not may_run_again(node)}
+        self.costs = {node: cost_of_call(node) for node in layer.nodes}
+
+    def keeping(self, wanted: Collection[fx.Node]) -> Choice:
+        """As the function of this name."""
+        wanted = {*wanted, *map(storage_of, wanted)}
+        kept: dict[fx.Node, None] = {}
+        again: set[fx.Node] = set()
+        waiting = [node for _, node in self.layer.readers]
+        while waiting:
+            node = waiting.pop()
+            if node not in self.costs or node in again or node in kept:
+                continue
+            is_kept = node in wanted or source_of(node) in wanted or node in self.lasting
+            if is_kept and node in self.values:  # of several results each by itself
+                kept[node] = None
+            else:
+                again.add(node)
+                waiting += node.all_input_nodes
+        size = sum(map(bytes_of, storages([self.layer.start, *kept])))
+        in_order = tuple(node for node in self.layer.nodes if node in again)
+        cost = in_turn(self.costs[node] for node in in_order)
+        return Choice(self.layer, frozenset(kept), in_order, size, cost)

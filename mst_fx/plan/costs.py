@@ -99,16 +99,24 @@ def plus(costs: Iterable[Cost]) -> Cost:
 
 def cost_of(nodes: Iterable[fx.Node]) -> Cost:
     """What some calls cost together, sizes by hint."""
+    return in_turn(map(cost_of_call, nodes))
+
+
+def in_turn(costs: Iterable[Cost]) -> Cost:
+    """What calls cost together: their costs added one by one."""
     products, attention, moved = 0.0, 0.0, 0
-    for node in nodes:
-        flops = flops_of(node)
-        if is_attention(node):
-            attention += flops
-        else:
-            products += flops
-        if not flops and not is_view(node) and is_read_whole(node):
-            moved += bytes_of(node)
+    for cost in costs:
+        products += cost.products
+        attention += cost.attention
+        moved += cost.moved
     return Cost(products, attention, moved)
+
+
+def cost_of_call(node: fx.Node) -> Cost:
+    """What a call costs, sizes by hint."""
+    flops = flops_of(node)
+    moved = bytes_of(node) if not flops and not is_view(node) and is_read_whole(node) else 0
+    return Cost(attention=flops, moved=moved) if is_attention(node) else Cost(products=flops, moved=moved)
 
 
 def flops_of(node: fx.Node) -> float:
