@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mst_fx
 from mst_fx.bodies.body import BODIES
 from mst_fx.compiling import mst
+from mst_fx.process import only_new_garbage
 from tests.helpers import SMALL_CHUNKS, GatedMLP, ToyLM, compile_mst, gradients, token_batch, worst_error
 
 _BAR = 1e-9
@@ -91,6 +92,43 @@ def nothing_left() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    """As in a user's process; tests freeze what they begin with."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    yield
+    if frozen:
+        gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_the_collector_looks_at_what_is_made_inside_alone_and_at_all_afterwards() -> None:
+    old = weakref.ref(_Cycle())
+    with pytest.raises(KeyError), only_new_garbage():
+        new = weakref.ref(_Cycle())
+        gc.collect()
+        assert new() is None and old() is not None
+        raise KeyError
+    assert not gc.get_freeze_count()
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_what_others_froze_stays_so() -> None:
+    frozen = gc.get_freeze_count()
+    assert frozen
+    with only_new_garbage():
+        assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() == frozen
 
 
 def _gone() -> bool:
