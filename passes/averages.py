@@ -7,7 +7,8 @@ Before: the backward pass returns each rank's own; whoever averages them starts 
 An average starts in front of the next loop, whose products hide it; what is made behind the last loop is averaged at the end. Not beside
 attention: there it took longer than alone. A block of its kernels runs for milliseconds at long sequences; until those of NCCL's have
 found a place on both ranks, the first of them turn in theirs (two H200s, 131,072 tokens: 938 ms of 25, attention 2.5 % slower).
-Which parameter's comes next is the same on all ranks.
+Which parameter's comes next is the same on all ranks. Over other ranks than those that exchange (copies of the model beside groups of ranks) all
+are started at the end: of collectives of two groups torch asks that one is waited for before the other starts (``torch.distributed.new_group``).
 
 Averaged is what a graph returns for a parameter. Gradients of its other inputs stay what they are.
 """
@@ -101,6 +102,7 @@ def _started(joint: JointGraph, context: JointContext, how: str, group: Group) -
     with other batches, or rows, may make them in another. A graph that is not like those of the other ranks may have its exchanges elsewhere
     among them, too: it starts all behind the last exchange.
     """
+    is_hidden = context.are_alike and context.options.group in (None, group)
     place = {node: at for at, node in enumerate(joint.graph.nodes)}
     behind, output = _next_loop(joint), joint.graph.output_node()
     sent: dict[int, fx.Node] = {}
@@ -108,7 +110,7 @@ def _started(joint: JointGraph, context: JointContext, how: str, group: Group) -
     for at in reversed(context.parameters):
         gradient = joint.gradients[at]
         if gradient is not None:
-            ready = behind[gradient] if context.are_alike else output
+            ready = behind[gradient] if is_hidden else output
             before = ready if before is None else max(before, ready, key=place.__getitem__)
             sent[at] = start_reduction(_ready(joint, gradient, before), how, before, group.name)
     return sent
