@@ -52,10 +52,11 @@ from mst_fx.masks import formula
 from mst_fx.masks.biases import vectors_of
 from mst_fx.masks.grouped import is_ours, ungrouped
 from mst_fx.masks.reach import CAUSAL
+from mst_fx.masks.read import as_vector
 from mst_fx.masks.scores import is_of_block, is_of_scores, is_product
 from mst_fx.masks.sinks import has_own_sinks
 from mst_fx.masks.sites import Site, find_sites, mask_bytes, mask_of, scaled_query, sinks_of_heads
-from mst_fx.masks.understand import Known, Understood, as_vector, understand
+from mst_fx.masks.understand import Known, Understood, understand
 from mst_fx.report import Rewrite
 
 

@@ -41,8 +41,9 @@ from mst_fx.graph.writes import mutated_storages, writes_in_place
 from mst_fx.masks import formula
 from mst_fx.masks.boolean import where_of
 from mst_fx.masks.formula import And, Compare, Constant, Holds, Mask, Not, Or
+from mst_fx.masks.read import Read, as_vector, read_mask
 from mst_fx.masks.tensor import DeferredMask, MaskForm, MaskOutput, put_masks
-from mst_fx.masks.understand import GIVEN, Given, Read, as_vector, read_mask
+from mst_fx.masks.understand import GIVEN, Given
 from mst_fx.masks.words import form_name
 from mst_fx.options import Options
 from mst_fx.report import Rewrite
