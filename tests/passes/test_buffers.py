@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.choices import InductorChoices
 
 import mst_fx
-import mst_fx.ops  # noqa: F401  (its operators)
+import mst_fx.ops
 from mst_fx.graph.fill import fill_values
 from mst_fx.passes.buffers import buffer_waves
 from mst_fx.torch_api.inductor import _Choices, _is_loop
