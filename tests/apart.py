@@ -35,10 +35,11 @@ class _Server:
     def __init__(self, preload: str) -> None:
         ours, theirs = socket.socketpair()
         self._socket = ours
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.apart", str(theirs.fileno())],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LD_PRELOAD": preload},
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "LD_PRELOAD": preload},
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
