@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from torch import fx
 
 from mst_fx.graph.spelling import operation
-from mst_fx.plan.costs import Cost, cost_of, cost_of_call, in_turn, plus
+from mst_fx.plan.costs import Cost, cost_of, cost_of_call, plus
 from mst_fx.plan.joint_graph import (
     bytes_of,
     is_attention,
@@ -206,5 +206,5 @@ class _Inside:
                 waiting += node.all_input_nodes
         size = sum(map(bytes_of, storages([self.layer.start, *kept])))
         in_order = tuple(node for node in self.layer.nodes if node in again)
-        cost = in_turn(self.costs[node] for node in in_order)
+        cost = plus(self.costs[node] for node in in_order)
         return Choice(self.layer, frozenset(kept), in_order, size, cost)

@@ -99,17 +99,7 @@ def plus(costs: Iterable[Cost]) -> Cost:
 
 def cost_of(nodes: Iterable[fx.Node]) -> Cost:
     """What some calls cost together, sizes by hint."""
-    return in_turn(map(cost_of_call, nodes))
-
-
-def in_turn(costs: Iterable[Cost]) -> Cost:
-    """What calls cost together: their costs added one by one."""
-    products, attention, moved = 0.0, 0.0, 0
-    for cost in costs:
-        products += cost.products
-        attention += cost.attention
-        moved += cost.moved
-    return Cost(products, attention, moved)
+    return plus(map(cost_of_call, nodes))
 
 
 def cost_of_call(node: fx.Node) -> Cost:

@@ -127,9 +127,8 @@ def test_what_others_froze_stays_so() -> None:
     frozen = gc.get_freeze_count()
     made: list[list[int]] = [[] for _ in range(10_000)]  # which would be frozen, too
     with only_new_garbage():
-        assert (
-            0 < gc.get_freeze_count() <= frozen
-        )  # some may have gone: other threads let go of what they had
+        # Some may have gone: other threads let go of what they had.
+        assert 0 < gc.get_freeze_count() <= frozen
     assert 0 < gc.get_freeze_count() <= frozen
     del made
 

@@ -24,7 +24,6 @@ _GROUPS = (
     ("copy, fill", r"Memcpy|Memset|copy|fill|FillFunctor|CatArray"),
 )
 _COLLECTIVE, _SPAN = "ncclDevKernel", "nccl:"  # a kernel, and what torch's profiler draws around it
-_NEAR = 64  # kernels that may still run when another one starts
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -67,27 +66,24 @@ def _collectives(on_device: list[Any], most: int = 12) -> list[str]:
     sends = [e for e in on_device if e.name.startswith(_COLLECTIVE)]
     if not sends:
         return []
-    others = sorted((e for e in on_device if not e.name.startswith(_COLLECTIVE)), key=_start)
-    spans = [(e.time_range.start, e.time_range.end) for e in others]
-    starts = [start for start, _ in spans]
+    others = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in on_device
+        if not e.name.startswith(_COLLECTIVE)
+    )
+    kernels = [(start, end) for start, end, _ in others]
     bare: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     for event in sends:
-        start, end = event.time_range.start, event.time_range.end
-        first, last = bisect.bisect_left(starts, start), bisect.bisect_left(starts, end)
-        # (A kernel that started before it may run on beside it, but for the last few none does.)
-        near = spans[max(0, first - _NEAR) : last]
-        reader = others[last].name if last < len(others) else "the end"
-        bare[event.name, reader].append(exposed([(start, end)], near) / 1000)
+        span = (event.time_range.start, event.time_range.end)
+        following = bisect.bisect_left(others, (span[1],))
+        reader = others[following][2] if following < len(others) else "the end"
+        bare[event.name, reader].append(exposed([span], kernels) / 1000)
     all_bare = sum(map(sum, bare.values()))
     lines = ["", f"{all_bare:9.2f} ms of collectives with nothing beside them, in front of"]
     for (name, reader), times in sorted(bare.items(), key=lambda item: -sum(item[1]))[:most]:
         kind = name.removeprefix(f"{_COLLECTIVE}_").partition("(")[0]
         lines.append(f"{sum(times):9.2f} ms {len(times):6d} x  {kind}: {reader[:110]}")
     return lines
-
-
-def _start(event: Any) -> float:
-    return float(event.time_range.start)
 
 
 def _group(name: str) -> str:
