@@ -23,6 +23,7 @@ from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import JOINT_STAGES, Result, run_passes
 from mst_fx.process import Said
 from mst_fx.ranks.faults import MEMBERS, guarded
+from mst_fx.repeated_parts import may_fold, repeated_parts
 from mst_fx.switch import NAME, is_off
 from mst_fx.together import compile_together, run_together, with_same_batches
 from mst_fx.torch_api.dynamo import settle_floats
@@ -92,10 +93,11 @@ def _compiled(
     def compiled_graph() -> Callable[..., Any]:
         folded, layers = fold_equal_layers(result.gm, checked, patches)
         with hooked(JOINT_STAGES, checked, folded, are_alike):
-            compiled = compile_graph(folded, crossing.inputs, checked.inner, patches, layers)
+            compiled = compile_graph(folded, crossing.inputs, checked.inner, patches, layers, repetitions)
         return with_bodies_alive(compiled, (*result.bodies, *layers.values()))
 
     are_alike = True
+    repetitions = repeated_parts if may_fold(checked, patches) else None
     if group is None:
         result = passed()
         compiled = compiled_graph()

@@ -6,7 +6,7 @@ Before: ``h1 = checkpoint(layer_0, h0, w0, …)``, ``h2 = checkpoint(layer_1, h1
     h2 = mst_fx.layer([h1, w1, …], key)[0]
 
 whose forward pass saves its operands, as a checkpoint does, and whose derivative runs the layer's backward pass, the layer made again in
-it. AOTAutograd sees two operators; Inductor gets calls of one graph for each pass (:mod:`mst_fx.torch_api.layers`), and makes code of it
+it. AOTAutograd sees two operators; Inductor gets calls of one graph for each pass (:mod:`mst_fx.torch_api.called_graphs`), and makes code of it
 once, whatever the number of layers.
 
 torch's own way to say so, ``invoke_subgraph`` in the captured graph (``torch.compiler.nested_compile_region``), gives the same numbers and falls
@@ -17,7 +17,8 @@ is what the operator gives), so that the backward pass makes all layers again be
 Left as they are: layers of which there is one; whose policy keeps a part (selective checkpointing); that draw random numbers, which the
 backward pass would draw anew; that write to what they are given, or give it; with experts in a loop, whose routing is kept; with sizes
 that change; whose results get no gradient. No layers at all where the joint graph is planned (``memory``), with a group of ranks, for
-other compilers than Inductor, and for its settings that know no calls.
+other compilers than Inductor, and for its settings that know no calls. What is left as it is may still be compiled once
+(:mod:`mst_fx.repeated_parts`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from mst_fx.graph.values import is_plain, storage_keys, tensors_of, value
 from mst_fx.options import Options
 from mst_fx.torch_api import layers as torch_layers
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.called_graphs import is_aligned, why_not_called
 from mst_fx.torch_api.fakes import mode_of
 from mst_fx.torch_api.ops import HigherOrderOperator
 from mst_fx.torch_api.tensors import tree_leaves
@@ -79,7 +81,7 @@ def fold_equal_layers(
         except Exception as error:
             if options.strict:
                 raise
-            reason = defect("compiles layers one by one", error)
+            reason = defect("traces layers one by one", error)
             continue
         folded[layer.key] = layer
         for node in nodes:
@@ -88,7 +90,7 @@ def fold_equal_layers(
             "%d equal layers are compiled once: %s …", len(nodes), module_path(nodes[0]) or nodes[0].name
         )
     if reason:
-        log.info("layers are compiled one by one: %s", reason)
+        log.info("layers are traced one by one: %s", reason)
     if not folded:
         return gm, {}
     drop_unused_subgraphs(new)
@@ -108,7 +110,7 @@ def _why_none(options: Options, patches: Mapping[str, Any]) -> str:
         return "a group of ranks works on each sequence"
     if torch.is_inference_mode_enabled():
         return "inference_mode"
-    return torch_layers.why_not_called(patches)
+    return why_not_called(patches)
 
 
 def _groups(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -144,7 +146,7 @@ def _described(operand: Any) -> Any:
             leaf.dtype,
             leaf.device,
             leaf.requires_grad,
-            torch_layers.is_aligned(leaf),
+            is_aligned(leaf),
         )
         if isinstance(leaf, torch.Tensor) and is_plain(leaf)
         else (type(leaf), leaf)

@@ -3,7 +3,7 @@
 ``mst_fx::layer(inputs, key) -> outputs`` saves inputs only, those that are read again; its derivative is
 ``mst_fx::layer_backward(saved, tangents, key) -> gradients``, of the inputs that get one, which runs the layer again.
 
-They live from the captured graph to Inductor, which gets calls of the layer's graphs in their place (:mod:`mst_fx.torch_api.layers`).
+They live from the captured graph to Inductor, which gets calls of the layer's graphs in their place (:mod:`mst_fx.torch_api.called_graphs`).
 """
 
 from __future__ import annotations

@@ -56,10 +56,11 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mst_fx.torch_api.layers import Layer, call_graphs
+from mst_fx.torch_api.called_graphs import Layer, Repetition, call_layers, call_repetitions
 from mst_fx.torch_api.overwriting import write_over_dead_operands
 
 Compiled = Callable[..., Any]
+FindRepetitions = Callable[[fx.Graph], Sequence[Repetition]]
 
 # Inductor keeps a buffer that is dead for the next one of its size, and so keeps it while a loop runs in
 # between, of whose memory it knows nothing: 2 to 3 tensors of S x H in the backward pass of a checkpointed
@@ -84,13 +85,15 @@ def compile_graph(
     inner: str,
     patches: Mapping[str, Any],
     layers: Mapping[str, Layer] | None = None,
+    repetitions: FindRepetitions | None = None,
 ) -> Compiled:
     """Compiles a rewritten Dynamo graph, forward and (later) backward.
 
     Args:
         inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         patches: Inductor config patches.
-        layers: by their keys those that operators of the graph name (:mod:`mst_fx.torch_api.layers`).
+        layers: by their keys those that operators of the graph name (:mod:`mst_fx.torch_api.called_graphs`).
+        repetitions: of a graph that goes to Inductor those that are compiled once.
     """
     if inner == "eager":
         return gm.forward
@@ -100,7 +103,7 @@ def compile_graph(
         if inner == "aot_eager":
             return aot_eager(gm, list(example_inputs), fw_compiler=_run_as_traced)
         patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)
-        apart = _compile_apart(layers or {})
+        apart = _compile_apart(layers or {}, repetitions or _no_repetitions)
         return compile_fx(gm, list(example_inputs), inner_compile=apart, config_patches=patched)  # type: ignore[return-value]
 
 
@@ -196,13 +199,18 @@ def _know_operators(graph: fx.Graph) -> None:
             make_fallback(target, layout_constraint=constraint, warn=False)
 
 
-def _compile_apart(layers: Mapping[str, Layer]) -> Compiled:
+def _no_repetitions(graph: fx.Graph) -> Sequence[Repetition]:
+    return ()
+
+
+def _compile_apart(layers: Mapping[str, Layer], repetitions: FindRepetitions) -> Compiled:
     """What compiles a forward or backward graph of ours."""
 
     @functools.wraps(compile_fx_inner)
     def compile_apart(*args: Any, **kwargs: Any) -> Any:
         _donate_nothing()
-        call_graphs(args[0], layers, _know_operators)
+        call_layers(args[0], layers, _know_operators)
+        call_repetitions(args[0], repetitions(args[0].graph), _know_operators)
         write_over_dead_operands(args[0].graph)
         _know_operators(args[0].graph)
         with V.set_choices_handler(_Choices()):

@@ -184,7 +184,7 @@ def _is_dead(
     if not _is_known(base.meta["val"].numel() == operand.meta["val"].numel()):
         return False
     aliases = set(_aliases(base))
-    if sum(x in aliases for x in _leaves(node)) != 1:
+    if sum(x in aliases for x in leaves(node)) != 1:
         return False
     readers = (user for alias in aliases for user in alias.users if user not in aliases and user is not node)
     return all(_has_run(reader, node, order) for reader in readers)
@@ -218,16 +218,16 @@ def _runs_at_once(node: fx.Node) -> bool:
     return isinstance(target, OpOverload) and (target in _PRODUCTS or target.namespace == "mst_fx")
 
 
-def _leaves(node: fx.Node) -> Iterator[Any]:
+def leaves(node: fx.Node) -> list[fx.Node]:
     """The nodes among the arguments of a call, as often as they are there."""
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
-    return iter(found)
+    return found
 
 
 def memory_of(node: fx.Node) -> fx.Node:
     """The node that has made the memory behind a view."""
-    while _is_view(node):
+    while shows_operand(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
@@ -238,13 +238,13 @@ def _aliases(base: fx.Node) -> Iterator[fx.Node]:
     while waiting:
         node = waiting.pop()
         yield node
-        waiting += [user for user in node.users if _is_view(user)]
+        waiting += [user for user in node.users if shows_operand(user)]
 
 
-def _is_view(node: fx.Node) -> bool:
+def shows_operand(node: fx.Node) -> bool:
     """Whether the result of a call shows memory of its first operand, by its schema."""
     if node.target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and _is_view(node.args[0])
+        return isinstance(node.args[0], fx.Node) and shows_operand(node.args[0])
     if not isinstance(node.target, OpOverload):
         return False
     schema = node.target._schema

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 from mst_fx import compiling, equal_layers
 from mst_fx.bodies.layer import LayerGraph
 from mst_fx.options import Options, make_options
-from mst_fx.torch_api import inductor, layers
+from mst_fx.torch_api import called_graphs, inductor
 from tests.helpers import GatedMLP, worst_error
 
 WIDTH = 8
@@ -67,7 +67,7 @@ class Folded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.operators: list[int] = []
         self.graphs: list[int] = []
-        fold, call = equal_layers.fold_equal_layers, layers.call_graphs
+        fold, call = equal_layers.fold_equal_layers, called_graphs.call_layers
 
         def watched_fold(*args: Any) -> Any:
             new, known = fold(*args)
@@ -79,7 +79,7 @@ class Folded:
             self.graphs.append(sum(name.startswith("layer_graph") for name, _ in gm.named_children()))
 
         monkeypatch.setattr(compiling, "fold_equal_layers", watched_fold)
-        monkeypatch.setattr(inductor, "call_graphs", watched_call)
+        monkeypatch.setattr(inductor, "call_layers", watched_call)
 
 
 @pytest.fixture

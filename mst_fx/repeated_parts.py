@@ -1,0 +1,95 @@
+"""Equal layers are compiled once, whatever was done to them: of each pass's graph, where it repeats itself.
+
+Before, of a graph that goes to Inductor: the calls of layer 0, those of layer 1, …: equal ones, with other operands. After::
+
+    h1, saved_1 = invoke_subgraph(graph, "repeated_graph_0_0", h0, w0, …)
+    h2, saved_2 = invoke_subgraph(graph, "repeated_graph_0_0", h1, w1, …)
+
+It stands behind all that decides (the memory plan, exchanges of ranks, AOTAutograd's partitioner), and asks nothing about modules: what a plan keeps
+or sends to the host in one layer and not in another makes two kinds of layers, each compiled once. Tracing is what it was; for checkpointed layers
+of one process :mod:`mst_fx.equal_layers` spares that, too.
+
+Left as it is: a part without a loop or an attention of ours (Inductor would fuse less, to spare little); graphs with sizes that change; calls that write
+to what they are given, or call a graph themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_fx.graph.repetitions import Repetition, find_repetitions, sink_free_calls
+from mst_fx.graph.spelling import operation
+from mst_fx.graph.values import value
+from mst_fx.options import Options
+from mst_fx.torch_api.called_graphs import why_not_called
+from mst_fx.torch_api.ops import HigherOrderOperator, schema_of
+from mst_fx.torch_api.overwriting import shows_operand
+
+log = logging.getLogger("mst_fx")
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_CONSTANTS = (aten.full.default, aten.scalar_tensor.default, prims.iota.default)
+_OF_A_LAYER = ("mst_fx::loop", "mst_fx::attention", "mst_fx::experts")
+
+
+def may_fold(options: Options, patches: Mapping[str, Any]) -> bool:
+    """Whether what is equal may be compiled once."""
+    return options.layers == "once" and options.inner == "inductor" and not why_not_called(patches)
+
+
+def repeated_parts(graph: fx.Graph) -> list[Repetition]:
+    """Equal layers of a graph that goes to Inductor. Values of the graph that cost nothing are made once more for each reader.
+
+    Args:
+        graph: of one pass, as AOTAutograd's partitioner gives it.
+    """
+    if any(_has_symbols(value(node)) for node in graph.find_nodes(op="placeholder")):
+        return []
+    _raise_seeds(graph)
+    sink_free_calls(graph, _is_free)
+    found = list(find_repetitions(graph, _is_of_a_layer, _is_apart, _is_wait))
+    for each in found:
+        log.info("%d equal parts of %d calls are compiled once", len(each.stretches), len(each.stretches[0]))
+    return found
+
+
+def _has_symbols(found: Any) -> bool:
+    sizes = found.shape if isinstance(found, torch.Tensor) else (found,)
+    return any(isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool) for x in sizes)
+
+
+def _raise_seeds(graph: fx.Graph) -> None:
+    """Reads the seeds of random numbers in front of all else: each layer's has another number."""
+    seeds = graph.find_nodes(op="call_function", target=prims.inductor_lookup_seed.default)
+    if seeds:
+        source = seeds[0].args[0]
+        last = source if source.op == "call_function" else graph.find_nodes(op="placeholder")[-1]  # type: ignore[union-attr]
+        for seed in reversed(seeds):
+            last.append(seed)  # type: ignore[union-attr]
+
+
+def _is_free(node: fx.Node) -> bool:
+    """Whether a call makes nothing: a view, or a constant, which Inductor writes into kernels."""
+    return node.op == "call_function" and (node.target in _CONSTANTS or shows_operand(node))
+
+
+def _is_of_a_layer(node: fx.Node) -> bool:
+    return operation(node).startswith(_OF_A_LAYER)
+
+
+def _is_apart(node: fx.Node) -> bool:
+    """Whether a call may be no part of a graph that is called: it calls a graph itself, or writes to what it is given."""
+    if isinstance(node.target, HigherOrderOperator) or any(x.op == "get_attr" for x in node.all_input_nodes):
+        return True
+    schema = schema_of(node.target)
+    return schema is not None and schema.is_mutable
+
+
+def _is_wait(node: fx.Node) -> bool:
+    """Whether a call writes, whatever it says, to the memory of what it is given: what a collective brings."""
+    return node.target is torch.ops._c10d_functional.wait_tensor.default

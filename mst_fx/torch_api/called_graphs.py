@@ -1,0 +1,312 @@
+"""Calls of graphs, in a graph that goes to Inductor, which makes code of each once.
+
+Before, of a backward graph: ``found = mst_fx.layer_backward([x, w, …], [tangent], key)`` for each layer, or the calls of each layer one by one.
+After::
+
+    graph = get_attr called_graph_0                     # (x, w, …, tangent) → gradients
+    found = invoke_subgraph(graph, "called_graph_0", x, w, …, tangent)
+
+- ``torch.ops.higher_order.invoke_subgraph`` (public name: ``torch.compiler.nested_compile_region``, which Dynamo makes it of): put in
+  behind AOTAutograd, so that its derivative is not asked for. Inductor lowers the graph once, whatever the number of calls, and frees
+  operands inside of it. It reads ``meta`` of the output node for strides that have to be kept.
+- ``torch._inductor.config``: what has no such calls (``cpp_wrapper``), or takes addresses of operands for granted (CUDA graphs).
+
+Tried with torch 2.11.0 (CPU) and 2.13.0 (CPU).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mst_fx.torch_api.layers import part, set_outputs
+from mst_fx.torch_api.overwriting import is_made_new, leaves, memory_of, write_over_dead_operands
+
+_FORWARD, _BACKWARD = "mst_fx::layer", "mst_fx::layer_backward"
+_BYTES = 16  # of which Inductor takes the address of what a graph is given for a multiple
+
+
+class Layer(Protocol):
+    """What an operator names by its key."""
+
+    @property
+    def forward_graph(self) -> fx.GraphModule: ...
+    @property
+    def backward_graph(self) -> fx.GraphModule: ...
+
+
+def why_not_called(patches: Mapping[str, Any]) -> str:
+    """Why Inductor, with these config patches, should not get calls of graphs; "" if it may."""
+    with inductor_config.patch(dict(patches)):
+        if inductor_config.cpp_wrapper:
+            return "Inductor's C++ wrapper has no calls of graphs"
+        if inductor_config.triton.cudagraphs:
+            return "CUDA graphs take the addresses of parameters for granted"
+        if inductor_config.freezing:
+            return "Inductor freezes parameters"
+    return ""
+
+
+def call_layers(gm: fx.GraphModule, layers: Mapping[str, Layer], know: Callable[[fx.Graph], None]) -> None:
+    """Puts calls of their graphs in the place of the operators of layers, in a graph that goes to Inductor.
+
+    Args:
+        know: is told of each of these graphs.
+    """
+    known: dict[Any, _Called] = {}
+    calls = [node for node in gm.graph.nodes if _name(node) in (_FORWARD, _BACKWARD)]
+    for node, dead in [(node, _dead_tangents(node, layers)) for node in calls]:
+        are_aligned = tuple(is_aligned(x.meta["val"]) for x in leaves(node))
+        key = (node.args[-1], _name(node), dead, are_aligned)
+        if key not in known:
+            called = known[key] = _called(f"layer_graph_{len(known)}", _graph_of(node, layers), dead)
+            know(called.gm.graph)
+            gm.register_module(called.name, called.gm)
+        _call(gm.graph, node, known[key])
+    if known:
+        gm.graph.lint()
+        gm.recompile()
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target.name() if node.op == "call_function" and isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _graph_of(node: fx.Node, layers: Mapping[str, Layer]) -> fx.GraphModule:
+    layer = layers[str(node.args[-1])]
+    return layer.backward_graph if _name(node) == _BACKWARD else layer.forward_graph
+
+
+def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def _dead_tangents(node: fx.Node, layers: Mapping[str, Layer]) -> tuple[int, ...]:
+    """The tangents that a call alone reads, once, and that share their memory with nothing, counted from the last operand."""
+    operands = leaves(node)
+    tangents: Any = node.args[1] if _name(node) == _BACKWARD else ()
+    return tuple(
+        index - len(tangents)
+        for index, tangent in enumerate(tangents)
+        if list(tangent.users) == [node] and operands.count(tangent) == 1 and _is_apart(tangent, layers)
+    )
+
+
+def _is_apart(tangent: fx.Node, layers: Mapping[str, Layer]) -> bool:
+    """Whether a call has made memory for a value alone."""
+    if memory_of(tangent) is not tangent or not is_made_new(tangent):
+        return False
+    source: Any = tangent.args[0] if tangent.target is operator.getitem else tangent
+    if _name(source) not in (_FORWARD, _BACKWARD):
+        return True
+    bases = [memory_of(x) for x in _outputs(_graph_of(source, layers))]
+    base = bases[tangent.args[1]]  # type: ignore[index]
+    return bases.count(base) == 1 and base.op == "call_function" and is_made_new(base)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Called:
+    """A graph that is called, and where what the layer gives is: which of the graph's outputs it is, or of its inputs."""
+
+    name: str
+    gm: fx.GraphModule
+    outputs: tuple[tuple[str, int], ...]
+
+
+def _called(name: str, whole: fx.GraphModule, dead: Collection[int]) -> _Called:
+    """A layer's graph, to be changed by Inductor, whose outputs share memory neither with each other nor with an input: whoever calls it
+    takes them for tensors of its own, and may write to them.
+
+    Args:
+        dead: inputs that it may write over, counted from the last.
+    """
+    gm = part(whole, _outputs(whole))
+    inputs = gm.graph.find_nodes(op="placeholder")
+    apart: dict[fx.Node, fx.Node] = {}
+    bases = set(inputs)
+    for node in _outputs(gm):
+        if node not in inputs and node not in apart:
+            apart[node] = _copy(gm.graph, node) if memory_of(node) in bases else node
+            bases.add(memory_of(node))
+    kept = list(apart)
+    places = [("input", inputs.index(x)) if x in inputs else ("output", kept.index(x)) for x in _outputs(gm)]
+    set_outputs(gm.graph.output_node(), list(apart.values()))
+    write_over_dead_operands(gm.graph, {inputs[index] for index in dead})
+    gm.recompile()
+    return _Called(name, gm, tuple(places))
+
+
+def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    found = node.meta["val"]
+    with graph.inserting_before(graph.output_node()):
+        copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+    copy.meta["val"] = _new_fake(found.fake_mode, found)
+    return copy
+
+
+def _new_fake(mode: FakeTensorMode, like: torch.Tensor) -> torch.Tensor:
+    with mode:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+
+
+def _call(graph: fx.Graph, node: fx.Node, called: _Called) -> None:
+    """Puts a call of a graph in the place of an operator."""
+    inputs = called.gm.graph.find_nodes(op="placeholder")
+    with graph.inserting_before(node):
+        given = [
+            _as_traced(graph, x, known.meta["val"]) for x, known in zip(leaves(node), inputs, strict=True)
+        ]
+        new = _add_call(graph, called, given)
+    new.meta = {key: found for key, found in node.meta.items() if key not in ("eager_input_vals", "val")}
+    found: list[Any] = [None] * len(_outputs(called.gm))
+    for member in list(node.users):
+        kind, index = called.outputs[member.args[1]]  # type: ignore[index]
+        if kind == "input":
+            member.replace_all_uses_with(given[index])
+            graph.erase_node(member)
+        else:
+            member.args = (new, index)
+            found[index] = member.meta["val"]
+    new.meta["val"] = tuple(found)
+    graph.erase_node(node)
+
+
+def _add_call(graph: fx.Graph, called: _Called, given: Sequence[fx.Node]) -> fx.Node:
+    name = graph.get_attr(called.name)
+    return graph.call_function(torch.ops.higher_order.invoke_subgraph, (name, called.name, *given))
+
+
+def _as_traced(graph: fx.Graph, node: fx.Node, known: torch.Tensor) -> fx.Node:
+    """An operand with the strides of the input that a graph was traced with."""
+    if node.meta["val"].stride() == known.stride():
+        return node
+    kind: dict[str, Any] = {"dtype": known.dtype, "device": known.device}
+    shape = list(known.shape), list(known.stride())
+    empty = graph.call_function(torch.ops.aten.empty_strided.default, shape, kind)
+    copy = graph.call_function(torch.ops.aten.copy.default, (empty, node))
+    empty.meta["val"] = copy.meta["val"] = _new_fake(known.fake_mode, known)  # type: ignore[attr-defined]
+    return copy
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor starts where Inductor's kernels may count on, if its storage does."""
+    offset = tensor.storage_offset()
+    return isinstance(offset, int) and offset * tensor.element_size() % _BYTES == 0
+
+
+class Repetition(Protocol):
+    """As :class:`mst_fx.graph.repetitions.Repetition`."""
+
+    @property
+    def stretches(self) -> Sequence[Sequence[fx.Node]]: ...
+    @property
+    def inputs(self) -> Sequence[Sequence[fx.Node]]: ...
+    @property
+    def slots(self) -> Mapping[tuple[int, int], int]: ...
+    @property
+    def outputs(self) -> Sequence[int]: ...
+
+
+def call_repetitions(
+    gm: fx.GraphModule, repetitions: Sequence[Repetition], know: Callable[[fx.Graph], None]
+) -> None:
+    """Puts calls of one graph in the place of equal stretches of calls, in a graph that goes to Inductor.
+
+    Args:
+        know: is told of each of these graphs.
+    """
+    for index, each in enumerate(repetitions):
+        known: dict[Any, _Called] = {}
+        dead = _dead_inputs(each)
+        for stretch in each.stretches:
+            given = _given(each, stretch)
+            are_aligned = tuple(is_aligned(x.meta["val"]) for x in given)
+            if are_aligned not in known:
+                name = f"repeated_graph_{index}_{len(known)}"
+                called = known[are_aligned] = _called(name, _graph_of_stretch(gm, each, stretch, given), dead)
+                know(called.gm.graph)
+                gm.register_module(name, called.gm)
+            _call_in_place_of(gm.graph, [stretch[at] for at in each.outputs], known[are_aligned], given)
+            for node in reversed(stretch):
+                gm.graph.erase_node(node)
+    if repetitions:
+        gm.graph.lint()
+        gm.recompile()
+
+
+def _given(repetition: Repetition, stretch: Sequence[fx.Node]) -> list[fx.Node]:
+    """What a stretch reads of the rest of the graph, as it is by now."""
+    found: dict[int, fx.Node] = {}
+    for (at, leaf), slot in repetition.slots.items():
+        found[slot] = leaves(stretch[at])[leaf]
+    return [found[slot] for slot in range(len(found))]
+
+
+def _graph_of_stretch(
+    gm: fx.GraphModule, repetition: Repetition, stretch: Sequence[fx.Node], given: Sequence[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"input_{slot}") for slot in range(len(given))]
+    for placeholder, node in zip(inputs, given, strict=True):
+        placeholder.meta["val"] = node.meta["val"]
+    copies: dict[fx.Node, fx.Node] = {}
+    for at, node in enumerate(stretch):
+        slots = [repetition.slots.get((at, leaf)) for leaf in range(len(leaves(node)))]
+        operands = iter(
+            copies[x] if slot is None else inputs[slot] for x, slot in zip(leaves(node), slots, strict=True)
+        )
+        copies[node] = graph.node_copy(node, functools.partial(_next, operands))
+        copies[node].meta = dict(node.meta)
+    set_outputs(graph.output(()), [copies[stretch[at]] for at in repetition.outputs])
+    return fx.GraphModule(gm, graph)
+
+
+def _next(operands: Iterator[fx.Node], _: fx.Node) -> fx.Node:
+    return next(operands)
+
+
+def _dead_inputs(repetition: Repetition) -> tuple[int, ...]:
+    """The inputs that are read by their stretch alone, once, and have memory of their own: in all stretches."""
+
+    def is_dead(node: fx.Node, stretch: Sequence[fx.Node], given: Sequence[fx.Node]) -> bool:
+        return (
+            node.op == "call_function"
+            and given.count(node) == 1
+            and memory_of(node) is node
+            and is_made_new(node)
+            and set(node.users) <= set(stretch)
+        )
+
+    by_slot = zip(*repetition.inputs, strict=True)
+    return tuple(
+        slot
+        for slot, nodes in enumerate(by_slot)
+        if all(map(is_dead, nodes, repetition.stretches, repetition.inputs))
+    )
+
+
+def _call_in_place_of(
+    graph: fx.Graph, nodes: Sequence[fx.Node], called: _Called, given: Sequence[fx.Node]
+) -> None:
+    """Gives the readers of some nodes what a call of a graph gives."""
+    with graph.inserting_before(nodes[0]):
+        new = _add_call(graph, called, given)
+        found: list[Any] = [None] * len(_outputs(called.gm))
+        for node, (kind, index) in zip(nodes, called.outputs, strict=True):
+            if kind == "input":
+                node.replace_all_uses_with(given[index])
+                continue
+            found[index] = node.meta["val"]
+            member = graph.call_function(operator.getitem, (new, index))
+            member.meta = {key: x for key, x in node.meta.items() if key != "eager_input_vals"}
+            node.replace_all_uses_with(member)
+    new.meta["val"] = tuple(found)
