@@ -32,14 +32,16 @@ log = logging.getLogger("mst_fx")
 def hooked(
     stages: Sequence[Stage], options: Options, gm: fx.GraphModule, are_alike: bool = True
 ) -> contextlib.AbstractContextManager[None]:
-    """The joint graphs that are compiled inside of the block go through the stages that are wanted; without any, nothing is hooked in.
+    """The joint graphs that are compiled inside of the block go through the stages that are wanted.
+
+    Inductor's caches then tell what was compiled with these options from what was with others.
 
     Args:
         gm: the captured graph, rewritten.
         are_alike: as of :class:`~mst_fx.context.JointContext`.
     """
     stages = [stage for stage in stages if stage.wanted is None or stage.wanted(options, gm)]
-    if not stages:
+    if not stages and options.inner != "inductor":
         return contextlib.nullcontext()
     change = functools.partial(_run, stages, options, gm.graph.find_nodes(op="placeholder"), are_alike)
     is_cacheable = all(stage.is_cacheable for stage in stages)

@@ -9,8 +9,8 @@ It stands behind all that decides (the memory plan, exchanges of ranks, AOTAutog
 or sends to the host in one layer and not in another makes two kinds of layers, each compiled once. Tracing is what it was; for checkpointed layers
 of one process :mod:`mst_fx.equal_layers` spares that, too.
 
-Left as it is: a part without a loop or an attention of ours (Inductor would fuse less, to spare little); graphs with sizes that change; calls that write
-to what they are given, or call a graph themselves.
+Left as it is: what is shorter than a layer, or has no product (Inductor would fuse less, to spare little); graphs with sizes that change; calls that
+write to what they are given, or call a graph themselves.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import value
 from mst_fx.options import Options
 from mst_fx.torch_api.called_graphs import why_not_called
+from mst_fx.torch_api.layers import is_random
 from mst_fx.torch_api.ops import HigherOrderOperator, schema_of
 from mst_fx.torch_api.overwriting import shows_operand
 
@@ -34,7 +35,9 @@ log = logging.getLogger("mst_fx")
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _CONSTANTS = (aten.full.default, aten.scalar_tensor.default, prims.iota.default)
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _OF_A_LAYER = ("mst_fx::loop", "mst_fx::attention", "mst_fx::experts")
+_FEWEST = 16  # calls that are worth a graph of their own
 
 
 def may_fold(options: Options, patches: Mapping[str, Any]) -> bool:
@@ -52,7 +55,7 @@ def repeated_parts(graph: fx.Graph) -> list[Repetition]:
         return []
     _raise_seeds(graph)
     sink_free_calls(graph, _is_free)
-    found = list(find_repetitions(graph, _is_of_a_layer, _is_apart, _is_wait))
+    found = list(find_repetitions(graph, _is_of_a_layer, _is_apart, _is_wait, _FEWEST))
     for each in found:
         log.info("%d equal parts of %d calls are compiled once", len(each.stretches), len(each.stretches[0]))
     return found
@@ -64,13 +67,16 @@ def _has_symbols(found: Any) -> bool:
 
 
 def _raise_seeds(graph: fx.Graph) -> None:
-    """Reads the seeds of random numbers in front of all else: each layer's has another number."""
-    seeds = graph.find_nodes(op="call_function", target=prims.inductor_lookup_seed.default)
-    if seeds:
-        source = seeds[0].args[0]
-        last = source if source.op == "call_function" else graph.find_nodes(op="placeholder")[-1]  # type: ignore[union-attr]
-        for seed in reversed(seeds):
-            last.append(seed)  # type: ignore[union-attr]
+    """Draws and reads the seeds of random numbers in front of all else: each layer's has another number, and the first layer would draw
+    them for all."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    first = next((at for at, node in enumerate(calls) if is_random(node.target)), len(calls))
+    drawn = [node for node in calls[: first + 1] if node.target is prims.inductor_seeds.default]
+    read = [node for node in calls if node.target is prims.inductor_lookup_seed.default]
+    inputs = graph.find_nodes(op="placeholder")
+    known = {*inputs, *drawn}
+    for node in reversed([*drawn, *(node for node in read if node.args[0] in known)]):
+        inputs[-1].append(node)
 
 
 def _is_free(node: fx.Node) -> bool:
@@ -79,7 +85,8 @@ def _is_free(node: fx.Node) -> bool:
 
 
 def _is_of_a_layer(node: fx.Node) -> bool:
-    return operation(node).startswith(_OF_A_LAYER)
+    """Whether a call is one of those by which layers are found."""
+    return node.target in _PRODUCTS or operation(node).startswith(_OF_A_LAYER)
 
 
 def _is_apart(node: fx.Node) -> bool:

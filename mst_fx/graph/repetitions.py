@@ -37,16 +37,18 @@ class Repetition:
         stretches: their calls, in order: ``stretches[k][i]`` is equal to ``stretches[0][i]``.
         inputs: of each stretch what it reads of the rest of the graph: tensors that are alike in all of them.
         slots: the place in ``inputs`` of an operand from outside, by the place of its call and its own among the call's leaves.
-        outputs: the places of the calls that the rest of the graph reads, of whichever stretch.
+        outputs: of each stretch the places of the calls that the rest of the graph reads.
     """
 
     stretches: tuple[tuple[fx.Node, ...], ...]
     inputs: tuple[tuple[fx.Node, ...], ...]
     slots: dict[tuple[int, int], int]
-    outputs: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
 
 
-def find_repetitions(graph: fx.Graph, is_mark: Ask, is_apart: Ask, is_tied: Ask) -> Iterator[Repetition]:
+def find_repetitions(
+    graph: fx.Graph, is_mark: Ask, is_apart: Ask, is_tied: Ask, fewest: int = 1
+) -> Iterator[Repetition]:
     """The repetitions of a graph, no two of which have a call in common; of two that have, the one that spares more calls.
 
     Args:
@@ -54,6 +56,7 @@ def find_repetitions(graph: fx.Graph, is_mark: Ask, is_apart: Ask, is_tied: Ask)
         is_mark: of which calls each stretch has to have one.
         is_apart: which calls belong to no stretch.
         is_tied: which calls may not be cut off from what they read.
+        fewest: calls of a stretch.
     """
     calls = [node for node in graph.nodes if node.op == "call_function"]
     numbers: dict[Any, int] = {}
@@ -63,7 +66,7 @@ def find_repetitions(graph: fx.Graph, is_mark: Ask, is_apart: Ask, is_tied: Ask)
     waiting = [(0, len(calls))]
     while waiting:
         first, end = waiting.pop()
-        run = _longest_run(words, [at for at in marks if first <= at < end], first, end)
+        run = _longest_run(words, [at for at in marks if first <= at < end], first, end, fewest)
         if run is None:
             continue
         start, stop, period = run
@@ -96,27 +99,27 @@ def _constants(argument: Any) -> Any:
 
 def _kind(found: Any) -> Any:
     if isinstance(found, torch.Tensor):
-        return tuple(found.shape), found.stride(), found.dtype, found.device, found.storage_offset()
+        return tuple(found.shape), found.stride(), found.dtype, found.device
     if isinstance(found, (list, tuple)):
         return tuple(map(_kind, found))
     return type(found), repr(found)
 
 
 def _longest_run(
-    words: Sequence[int], marks: Sequence[int], first: int, end: int
+    words: Sequence[int], marks: Sequence[int], first: int, end: int, fewest: int
 ) -> tuple[int, int, int] | None:
     """Start, end and period of the run, between two places and with a mark, that spares most calls; the shortest period of these."""
     places: dict[int, list[int]] = collections.defaultdict(list)
     for at in marks:
         places[words[at]].append(at)
     periods = {
-        later - at
+        following - at
         for found in places.values()
         for index, at in enumerate(found)
-        for later in found[index + 1 : index + 1 + _FOLLOWERS]
+        for following in found[index + 1 : index + 1 + _FOLLOWERS]
     }
     best, most = None, 0
-    for period in sorted(periods):
+    for period in sorted(period for period in periods if period >= fewest):
         for start, stop in _runs(words, period, first, end):
             spared = ((stop - start) // period - 1) * period
             if spared > most and any(start <= at < stop for at in marks):
@@ -179,11 +182,10 @@ def _repetition(stretches: Stretches, is_tied: Ask) -> Repetition | None:
             elif len(places) > 1:
                 return None
     outputs = tuple(
-        at
-        for at, nodes in enumerate(zip(*stretches, strict=True))
-        if any(user not in inside for node, inside in zip(nodes, insides, strict=True) for user in node.users)
+        tuple(at for node, at in inside.items() if any(user not in inside for user in node.users))
+        for inside in insides
     )
-    if not inputs or not outputs:
+    if not inputs or not all(outputs):
         return None
     return Repetition(tuple(stretches), tuple(zip(*inputs, strict=True)), slots, outputs)
 

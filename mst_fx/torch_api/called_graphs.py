@@ -213,29 +213,31 @@ class Repetition(Protocol):
     @property
     def slots(self) -> Mapping[tuple[int, int], int]: ...
     @property
-    def outputs(self) -> Sequence[int]: ...
+    def outputs(self) -> Sequence[Sequence[int]]: ...
 
 
 def call_repetitions(
     gm: fx.GraphModule, repetitions: Sequence[Repetition], know: Callable[[fx.Graph], None]
 ) -> None:
-    """Puts calls of one graph in the place of equal stretches of calls, in a graph that goes to Inductor.
+    """Puts calls of one graph in the place of equal stretches of calls, in a graph that goes to Inductor: of one for all those that give
+    the same values, so that none holds what nobody reads behind it.
 
     Args:
         know: is told of each of these graphs.
     """
     for index, each in enumerate(repetitions):
         known: dict[Any, _Called] = {}
-        dead = _dead_inputs(each)
-        for stretch in each.stretches:
+        all_dead = [_dead_inputs(*pair) for pair in zip(each.stretches, each.inputs, strict=True)]
+        for stretch, places, dead in zip(each.stretches, each.outputs, all_dead, strict=True):
             given = _given(each, stretch)
-            are_aligned = tuple(is_aligned(x.meta["val"]) for x in given)
-            if are_aligned not in known:
-                name = f"repeated_graph_{index}_{len(known)}"
-                called = known[are_aligned] = _called(name, _graph_of_stretch(gm, each, stretch, given), dead)
+            results = [stretch[at] for at in places]
+            key = (places, dead, tuple(is_aligned(x.meta["val"]) for x in given))
+            if key not in known:
+                graph = _graph_of_stretch(gm, each, stretch, given, results)
+                called = known[key] = _called(f"repeated_graph_{index}_{len(known)}", graph, dead)
                 know(called.gm.graph)
-                gm.register_module(name, called.gm)
-            _call_in_place_of(gm.graph, [stretch[at] for at in each.outputs], known[are_aligned], given)
+                gm.register_module(called.name, called.gm)
+            _call_in_place_of(gm.graph, results, known[key], given)
             for node in reversed(stretch):
                 gm.graph.erase_node(node)
     if repetitions:
@@ -252,7 +254,11 @@ def _given(repetition: Repetition, stretch: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _graph_of_stretch(
-    gm: fx.GraphModule, repetition: Repetition, stretch: Sequence[fx.Node], given: Sequence[fx.Node]
+    gm: fx.GraphModule,
+    repetition: Repetition,
+    stretch: Sequence[fx.Node],
+    given: Sequence[fx.Node],
+    results: Sequence[fx.Node],
 ) -> fx.GraphModule:
     graph = fx.Graph()
     inputs = [graph.placeholder(f"input_{slot}") for slot in range(len(given))]
@@ -266,7 +272,7 @@ def _graph_of_stretch(
         )
         copies[node] = graph.node_copy(node, functools.partial(_next, operands))
         copies[node].meta = dict(node.meta)
-    set_outputs(graph.output(()), [copies[stretch[at]] for at in repetition.outputs])
+    set_outputs(graph.output(()), [copies[node] for node in results])
     return fx.GraphModule(gm, graph)
 
 
@@ -274,23 +280,17 @@ def _next(operands: Iterator[fx.Node], _: fx.Node) -> fx.Node:
     return next(operands)
 
 
-def _dead_inputs(repetition: Repetition) -> tuple[int, ...]:
-    """The inputs that are read by their stretch alone, once, and have memory of their own: in all stretches."""
-
-    def is_dead(node: fx.Node, stretch: Sequence[fx.Node], given: Sequence[fx.Node]) -> bool:
-        return (
-            node.op == "call_function"
-            and given.count(node) == 1
-            and memory_of(node) is node
-            and is_made_new(node)
-            and set(node.users) <= set(stretch)
-        )
-
-    by_slot = zip(*repetition.inputs, strict=True)
+def _dead_inputs(stretch: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> tuple[int, ...]:
+    """The inputs that a stretch alone reads, and that share their memory with nothing."""
+    inside = set(stretch)
     return tuple(
         slot
-        for slot, nodes in enumerate(by_slot)
-        if all(map(is_dead, nodes, repetition.stretches, repetition.inputs))
+        for slot, node in enumerate(inputs)
+        if node.op == "call_function"
+        and inputs.count(node) == 1
+        and memory_of(node) is node
+        and is_made_new(node)
+        and inside.issuperset(node.users)
     )
 
 

@@ -69,7 +69,7 @@ def test_mode_is_an_option_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile takes ``mode=`` or ``options=``, and not both."""
     seen: list[dict[str, Any]] = []
 
-    def compile_graph(gm: Any, inputs: Any, inner: str, patches: dict[str, Any], _: Any) -> Any:
+    def compile_graph(gm: Any, inputs: Any, inner: str, patches: dict[str, Any], *_: Any) -> Any:
         seen.append(patches)
         return gm.forward
 

@@ -20,16 +20,16 @@ from mst_fx.ops.arena import ARENA
 from mst_fx.options import bytes_in
 from mst_fx.passes import memory_plan
 from mst_fx.pipeline import JOINT_STAGES
-from mst_fx.plan.choices import Choice, choices_of
+from mst_fx.plan.choices import choices_of
 from mst_fx.plan.groups import groups_of, may_join, ways_in_groups
-from mst_fx.plan.joint_graph import JointGraph, is_attention
+from mst_fx.plan.joint_graph import JointGraph
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.recompute import make_again
 from mst_fx.stage import Stage, When
 from tests.helpers import ToyLM, loss_of, step, token_batch, worst_error
 from tests.models import ACCEPTED, inputs_of
 from tests.operators import ATTENTION, times_run
-from tests.plan.ways import PLAIN, STRICT, Ways
+from tests.plan.ways import PLAIN, STRICT, Grouped, Ways, way_of
 from tools.meters.cpu import measure_cpu
 
 _LENGTH = 96
@@ -40,34 +40,6 @@ def _model(layers: int, length: int) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     entry = ACCEPTED["llama"]
     return entry.build(num_hidden_layers=layers).train(), inputs_of(entry, 1, length)
-
-
-class Grouped:
-    """A stage that takes one choice for every layer, in groups of so many, and remembers what it did.
-
-    Args:
-        is_sent: whether what the early layers keep is on the host.
-    """
-
-    def __init__(self, index: int, size: int, is_sent: bool = False) -> None:
-        self.index, self.size, self.is_sent = index, size, is_sent
-        self.chosen: list[Choice] = []
-
-    def __call__(self, context: JointContext) -> None:
-        joint = JointGraph(context.graph)
-        every = [choices_of(layer, joint.kept_anyway) for layer in layers_of(joint)[:-1]]
-        chosen = [those[min(self.index, len(those) - 1)] for those in every]
-        assert may_join(joint, every) == [False, *[True] * (len(chosen) - 1)]
-        self.chosen = [c.without_start() if i % self.size else c for i, c in enumerate(chosen)]
-        if self.is_sent:
-            last = (len(chosen) - 1) // self.size * self.size
-            self.chosen = [c.on_host() if i < last else c for i, c in enumerate(self.chosen)]
-        make_again(joint, self.chosen)
-        self.attention = sum(map(is_attention, context.graph.nodes))
-
-
-def _way(grouped: Grouped) -> tuple[Sequence[Stage], dict[str, Any]]:
-    return (Stage("memory", grouped.__call__, when=When.JOINT),), STRICT
 
 
 @pytest.mark.slow
@@ -83,7 +55,7 @@ def test_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         Grouped(0, 2, is_sent=True),
         Grouped(1, 3, is_sent=True),
     ]
-    compiled = Ways(monkeypatch, model, [PLAIN, *map(_way, every)])
+    compiled = Ways(monkeypatch, model, [PLAIN, *map(way_of, every)])
     loss, truth = step(model, compiled.run, batch)
     for compiled.now, grouped in enumerate(every, start=1):
         found = compiled.run(**batch)
@@ -109,7 +81,7 @@ def test_other_models_in_groups_have_the_same_bits(name: str, monkeypatch: pytes
     entry = ACCEPTED[name]
     model, batch = entry.build().train(), inputs_of(entry, 1, _LENGTH)
     grouped = Grouped(0, 2)
-    compiled = Ways(monkeypatch, model, [PLAIN, _way(grouped)])
+    compiled = Ways(monkeypatch, model, [PLAIN, way_of(grouped)])
     loss, truth = step(model, compiled.run, batch)
     compiled.now = 1
     found, gradients = step(model, compiled.run, batch)

@@ -303,23 +303,23 @@ def test_scaling_does_not_round_the_tangent(size: int) -> None:
 @pytest.mark.parametrize("size", [1000, 2048, 4095])
 @pytest.mark.parametrize("is_trained", [False, True], ids=["", "slopes are trained"])
 def test_alibi(size: int, is_trained: bool) -> None:
-    """By a kernel that reads the bias; in chunks where the bias wants a gradient, which the kernel does not give."""
+    """By a kernel that reads the bias, in 16 bits; in chunks where the bias wants a gradient, which the kernel does not give: in 32 bits, since in 16 a
+    slope's gradient is what rounding leaves of large sums."""
     batch, heads, width = 2, 4, 64
+    dtype = torch.float32 if is_trained else torch.bfloat16
     made = [
-        torch.randn(batch, size, heads, width, device="cuda").bfloat16().transpose(1, 2) for _ in range(4)
+        torch.randn(batch, size, heads, width, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(4)
     ]
-    slopes = -torch.tensor([0.5, 0.25, 0.1, 0.02], device="cuda").bfloat16()
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device="cuda", dtype=dtype)
     *operands, tangent = [x.requires_grad_() for x in made[:3]] + [made[3]]
     leaves = [*operands, slopes.requires_grad_()] if is_trained else operands
-
-    distance = (torch.arange(size, device="cuda") - (size - 1)).bfloat16()
+    distance = torch.arange(size, device="cuda") - (size - 1)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
         place = torch.arange(size, device="cuda")
-        bias = slopes[:, None] * distance.to(slopes.dtype)
-        if bias.dtype == torch.float64:  # what 16 bits make of a bias is no matter here
-            rounded = slopes.detach().bfloat16()[:, None] * distance
-            bias = bias + (rounded.double() - bias).detach()
+        bias = (slopes[:, None].float() * distance).to(dtype).to(query.dtype)  # rounded once, as Bloom's
+        if is_trained:
+            bias = slopes[:, None] * distance
         scores = query @ key.mT / 8 + bias[None, :, None]
         hidden = torch.zeros((), dtype=query.dtype, device="cuda").where(
             place[:, None] >= place, float("-inf")
@@ -339,5 +339,5 @@ def test_alibi(size: int, is_trained: bool) -> None:
         ways.append([out, *torch.autograd.grad(out, leaves, tangent)])
     for index, (plain, mine, true) in enumerate(zip(*ways, truth, strict=True)):
         error = relative_error(mine, true)
-        assert error <= 1.1 * relative_error(plain, true), index
+        assert error <= 1.1 * relative_error(plain, true) or (is_trained and error <= 1e-5), index
         assert is_trained or error <= 0.01, index  # the kernel adds in 32 bits

@@ -1,0 +1,196 @@
+"""Equal layers are compiled once, whatever was done to them: that they are, and that bits and bytes stay.
+
+With real Inductor, since no other compiler gets such graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._inductor.utils import fresh_inductor_cache
+from torch.utils.checkpoint import checkpoint
+
+from mst_fx.torch_api import called_graphs, inductor
+from tests.helpers import GatedMLP, loss_of, step, worst_error
+from tests.models import ACCEPTED, inputs_of
+from tests.operators import ATTENTION, times_run
+from tests.plan.ways import Grouped, Ways, way_of
+from tools.meters.cpu import measure_cpu
+
+pytestmark = pytest.mark.slow
+
+WIDTH = 8
+SMALL = {"chunk_rows": 8, "vocab_chunk_rows": 8}
+
+
+class Layer(nn.Module):
+    def __init__(self, inner: int = 24, drops: bool = False) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.drops = nn.LayerNorm(WIDTH), GatedMLP(WIDTH, inner), drops
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        made = self.mlp(self.norm(x))
+        return x + (F.dropout(made, 0.5) if self.drops else made)
+
+
+class Stack(nn.Module):
+    """Layers in float64, one after the other, and something in front of them and behind."""
+
+    def __init__(self, *layers: nn.Module, is_checkpointed: bool = False) -> None:
+        super().__init__()
+        self.first, self.layers, self.is_checkpointed = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.ModuleList(layers),
+            is_checkpointed,
+        )
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).cos()
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.is_checkpointed else layer(x)
+        return x.mean(1).sin().sum()
+
+
+def _x(length: int = 32) -> Tensor:
+    return torch.linspace(-1, 1, 2 * length * WIDTH, dtype=torch.float64).reshape(2, length, WIDTH)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
+    """For each graph that goes to Inductor, of each repetition the number of parts."""
+    found: list[list[int]] = []
+    call = called_graphs.call_repetitions
+
+    def watched(gm: fx.GraphModule, repetitions: Sequence[Any], *rest: Any) -> None:
+        found.append([len(each.stretches) for each in repetitions])
+        call(gm, repetitions, *rest)
+
+    monkeypatch.setattr(inductor, "call_repetitions", watched)
+    with fresh_inductor_cache():
+        yield found
+
+
+def _compiled(model: Any, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="mst", options={**SMALL, **options}, fullgraph=True)
+
+
+def _step(
+    model: nn.Module, run: Callable[..., Any], batch: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    return step(model, run, batch)
+
+
+def _check_bits(model: nn.Module, batch: dict[str, Any], **options: Any) -> None:
+    """A step gives the bits that it gives where each layer is compiled by itself."""
+    loss, truth = _step(model, _compiled(model, layers="each", **options), batch)
+    found_loss, found = _step(model, _compiled(model, **options), batch)
+    assert torch.equal(found_loss, loss) and found.keys() == truth.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in truth.items())
+
+
+def test_layers_without_checkpoints(parts: list[list[int]]) -> None:
+    model, batch = Stack(*(Layer() for _ in range(4))), {"x": _x()}
+    _check_bits(model, batch)
+    assert parts == [[], [], [4], [4]]
+    loss, truth = step(model, model, batch)
+    found_loss, found = step(model, _compiled(model), batch)
+    assert abs(found_loss - loss) <= 1e-12 * abs(loss) and worst_error(found, truth) <= 1e-12
+
+
+def test_layers_of_two_kinds(parts: list[list[int]]) -> None:
+    """In a row, and one more."""
+    model = Stack(*(Layer() for _ in range(3)), *(Layer(inner=40) for _ in range(2)), Layer(inner=56))
+    _check_bits(model, {"x": _x()})
+    assert [sorted(each) for each in parts[2:]] == [[2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_random_numbers(parts: list[list[int]], is_checkpointed: bool) -> None:
+    """Each layer draws its own, and the same as before."""
+    model = Stack(*(Layer(drops=True) for _ in range(3)), is_checkpointed=is_checkpointed)
+    _check_bits(model, {"x": _x()})
+    assert parts[2:] == [[3], [3]]
+
+
+def test_two_backward_passes(parts: list[list[int]]) -> None:
+    """The second finds what the first read."""
+    model, x = Stack(*(Layer() for _ in range(3))), _x()
+    compiled = _compiled(model)
+    loss = compiled(x)
+    once = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(map(torch.equal, once, again)) and parts == [[3], [3]]
+
+
+def test_parameters_at_odd_addresses(parts: list[list[int]]) -> None:
+    """Kernels that count on even ones are not given them: another graph is called."""
+    model = Stack(*(Layer() for _ in range(4)))
+    for layer in model.layers[2:]:
+        whole = torch.randn(WIDTH * 24 + 1, dtype=torch.float64)
+        layer.mlp.up.weight = nn.Parameter(whole[1:].view(24, WIDTH))  # type: ignore[union-attr]
+    _check_bits(model, {"x": _x()})
+    assert parts[2:] == [[4], [4]]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "each": {"layers": "each"},
+    "C++": {"inductor": {"cpp_wrapper": True}},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_leave_all(name: str, parts: list[list[int]]) -> None:
+    with torch.no_grad():
+        _compiled(Stack(*(Layer() for _ in range(3))), **SETTINGS[name])(_x())
+    assert parts == [[]]
+
+
+def test_sizes_that_change_leave_all(parts: list[list[int]]) -> None:
+    model = Stack(*(Layer() for _ in range(3)))
+    torch._dynamo.reset()
+    torch.compile(model, backend="mst", options={**SMALL}, dynamic=True)(_x()).backward()
+    assert parts == [[], []]
+
+
+PLANS = {
+    "all but a start is kept": lambda: Grouped(1, 3),
+    "groups": lambda: Grouped(0, 2),
+    "groups on the host": lambda: Grouped(0, 2, is_sent=True),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans(name: str, parts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, attention as often, and no more memory: in the order of the graph, which Inductor would change where that saves a little."""
+    torch.manual_seed(0)
+    entry = ACCEPTED["llama"]
+    model: Any = entry.build(num_hidden_layers=6).train()
+    batch = inputs_of(entry, 1, 384)
+    as_ordered = {"inner": "inductor", "inductor": {"reorder_for_peak_memory": False}}
+    stages, strict = way_of(PLANS[name]())
+    ways = [(stages, {**strict, **as_ordered, "layers": layers}) for layers in ("each", "once")]
+    compiled = Ways(monkeypatch, model, ways, SMALL)
+    run = functools.partial(_step, model, compiled.run, batch)
+    found = []
+    for compiled.now in (0, 1, 0, 1):  # what one finds in the host's arena depends on what was there before
+        loss, gradients = run()
+        model.zero_grad(set_to_none=True)
+        with measure_cpu() as measured:
+            loss_of(compiled.run(**batch)).backward()
+        found.append((loss, gradients, times_run(ATTENTION, run), measured.peak_bytes))
+    (loss, truth, times, peak), (found_loss, mine, mine_times, mine_peak) = found[2:]
+    assert torch.equal(found_loss, loss) and all(torch.equal(mine[name], truth[name]) for name in truth)
+    assert mine_times == times
+    sines = 2 * 384 * 16 * 4  # times 1.0: a part is given them, where kernels would make them again
+    assert mine_peak <= peak + sines, (mine_peak, peak)
+    assert sorted(map(bool, parts)) == [False, False, True, True]
