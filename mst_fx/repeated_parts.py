@@ -37,6 +37,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 _CONSTANTS = (aten.full.default, aten.scalar_tensor.default, prims.iota.default)
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _OF_A_LAYER = ("mst_fx::loop", "mst_fx::attention", "mst_fx::experts")
+_SUMS = (aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 _FEWEST = 16  # calls that are worth a graph of their own
 
 
@@ -55,7 +56,7 @@ def repeated_parts(graph: fx.Graph) -> list[Repetition]:
         return []
     _raise_seeds(graph)
     sink_free_calls(graph, _is_free)
-    found = list(find_repetitions(graph, _is_of_a_layer, _is_apart, _is_wait, _FEWEST))
+    found = list(find_repetitions(graph, _is_of_a_layer, _is_apart, _is_wait, _may_cross, _FEWEST))
     for each in found:
         log.info("%d equal parts of %d calls are compiled once", len(each.stretches), len(each.stretches[0]))
     return found
@@ -81,7 +82,23 @@ def _raise_seeds(graph: fx.Graph) -> None:
 
 def _is_free(node: fx.Node) -> bool:
     """Whether a call makes nothing: a view, or a constant, which Inductor writes into kernels."""
-    return node.op == "call_function" and (node.target in _CONSTANTS or shows_operand(node))
+    if node.op != "call_function" or not shows_operand(node):
+        return node.target in _CONSTANTS
+    return not _is_flattened(node.args[0])  # type: ignore[arg-type]
+
+
+def _may_cross(node: fx.Node) -> bool:
+    return not _is_flattened(node)
+
+
+def _is_flattened(node: fx.Node) -> bool:
+    """Whether the kernels of a sum may give it with one dimension, whatever it has: as columns' sums that Inductor makes beside rows'
+    (``codegen_mix_order_reduction``, torch 2.11 and 2.12). A view of it is right, and is what others are given."""
+    if node.target not in _SUMS or node.meta["val"].ndim == 1:
+        return False
+    source, dims = node.args[:2]
+    last = source.meta["val"].ndim - 1  # type: ignore[union-attr]
+    return not any(d in (-1, last) for d in dims)  # type: ignore[union-attr]
 
 
 def _is_of_a_layer(node: fx.Node) -> bool:

@@ -47,7 +47,7 @@ class Repetition:
 
 
 def find_repetitions(
-    graph: fx.Graph, is_mark: Ask, is_apart: Ask, is_tied: Ask, fewest: int = 1
+    graph: fx.Graph, is_mark: Ask, is_apart: Ask, is_tied: Ask, may_cross: Ask, fewest: int = 1
 ) -> Iterator[Repetition]:
     """The repetitions of a graph, no two of which have a call in common; of two that have, the one that spares more calls.
 
@@ -56,6 +56,7 @@ def find_repetitions(
         is_mark: of which calls each stretch has to have one.
         is_apart: which calls belong to no stretch.
         is_tied: which calls may not be cut off from what they read.
+        may_cross: which values may be read from another stretch than that which makes them.
         fewest: calls of a stretch.
     """
     calls = [node for node in graph.nodes if node.op == "call_function"]
@@ -71,7 +72,7 @@ def find_repetitions(
             continue
         start, stop, period = run
         for stretches in _cut(calls, alive, start, stop, period):
-            found = _repetition(stretches, is_tied)
+            found = _repetition(stretches, is_tied, may_cross)
             if found is not None:
                 yield found
                 break
@@ -167,7 +168,7 @@ def _bytes_alive(calls: Sequence[fx.Node]) -> list[float]:
     return [math.inf if count else size for size, count in pairs]
 
 
-def _repetition(stretches: Stretches, is_tied: Ask) -> Repetition | None:
+def _repetition(stretches: Stretches, is_tied: Ask, may_cross: Ask) -> Repetition | None:
     """What equal calls make, if they read the same of their own stretch."""
     insides = [{node: at for at, node in enumerate(stretch)} for stretch in stretches]
     slots: dict[tuple[int, int], int] = {}
@@ -186,6 +187,9 @@ def _repetition(stretches: Stretches, is_tied: Ask) -> Repetition | None:
         for inside in insides
     )
     if not inputs or not all(outputs):
+        return None
+    given = [stretch[at] for stretch, places in zip(stretches, outputs, strict=True) for at in places]
+    if not all(map(may_cross, [*itertools.chain(*inputs), *given])):
         return None
     return Repetition(tuple(stretches), tuple(zip(*inputs, strict=True)), slots, outputs)
 

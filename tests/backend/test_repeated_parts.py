@@ -132,6 +132,34 @@ def test_two_backward_passes(parts: list[list[int]]) -> None:
     assert all(map(torch.equal, once, again)) and parts == [[3], [3]]
 
 
+class _Scaled(Layer):
+    """The gradient of the scale is a sum of two dimensions and more, which the backward pass of the layer before may read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.scaled_dot_product_attention(x * self.scale, x, x, is_causal=True))
+
+
+def test_sums_that_lose_a_dimension_are_given_as_views(
+    parts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that kernels of a GPU may give with one, in torch 2.11."""
+    given: list[Any] = []
+    call = called_graphs._called
+
+    def watched(name: str, whole: fx.GraphModule, *rest: Any) -> Any:
+        given.extend(node.target for node in whole.graph.output_node().args[0])  # type: ignore[union-attr]
+        return call(name, whole, *rest)
+
+    monkeypatch.setattr(called_graphs, "_called", watched)
+    _check_bits(Stack(*(_Scaled() for _ in range(4))), {"x": _x()})
+    assert all(parts[2:]) and torch.ops.aten.view.default in given
+    assert torch.ops.aten.sum.dim_IntList not in given
+
+
 def test_parameters_at_odd_addresses(parts: list[list[int]]) -> None:
     """Kernels that count on even ones are not given them: another graph is called."""
     model = Stack(*(Layer() for _ in range(4)))
