@@ -30,7 +30,7 @@ class Options:
         logits: whether a logits output may be deferred: ``"auto"`` (when the loss of the same graph
             consumes the logits), ``"keep"`` (never) or ``"defer"`` (also when there is no loss).
         inner: compiler of the rewritten graph and of the loops' bodies.
-        layers: how checkpointed layers that are equal are compiled: ``"once"`` (one of them, for all) or ``"each"`` by itself.
+        layers: how layers that are equal are compiled: ``"once"`` (one of them, for all) or ``"each"`` by itself.
         memory: plans what is kept for the backward pass and what is made again, so that the step is the fastest that
             fits: bytes that may be allocated on the device at the peak of a step, as ``"70GiB"`` or an int, or ``"auto"``: what is
             free when the step is compiled, less an optimizer's states. None: no plan; the checkpointing in the model decides.
