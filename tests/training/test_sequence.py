@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import mst_fx
+from mst_fx.graph.repetitions import Repetition
 from mst_fx.logits.tensor import DeferredLogits
 from mst_fx.options import make_options
 from mst_fx.passes import averages
@@ -37,6 +38,7 @@ from mst_fx.plan.joint_graph import JointGraph, is_under_way
 from mst_fx.plan.recompute import make_again
 from mst_fx.plan.room import Room, room_for
 from mst_fx.ranks.shares import Heads, shares_of
+from mst_fx.repeated_parts import repeated_parts
 from tests import apart
 from tests.helpers import (
     SMALL_CHUNKS,
@@ -552,13 +554,22 @@ def _planned(memory: str | None, inner: str, rank: int) -> dict[str, Any]:
         room = room_for(memory, joint)
         return dataclasses.replace(room, budget=room.budget - lacking)
 
+    repeated: list[list[int]] = []
+
+    def watched(graph: fx.Graph) -> list[Repetition]:
+        found = repeated_parts(graph)
+        repeated.append([len(each.stretches) for each in found])
+        return found
+
     with mst_fx.watch() as report, pytest.MonkeyPatch.context() as patch:
         patch.setattr("mst_fx.passes.memory_plan.room_for", less_room)
+        patch.setattr("mst_fx.compiling.repeated_parts", watched)
         loss = model(**inputs_of(ACCEPTED["llama"], 1, 512)).loss
         loss.backward()
     averaged = torch.clone if in_graph else _mean
     gradients = {name: averaged(p.grad) for name, p in model.named_parameters()}  # type: ignore[arg-type]
-    return {"loss": loss.detach(), "gradients": gradients, "plans": list(map(str, report.plans))}
+    plans = list(map(str, report.plans))
+    return {"loss": loss.detach(), "gradients": gradients, "plans": plans, "repeated": repeated}
 
 
 def _plans(rank: int) -> dict[str, Any]:
@@ -585,6 +596,8 @@ def test_ranks_take_one_plan(two: list[Any]) -> None:
         assert first[memory]["plans"] == second[memory]["plans"] != []
     assert "of 5.5 MiB" in first["6MiB"]["plans"][0] and "attention" in first["6MiB"]["plans"][0]
     assert "attention" not in first["1GiB"]["plans"][0]
+    assert first["1GiB"]["repeated"] == second["1GiB"]["repeated"] and first["6MiB"]["repeated"] == []
+    assert [max(each, default=0) >= 3 for each in first["1GiB"]["repeated"]] == [True, True]  # of four layers
     assert "BudgetError: no memory plan fits" in first["too little"] == second["too little"]
 
 
