@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +98,8 @@ def _compiled(
         return with_bodies_alive(compiled, (*result.bodies, *layers.values()))
 
     are_alike = True
-    repetitions = repeated_parts if may_fold(checked, patches) else None
+    is_shared = may_fold(checked, patches)
+    repetitions = functools.partial(repeated_parts, strict=checked.strict) if is_shared else None
     if group is None:
         result = passed()
         compiled = compiled_graph()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_fx.errors import defect
 from mst_fx.graph.repetitions import Repetition, find_repetitions, sink_free_calls
 from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import value
@@ -46,17 +47,24 @@ def may_fold(options: Options, patches: Mapping[str, Any]) -> bool:
     return options.layers == "once" and options.inner == "inductor" and not why_not_called(patches)
 
 
-def repeated_parts(graph: fx.Graph) -> list[Repetition]:
+def repeated_parts(graph: fx.Graph, strict: bool = False) -> list[Repetition]:
     """Equal layers of a graph that goes to Inductor. Values of the graph that cost nothing are made once more for each reader.
 
     Args:
         graph: of one pass, as AOTAutograd's partitioner gives it.
+        strict: whether a defect of ours is raised; else the graph is compiled whole, as it would be without.
     """
     if any(_has_symbols(value(node)) for node in graph.find_nodes(op="placeholder")):
         return []
-    _raise_seeds(graph)
-    sink_free_calls(graph, _is_free)
-    found = list(find_repetitions(graph, _is_of_a_layer, _is_apart, _is_wait, _may_cross, _FEWEST))
+    try:
+        _raise_seeds(graph)
+        sink_free_calls(graph, _is_free)
+        found = list(find_repetitions(graph, _is_of_a_layer, _is_apart, _is_wait, _may_cross, _FEWEST))
+    except Exception as error:
+        if strict:
+            raise
+        defect("looks for no equal parts in a graph", error)
+        return []
     for each in found:
         log.info("%d equal parts of %d calls are compiled once", len(each.stretches), len(each.stretches[0]))
     return found
@@ -96,9 +104,9 @@ def _is_flattened(node: fx.Node) -> bool:
     (``codegen_mix_order_reduction``, torch 2.11 and 2.12). A view of it is right, and is what others are given."""
     if node.target not in _SUMS or node.meta["val"].ndim == 1:
         return False
-    source, dims = node.args[:2]
-    last = source.meta["val"].ndim - 1  # type: ignore[union-attr]
-    return not any(d in (-1, last) for d in dims)  # type: ignore[union-attr]
+    source: Any = node.args[0]
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    return bool(dims) and not {-1, source.meta["val"].ndim - 1} & set(dims)
 
 
 def _is_of_a_layer(node: fx.Node) -> bool:

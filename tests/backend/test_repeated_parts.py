@@ -183,6 +183,19 @@ def test_settings_that_leave_all(name: str, parts: list[list[int]]) -> None:
     assert parts == [[]]
 
 
+def test_a_defect_leaves_all(parts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise IndexError("here")
+
+    monkeypatch.setattr("mst_fx.repeated_parts.find_repetitions", fails)
+    model = Stack(*(Layer() for _ in range(3)))
+    with torch.no_grad():
+        assert torch.allclose(_compiled(model)(_x()), model(_x()), rtol=1e-12)
+        assert parts == [[]]
+        with pytest.raises(Exception, match="here"):
+            _compiled(model, strict=True)(_x())
+
+
 def test_sizes_that_change_leave_all(parts: list[list[int]]) -> None:
     model = Stack(*(Layer() for _ in range(3)))
     torch._dynamo.reset()

@@ -556,8 +556,8 @@ def _planned(memory: str | None, inner: str, rank: int) -> dict[str, Any]:
 
     repeated: list[list[int]] = []
 
-    def watched(graph: fx.Graph) -> list[Repetition]:
-        found = repeated_parts(graph)
+    def watched(graph: fx.Graph, strict: bool) -> list[Repetition]:
+        found = repeated_parts(graph, strict)
         repeated.append([len(each.stretches) for each in found])
         return found
 
