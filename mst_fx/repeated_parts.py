@@ -54,7 +54,7 @@ def repeated_parts(graph: fx.Graph, strict: bool = False) -> list[Repetition]:
         graph: of one pass, as AOTAutograd's partitioner gives it.
         strict: whether a defect of ours is raised; else the graph is compiled whole, as it would be without.
     """
-    if any(_has_symbols(value(node)) for node in graph.find_nodes(op="placeholder")):
+    if any(map(_has_symbols, graph.nodes)):
         return []
     try:
         _raise_seeds(graph)
@@ -70,8 +70,15 @@ def repeated_parts(graph: fx.Graph, strict: bool = False) -> list[Repetition]:
     return found
 
 
-def _has_symbols(found: Any) -> bool:
-    sizes = found.shape if isinstance(found, torch.Tensor) else (found,)
+def _has_symbols(node: fx.Node) -> bool:
+    """Whether a size of what a node gives, or a number, is not known."""
+    found = value(node)
+    every = found if isinstance(found, list | tuple) else [found]
+    sizes = [
+        x
+        for each in every
+        for x in ((*each.shape, *each.stride()) if isinstance(each, torch.Tensor) else (each,))
+    ]
     return any(isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool) for x in sizes)
 
 

@@ -359,12 +359,18 @@ def test_joint_stages(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_hook_without_joint_stages() -> None:
+    """But for Inductor's caches, which a pass tells with what options a graph was compiled."""
     before = (torch._inductor.config.joint_custom_post_pass, torch._functorch.config.joint_custom_pass)
     captured = fx.symbolic_trace(nn.Identity())
-    with joint.hooked(pipeline.JOINT_STAGES, Options(), captured):
+    with joint.hooked(pipeline.JOINT_STAGES, Options(inner="aot_eager"), captured):
         assert before == (
             torch._inductor.config.joint_custom_post_pass,
             torch._functorch.config.joint_custom_pass,
         )
+    keys = []
+    for options in (Options(), Options(layers="each"), Options()):
+        with joint.hooked(pipeline.JOINT_STAGES, options, captured):
+            keys.append(torch._inductor.config.joint_custom_post_pass.uuid())  # type: ignore[union-attr]
+    assert keys[0] == keys[2] != keys[1] and None not in keys
     with joint.hooked((Stage("look", _fail, when=When.JOINT),), Options(), captured):
         assert torch._inductor.config.joint_custom_post_pass is not before[0]
