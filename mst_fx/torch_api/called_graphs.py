@@ -225,10 +225,11 @@ def call_repetitions(
     Args:
         know: is told of each of these graphs.
     """
-    for index, each in enumerate(repetitions):
+    # Before anything is changed: who reads a value is asked of the node that made it.
+    all_dead = [list(map(_dead_inputs, each.stretches, each.inputs)) for each in repetitions]
+    for index, (each, dead_inputs) in enumerate(zip(repetitions, all_dead, strict=True)):
         known: dict[Any, _Called] = {}
-        all_dead = [_dead_inputs(*pair) for pair in zip(each.stretches, each.inputs, strict=True)]
-        for stretch, places, dead in zip(each.stretches, each.outputs, all_dead, strict=True):
+        for stretch, places, dead in zip(each.stretches, each.outputs, dead_inputs, strict=True):
             given = _given(each, stretch)
             results = [stretch[at] for at in places]
             key = (places, dead, tuple(is_aligned(x.meta["val"]) for x in given))

@@ -122,6 +122,35 @@ def test_random_numbers(parts: list[list[int]], is_checkpointed: bool) -> None:
     assert parts[2:] == [[3], [3]]
 
 
+class _Shifted(nn.Module):
+    """Layers of two kinds, and between them a parameter, whose gradient is what the backward pass of the first kind is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Stack(*(Layer() for _ in range(3)))
+        self.second = nn.ModuleList(Layer(inner=40) for _ in range(5))  # looked at first, being more
+        self.shift = nn.Parameter(torch.linspace(-1, 1, 2 * 32 * WIDTH).view(2, 32, WIDTH))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first.first(x).cos()
+        for layer in self.first.layers:
+            x = layer(x)
+        x = x + self.shift
+        for layer in self.second:
+            x = layer(x)
+        return x.mean(1).sin().sum()
+
+
+def test_nobody_writes_over_what_another_repetition_gives(parts: list[list[int]]) -> None:
+    model = _Shifted()
+    _check_bits(model, {"x": _x()})
+    assert all(len(each) == 2 for each in parts[2:]), parts
+    loss, truth = step(model, model, {"x": _x()})
+    found_loss, found = step(model, _compiled(model), {"x": _x()})
+    assert abs(found_loss - loss) <= 1e-12 * abs(loss) and worst_error(found, truth) <= 1e-12
+
+
 def test_two_backward_passes(parts: list[list[int]]) -> None:
     """The second finds what the first read."""
     model, x = Stack(*(Layer() for _ in range(3))), _x()

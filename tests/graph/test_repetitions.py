@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mst_fx.ops  # noqa: F401  (registers the operators)
 from mst_fx.graph.repetitions import Repetition, find_repetitions, sink_free_calls
 from mst_fx.repeated_parts import _is_free
+from mst_fx.torch_api import called_graphs
 from mst_fx.torch_api.called_graphs import call_repetitions
 
 aten = torch.ops.aten
@@ -117,6 +118,35 @@ def test_two_repetitions() -> None:
         return [x]
 
     _check(run, _inputs(8), [3, 3])
+
+
+def test_what_two_read_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second repetition is given what the first makes, and so is somebody else: nobody may write over it."""
+
+    def run(x: Tensor, scale: Tensor, *weights: Tensor) -> list[Tensor]:
+        for w in weights[:4]:
+            x = (_layer(x, w, scale) + x.cos() * x) @ w
+        between = x
+        for w in weights[4:]:
+            x = x - (x.cos() @ w) * scale
+        return [x, between]
+
+    dead: list[str] = []
+    find = called_graphs._dead_inputs
+
+    def watched(stretch: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> tuple[int, ...]:
+        found = find(stretch, inputs)
+        dead.extend(inputs[slot].name for slot in found)
+        return found
+
+    monkeypatch.setattr(called_graphs, "_dead_inputs", watched)
+    gm = _traced(run, *_inputs(9))
+    given = [x.name for x in gm.graph.output_node().args[0]]  # type: ignore[union-attr]
+    found = _found(gm)
+    assert [len(each.stretches) for each in found] == [4, 3]
+    assert given[1] in {x.name for each in found for x in each.inputs[0]}
+    call_repetitions(gm, found, lambda _: None)
+    assert dead and given[1] not in dead
 
 
 @pytest.mark.parametrize("other", ["constant", "type", "operands", "size"])
