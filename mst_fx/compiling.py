@@ -24,7 +24,7 @@ from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import JOINT_STAGES, Result, run_passes
 from mst_fx.process import Said
 from mst_fx.ranks.faults import MEMBERS, guarded
-from mst_fx.repeated_parts import may_fold, repeated_parts
+from mst_fx.repeated_parts import repeated_parts, why_none
 from mst_fx.switch import NAME, is_off
 from mst_fx.together import compile_together, run_together, with_same_batches
 from mst_fx.torch_api.dynamo import settle_floats
@@ -98,8 +98,8 @@ def _compiled(
         return with_bodies_alive(compiled, (*result.bodies, *layers.values()))
 
     are_alike = True
-    is_shared = may_fold(checked, patches)
-    repetitions = functools.partial(repeated_parts, strict=checked.strict) if is_shared else None
+    find = functools.partial(repeated_parts, strict=checked.strict)
+    repetitions = None if why_none(checked, patches) else find
     if group is None:
         result = passed()
         compiled = compiled_graph()

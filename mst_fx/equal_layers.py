@@ -31,6 +31,7 @@ import torch
 from torch import fx
 
 import mst_fx.ops  # noqa: F401  (registers the operators)
+from mst_fx import repeated_parts
 from mst_fx.bodies.layer import LAYERS, LayerGraph
 from mst_fx.errors import Refusal, defect
 from mst_fx.graph.edit import copy_graph, drop_unused_subgraphs
@@ -42,7 +43,7 @@ from mst_fx.graph.values import is_plain, storage_keys, tensors_of, value
 from mst_fx.options import Options
 from mst_fx.torch_api import layers as torch_layers
 from mst_fx.torch_api.autograd import without_saved_tensors_hooks
-from mst_fx.torch_api.called_graphs import is_aligned, why_not_called
+from mst_fx.torch_api.called_graphs import is_aligned
 from mst_fx.torch_api.fakes import mode_of
 from mst_fx.torch_api.ops import HigherOrderOperator
 from mst_fx.torch_api.tensors import tree_leaves
@@ -100,17 +101,13 @@ def fold_equal_layers(
 
 
 def _why_none(options: Options, patches: Mapping[str, Any]) -> str:
-    if options.layers == "each":
-        return "the option layers says so"
-    if options.inner != "inductor":
-        return f"inner is {options.inner}"
+    if reason := repeated_parts.why_none(options, patches):
+        return reason
     if options.memory is not None:
         return "the memory plan looks into them"
     if options.group is not None:
         return "a group of ranks works on each sequence"
-    if torch.is_inference_mode_enabled():
-        return "inference_mode"
-    return why_not_called(patches)
+    return "inference_mode" if torch.is_inference_mode_enabled() else ""
 
 
 def _groups(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:

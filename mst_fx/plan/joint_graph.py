@@ -225,9 +225,14 @@ def is_exchange(node: fx.Node) -> bool:
     return operation(node).startswith("_c10d_functional::")
 
 
+def is_wait(node: fx.Node) -> bool:
+    """Whether a call waits for a functional collective, which writes to the memory that it is given, whatever its schema says."""
+    return operation(node) == "_c10d_functional::wait_tensor"
+
+
 def is_under_way(node: fx.Node) -> bool:
     """Whether a value is that of a collective that nobody has waited for."""
-    return is_exchange(node) and operation(node) != "_c10d_functional::wait_tensor"
+    return is_exchange(node) and not is_wait(node)
 
 
 def _has_no_dropout(node: fx.Node) -> bool:

@@ -32,6 +32,7 @@ from mst_fx.rows.tracer import GradientTracer, RowTracer, way_out
 from mst_fx.torch_api.fakes import make_fx
 from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from mst_fx.torch_api.ops import schema_of
+from mst_fx.torch_api.symbols import SYMBOLIC
 from mst_fx.torch_api.tensors import tree_leaves
 
 # In an older form of the operator both graphs begin with an unused context, and only the first args, those marked in
@@ -269,7 +270,7 @@ class _Proof:
 
         def read(operand: fx.Node) -> Any:
             found = env[operand] if operand in env else value(operand)
-            if isinstance(found, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if isinstance(found, SYMBOLIC):
                 raise Refusal(f"{operand.name} is a dynamic number")
             return found
 

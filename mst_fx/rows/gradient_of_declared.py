@@ -16,6 +16,7 @@ from mst_fx.graph.sizes import expression
 from mst_fx.rows.fold import Folder, check_guards
 from mst_fx.rows.labels import SUMMED, Call, Label, Row, is_same_size, tensors
 from mst_fx.rows.tracer import GradientTracer, RowTracer
+from mst_fx.torch_api.symbols import SYMBOLIC
 from mst_fx.torch_api.tensors import tree_map_only
 
 
@@ -99,13 +100,10 @@ class SeesNoNumbers(RowTracer):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        numbers = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, _SYMBOLIC)]
+        numbers = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, SYMBOLIC)]
         if numbers:
             raise Refusal(f"{func} is given the number of rows")
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class FoldedGradients(SeesNoNumbers, GradientTracer):

@@ -33,6 +33,7 @@ from mst_fx.rows.rules_of_reductions import REDUCTION_RULES
 from mst_fx.rows.tracer import GradientTracer, RowTracer
 from mst_fx.torch_api.modes import enable_python_dispatcher
 from mst_fx.torch_api.symbolic_rows import symbolic_rows
+from mst_fx.torch_api.symbols import SYMBOLIC
 from mst_fx.torch_api.tensors import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
@@ -237,7 +238,7 @@ class Prover:
             found = operands[operand] if operand in operands else value(operand)
             if isinstance(found, torch.SymInt):
                 (found,) = settled([found])
-            if isinstance(found, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if isinstance(found, SYMBOLIC):
                 raise Refusal(f"{operand.name} is a dynamic number")
             return found
 

@@ -3,15 +3,17 @@
 Before, of a backward graph: ``found = mst_fx.layer_backward([x, w, …], [tangent], key)`` for each layer, or the calls of each layer one by one.
 After::
 
-    graph = get_attr called_graph_0                     # (x, w, …, tangent) → gradients
-    found = invoke_subgraph(graph, "called_graph_0", x, w, …, tangent)
+    graph = get_attr layer_graph_0                      # (x, w, …, tangent) → gradients
+    found = invoke_subgraph(graph, "layer_graph_0", x, w, …, tangent)
 
 - ``torch.ops.higher_order.invoke_subgraph`` (public name: ``torch.compiler.nested_compile_region``, which Dynamo makes it of): put in
   behind AOTAutograd, so that its derivative is not asked for. Inductor lowers the graph once, whatever the number of calls, and frees
   operands inside of it. It reads ``meta`` of the output node for strides that have to be kept.
 - ``torch._inductor.config``: what has no such calls (``cpp_wrapper``), or takes addresses of operands for granted (CUDA graphs).
+- ``torch.ops.prims.inductor_seeds``, ``inductor_lookup_seed``: what AOTAutograd's random operators become in front of its partitioner.
+- ``codegen_mix_order_reduction`` (``torch/_inductor/codegen/simd.py``): :func:`keeps_its_shape`.
 
-Tried with torch 2.11.0 (CPU) and 2.13.0 (CPU).
+Tried with torch 2.11.0 (CPU, and CUDA but for :func:`keeps_its_shape`) and 2.13.0 (CPU).
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mst_fx.torch_api.layers import part, set_outputs
+from mst_fx.torch_api.layers import is_random, part, set_outputs
 from mst_fx.torch_api.overwriting import is_made_new, leaves, memory_of, write_over_dead_operands
 
+aten, prims = torch.ops.aten, torch.ops.prims
+
 _FORWARD, _BACKWARD = "mst_fx::layer", "mst_fx::layer_backward"
+_SUMS = (aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 _BYTES = 16  # of which Inductor takes the address of what a graph is given for a multiple
 
 
@@ -67,10 +72,9 @@ def call_layers(gm: fx.GraphModule, layers: Mapping[str, Layer], know: Callable[
         are_aligned = tuple(is_aligned(x.meta["val"]) for x in leaves(node))
         key = (node.args[-1], _name(node), dead, are_aligned)
         if key not in known:
-            called = known[key] = _called(f"layer_graph_{len(known)}", _graph_of(node, layers), dead)
-            know(called.gm.graph)
-            gm.register_module(called.name, called.gm)
-        _call(gm.graph, node, known[key])
+            called = _called(f"layer_graph_{len(known)}", _graph_of(node, layers), dead)
+            known[key] = _registered(gm, called, know)
+        _call_in_place_of(gm.graph, node, known[key])
     if known:
         gm.graph.lint()
         gm.recompile()
@@ -103,7 +107,7 @@ def _dead_tangents(node: fx.Node, layers: Mapping[str, Layer]) -> tuple[int, ...
 
 def _is_apart(tangent: fx.Node, layers: Mapping[str, Layer]) -> bool:
     """Whether a call has made memory for a value alone."""
-    if memory_of(tangent) is not tangent or not is_made_new(tangent):
+    if not _has_own_memory(tangent):
         return False
     source: Any = tangent.args[0] if tangent.target is operator.getitem else tangent
     if _name(source) not in (_FORWARD, _BACKWARD):
@@ -111,6 +115,10 @@ def _is_apart(tangent: fx.Node, layers: Mapping[str, Layer]) -> bool:
     bases = [memory_of(x) for x in _outputs(_graph_of(source, layers))]
     base = bases[tangent.args[1]]  # type: ignore[index]
     return bases.count(base) == 1 and base.op == "call_function" and is_made_new(base)
+
+
+def _has_own_memory(node: fx.Node) -> bool:
+    return memory_of(node) is node and is_made_new(node)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +156,7 @@ def _called(name: str, whole: fx.GraphModule, dead: Collection[int]) -> _Called:
 def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
     found = node.meta["val"]
     with graph.inserting_before(graph.output_node()):
-        copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+        copy = graph.call_function(aten.clone.default, (node,))
     copy.meta["val"] = _new_fake(found.fake_mode, found)
     return copy
 
@@ -158,31 +166,53 @@ def _new_fake(mode: FakeTensorMode, like: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
 
-def _call(graph: fx.Graph, node: fx.Node, called: _Called) -> None:
+def _registered(gm: fx.GraphModule, called: _Called, know: Callable[[fx.Graph], None]) -> _Called:
+    know(called.gm.graph)
+    gm.register_module(called.name, called.gm)
+    return called
+
+
+def _call_in_place_of(graph: fx.Graph, node: fx.Node, called: _Called) -> None:
     """Puts a call of a graph in the place of an operator."""
     inputs = called.gm.graph.find_nodes(op="placeholder")
     with graph.inserting_before(node):
         given = [
             _as_traced(graph, x, known.meta["val"]) for x, known in zip(leaves(node), inputs, strict=True)
         ]
-        new = _add_call(graph, called, given)
-    new.meta = {key: found for key, found in node.meta.items() if key not in ("eager_input_vals", "val")}
-    found: list[Any] = [None] * len(_outputs(called.gm))
-    for member in list(node.users):
-        kind, index = called.outputs[member.args[1]]  # type: ignore[index]
-        if kind == "input":
-            member.replace_all_uses_with(given[index])
-            graph.erase_node(member)
-        else:
-            member.args = (new, index)
-            found[index] = member.meta["val"]
-    new.meta["val"] = tuple(found)
+    results = {member: called.outputs[member.args[1]] for member in node.users}  # type: ignore[index]
+    new = _call(graph, node, called, given, results)
+    new.meta |= {key: found for key, found in node.meta.items() if key not in ("eager_input_vals", "val")}
+    for member in results:
+        graph.erase_node(member)
     graph.erase_node(node)
 
 
-def _add_call(graph: fx.Graph, called: _Called, given: Sequence[fx.Node]) -> fx.Node:
-    name = graph.get_attr(called.name)
-    return graph.call_function(torch.ops.higher_order.invoke_subgraph, (name, called.name, *given))
+def _call(
+    graph: fx.Graph,
+    before: fx.Node,
+    called: _Called,
+    given: Sequence[fx.Node],
+    results: Mapping[fx.Node, tuple[str, int]],
+) -> fx.Node:
+    """Calls a graph, and gives the readers of some nodes what it gives.
+
+    Args:
+        results: for each of these nodes the place that a ``_Called`` has for it.
+    """
+    with graph.inserting_before(before):
+        name = graph.get_attr(called.name)
+        new = graph.call_function(torch.ops.higher_order.invoke_subgraph, (name, called.name, *given))
+        found: list[Any] = [None] * len(_outputs(called.gm))
+        for node, (kind, index) in results.items():
+            if kind == "input":
+                node.replace_all_uses_with(given[index])
+                continue
+            found[index] = node.meta["val"]
+            member = graph.call_function(operator.getitem, (new, index))
+            member.meta = {key: x for key, x in node.meta.items() if key != "eager_input_vals"}
+            node.replace_all_uses_with(member)
+    new.meta["val"] = tuple(found)
+    return new
 
 
 def _as_traced(graph: fx.Graph, node: fx.Node, known: torch.Tensor) -> fx.Node:
@@ -191,8 +221,8 @@ def _as_traced(graph: fx.Graph, node: fx.Node, known: torch.Tensor) -> fx.Node:
         return node
     kind: dict[str, Any] = {"dtype": known.dtype, "device": known.device}
     shape = list(known.shape), list(known.stride())
-    empty = graph.call_function(torch.ops.aten.empty_strided.default, shape, kind)
-    copy = graph.call_function(torch.ops.aten.copy.default, (empty, node))
+    empty = graph.call_function(aten.empty_strided.default, shape, kind)
+    copy = graph.call_function(aten.copy.default, (empty, node))
     empty.meta["val"] = copy.meta["val"] = _new_fake(known.fake_mode, known)  # type: ignore[attr-defined]
     return copy
 
@@ -234,11 +264,12 @@ def call_repetitions(
             results = [stretch[at] for at in places]
             key = (places, dead, tuple(is_aligned(x.meta["val"]) for x in given))
             if key not in known:
-                graph = _graph_of_stretch(gm, each, stretch, given, results)
-                called = known[key] = _called(f"repeated_graph_{index}_{len(known)}", graph, dead)
-                know(called.gm.graph)
-                gm.register_module(called.name, called.gm)
-            _call_in_place_of(gm.graph, results, known[key], given)
+                graph = _graph_of_stretch(gm, each.slots, stretch, given, results)
+                called = _called(f"repeated_graph_{index}_{len(known)}", graph, dead)
+                known[key] = _registered(gm, called, know)
+            _call(
+                gm.graph, results[0], known[key], given, dict(zip(results, known[key].outputs, strict=True))
+            )
             for node in reversed(stretch):
                 gm.graph.erase_node(node)
     if repetitions:
@@ -256,7 +287,7 @@ def _given(repetition: Repetition, stretch: Sequence[fx.Node]) -> list[fx.Node]:
 
 def _graph_of_stretch(
     gm: fx.GraphModule,
-    repetition: Repetition,
+    slots: Mapping[tuple[int, int], int],
     stretch: Sequence[fx.Node],
     given: Sequence[fx.Node],
     results: Sequence[fx.Node],
@@ -267,17 +298,18 @@ def _graph_of_stretch(
         placeholder.meta["val"] = node.meta["val"]
     copies: dict[fx.Node, fx.Node] = {}
     for at, node in enumerate(stretch):
-        slots = [repetition.slots.get((at, leaf)) for leaf in range(len(leaves(node)))]
-        operands = iter(
-            copies[x] if slot is None else inputs[slot] for x, slot in zip(leaves(node), slots, strict=True)
-        )
-        copies[node] = graph.node_copy(node, functools.partial(_next, operands))
+        operands = [
+            inputs[slots[at, leaf]] if (at, leaf) in slots else copies[x]
+            for leaf, x in enumerate(leaves(node))
+        ]
+        copies[node] = graph.node_copy(node, functools.partial(_next, iter(operands)))
         copies[node].meta = dict(node.meta)
-    set_outputs(graph.output(()), [copies[node] for node in results])
+    graph.output(tuple(copies[node] for node in results))
     return fx.GraphModule(gm, graph)
 
 
 def _next(operands: Iterator[fx.Node], _: fx.Node) -> fx.Node:
+    """The operands of a copy, in the order in which it asks for them: of one value it may be given several."""
     return next(operands)
 
 
@@ -289,25 +321,29 @@ def _dead_inputs(stretch: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> tuple
         for slot, node in enumerate(inputs)
         if node.op == "call_function"
         and inputs.count(node) == 1
-        and memory_of(node) is node
-        and is_made_new(node)
+        and _has_own_memory(node)
         and inside.issuperset(node.users)
     )
 
 
-def _call_in_place_of(
-    graph: fx.Graph, nodes: Sequence[fx.Node], called: _Called, given: Sequence[fx.Node]
-) -> None:
-    """Gives the readers of some nodes what a call of a graph gives."""
-    with graph.inserting_before(nodes[0]):
-        new = _add_call(graph, called, given)
-        found: list[Any] = [None] * len(_outputs(called.gm))
-        for node, (kind, index) in zip(nodes, called.outputs, strict=True):
-            if kind == "input":
-                node.replace_all_uses_with(given[index])
-                continue
-            found[index] = node.meta["val"]
-            member = graph.call_function(operator.getitem, (new, index))
-            member.meta = {key: x for key, x in node.meta.items() if key != "eager_input_vals"}
-            node.replace_all_uses_with(member)
-    new.meta["val"] = tuple(found)
+def raise_seeds(graph: fx.Graph) -> None:
+    """Draws and reads the seeds of random numbers in front of all else: each layer's has another number, and the first layer would draw
+    them for all."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    first = next((at for at, node in enumerate(calls) if is_random(node.target)), len(calls))
+    drawn = [node for node in calls[: first + 1] if node.target is prims.inductor_seeds.default]
+    read = [node for node in calls if node.target is prims.inductor_lookup_seed.default]
+    inputs = graph.find_nodes(op="placeholder")
+    known = {*inputs, *drawn}
+    for node in reversed([*drawn, *(node for node in read if node.args[0] in known)]):
+        inputs[-1].append(node)
+
+
+def keeps_its_shape(node: fx.Node) -> bool:
+    """Whether Inductor's kernels give a value with the dimensions that it has: sums of columns that they make beside sums of rows come with one,
+    whatever they have (up to torch 2.12). A view of such a sum is right, and is what others may be given."""
+    if node.target not in _SUMS or node.meta["val"].ndim == 1:
+        return True
+    source: Any = node.args[0]
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    return not dims or bool({-1, source.meta["val"].ndim - 1} & set(dims))

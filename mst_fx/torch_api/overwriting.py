@@ -43,7 +43,7 @@ MOST = 8
 # The operands of attention over which gradients are written, in the order of the gradients, and whose gradients these are.
 _OF_ATTENTION = {"tangent": "query", "key": "key", "value": "value"}
 _KEPT = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr")  # of what is known of a call
-_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 Order = Mapping[fx.Node, int]
 IsGiven = Callable[[fx.Node], bool]
@@ -215,7 +215,7 @@ def _runs_at_once(node: fx.Node) -> bool:
     if target is aten.sum.dim_IntList:
         source: Any = node.args[0]
         return _is_known(source.meta["val"].numel() > 8 * node.meta["val"].numel())
-    return isinstance(target, OpOverload) and (target in _PRODUCTS or target.namespace == "mst_fx")
+    return isinstance(target, OpOverload) and (target in PRODUCTS or target.namespace == "mst_fx")
 
 
 def leaves(node: fx.Node) -> list[fx.Node]:
@@ -259,7 +259,7 @@ def is_made_new(node: fx.Node) -> bool:
     target = source.target
     if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return False
-    if target in _PRODUCTS or target.namespace == "mst_fx":
+    if target in PRODUCTS or target.namespace == "mst_fx":
         return True
     tensors = [n for n in source.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     return torch.Tag.pointwise in target.tags and len(tensors) > 1

@@ -13,7 +13,7 @@ import torch
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 
-_Symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def expression(size: Any) -> Any:
@@ -21,7 +21,7 @@ def expression(size: Any) -> Any:
 
     Of a symbol of which a guard says what number it is, the number.
     """
-    return size.node.expr if isinstance(size, _Symbolic) else sympy.Integer(size)
+    return size.node.expr if isinstance(size, SYMBOLIC) else sympy.Integer(size)
 
 
 def unguarded(size: Any) -> Any:
@@ -37,7 +37,7 @@ def hint_of(found: Any) -> Any:
 
     ``SymNode.hint``: ``int(size)`` would add a guard.
     """
-    return found.node.hint if isinstance(found, _Symbolic) else found
+    return found.node.hint if isinstance(found, SYMBOLIC) else found
 
 
 def guards_of(size: torch.SymInt) -> list[Any]:

@@ -224,7 +224,7 @@ def test_a_defect_leaves_all(parts: list[list[int]], monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         assert torch.allclose(_compiled(model)(_x()), model(_x()), rtol=1e-12)
         assert parts == [[]]
-        with pytest.raises(Exception, match="here"):
+        with pytest.raises(IndexError, match="here"):
             _compiled(model, strict=True)(_x())
 
 

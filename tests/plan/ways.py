@@ -18,7 +18,7 @@ from mst_fx.plan.groups import may_join
 from mst_fx.plan.joint_graph import JointGraph, is_attention
 from mst_fx.plan.layers import layers_of
 from mst_fx.plan.recompute import make_again
-from mst_fx.repeated_parts import may_fold, repeated_parts
+from mst_fx.repeated_parts import repeated_parts, why_none
 from mst_fx.stage import Stage, When
 from mst_fx.torch_api.inductor import compile_graph
 from tests.helpers import SMALL_CHUNKS, compile_mst
@@ -55,7 +55,7 @@ class Ways:
             _: str,
             patches: Mapping[str, Any],
             layers: Any,
-            parts: Any,
+            __: Any,
         ) -> Callable[..., Any]:
             assert not layers
             compiled: list[Callable[..., Any]] = []
@@ -64,7 +64,7 @@ class Ways:
                 with hooked(stages, chosen, gm):
                     try:
                         config = {**patches, **chosen.inductor}
-                        parts = repeated_parts if may_fold(chosen, config) else None
+                        parts = None if why_none(chosen, config) else repeated_parts
                         compiled.append(alone(gm, inputs, chosen.inner, config, repetitions=parts))
                     except BudgetError as error:
                         self.errors.append(error)
