@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,6 +14,7 @@ from torch import fx
 from mst_fx.errors import Cause, Refusal
 from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import ATTENTION_KERNELS, operation
+from mst_fx.torch_api.fakes import fake_mode_of
 from mst_fx.torch_api.joint import is_backward_only, must_save
 from mst_fx.torch_api.ops import OpOverload, schema_of
 from mst_fx.torch_api.tensors import tree_leaves
@@ -104,6 +106,16 @@ class JointGraph:
         for node in nodes:
             is_backward_only(node)
             self.backward.add(node)
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        """A new call, where the graph inserts, with its fake value."""
+        node = self.graph.call_function(target, args)
+        values: Any = fx.map_arg(args, lambda operand: operand.meta["val"])
+        mode = fake_mode_of(tree_leaves(values))
+        assert mode is not None
+        with mode:
+            node.meta["val"] = target(*values)
+        return node
 
     def gate(self, value: fx.Node, after: fx.Node, like: fx.Node) -> fx.Node:
         """A call that gives a value when a gradient is there, and not before (:mod:`mst_fx.ops.gate`), where the graph inserts.

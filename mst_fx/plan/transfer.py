@@ -17,9 +17,7 @@ from mst_fx.plan.choices import Choice
 from mst_fx.plan.groups import groups_of
 from mst_fx.plan.joint_graph import JointGraph, is_attention, source_of, tensor_of
 from mst_fx.plan.layers import Begin, arriving
-from mst_fx.torch_api.fakes import fake_mode_of
 from mst_fx.torch_api.joint import always_save, is_forward_only
-from mst_fx.torch_api.tensors import tree_leaves
 
 mst = torch.ops.mst_fx
 
@@ -119,7 +117,7 @@ def _settled(joint: JointGraph, chosen: Sequence[Choice], index: int, last: _Sen
     following = [choice.layer.start for choice in chosen[index + 2 :]]
     end = following[0] if following else next(out for out in joint.outputs if tensor_of(out) is not None)
     with _after_last(joint, [end, *last.hosts]):
-        found = _call(joint, mst.settle.default, (last.hosts, last.kept, end))
+        found = joint.call(mst.settle.default, last.hosts, last.kept, end)
     _is_forward(found)
     return found
 
@@ -191,9 +189,9 @@ def _bring(
     ahead_args: tuple[Any, ...] = (ahead.hosts, ahead.flat_orders)
     with joint.graph.inserting_before(station.begin.first):
         if own.kept:
-            call = _call(joint, mst.fetch.default, (own.hosts, own.flat_orders, waits, *ahead_args))
+            call = joint.call(mst.fetch.default, own.hosts, own.flat_orders, waits, *ahead_args)
         else:
-            call = _call(joint, mst.start_fetch.default, (waits, *ahead_args))
+            call = joint.call(mst.start_fetch.default, waits, *ahead_args)
     results = _results(joint, call) if own.kept else []
     joint.add_backward(call, *results)
     return call, results
@@ -215,7 +213,7 @@ def _stashed(joint: JointGraph, sent: Mapping[int, Sequence[fx.Node]]) -> dict[i
     for index, kept in sent.items():
         new = _Sent(list(kept), [dense_order(_value(node)) for node in kept], [])
         with _after_last(joint, [*kept, *before.hosts]):
-            call = _call(joint, mst.stash.default, (new.kept, new.flat_orders, before.hosts, before.kept))
+            call = joint.call(mst.stash.default, new.kept, new.flat_orders, before.hosts, before.kept)
             new.hosts.extend(_results(joint, call))
         for node in (call, *new.hosts):
             _is_forward(node)
@@ -227,16 +225,6 @@ def _after_last(joint: JointGraph, nodes: Sequence[fx.Node]) -> Any:
     """Where nodes can be put that read all of some."""
     wanted = set(nodes)
     return joint.graph.inserting_after(next(n for n in reversed(joint.graph.nodes) if n in wanted))
-
-
-def _call(joint: JointGraph, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    node = joint.graph.call_function(target, args)
-    values: Any = fx.map_arg(args, _value)
-    mode = fake_mode_of(tree_leaves(values))
-    assert mode is not None
-    with mode:
-        node.meta["val"] = target(*values)
-    return node
 
 
 def _results(joint: JointGraph, call: fx.Node) -> list[fx.Node]:

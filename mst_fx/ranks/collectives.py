@@ -58,64 +58,84 @@ class _Exchange:
         """Whether no head goes to two ranks."""
         return self.firsts == firsts_of(self.heads)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether each rank has so many heads of its own."""
+        return self.is_disjoint and len(set(self.heads)) == 1
+
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All heads of this rank's rows → all rows of its heads, of each."""
         batch, features = tensors[0].shape[0], [x.shape[3] for x in tensors]
-        pieces = [
-            _by_rows([x.narrow(1, first, heads) for x in tensors])
-            for first, heads in zip(self.firsts, self.heads, strict=True)
-        ]
-        mine = self.heads[self.me] * sum(features)
-        got = self._sent(pieces, [rows * batch * mine for rows in self.rows_of])
-        return _by_heads(got.view(sum(self.rows_of), batch, mine), self.heads[self.me], features)
+        if self.is_even:
+            of_ranks = [x.unflatten(1, (-1, self.heads[0])).permute(1, 3, 0, 2, 4) for x in tensors]
+            flat = _side_by_side(of_ranks).reshape(-1)
+        else:
+            pieces = [
+                _by_rows([x.narrow(1, first, heads) for x in tensors])
+                for first, heads in zip(self.firsts, self.heads, strict=True)
+            ]
+            flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        width, rows = sum(features), self.rows_of[self.me]
+        mine = self.heads[self.me] * width
+        got = all_to_all(
+            flat,
+            [n * batch * mine for n in self.rows_of],
+            [rows * batch * heads * width for heads in self.heads],
+            self.group,
+        )
+        found = _apart(got.view(sum(self.rows_of), batch, mine), self.heads[self.me], features)
+        return [x.permute(1, 2, 0, 3) for x in found]
 
     def to_rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All rows of this rank's heads → all heads of its rows; what several ranks have of a head is added up."""
         batch, features = tensors[0].shape[0], [x.shape[3] for x in tensors]
-        rows, widths = self.rows_of[self.me], [heads * sum(features) for heads in self.heads]
-        pieces = list(_by_rows(tensors).split(self.rows_of))
-        sizes = [rows * batch * width for width in widths]
-        got = self._sent(pieces, sizes)
-        of_ranks = [
-            _by_heads(piece.view(rows, batch, width), heads, features)
-            for piece, width, heads in zip(got.split(sizes), widths, self.heads, strict=True)
-        ]
-        return [self._joined(list(found)) for found in zip(*of_ranks, strict=True)]
-
-    def _sent(self, pieces: list[Tensor], gets: list[int]) -> Tensor:
-        """A piece for each rank → so many elements of each."""
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        return all_to_all(flat, gets, [piece.numel() for piece in pieces], self.group)
+        width, rows = sum(features), self.rows_of[self.me]
+        mine = self.heads[self.me] * width
+        sizes = [rows * batch * heads * width for heads in self.heads]
+        sends = [n * batch * mine for n in self.rows_of]
+        got = all_to_all(_by_rows(tensors).reshape(-1), sizes, sends, self.group)
+        if self.is_even:
+            of_ranks = _apart(got.view(-1, rows, batch, mine), self.heads[0], features)
+            joined = [x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in of_ranks]
+        else:
+            found = [
+                _apart(piece.view(rows, batch, heads * width), heads, features)
+                for piece, heads in zip(got.split(sizes), self.heads, strict=True)
+            ]
+            joined = [self._joined(list(pieces)) for pieces in zip(*found, strict=True)]
+        return [x.permute(1, 2, 0, 3) for x in joined]
 
     def _joined(self, pieces: list[Tensor]) -> Tensor:
-        if self.is_disjoint:
-            return torch.cat([x.permute(2, 0, 1, 3) for x in pieces], 2).permute(1, 2, 0, 3)
-        return _added(pieces, self.firsts, self.heads)
+        return torch.cat(pieces, 2) if self.is_disjoint else _added(pieces, self.firsts, self.heads)
 
 
 def _by_rows(tensors: Sequence[Tensor]) -> Tensor:
     """``[B, h, rows, D]`` of each → ``[rows, B, h · D of all]``."""
-    flat = [x.permute(2, 0, 1, 3).flatten(2) for x in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat, 2)
+    return _side_by_side([x.permute(2, 0, 1, 3) for x in tensors])
 
 
-def _by_heads(x: Tensor, heads: int, features: list[int]) -> list[Tensor]:
-    """``[rows, B, h · D of all]`` → ``[B, h, rows, D]`` of each."""
-    parts = x.split([heads * each for each in features], 2)
-    return [part.unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for part in parts]
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """``[…, h, D]`` of each → ``[…, h · D of all]``; one stays what it is: it is flattened as a whole."""
+    return tensors[0] if len(tensors) == 1 else torch.cat([x.flatten(-2) for x in tensors], -1)
+
+
+def _apart(x: Tensor, heads: int, features: list[int]) -> list[Tensor]:
+    """``[…, h · D of all]`` → ``[…, h, D]`` of each."""
+    parts = [x] if len(features) == 1 else x.split([heads * each for each in features], -1)
+    return [part.unflatten(-1, (heads, -1)) for part in parts]
 
 
 def _added(pieces: list[Tensor], firsts: list[int], counts: list[int]) -> Tensor:
-    """Heads of which some come from several ranks, side by side."""
+    """``[rows, B, h, D]``: heads of which some come from several ranks, side by side."""
     of_heads = []
     for head in range(max(first + count for first, count in zip(firsts, counts, strict=True))):
         found = [
-            x.narrow(1, head - first, 1)
+            x.narrow(2, head - first, 1)
             for x, first, count in zip(pieces, firsts, counts, strict=True)
             if first <= head < first + count
         ]
         of_heads.append(functools.reduce(torch.add, found))
-    return torch.cat(of_heads, 1)
+    return torch.cat(of_heads, 2)
 
 
 class _ToHeads(torch.autograd.Function):

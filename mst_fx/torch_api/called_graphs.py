@@ -30,7 +30,13 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mst_fx.torch_api.layers import is_random, part, set_outputs
-from mst_fx.torch_api.overwriting import is_made_new, leaves, memory_of, write_over_dead_operands
+from mst_fx.torch_api.overwriting import (
+    GIVES_NEW,
+    is_made_new,
+    leaves,
+    memory_of,
+    write_over_dead_operands,
+)
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -211,7 +217,7 @@ def _call(
             member = graph.call_function(operator.getitem, (new, index))
             member.meta = {key: x for key, x in node.meta.items() if key != "eager_input_vals"}
             node.replace_all_uses_with(member)
-    new.meta["val"] = tuple(found)
+    new.meta |= {"val": tuple(found), GIVES_NEW: True}
     return new
 
 

@@ -35,6 +35,15 @@ def start_reduction(x: fx.Node, how: str, before: fx.Node, group: str) -> fx.Nod
         return _call(x, _OPS.all_reduce.default, x, how, group)
 
 
+def start_gather(x: fx.Node, ranks: int, before: fx.Node, group: str) -> fx.Node:
+    """A call that starts to gather the rows of all ranks, ``[n, …]`` → ``[ranks·n, …]``, in front of a node."""
+    with x.graph.inserting_before(before):
+        node = _call(x, _OPS.all_gather_into_tensor.default, x, ranks, group)
+    mine = x.meta["val"]
+    node.meta["val"] = mine.new_empty((ranks * mine.shape[0], *mine.shape[1:]))
+    return node
+
+
 def wait_for(started: fx.Node, before: fx.Node) -> fx.Node:
     """A call that gives what comes of a collective that was started."""
     with started.graph.inserting_before(before):

@@ -43,6 +43,9 @@ MOST = 8
 # The operands of attention over which gradients are written, in the order of the gradients, and whose gradients these are.
 _OF_ATTENTION = {"tangent": "query", "key": "key", "value": "value"}
 _KEPT = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr")  # of what is known of a call
+GIVES_NEW = (
+    "mst_fx_gives_new"  # in what is known of a call of a graph: all that it gives has memory of its own
+)
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 Order = Mapping[fx.Node, int]
@@ -253,9 +256,11 @@ def shows_operand(node: fx.Node) -> bool:
 
 
 def is_made_new(node: fx.Node) -> bool:
-    """Whether a call makes memory in any case: a product, an operator of ours, or arithmetic of several tensors. (What copies, casts
-    or pads might be left out, and be its operand.)"""
+    """Whether a call makes memory in any case: a product, an operator or a called graph of ours, or arithmetic of several tensors. (What copies,
+    casts or pads might be left out, and be its operand.)"""
     source: Any = node.args[0] if node.target is operator.getitem else node
+    if source.meta.get(GIVES_NEW):
+        return True
     target = source.target
     if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return False

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from mst_fx.torch_api import called_graphs, inductor
 from tests.helpers import GatedMLP, loss_of, step, worst_error
 from tests.models import ACCEPTED, inputs_of
-from tests.operators import ATTENTION, times_run
+from tests.operators import ATTENTION, operators, times_run
 from tests.plan.ways import Grouped, Ways, way_of
 from tools.meters.cpu import measure_cpu
 
@@ -153,6 +153,19 @@ def test_nobody_writes_over_what_another_repetition_gives(parts: list[list[int]]
     loss, truth = step(model, model, {"x": _x()})
     found_loss, found = step(model, _compiled(model), {"x": _x()})
     assert abs(found_loss - loss) <= 1e-12 * abs(loss) and worst_error(found, truth) <= 1e-12
+
+
+def test_what_a_part_gives_is_written_over(parts: list[list[int]]) -> None:
+    """By the loop of a layer of another kind, whose tangent it is: as often as if each layer is compiled by itself, and without copies."""
+    model, x = Stack(Layer(inner=96), *(Layer() for _ in range(3))), _x()
+    counts = {}
+    for layers in ("each", "once"):
+        compiled = _compiled(model, layers=layers)
+        compiled(x).backward()
+        names = [name for name, _ in operators(lambda run=compiled: run(x).backward())]  # type: ignore[misc]
+        counts[layers] = [names.count(name) for name in ("mst_fx::loop_backward_over", "aten::clone")]
+    assert parts == [[], [], [3], [3]]
+    assert counts["once"] == counts["each"] and counts["once"][0] >= 3, counts
 
 
 def test_two_backward_passes(parts: list[list[int]]) -> None:

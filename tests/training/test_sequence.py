@@ -575,7 +575,7 @@ def _planned(memory: str | None, inner: str, rank: int) -> dict[str, Any]:
 def _plans(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         memory: _planned(memory, inner, rank)
-        for memory, inner in (("6MiB", "aot_eager"), ("1GiB", "inductor"))
+        for memory, inner in (("5.5MiB", "aot_eager"), ("1GiB", "inductor"))
     }
     return {**found, "too little": _error(lambda: _planned("1MiB", "aot_eager", rank))}
 
@@ -589,15 +589,16 @@ def test_ranks_take_one_plan(two: list[Any]) -> None:
     loss.backward()
     truth = {name: p.grad for name, p in model.named_parameters()}
     first, second = (each["_plans"] for each in two)
-    for memory in ("6MiB", "1GiB"):
+    for memory in ("5.5MiB", "1GiB"):
         for found in (first[memory], second[memory]):
             assert relative_error(found["loss"], loss) <= 1e-6
             assert worst_error(found["gradients"], truth) <= 1e-6
         assert first[memory]["plans"] == second[memory]["plans"] != []
-    assert "of 5.5 MiB" in first["6MiB"]["plans"][0] and "attention" in first["6MiB"]["plans"][0]
+    assert "of 5.0 MiB" in first["5.5MiB"]["plans"][0] and "attention" in first["5.5MiB"]["plans"][0]
     assert "attention" not in first["1GiB"]["plans"][0]
-    assert first["1GiB"]["repeated"] == second["1GiB"]["repeated"] and first["6MiB"]["repeated"] == []
-    assert [max(each, default=0) >= 3 for each in first["1GiB"]["repeated"]] == [True, True]  # of four layers
+    assert first["1GiB"]["repeated"] == second["1GiB"]["repeated"] and first["5.5MiB"]["repeated"] == []
+    forward, backward = (max(each, default=0) for each in first["1GiB"]["repeated"])
+    assert forward >= 3 and backward >= 2  # of four layers, the first of which starts its averages elsewhere
     assert "BudgetError: no memory plan fits" in first["too little"] == second["too little"]
 
 

@@ -4,6 +4,7 @@
     python -m tools.bench.ranks --ranks 1,2 --model qwen2-7b --layers 4 --seq 65536
     python -m tools.bench.ranks --ranks 4 --seq 131072 --kernels 131072         # what runs in a step of each rank, with its gaps
     python -m tools.bench.ranks --ranks 2 --layers 32 --seq 458752 --shard --no-checkpoint --steps 0 --options '{"memory": "auto"}'
+    python -m tools.bench.ranks --ranks 2 --layers 32 --seq 8192 --shard --no-checkpoint --steps 0 --plain   # compiled without mst
     python -m tools.bench.ranks --cpu                                           # a small size, gloo
 
 For each number of ranks so many processes of this machine are started, a GPU each (gloo and the CPU with ``--cpu``). All build the same
@@ -14,6 +15,9 @@ of the rank that takes most. What fails is reported, and the others go on.
 
 ``--shard``: each rank has a part of every parameter, which is gathered inside of the graph (examples/simple_fsdp.py), and of AdamW's states,
 which are on the host while forward and backward pass run (``mst_fx.park``); the optimizer steps, and is in the seconds.
+
+``--plain``: the peer, Inductor without mst on the same model. Each rank has all of the tokens then: what its first step takes is what compiling
+takes without ``sequence_parallel``.
 """
 
 from __future__ import annotations
@@ -70,6 +74,9 @@ class _Rank:
             self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self._on_gpu)
             if self._on_gpu:
                 mst_fx.park(self._optimizer)
+        if arguments.plain:
+            self.model.compile(backend="inductor")
+            return
         options = dict(arguments.options)
         if self.group is not None:
             options |= {"sequence_parallel": self.group, "average_gradients": not arguments.shard}
@@ -293,6 +300,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--shard", action="store_true", help="parameters and AdamW's states, gathered in the graph"
     )
+    parser.add_argument("--plain", action="store_true", help="Inductor without mst, all tokens on each rank")
     parser.add_argument("--options", type=json.loads, default={}, help="of mst, as JSON")
     parser.add_argument(
         "--kernels",
