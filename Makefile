@@ -14,7 +14,7 @@ SOURCES := mst_fx passes tools tests examples
 # stay in one process, which imports and compiles for all of them.
 PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: venv demo test test-fast lint dist bench-cpu bench-gpu clean
+.PHONY: venv demo test test-fast test-gpu lint dist bench-cpu bench-gpu clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -34,6 +34,10 @@ test: $(STAMP)
 # of random bodies the first ten.
 test-fast: $(STAMP)
 	$(PYTEST) --hypothesis-profile=shortest -m "not slow and not real_model and not browser and not gpu" $(ARGS)
+
+# What needs a CUDA device, in one process.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu --maxfail 5 --tb short $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
