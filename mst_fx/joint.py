@@ -55,7 +55,7 @@ def _run(
         return
     parameters = tuple(at for at, node in enumerate(given) if is_parameter(value(node)))
     for stage in stages:
-        backup = joint.copied(graph)
+        backup = None if options.strict or stage.is_vital else joint.copied(graph)
         try:
             context = JointContext(graph, options, _tell, len(given), parameters, are_alike)
             if stage.run(context) is not False:
@@ -65,13 +65,13 @@ def _run(
         except BudgetError:
             raise
         except Refusal as refusal:
-            if options.strict or stage.is_vital:
+            if backup is None:
                 raise
             joint.restore(graph, backup)
             log.warning("mst-fx: no %s plan for a graph: %s", stage.name, refusal)
             on_plan.tell(Refused(stage.name, "", str(refusal), refusal.cause))
         except Exception as error:
-            if options.strict or stage.is_vital:
+            if backup is None:
                 raise
             joint.restore(graph, backup)
             defect(f"skipped the {stage.name} pass for a graph", error)

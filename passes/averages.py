@@ -7,8 +7,9 @@ Before: the backward pass returns each rank's own; whoever averages them starts 
 An average starts in front of the next loop, whose products hide it; behind the last loop right behind the last exchange, which the products
 of queries, keys and values hide; what is made later is averaged at the end. Not beside attention: there it took longer than alone. A block of
 its kernels runs for milliseconds at long sequences; until those of NCCL's have found a place on both ranks, the first of them turn in theirs
-(two H200s, 131,072 tokens: 938 ms of 25, attention 2.5 % slower). Which parameter's comes next is the same on all ranks. Over other ranks than those that exchange (copies of the model beside groups of ranks) all
-are started at the end: of collectives of two groups torch asks that one is waited for before the other starts (``torch.distributed.new_group``).
+(two H200s, 131,072 tokens: 938 ms of 25, attention 2.5 % slower). Which parameter's comes next is the same on all ranks. Over other ranks than
+those that exchange (copies of the model beside groups of ranks) all are started at the end: of collectives of two groups torch asks that one is
+waited for before the other starts (``torch.distributed.new_group``).
 
 An embedding's gradient, the last one, is made of the rows of all ranks where they are fewer than its own::
 
@@ -90,14 +91,17 @@ def run(context: JointContext) -> bool:
     output = context.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     first = len(results) - len(joint.gradients)
-    sends = _last_exchange(joint)
-    whole = _of_all_rows(joint, context, group, sends)
-    sent = _started(joint, context, sends, whole)
+    last = _last_exchange(joint)
+    whole = _of_all_rows(joint, context, group)
+    sent = _started(joint, context, [*last, *(rows for rows, _ in whole.values())], whole)
     means = {at: wait_for(started, output) for at, started in sent.items()}
     joint.add_backward(*sent.values(), *means.values())
     if not group.is_nccl:  # which divides while it sums
-        means = {at: _divided(joint, total, output, group.ranks) for at, total in means.items()}
-    for at, mean in (means | whole).items():
+        with joint.graph.inserting_before(output):
+            means = {at: joint.call(aten.div.Tensor, total, group.ranks) for at, total in means.items()}
+        joint.add_backward(*means.values())
+    means |= {at: mean for at, (_, mean) in whole.items()}
+    for at, mean in means.items():
         results[first + at] = mean
     output.args = (results,)
     for at in whole:
@@ -169,16 +173,15 @@ def _last_exchange(joint: JointGraph) -> list[fx.Node]:
 
 
 def _of_all_rows(
-    joint: JointGraph, context: JointContext, group: Group, sends: list[fx.Node]
-) -> dict[int, fx.Node]:
-    """The gradients of embeddings that are made of all ranks' rows, by input: means already. What is sent for them joins ``sends``."""
-    found: dict[int, fx.Node] = {}
-    if context.options.group == group and _is_hidden(context):
+    joint: JointGraph, context: JointContext, group: Group
+) -> dict[int, tuple[fx.Node, fx.Node]]:
+    """By input, of embeddings whose gradients are made of all ranks' rows: the rows under way, and the mean."""
+    found: dict[int, tuple[fx.Node, fx.Node]] = {}
+    if context.options.group == group and context.are_alike:
         for at in context.parameters:
             gradient = joint.gradients[at]
             if gradient is not None and _has_fewer_rows(gradient, group):
-                sent, found[at] = _gathered(joint, gradient, group)
-                sends.append(sent)
+                found[at] = _gathered(joint, gradient, group)
     return found
 
 
@@ -225,11 +228,3 @@ def _shape(node: Any) -> torch.Size:
     found = tensor_of(node)
     assert found is not None
     return found.shape
-
-
-def _divided(joint: JointGraph, total: fx.Node, before: fx.Node, ranks: int) -> fx.Node:
-    with joint.graph.inserting_before(before):
-        node = joint.graph.call_function(torch.ops.aten.div.Tensor, (total, ranks))
-    node.meta["val"] = total.meta["val"]
-    joint.add_backward(node)
-    return node

@@ -60,8 +60,15 @@ class _Exchange:
 
     @property
     def is_even(self) -> bool:
-        """Whether each rank has so many heads of its own."""
+        """Whether all ranks have as many heads, each its own."""
         return self.is_disjoint and len(set(self.heads)) == 1
+
+    def _sizes(self, batch: int, width: int) -> tuple[list[int], list[int]]:
+        """For each rank the elements of its rows with this rank's heads, and of this rank's rows with its heads, ``width`` wide."""
+        my_rows, my_heads = self.rows_of[self.me], self.heads[self.me]
+        of_rows = [rows * batch * my_heads * width for rows in self.rows_of]
+        of_heads = [my_rows * batch * heads * width for heads in self.heads]
+        return of_rows, of_heads
 
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All heads of this rank's rows → all rows of its heads, of each."""
@@ -75,31 +82,22 @@ class _Exchange:
                 for first, heads in zip(self.firsts, self.heads, strict=True)
             ]
             flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        width, rows = sum(features), self.rows_of[self.me]
-        mine = self.heads[self.me] * width
-        got = all_to_all(
-            flat,
-            [n * batch * mine for n in self.rows_of],
-            [rows * batch * heads * width for heads in self.heads],
-            self.group,
-        )
-        found = _apart(got.view(sum(self.rows_of), batch, mine), self.heads[self.me], features)
+        got = all_to_all(flat, *self._sizes(batch, sum(features)), self.group)
+        found = _apart(got.view(sum(self.rows_of), batch, -1), self.heads[self.me], features)
         return [x.permute(1, 2, 0, 3) for x in found]
 
     def to_rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All rows of this rank's heads → all heads of its rows; what several ranks have of a head is added up."""
         batch, features = tensors[0].shape[0], [x.shape[3] for x in tensors]
-        width, rows = sum(features), self.rows_of[self.me]
-        mine = self.heads[self.me] * width
-        sizes = [rows * batch * heads * width for heads in self.heads]
-        sends = [n * batch * mine for n in self.rows_of]
+        rows = self.rows_of[self.me]
+        sends, sizes = self._sizes(batch, sum(features))
         got = all_to_all(_by_rows(tensors).reshape(-1), sizes, sends, self.group)
         if self.is_even:
-            of_ranks = _apart(got.view(-1, rows, batch, mine), self.heads[0], features)
+            of_ranks = _apart(got.view(len(sizes), rows, batch, -1), self.heads[0], features)
             joined = [x.permute(1, 2, 0, 3, 4).flatten(2, 3) for x in of_ranks]
         else:
             found = [
-                _apart(piece.view(rows, batch, heads * width), heads, features)
+                _apart(piece.view(rows, batch, -1), heads, features)
                 for piece, heads in zip(got.split(sizes), self.heads, strict=True)
             ]
             joined = [self._joined(list(pieces)) for pieces in zip(*found, strict=True)]

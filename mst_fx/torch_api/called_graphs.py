@@ -13,7 +13,7 @@ After::
 - ``torch.ops.prims.inductor_seeds``, ``inductor_lookup_seed``: what AOTAutograd's random operators become in front of its partitioner.
 - ``codegen_mix_order_reduction`` (``torch/_inductor/codegen/simd.py``): :func:`keeps_its_shape`.
 
-Tried with torch 2.11.0 (CPU, and CUDA but for :func:`keeps_its_shape`) and 2.13.0 (CPU).
+Tried with torch 2.11.0 (CPU and CUDA) and 2.13.0 (CPU).
 """
 
 from __future__ import annotations

@@ -43,9 +43,8 @@ MOST = 8
 # The operands of attention over which gradients are written, in the order of the gradients, and whose gradients these are.
 _OF_ATTENTION = {"tangent": "query", "key": "key", "value": "value"}
 _KEPT = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr")  # of what is known of a call
-GIVES_NEW = (
-    "mst_fx_gives_new"  # in what is known of a call of a graph: all that it gives has memory of its own
-)
+# In what is known of a call of a graph: all that it gives has memory of its own.
+GIVES_NEW = "mst_fx_gives_new"
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 Order = Mapping[fx.Node, int]
