@@ -44,5 +44,3 @@ def _strides(context: AbstractContextManager[None], pad: bool) -> tuple[list[int
 def test_views_have_the_strides_of_their_buffers(pad: bool) -> None:
     found, truth = _strides(settled_views(), pad)
     assert found == truth
-
-

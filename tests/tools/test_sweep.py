@@ -14,7 +14,7 @@ from tests.house.test_docs import PAGES
 from tools.sweep import __main__ as command
 from tools.sweep import attempt as trial
 from tools.sweep import jobs, page
-from tools.sweep.attempt import Outcome
+from tools.sweep.attempt import Outcome, Way
 from tools.sweep.configs import LENGTH, architectures
 
 _WHOLE = {"attention": 2, "mlp": 2, "vocab": 1}
@@ -64,12 +64,12 @@ def test_a_sweep_goes_on_where_it_was(
     path = tmp_path / "out.jsonl"
     path.write_text(json.dumps(dataclasses.asdict(_OUTCOMES[0])) + "\n")
 
-    def attempt(name: str, family: str) -> Outcome:
+    def attempt(name: str, family: str, way: Way | None = None) -> Outcome:
         if name == "dead":
             raise SystemExit(3)
         if name == "late":
             time.sleep(60)
-        return Outcome(name, family, "right")
+        return Outcome(name, family, "right", made=str(way))
 
     for module in (command, jobs):
         monkeypatch.setattr(module, "attempt", attempt)
@@ -83,6 +83,8 @@ def test_a_sweep_goes_on_where_it_was(
     command.main([*common, "--only", "llama,fine,dead,new", "--redo", "died"])
     redone = [json.loads(line)["name"] for line in path.read_text().splitlines()][4:]
     assert sorted(redone) == ["dead", "new"]
+    command.main([*common, "--only", "odd", "--device", "meta", "--inner", "inductor", "--length", "205"])
+    assert command.load(path)["causal", "odd"].made == ", meta, inductor, 205 tokens"
     command.main([str(path), "--table", str(tmp_path / "models.md")])
     assert "| `fine` |" in (tmp_path / "models.md").read_text()
 

@@ -3,12 +3,14 @@
     python -m tools.sweep OUT.jsonl --jobs 2                  # tries all that OUT.jsonl has not
     python -m tools.sweep OUT.jsonl --table docs/models.md    # the page that users read
     python -m tools.sweep OUT.jsonl --summary                 # what needs looking into
+    python -m tools.sweep GPU.jsonl --jobs 14 --device cuda --inner inductor --length 205   # what kernels compute
 
 One step of a tiny random model (:mod:`tools.sweep.configs`), eager and with ``backend="mst"``, in a process of
-its own with a time limit; where mst fails, plain ``aot_eager`` says whether that is mst's fault. Each
+its own with a time limit; where mst fails, the plain compiler behind it says whether that is mst's fault. Each
 architecture is a line of JSON, appended when it is done; of several lines the last counts. A sweep that was cut
-short goes on where it was; ``--redo crash,wrong`` tries those again. It runs on the CPU, takes some ten seconds
-an architecture and a core, and is no part of CI.
+short goes on where it was; ``--redo crash,wrong`` tries those again. It takes some ten seconds an architecture and a
+core, thrice that with Inductor, and is no part of CI. On a GPU what counts are lengths that are no multiple of 8, of
+heads more than 1,024 numbers long: Inductor lays those out otherwise.
 """
 
 from __future__ import annotations
@@ -26,11 +28,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault(
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+)  # asked otherwise, no forked process could use a GPU
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 
-from tools.sweep.attempt import Outcome, attempt
-from tools.sweep.configs import FAMILIES, architectures
+from tools.sweep.attempt import Outcome, Way, attempt
+from tools.sweep.configs import FAMILIES, LENGTH, architectures
 from tools.sweep.jobs import sweep
 from tools.sweep.page import line, page, summary
 
@@ -60,6 +66,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=240, metavar="SECONDS", help="an architecture")
     parser.add_argument("--limit-minutes", type=float, default=1e6, help="begins no architecture after that")
+    parser.add_argument(
+        "--device", default="cpu", help='"cuda": torch\'s first; float32 alone is tried there'
+    )
+    parser.add_argument("--inner", default="aot_eager", choices=("aot_eager", "inductor"))
+    parser.add_argument(
+        "--length", type=int, default=LENGTH, help="tokens of a sequence (default: %(default)s)"
+    )
     parser.add_argument("--table", type=Path, metavar="PAGE", help="writes the page instead")
     parser.add_argument("--summary", action="store_true", help="prints what is known instead")
     return parser.parse_args(argv)
@@ -77,9 +90,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
         torch.set_num_threads(1)
-        attempt("llama", "causal")  # warms what every process would import and cache anew
-        torch._dynamo.reset()
-        for outcome in sweep(_pending(args, known), args.family, args.jobs, args.timeout):
+        if (
+            args.device == "cpu"
+        ):  # warms what every process would import and cache anew; Dynamo would touch a GPU, too
+            attempt("llama", "causal")
+            torch._dynamo.reset()
+        way = Way(args.device, args.inner, args.length)
+        for outcome in sweep(_pending(args, known), args.family, way, args.jobs, args.timeout):
             with args.out.open("a") as out:
                 out.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
             print(line(outcome), flush=True)

@@ -1,9 +1,10 @@
-"""One step of a tiny random model, eager and with ``backend="mst"``; where mst fails, plain ``aot_eager`` says whose fault it is."""
+"""One step of a tiny random model, eager and with ``backend="mst"``; where mst fails, the plain compiler behind it says whose fault it is."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -23,13 +24,44 @@ from mst_fx.version import __version__
 from tools.sweep.configs import LENGTH, make_inputs, make_model
 
 # Chunks so small that all of a tiny model's places are worth one.
-OPTIONS = {"inner": "aot_eager", "chunk_rows": 16, "vocab_chunk_rows": 16, "attention_chunk_rows": 16}
+OPTIONS = {"chunk_rows": 16, "vocab_chunk_rows": 16, "attention_chunk_rows": 16}
 
 # Relative errors that count as right: float64 models go through float32 in places.
 _TOLERANCES = {torch.float64: 3e-6, torch.float32: 2e-4}
+_PEER = "peer fails too"
 _MLPS = re.compile(r"MLP|Mlp|FeedForward|FFN|Experts|MoE|Moe|Router|Gate")
 
 Step = tuple[Tensor, dict[str, Tensor]]  # a loss, and the gradients of all parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a model is tried.
+
+    Attributes:
+        device: a name that torch knows.
+        inner: the compiler behind mst, "aot_eager" or "inductor": the peer, too, where mst fails.
+        length: tokens of a sequence; a number that no size of the models equals.
+    """
+
+    device: str = "cpu"
+    inner: str = "aot_eager"
+    length: int = LENGTH
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those that are tried, the most exact that the device's fused kernels take first."""
+        return (torch.float64, torch.float32) if self.device == "cpu" else (torch.float32,)
+
+    def __str__(self) -> str:
+        """What is not as by default, in front of which a comma may stand."""
+        default = Way()
+        told = {
+            self.device: default.device,
+            self.inner: default.inner,
+            f"{self.length} tokens": f"{LENGTH} tokens",
+        }
+        return "".join(f", {mine}" for mine, usual in told.items() if mine != usual)
 
 
 @dataclasses.dataclass
@@ -37,9 +69,9 @@ class Outcome:
     """One architecture.
 
     Attributes:
-        status: "right", "wrong", "crash", "aot_eager fails too", "eager fails", "not built", "timeout" or "died".
+        status: "right", "wrong", "crash", "peer fails too", "eager fails", "not built", "timeout" or "died".
         model: the class.
-        made: types and attention it was tried with, e.g. "float64, sdpa, batch 2".
+        made: types and attention it was tried with, e.g. "float64, sdpa, batch 2", and what is unusual about the way.
         why: what failed.
         error: the largest relative error of loss and gradients.
         graphs: how many graphs Dynamo made.
@@ -87,70 +119,69 @@ class Outcome:
         return self.status == "right" and not self.refusals and not self.silent and bool(self.rewrites)
 
 
-def attempt(name: str, family: str) -> Outcome:
-    """Two sequences; one where plain ``aot_eager`` fails with two."""
-    outcome = _attempt(name, family, batch=2)
-    if outcome.status == "aot_eager fails too":
-        outcome = _attempt(name, family, batch=1)
+def attempt(name: str, family: str, way: Way = Way()) -> Outcome:
+    """Two sequences; one where the plain compiler fails with two."""
+    outcome = _attempt(name, family, way, batch=2)
+    if outcome.status == _PEER:
+        outcome = _attempt(name, family, way, batch=1)
     return outcome
 
 
-def _attempt(name: str, family: str, batch: int) -> Outcome:
+def _attempt(name: str, family: str, way: Way, batch: int) -> Outcome:
     start = time.perf_counter()
     outcome = Outcome(name, family, "not built")
-    made = _make(outcome, batch)
+    made = _make(outcome, way, batch)
     if made is not None:
-        _compare(outcome, *made)
+        _compare(outcome, way, *made)
     outcome.seconds = round(time.perf_counter() - start, 1)
     return outcome
 
 
-def _make(outcome: Outcome, batch: int) -> tuple[nn.Module, dict[str, Any], Step] | None:
+def _make(outcome: Outcome, way: Way, batch: int) -> tuple[nn.Module, dict[str, Any], Step] | None:
     """The model, its inputs and an eager step, in the first way of making it that works."""
-    for dtype in (torch.float64, torch.float32):
-        for attention in ("sdpa", "eager"):
-            try:
-                model = make_model(outcome.name, outcome.family, dtype, attention)
-            except Exception as error:
-                outcome.why = outcome.why or _first_line(error)
-                continue
-            try:
-                inputs = make_inputs(model, outcome.family, batch)
-                truth = _step(model, model, inputs)
-                if not torch.isfinite(truth[0]):
-                    raise ValueError("the loss is not finite")
-            except Exception as error:
-                outcome.status, outcome.why = "eager fails", _first_line(error)
-                continue
-            outcome.model, outcome.why = type(model).__name__, ""
-            outcome.made = f"{str(dtype).removeprefix('torch.')}, {attention}, batch {batch}"
-            return model, inputs, truth
+    for dtype, attention in itertools.product(way.dtypes, ("sdpa", "eager")):
+        try:
+            model = make_model(outcome.name, outcome.family, dtype, attention).to(way.device)
+        except Exception as error:
+            outcome.why = outcome.why or _first_line(error)
+            continue
+        try:
+            inputs = make_inputs(model, outcome.family, batch, way.length)
+            truth = _step(model, model, inputs)
+            if not torch.isfinite(truth[0]):
+                raise ValueError("the loss is not finite")
+        except Exception as error:
+            outcome.status, outcome.why = "eager fails", _first_line(error)
+            continue
+        outcome.model, outcome.why = type(model).__name__, ""
+        outcome.made = f"{str(dtype).removeprefix('torch.')}, {attention}, batch {batch}{way}"
+        return model, inputs, truth
     return None
 
 
-def _compare(outcome: Outcome, model: nn.Module, inputs: dict[str, Any], truth: Step) -> None:
-    """A step under mst against eager's, and plain ``aot_eager``'s where mst's is not right."""
+def _compare(outcome: Outcome, way: Way, model: nn.Module, inputs: dict[str, Any], truth: Step) -> None:
+    """A step under mst against eager's, and the plain compiler's where mst's is not right."""
     seen: LastAttempts[tuple[fx.GraphModule, Report]] = LastAttempts()
     bar = _TOLERANCES[next(p.dtype for p in model.parameters() if p.is_floating_point())]
     found = None
     with on_graph.listening(lambda captured, new, report: seen.add((new, report))):
         try:
-            found = _compiled_step(model, inputs, backend="mst", options=OPTIONS)
+            found = _compiled_step(model, inputs, backend="mst", options={**OPTIONS, "inner": way.inner})
         except Exception as error:
             outcome.why = _first_line(error)
     outcome.graphs = counters["stats"]["unique_graphs"]
-    _describe(outcome, seen, model)
+    _describe(outcome, seen, model, way.length)
     outcome.error = _error(truth, found) if found is not None else float("inf")
     if outcome.error <= bar:
         outcome.status = "right"
         return
     outcome.status = "crash" if found is None else "wrong"
     try:
-        plain = _error(truth, _compiled_step(model, inputs, backend="aot_eager"))
+        plain = _error(truth, _compiled_step(model, inputs, backend=way.inner))
     except Exception:
         plain = float("inf")
     if plain >= max(bar, 0.3 * outcome.error):  # infinite for both, where both crash
-        outcome.status = "aot_eager fails too"
+        outcome.status = _PEER
     elif found is not None and outcome.error <= 10 * _sensitivity(model, inputs, truth) + bar:
         outcome.status = "right"
 
@@ -198,16 +229,18 @@ def _sensitivity(model: nn.Module, inputs: dict[str, Any], truth: Step) -> float
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            weight.mul_(1 + 6e-8 * noise.to(weight.dtype))
+            weight.mul_(1 + 6e-8 * noise.to(weight))
     return _error(truth, _step(model, model, inputs))
 
 
-def _describe(outcome: Outcome, seen: Iterable[tuple[fx.GraphModule, Report]], model: nn.Module) -> None:
+def _describe(
+    outcome: Outcome, seen: Iterable[tuple[fx.GraphModule, Report]], model: nn.Module, length: int
+) -> None:
     report = Report()
     for new, of_graph in seen:
         report.rewrites += of_graph.rewrites
         report.refusals += of_graph.refusals
-        outcome.squares += _squares(new)
+        outcome.squares += _squares(new, length)
     outcome.rewrites = dict(collections.Counter(rewrite.kind for rewrite in report.rewrites))
     outcome.given = sum(rewrite.form == "given" for rewrite in report.rewrites)
     outcome.deferred = any(rewrite.deferred for rewrite in report.rewrites)
@@ -215,13 +248,13 @@ def _describe(outcome: Outcome, seen: Iterable[tuple[fx.GraphModule, Report]], m
     outcome.doubtful = [f"{r.kind} {r.name}" for r in report.refusals if _is_doubtful(r, model)]
 
 
-def _squares(gm: fx.GraphModule) -> list[str]:
+def _squares(gm: fx.GraphModule, length: int) -> list[str]:
     """The nodes, those of sub-graphs too, that make values of S×S elements."""
     found = []
     for graph in (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)):
         for node in graph.nodes:
             is_call = node.op in ("call_function", "call_method")
-            if is_call and any(list(fake.shape).count(LENGTH) >= 2 for fake in tensors_of(node)):
+            if is_call and any(list(fake.shape).count(length) >= 2 for fake in tensors_of(node)):
                 target = (
                     node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
                 )

@@ -165,13 +165,15 @@ def make_model(name: str, family: str, dtype: torch.dtype, attention: str) -> An
     return model
 
 
-def make_inputs(model: Any, family: str, batch: int) -> dict[str, Any]:
-    """Token ids ``[batch, LENGTH]``, and labels whose first third is ignored."""
+def make_inputs(model: Any, family: str, batch: int, length: int = LENGTH) -> dict[str, Any]:
+    """Token ids ``[batch, length]``, and labels whose first third is ignored, where the model is."""
     generator = torch.Generator().manual_seed(3)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or VOCABULARY
-    ids = torch.randint(3, min(vocabulary, VOCABULARY) - 20, (batch, LENGTH), generator=generator)
+    ids = torch.randint(3, min(vocabulary, VOCABULARY) - 20, (batch, length), generator=generator).to(
+        model.device
+    )
     labels = ids.clone()
-    labels[:, : LENGTH // 3] = -100
+    labels[:, : length // 3] = -100
     takes = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": ids}
     if "labels" in takes or "kwargs" in takes:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tools.sweep.attempt import Outcome, attempt
+from tools.sweep.attempt import Outcome, Way, attempt
 
 
 @dataclasses.dataclass
@@ -23,7 +23,7 @@ class _Job:
     end: float
 
 
-def sweep(names: Iterable[str], family: str, jobs: int, timeout: float) -> Iterator[Outcome]:
+def sweep(names: Iterable[str], family: str, way: Way, jobs: int, timeout: float) -> Iterator[Outcome]:
     """Tries architectures, each in a process that begins with what this one has imported.
 
     Args:
@@ -33,7 +33,7 @@ def sweep(names: Iterable[str], family: str, jobs: int, timeout: float) -> Itera
     waiting, running = iter(names), list[_Job]()
     while True:
         while len(running) < jobs and (name := next(waiting, None)) is not None:
-            running.append(_start(name, family, timeout))
+            running.append(_start(name, family, way, timeout))
         if not running:
             return
         wait([job.connection for job in running], timeout=max(0.0, running[0].end - time.monotonic()))
@@ -46,19 +46,19 @@ def sweep(names: Iterable[str], family: str, jobs: int, timeout: float) -> Itera
                 yield outcome
 
 
-def _start(name: str, family: str, timeout: float) -> _Job:
+def _start(name: str, family: str, way: Way, timeout: float) -> _Job:
     context: Any = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(name, family, writer), daemon=True)
+    process = context.Process(target=_run, args=(name, family, way, writer), daemon=True)
     process.start()
     writer.close()
     return _Job(name, process, reader, time.monotonic() + timeout)
 
 
-def _run(name: str, family: str, connection: Connection) -> None:
+def _run(name: str, family: str, way: Way, connection: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
-    connection.send(attempt(name, family))
+    connection.send(attempt(name, family, way))
 
 
 def _outcome(job: _Job, family: str) -> Outcome | None:
