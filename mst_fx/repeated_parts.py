@@ -40,6 +40,7 @@ aten = torch.ops.aten
 
 _CONSTANTS = (aten.full.default, aten.scalar_tensor.default, torch.ops.prims.iota.default)
 _OF_A_LAYER = ("mst_fx::loop", "mst_fx::attention", "mst_fx::experts")
+_GATE = "mst_fx::gate"
 _FEWEST = 16  # calls that are worth a graph of their own
 
 
@@ -87,7 +88,10 @@ def _has_symbols(node: fx.Node) -> bool:
 
 
 def _is_free(node: fx.Node) -> bool:
-    """Whether a call makes nothing: a view, or a constant, which Inductor writes into kernels."""
+    """Whether a call makes nothing, wherever it is: a view, or a constant, which Inductor writes into kernels. (What a gate waits for would be held
+    up to it.)"""
+    if operation(node).startswith(_GATE):
+        return False
     if node.op != "call_function" or not shows_operand(node):
         return node.target in _CONSTANTS
     return keeps_its_shape(node.args[0])  # type: ignore[arg-type]

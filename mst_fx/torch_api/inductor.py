@@ -45,7 +45,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.ir import InvokeSubgraph
+from torch._inductor.ir import ExternKernelOut, InvokeSubgraph
 from torch._inductor.lowering import (  # type: ignore[attr-defined]
     get_layout_constraint_tag,
     lowerings,
@@ -165,6 +165,10 @@ class _Choices(InductorChoices):
         # Recomputation stands right behind the backward pass that it does not wait for.
         if loops.keys() & node1.ancestors != loops.keys() & node2.ancestors:
             return False
+        # The sums for two norms' weights, on two sides of an MLP that is not chunked: the second's products would come first, and what they
+        # make be held up to the products for weights.
+        if any(first.max_order < order < last.min_order for order in _products_before(scheduler, last)):
+            return False
         return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
 
 
@@ -175,6 +179,17 @@ def _loops(scheduler: Any) -> dict[str, int]:
         loops = [node for node in scheduler.nodes if _holds_loops(node.node)]
         found = scheduler._mst_fx_loops = {node.get_name(): node.min_order for node in loops}
     return found
+
+
+def _products_before(scheduler: Any, node: Any) -> list[int]:
+    """Where the matrix products stand that a scheduler's node waits for."""
+    found: dict[str, int] | None = getattr(scheduler, "_mst_fx_products", None)
+    if found is None:
+        products = [
+            each for each in scheduler.nodes if each.is_template() or isinstance(each.node, ExternKernelOut)
+        ]
+        found = scheduler._mst_fx_products = {each.get_name(): each.min_order for each in products}
+    return [found[name] for name in found.keys() & node.ancestors]
 
 
 def _holds_loops(node: Any) -> bool:

@@ -17,11 +17,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import fresh_inductor_cache
 from torch.utils.checkpoint import checkpoint
 
+from mst_fx.listeners import on_plan
 from mst_fx.torch_api import called_graphs, inductor
 from tests.helpers import GatedMLP, loss_of, step, worst_error
 from tests.models import ACCEPTED, inputs_of
 from tests.operators import ATTENTION, operators, times_run
 from tests.plan.ways import Grouped, Ways, way_of
+from tools.bench.models import Shape, make_llama, text_tokens
 from tools.meters.cpu import measure_cpu
 
 pytestmark = pytest.mark.slow
@@ -281,3 +283,30 @@ def test_plans(name: str, parts: list[list[int]], monkeypatch: pytest.MonkeyPatc
     sines = 2 * 384 * 16 * 4  # times 1.0: a part is given them, where kernels would make them again
     assert mine_peak <= peak + sines, (mine_peak, peak)
     assert sorted(map(bool, parts)) == [False, False, True, True]
+
+
+def test_plans_without_loops(parts: list[list[int]]) -> None:
+    """Un-chunked MLPs take no more in equal parts, and what the plan says but for a tensor: products for weights come before what is made behind
+    them, and what a part is given is not held for what waits for it."""
+    shape, length = Shape(hidden=128, intermediate=1024, heads=4, kv_heads=2, vocabulary=512, layers=4), 1024
+    model = make_llama(shape, length, "cpu", torch.float32, checkpoint=False)
+    ids = text_tokens(length, shape.vocabulary).view(1, length)
+    batch = {"input_ids": ids, "labels": ids}
+    plans: list[Any] = []
+    peaks = []
+    for layers in ("each", "once"):
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"memory": "4GiB", "host_memory": "0", "layers": layers}
+        compiled = torch.compile(model, backend="mst", options=options, fullgraph=True)
+        with on_plan.listening(plans.append):
+            _step(model, compiled, batch)
+        model.zero_grad(set_to_none=True)
+        with measure_cpu() as measured:
+            loss_of(compiled(**batch)).backward()
+        model.zero_grad(set_to_none=True)
+        peaks.append(measured.peak_bytes)
+    assert "un-chunked" in str(plans[1]) and str(plans[0]) == str(plans[1])
+    assert sorted(map(bool, parts)) == [False, False, True, True]
+    assert peaks[1] <= peaks[0] + 2**16
+    inside = 4 * length * shape.intermediate  # a kernel that a CPU runs writes over none of what it reads
+    assert peaks[1] <= plans[1].peak - plans[1].taken + inside, (peaks, plans[1])

@@ -18,7 +18,8 @@ for one step with `backend="mst"`, beside eager. Where a cell has a number, so m
 rewritten. The last column says what was left as it was, and why; such places run as they would
 without mst-fx. Architectures that share code (most fine-tunes and forks of Llama, Qwen, Mistral, Gemma) are
 covered as the one they share it with. For the very model that you train, `mst-fx explain` says the same;
-[Limits](limits.md) has the reasons at length.
+[Limits](limits.md) has the reasons at length. By Inductor's kernels on a GPU:
+[models-h200.md](../benchmarks/models-h200.md).
 """
 
 _SECTIONS = (
