@@ -88,9 +88,8 @@ def _has_symbols(node: fx.Node) -> bool:
 
 
 def _is_free(node: fx.Node) -> bool:
-    """Whether a call makes nothing, wherever it is: a view, or a constant, which Inductor writes into kernels. (What a gate waits for would be held
-    up to it.)"""
-    if operation(node).startswith(_GATE):
+    """Whether a call makes nothing, wherever it is: a view, or a constant, which Inductor writes into kernels."""
+    if operation(node).startswith(_GATE):  # what it waits for would be held up to where it is
         return False
     if node.op != "call_function" or not shows_operand(node):
         return node.target in _CONSTANTS

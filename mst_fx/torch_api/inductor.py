@@ -26,6 +26,7 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU).
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import difflib
 import functools
@@ -158,6 +159,8 @@ class _Choices(InductorChoices):
 
     @staticmethod
     def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: Any) -> bool:
+        if not InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score):
+            return False
         loops = _loops(scheduler)
         first, last = sorted((node1, node2), key=lambda node: node.max_order)
         if any(first.max_order < order < last.min_order for order in loops.values()):
@@ -167,9 +170,7 @@ class _Choices(InductorChoices):
             return False
         # The sums for two norms' weights, on two sides of an MLP that is not chunked: the second's products would come first, and what they
         # make be held up to the products for weights.
-        if any(first.max_order < order < last.min_order for order in _products_before(scheduler, last)):
-            return False
-        return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+        return last.ancestors.isdisjoint(_products_between(scheduler, first.max_order, last.min_order))
 
 
 def _loops(scheduler: Any) -> dict[str, int]:
@@ -181,15 +182,15 @@ def _loops(scheduler: Any) -> dict[str, int]:
     return found
 
 
-def _products_before(scheduler: Any, node: Any) -> list[int]:
-    """Where the matrix products stand that a scheduler's node waits for."""
-    found: dict[str, int] | None = getattr(scheduler, "_mst_fx_products", None)
+def _products_between(scheduler: Any, start: int, end: int) -> Sequence[str]:
+    """The names of the matrix products that stand between two places."""
+    found: tuple[list[int], list[str]] | None = getattr(scheduler, "_mst_fx_products", None)
     if found is None:
-        products = [
-            each for each in scheduler.nodes if each.is_template() or isinstance(each.node, ExternKernelOut)
-        ]
-        found = scheduler._mst_fx_products = {each.get_name(): each.min_order for each in products}
-    return [found[name] for name in found.keys() & node.ancestors]
+        products = [x for x in scheduler.nodes if x.is_template() or isinstance(x.node, ExternKernelOut)]
+        places = sorted((each.min_order, each.get_name()) for each in products)
+        found = scheduler._mst_fx_products = [at for at, _ in places], [name for _, name in places]
+    orders, names = found
+    return names[bisect.bisect_right(orders, start) : bisect.bisect_left(orders, end)]
 
 
 def _holds_loops(node: Any) -> bool:

@@ -58,8 +58,9 @@ def test_a_llama_keeps_its_rotary_embedding() -> None:
 class _Node:
     """A scheduler's node, as far as the heuristic looks."""
 
-    def __init__(self, order: int, *before: str, operator: object = None) -> None:
+    def __init__(self, order: int, *before: str, operator: object = None, is_product: bool = False) -> None:
         self.min_order = self.max_order = order
+        self.is_template = lambda: is_product
         self.ancestors = set(before)
         self.node = nn.Module()
         self.node.op_overload = operator  # type: ignore[assignment]
@@ -69,7 +70,12 @@ class _Node:
 
 
 class _Scheduler:
-    nodes = (_Node(0), _Node(3, operator=torch.ops.mst_fx.loop_backward.default), _Node(6))
+    nodes = (
+        _Node(0),
+        _Node(3, operator=torch.ops.mst_fx.loop_backward.default),
+        _Node(6),
+        _Node(8, is_product=True),
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,9 +85,16 @@ class _Scheduler:
         (_Node(1), _Node(4), False),  # the loop stands between
         (_Node(4, "op3"), _Node(5), False),  # the second one does not wait for the loop
         (_Node(4, "op3"), _Node(5, "op3", "op1"), True),
+        (
+            _Node(7),
+            _Node(9, "op8"),
+            False,
+        ),  # the product would come in front of what the first one is in front of
+        (_Node(7), _Node(9), True),
+        (_Node(9, "op8"), _Node(10, "op8"), True),
     ],
 )
-def test_nothing_is_fused_across_a_loop(
+def test_nothing_is_fused_across_a_loop_or_a_product(
     first: _Node, second: _Node, may: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InductorChoices, "can_fuse_horizontal", lambda *_: True)

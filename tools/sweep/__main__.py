@@ -28,9 +28,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault(
-    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-)  # asked otherwise, no forked process could use a GPU
+# Asked whether there is a GPU in another way, no forked process could use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
@@ -90,9 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
         torch.set_num_threads(1)
-        if (
-            args.device == "cpu"
-        ):  # warms what every process would import and cache anew; Dynamo would touch a GPU, too
+        # Warms what every process would import and cache anew; not beside a GPU, which Dynamo would touch.
+        if args.device == "cpu":
             attempt("llama", "causal")
             torch._dynamo.reset()
         way = Way(args.device, args.inner, args.length)
