@@ -85,11 +85,7 @@ class _Scheduler:
         (_Node(1), _Node(4), False),  # the loop stands between
         (_Node(4, "op3"), _Node(5), False),  # the second one does not wait for the loop
         (_Node(4, "op3"), _Node(5, "op3", "op1"), True),
-        (
-            _Node(7),
-            _Node(9, "op8"),
-            False,
-        ),  # the product would come in front of what the first one is in front of
+        (_Node(7), _Node(9, "op8"), False),  # the product would come early
         (_Node(7), _Node(9), True),
         (_Node(9, "op8"), _Node(10, "op8"), True),
     ],
