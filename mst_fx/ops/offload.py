@@ -24,14 +24,14 @@ from torch import Tensor
 from mst_fx.ops.arena import ARENA
 from mst_fx.ops.chunks import plain_mode
 from mst_fx.process import State
-from mst_fx.torch_api.autograd import at_end_of_backward
+from mst_fx.torch_api.autograd import keep_through_backward
 
 # A pass puts these in: there is no eager call whose strides Inductor could restore.
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 
 
 class _Coming:
-    """A tensor on its way to the device; called when its backward pass ends, dropped with it if that raises."""
+    """A tensor on its way to the device, for one backward pass."""
 
     def __init__(self, found: Tensor, event: torch.cuda.Event | None) -> None:
         self._found: Tensor | None = found
@@ -44,9 +44,6 @@ class _Coming:
         if self._event is not None:
             torch.cuda.current_stream(found.device).wait_event(self._event)
         return found
-
-    def __call__(self) -> None:
-        pass
 
     def __del__(self) -> None:
         if self._found is not None:
@@ -211,7 +208,7 @@ def _start(hosts: Sequence[Tensor], orders: Sequence[int], device: torch.device)
     for host, order in _with_orders(hosts, orders):
         if host.data_ptr() not in _COPIES.coming:
             coming = _bring(host, order, device)
-            at_end_of_backward(coming)
+            keep_through_backward(coming)
             _COPIES.coming[host.data_ptr()] = coming
 
 

@@ -10,8 +10,7 @@ there is none.
 Numbers must not add up: there is one junction a port, and autograd runs it once a backward pass, with the
 sum of all gradients of the rows.
 
-A backward pass may raise between the two (out of memory, a user's hook). What was put down belongs to it, as one
-of its final callbacks, and goes with it.
+A backward pass may raise between the two (out of memory, a user's hook). What was put down belongs to it, and goes with it.
 """
 
 from __future__ import annotations
@@ -27,17 +26,14 @@ from torch.autograd.function import once_differentiable
 from mst_fx.ops.chunks import plain_mode
 from mst_fx.ops.scaled import product
 from mst_fx.process import State
-from mst_fx.torch_api.autograd import at_end_of_backward
+from mst_fx.torch_api.autograd import keep_through_backward
 
 
 class _Parcel:
-    """A gradient on its way; called when its backward pass ends, dropped with it if that raises."""
+    """A gradient on its way, for one backward pass."""
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient: Tensor | None = gradient
-
-    def __call__(self) -> None:
-        self.gradient = None
 
 
 class _PutDown(State):
@@ -50,7 +46,7 @@ class _PutDown(State):
 
     def put(self, gradient: Tensor) -> int:
         number, parcel = next(self._numbers), _Parcel(gradient)
-        at_end_of_backward(parcel)
+        keep_through_backward(parcel)
         self.parcels[number] = parcel
         return number
 

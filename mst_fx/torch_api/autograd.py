@@ -6,7 +6,7 @@ Tried with torch 2.11.0 (CUDA) and 2.13.0 (CPU).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -28,16 +28,19 @@ def without_saved_tensors_hooks() -> Iterator[None]:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
 
 
-def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Calls a function when the backward pass that is under way has ended, and holds it no longer than that.
+def keep_through_backward(thing: object) -> None:
+    """Keeps something alive until the backward pass that is under way has ended, or has raised.
 
     ``torch.autograd.Variable._execution_engine.queue_callback``: what DDP and FSDP call; the only thing of ours that
-    lives as long as one backward pass, also one that raises.
+    lives as long as one backward pass, also one that raises. What is called at its end, and what the pass drops when it is over, is
+    written in C: the thread that began the pass looks for signals in the first function of Python's behind it, and if that is one that runs
+    when something dies, Ctrl-C is raised there and goes no further.
 
     Raises:
         RuntimeError: outside of a backward pass.
     """
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    kept = [thing]
+    torch.autograd.Variable._execution_engine.queue_callback(kept.clear)  # type: ignore[attr-defined]
 
 
 def is_checkpointed() -> bool:

@@ -8,15 +8,17 @@ import gc
 import logging
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mst_fx.context import JointContext
 from mst_fx.listeners import on_plan
+from mst_fx.ops import offload, port
 from mst_fx.ops.arena import ARENA, Arena
 from mst_fx.options import bytes_in
 from mst_fx.pipeline import JOINT_STAGES
@@ -265,6 +267,41 @@ def test_ctrl_c_while_a_buffer_is_given_back_is_raised() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert arena.used == 0
+
+
+def _fetched(gradient: Tensor) -> None:
+    host = gradient.cpu()
+    offload._start([host], [0], gradient.device)
+    offload._COPIES.coming.pop(host.data_ptr()).take()
+
+
+def _put_down(gradient: Tensor) -> None:
+    port._PUT_DOWN.put(gradient)
+
+
+@pytest.mark.parametrize("use", [_fetched, _put_down])
+def test_ctrl_c_while_a_backward_pass_ends_is_raised(use: Callable[[Tensor], None]) -> None:
+    """A GPU's thread makes the pass, and the main thread sees signals when it is over: where it drops what belonged to it."""
+
+    class Used(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            use(gradient)
+            # The last that is called in the pass.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_thread.interrupt_main))  # type: ignore[attr-defined]
+            return gradient
+
+    loss = Used.apply(torch.ones(4, requires_grad=True)).square().sum()  # type: ignore[no-untyped-call]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loss.backward()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

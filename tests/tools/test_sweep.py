@@ -112,7 +112,8 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_compiled_step", lambda model, inputs, **how: (
         wrong(model, model.forward, inputs) if how["backend"] == "mst" else right(model, model, inputs)
     ))  # fmt: skip
-    assert trial.attempt("llama", "causal").status == "wrong"
+    outcome = trial.attempt("llama", "causal")
+    assert outcome.status == "wrong" and outcome.peer == "off by 0.0e+00"
 
 
 def test_the_committed_page_is_a_page_of_this_tool() -> None:

@@ -73,6 +73,7 @@ class Outcome:
         model: the class.
         made: types and attention it was tried with, e.g. "float64, sdpa, batch 2", and what is unusual about the way.
         why: what failed.
+        peer: where mst was not right, how far off the plain compiler was, or what failed there.
         error: the largest relative error of loss and gradients.
         graphs: how many graphs Dynamo made.
         rewrites: how many, by kind.
@@ -90,6 +91,7 @@ class Outcome:
     model: str = ""
     made: str = ""
     why: str = ""
+    peer: str = ""
     error: float = 0.0
     graphs: int = 0
     rewrites: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -178,8 +180,10 @@ def _compare(outcome: Outcome, way: Way, model: nn.Module, inputs: dict[str, Any
     outcome.status = "crash" if found is None else "wrong"
     try:
         plain = _error(truth, _compiled_step(model, inputs, backend=way.inner))
-    except Exception:
+        outcome.peer = f"off by {plain:.1e}"
+    except Exception as error:
         plain = float("inf")
+        outcome.peer = _first_line(error)
     if plain >= max(bar, 0.3 * outcome.error):  # infinite for both, where both crash
         outcome.status = _PEER
     elif found is not None and outcome.error <= 10 * _sensitivity(model, inputs, truth) + bar:

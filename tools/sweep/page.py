@@ -68,16 +68,17 @@ def _cell(text: str) -> str:
 def _left(outcome: Outcome) -> str:
     """What was left, each reason once, with how many places it is true of."""
     if outcome.status != "right":
-        return f"{outcome.status}: {outcome.why}".strip(": ")
-    found: collections.Counter[str] = collections.Counter()
+        found = f"{outcome.status}: {outcome.why}".strip(": ")
+        return f"{found}; the plain compiler: {outcome.peer}" if outcome.peer else found
+    reasons: collections.Counter[str] = collections.Counter()
     for kind, name, reason, cause in outcome.refusals:
         place = re.sub(r"\.\d+(?=\.|$)", "", name).split("layers.")[-1]
-        found[f"experts `{place}`" if cause == "experts" else f"{kind} `{place}`: {_plain(reason)}"] += 1
+        reasons[f"experts `{place}`" if cause == "experts" else f"{kind} `{place}`: {_plain(reason)}"] += 1
     if outcome.given:
-        found["attention whose mask or bias, of S² elements, is no formula and stays"] = outcome.given
+        reasons["attention whose mask or bias, of S² elements, is no formula and stays"] = outcome.given
     if outcome.silent:
-        found[f"{len(outcome.silent)} values of S×S elements"] += 1
-    return "; ".join(f"{count} × {text}" if count > 1 else text for text, count in found.items())
+        reasons[f"{len(outcome.silent)} values of S×S elements"] += 1
+    return "; ".join(f"{count} × {text}" if count > 1 else text for text, count in reasons.items())
 
 
 def _plain(reason: str) -> str:
@@ -93,6 +94,7 @@ def line(outcome: Outcome) -> str:
     flags = [f"{len(outcome.silent)} silent S×S"] if outcome.silent else []
     flags += [f"doubtful: {', '.join(outcome.doubtful)}"] if outcome.doubtful else []
     flags += [outcome.why] if outcome.why else []
+    flags += [f"the plain compiler: {outcome.peer}"] if outcome.peer else []
     numbers = f"{counts} graphs {outcome.graphs} error {outcome.error:.0e} {outcome.seconds:.0f} s"
     return (
         f"{outcome.name:24} {outcome.status:8} {numbers} refused {len(outcome.refusals)} {'; '.join(flags)}"
