@@ -22,7 +22,7 @@ from mst_fx.options import Options, make_options
 from mst_fx.passes import overlap
 from mst_fx.passes.mask_breaks import cross_masks
 from mst_fx.pipeline import JOINT_STAGES, Result, run_passes
-from mst_fx.process import Said
+from mst_fx.process import Said, only_new_garbage
 from mst_fx.ranks.faults import MEMBERS, guarded
 from mst_fx.repeated_parts import repeated_parts, why_none
 from mst_fx.switch import NAME, is_off
@@ -72,7 +72,7 @@ def mst(
         if _SAID.is_new("off"):
             log.warning("%s=0: nothing is rewritten, graphs go to %s as they are", NAME, checked.inner)
         return compile_plainly(gm, example_inputs, checked.inner, patches)
-    with _timed(gm):
+    with _timed(gm), only_new_garbage():
         return _compiled(gm, example_inputs, checked, mode, patches)
 
 

@@ -213,6 +213,7 @@ class JointContext:
         inputs: with how many the program was captured.
         parameters: which of them are parameters.
         are_alike: whether the graphs of all ranks of the group have the same calls, of other sizes.
+        is_told: whether somebody listens for plans: what is for people alone is left out otherwise.
     """
 
     graph: fx.Graph
@@ -221,3 +222,4 @@ class JointContext:
     inputs: int = 0
     parameters: tuple[int, ...] = ()
     are_alike: bool = True
+    is_told: bool = True

@@ -55,9 +55,11 @@ def _run(
         return
     parameters = tuple(at for at, node in enumerate(given) if is_parameter(value(node)))
     for stage in stages:
-        backup = None if options.strict or stage.is_vital else joint.copied(graph)
+        back = None if options.strict or stage.is_vital else joint.way_back(graph)
         try:
-            context = JointContext(graph, options, _tell, len(given), parameters, are_alike)
+            context = JointContext(
+                graph, options, _tell, len(given), parameters, are_alike, is_told=on_plan.is_heard
+            )
             if stage.run(context) is not False:
                 graph.lint()
                 if graph.owning_module is not None:
@@ -65,15 +67,15 @@ def _run(
         except BudgetError:
             raise
         except Refusal as refusal:
-            if backup is None:
+            if back is None:
                 raise
-            joint.restore(graph, backup)
+            back()
             log.warning("mst-fx: no %s plan for a graph: %s", stage.name, refusal)
             on_plan.tell(Refused(stage.name, "", str(refusal), refusal.cause))
         except Exception as error:
-            if backup is None:
+            if back is None:
                 raise
-            joint.restore(graph, backup)
+            back()
             defect(f"skipped the {stage.name} pass for a graph", error)
 
 

@@ -53,6 +53,11 @@ class Listeners(State, Generic[P]):
         with self._lock:
             self._listeners = self._own
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self._listeners)
+
     def remove(self, listener: Callable[P, object]) -> None:
         with self._lock:
             self._listeners = tuple(x for x in self._listeners if x is not listener)

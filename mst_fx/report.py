@@ -168,7 +168,7 @@ class MemoryPlan:
         budget: bytes that may be allocated at the peak of a step.
         taken: bytes that were when it was planned.
         peak: bytes that will be, as far as the plan sees.
-        before, after: the step without it, all kept that is worth keeping, and with it.
+        before, after: the step without it, all kept that is worth keeping, and with it; None where nobody listened when it was made.
     """
 
     layers: tuple[Planned, ...]

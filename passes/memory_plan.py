@@ -69,14 +69,14 @@ class _Start:
         layers: with what is behind the last: the head, whose loop has computed its gradient already.
         wanted: what is kept in any case.
         choices: of each layer, on the device.
-        before: the memory of the step without a plan.
+        before: the memory of the step without a plan; None if nobody asks.
     """
 
     joint: JointGraph
     layers: list[Layer]
     wanted: set[fx.Node]
     choices: list[list[Choice]]
-    before: Timeline
+    before: Timeline | None
 
 
 def run(context: JointContext) -> bool:
@@ -108,7 +108,8 @@ def run(context: JointContext) -> bool:
     write = functools.partial(_write, context.graph, same, chosen, unchunking, is_trial=False)
     written = _together(group, write, lambda _: "written")
     _hold_up_to(start.layers[0], room, peak)
-    context.tell(dataclasses.replace(said, before=start.before, after=timeline_of(written)))
+    after = timeline_of(written) if context.is_told else None
+    context.tell(dataclasses.replace(said, before=start.before, after=after))
     return True
 
 
@@ -126,7 +127,9 @@ def _start(context: JointContext) -> _Start | None:
         return None
     wanted = joint.kept_anyway
     choices = [choices_of(layer, wanted) for layer in layers[:-1]]
-    before = timeline_of(on_trial(context.graph, [those[-1] for those in choices])[0])
+    before = None
+    if context.is_told:
+        before = timeline_of(on_trial(context.graph, [those[-1] for those in choices])[0])
     return _Start(joint, layers, wanted, choices, before)
 
 

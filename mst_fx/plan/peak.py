@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,13 +110,17 @@ def _made_at(node: fx.Node, place: dict[fx.Node, int], started: dict[fx.Node, in
     return place[source]
 
 
-def curve_of(joint: JointGraph) -> list[int]:
-    """The bytes, beside the inputs, that are alive while each call runs (:func:`calls_of`), its scratch included."""
+def curve_of(joint: JointGraph, held: Sequence[Held] | None = None) -> list[int]:
+    """The bytes, beside the inputs, that are alive while each call runs (:func:`calls_of`), its scratch included.
+
+    Args:
+        held: as of :func:`held_by`, where that is known.
+    """
     calls = calls_of(joint)
     changes = [0] * (len(calls) + 1)
-    for held in held_by(joint):
-        changes[held.first] += held.bytes
-        changes[held.last + 1] -= held.bytes
+    for each in held_by(joint) if held is None else held:
+        changes[each.first] += each.bytes
+        changes[each.last + 1] -= each.bytes
     alive = itertools.accumulate(changes[:-1])
     return [now + scratch_of(node) for now, node in zip(alive, calls, strict=True)]
 

@@ -188,6 +188,9 @@ class _Search:
 
     def best(self) -> Plan:
         """The fastest plan that fits, or the one of the lowest peak, if none does."""
+        fastest = self._fastest()
+        if fastest is not None and fastest.peak <= self.limit:
+            return fastest
         least_sent = max(min(choice.host_bytes for choice in those) for those in self.choices)
         sizes = {choice.host_bytes for those in self.choices for choice in those}
         fitting: list[Plan] = []
@@ -199,6 +202,15 @@ class _Search:
         if fitting:
             return min(fitting, key=lambda plan: plan.seconds)
         return min(missing, key=lambda plan: plan.peak)
+
+    def _fastest(self) -> Plan | None:
+        """What is best where there is room for everything; None if some of it goes to the host. (Where there is no room, a search for the
+        largest plan begins with it.)"""
+        taken = [
+            min(range(len(those)), key=lambda i: (those[i].seconds, those[i].host, those[i].bytes))
+            for those in self._options
+        ]
+        return None if any(each.host for each in self._taken(taken)) else self._plan(taken)
 
     @functools.cached_property
     def _options(self) -> list[tuple[Option, ...]]:

@@ -82,12 +82,26 @@ def solve(kinds: Sequence[Kind], room: int, host: Host = Host()) -> list[list[in
     Raises:
         TooLittle: if not even the least of every layer fits.
     """
+    fastest = _fastest(kinds)
+    if _fits(kinds, fastest, room, Host()):
+        return fastest
     ladder = _ladder(kinds, room, host)
     exact = None if milp is None else _program(kinds, room, host)
     found = [plan for plan in (exact, ladder) if plan is not None]
     if not found:
         raise TooLittle(sum(kind.count * min(o.bytes for o in kind.options) for kind in kinds) - room)
     return min(found, key=lambda plan: _seconds(kinds, plan, host))
+
+
+def _fastest(kinds: Sequence[Kind]) -> list[list[int]]:
+    """What is best where there is room for everything: of equals what keeps least on the host, and then on the device."""
+    found = [[0] * len(kind.options) for kind in kinds]
+    for kind, counts in zip(kinds, found, strict=True):
+        options = kind.options
+        counts[
+            min(range(len(options)), key=lambda i: (options[i].seconds, options[i].host, options[i].bytes))
+        ] = kind.count
+    return found
 
 
 def _is_worse(option: Option, other: Option) -> bool:

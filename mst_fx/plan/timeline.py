@@ -20,9 +20,9 @@ _SHOWN = 5  # of what is alive at the peak
 
 def timeline_of(joint: JointGraph) -> Timeline:
     """What is alive while each call runs, beside inputs, and at the highest moment the largest by name."""
-    calls, curve = calls_of(joint), curve_of(joint)
+    calls, held = calls_of(joint), held_by(joint)
+    curve = curve_of(joint, held)
     forward = sum(node not in joint.backward for node in calls)
-    held = held_by(joint)
     kept = sum(each.bytes for each in held if each.first < forward <= each.last)
     top = max(range(len(curve)), key=curve.__getitem__, default=0)
     gradients = {storage_of(node) for node in joint.gradients if node is not None}

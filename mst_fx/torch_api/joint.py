@@ -78,20 +78,30 @@ def has_backward(graph: fx.Graph) -> bool:
     return any("tangents" in str(node.target) for node in graph.find_nodes(op="placeholder"))
 
 
-def restore(graph: fx.Graph, backup: fx.Graph) -> None:
-    """Makes a graph what a copy of it is, in place."""
-    for node in reversed(graph.nodes):
-        graph.erase_node(node)
-    copies: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(backup, copies)
-    output = graph.output(result)
-    output.meta = dict(backup.output_node().meta)
+def way_back(graph: fx.Graph) -> Callable[[], None]:
+    """What makes a graph again, in place, what it is now. (A list of its nodes, which is a hundredth of the work of a copy.)"""
+    known = [
+        (node, (node.op, node.target, node.args, node.kwargs, node.name, node.type), dict(node.meta))
+        for node in graph.nodes
+    ]
+
+    def go() -> None:
+        for node in reversed(graph.nodes):
+            graph.erase_node(node)
+        new: dict[fx.Node, fx.Node] = {}
+        for old, (op, target, args, kwargs, name, kind), meta in known:
+            here = fx.node.map_arg((args, kwargs), new.__getitem__)
+            new[old] = graph.create_node(op, target, *here, name, kind)
+            new[old].meta = meta
+
+    return go
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
-    """A copy of a joint graph, to go back to."""
+    """A copy of a joint graph, to try something on."""
     new = fx.Graph()
-    restore(new, graph)
+    output = new.output(new.graph_copy(graph, {}))
+    output.meta = dict(graph.output_node().meta)
     return new
 
 
