@@ -14,6 +14,7 @@ from torch import fx
 
 from mst_fx.bodies.body import with_bodies_alive
 from mst_fx.equal_layers import fold_equal_layers
+from mst_fx.equal_stretches import fold_equal_stretches
 from mst_fx.errors import OptionError
 from mst_fx.graph.subgraphs import graphs_of
 from mst_fx.joint import hooked
@@ -92,8 +93,9 @@ def _compiled(
         return run_passes(gm, crossing.inputs, options, mode, crossing)
 
     def compiled_graph() -> Callable[..., Any]:
-        folded, layers = fold_equal_layers(result.gm, checked, patches)
-        with hooked(JOINT_STAGES, checked, folded, are_alike):
+        fold = fold_equal_layers if checked.memory is None else fold_equal_stretches
+        folded, layers = fold(result.gm, checked, patches)
+        with hooked(JOINT_STAGES, checked, result.gm, are_alike):
             compiled = compile_graph(folded, crossing.inputs, checked.inner, patches, layers, repetitions)
         return with_bodies_alive(compiled, (*result.bodies, *layers.values()))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import fx
 
+from mst_fx.bodies.write_out import write_out
 from mst_fx.context import JointContext
 from mst_fx.errors import BudgetError, Refusal, defect
 from mst_fx.graph.values import is_parameter, value
@@ -53,6 +54,8 @@ def _run(
 ) -> None:
     if not joint.has_backward(graph):
         return
+    if options.memory is not None:
+        _write_out(graph, options)
     parameters = tuple(at for at, node in enumerate(given) if is_parameter(value(node)))
     for stage in stages:
         back = None if options.strict or stage.is_vital else joint.way_back(graph)
@@ -77,6 +80,18 @@ def _run(
                 raise
             back()
             defect(f"skipped the {stage.name} pass for a graph", error)
+
+
+def _write_out(graph: fx.Graph, options: Options) -> None:
+    """Writes layers that were traced once out again, for the plan. (Checkpointed ones of a program without a plan stay operators.)"""
+    back = joint.way_back(graph)
+    try:
+        write_out(graph)
+    except Exception as error:
+        if options.strict or options.group is not None:
+            raise
+        back()
+        defect("plans nothing inside of layers that were traced once", error)
 
 
 def _tell(plan: MemoryPlan) -> None:

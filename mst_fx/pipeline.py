@@ -52,6 +52,7 @@ from mst_fx.passes import (
     vocab,
 )
 from mst_fx.passes.mask_breaks import Crossing
+from mst_fx.process import one_thread
 from mst_fx.report import Refused, Report
 from mst_fx.runner import Runner
 from mst_fx.stage import Helper, Scope, Stage, When, check_order
@@ -283,6 +284,7 @@ def rewrite(
     return result.gm, result.report
 
 
+@one_thread()
 @without_saved_tensors_hooks()  # nodes run on fakes, some of them with gradients
 def run_passes(
     gm: fx.GraphModule,

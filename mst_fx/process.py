@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+import torch
+
 
 class _HasKey(Protocol):
     @property
@@ -105,3 +107,19 @@ def only_new_garbage() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside of the block torch's operators on the CPU run on the thread that calls them: they are many and small, and where each rank
+    of a machine wakes as many threads as there are cores for each, they wait for one another (twice the seconds of the passes, measured
+    with two ranks and 65,536 tokens).
+
+    A thread that calls torch for the first time while the block lasts stays with one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

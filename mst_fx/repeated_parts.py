@@ -64,12 +64,12 @@ def repeated_parts(graph: fx.Graph, strict: bool = False) -> list[Repetition]:
         graph: of one pass, as AOTAutograd's partitioner gives it.
         strict: whether a defect of ours is raised; else the graph is compiled whole, as it would be without.
     """
-    if any(map(_has_symbols, graph.nodes)):
+    if any(map(has_symbols, graph.nodes)):
         return []
     try:
         raise_seeds(graph)
         sink_free_calls(graph, _is_free)
-        found = list(find_repetitions(graph, _is_of_a_layer, _is_apart, is_wait, keeps_its_shape, _FEWEST))
+        found = list(find_repetitions(graph, is_of_a_layer, _is_apart, is_wait, keeps_its_shape, _FEWEST))
     except Exception as error:
         if strict:
             raise
@@ -80,7 +80,7 @@ def repeated_parts(graph: fx.Graph, strict: bool = False) -> list[Repetition]:
     return found
 
 
-def _has_symbols(node: fx.Node) -> bool:
+def has_symbols(node: fx.Node) -> bool:
     """Whether a size of what a node gives, or a number, is not known."""
     every = tree_leaves(value(node))
     sizes = [(*x.shape, *x.stride()) if isinstance(x, torch.Tensor) else (x,) for x in every]
@@ -96,7 +96,7 @@ def _is_free(node: fx.Node) -> bool:
     return keeps_its_shape(node.args[0])  # type: ignore[arg-type]
 
 
-def _is_of_a_layer(node: fx.Node) -> bool:
+def is_of_a_layer(node: fx.Node) -> bool:
     """Whether a call is one of those by which layers are found."""
     return node.target in PRODUCTS or operation(node).startswith(_OF_A_LAYER)
 

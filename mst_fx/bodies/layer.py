@@ -1,4 +1,4 @@
-"""A checkpointed layer that stands several times in a graph, as one graph of both its passes.
+"""A layer that stands several times in a graph, as one graph of both its passes.
 
 The operators of :mod:`mst_fx.ops.layer` name it by its key, as loops do their bodies.
 """
@@ -29,10 +29,17 @@ class LayerGraph:
         needs: which inputs get a gradient.
         reads: the inputs, by number, that the backward pass reads: what is kept for it.
         outputs, gradients: fakes of what the forward pass gives, and of the gradients of the inputs that get one.
+        path: of a module of the first that there is; "" if it is not known.
     """
 
     def __init__(
-        self, joint: fx.GraphModule, needs: Sequence[bool], outputs: int, mode: FakeTensorMode, config: Any
+        self,
+        joint: fx.GraphModule,
+        needs: Sequence[bool],
+        outputs: int,
+        mode: FakeTensorMode,
+        config: Any,
+        path: str = "",
     ) -> None:
         """
         Args:
@@ -40,7 +47,7 @@ class LayerGraph:
             mode: of the fakes in it.
             config: what it is compiled with, as a part of the key.
         """
-        self.needs, self._joint, self._mode = tuple(needs), joint, mode
+        self.needs, self._joint, self._mode, self.path = tuple(needs), joint, mode, path
         self._count = outputs
         forward, backward = self._results(joint)
         self.outputs, self.gradients = ([x.meta["val"] for x in each] for each in (forward, backward))
@@ -51,9 +58,9 @@ class LayerGraph:
             for node in joint.graph.find_nodes(op="placeholder")
             for x in [node.meta["val"]]
         ]
-        content = repr(
-            (joint.code, metas, self.needs, self.reads, outputs, config, torch.__version__, __version__)
-        )
+        constants = [_constant(joint, node) for node in joint.graph.find_nodes(op="get_attr")]
+        known = (joint.code, metas, constants, self.needs, self.reads, outputs, config)
+        content = repr((*known, torch.__version__, __version__))
         # A graph of AOTAutograd's cache was made of the layer by what stands in these files.
         code = b"".join(Path(inspect.getfile(each)).read_bytes() for each in (layers, overwriting))
         self.key = hashlib.sha256(content.encode() + code).hexdigest()[:32]
@@ -63,8 +70,17 @@ class LayerGraph:
         return list(found[: self._count]), [x for x in found[self._count :] if x is not None]
 
     @functools.cached_property
+    def both_passes(self) -> fx.GraphModule:
+        """``(*inputs, *tangents)`` → ``(*outputs, *gradients)``, as Inductor leaves it in front of its partitioner."""
+        return layers.simplified(self._joint, self._mode)
+
+    def prepare(self) -> None:
+        """Makes what it is asked for when a graph is written."""
+        _ = self.both_passes
+
+    @functools.cached_property
     def _prepared(self) -> fx.GraphModule:
-        return layers.prepared(self._joint, self._mode)
+        return layers.prepared(self.both_passes)
 
     @functools.cached_property
     def forward_graph(self) -> fx.GraphModule:
@@ -77,6 +93,16 @@ class LayerGraph:
         inputs = self._prepared.graph.find_nodes(op="placeholder")
         kept = {*self.reads, *range(len(self.needs), len(inputs))}
         return layers.part(self._prepared, self._results(self._prepared)[1], kept)
+
+
+def _constant(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """What a constant of a graph is, by content: the graph's code has its name alone."""
+    found = getattr(gm, str(node.target))
+    if not isinstance(found, torch.Tensor):
+        return repr(found)
+    raw = found.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.sha256(bytes(raw.tolist())).hexdigest()
+    return tuple(found.shape), found.stride(), found.dtype, found.device, digest
 
 
 # Kept alive by who runs a graph that names one, as bodies are.

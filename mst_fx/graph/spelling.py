@@ -334,7 +334,11 @@ def _schemas(target: Any) -> list[Any]:
     if isinstance(target, OpOverload):
         return [schema_of(target)]
     packet = getattr(aten, getattr(target, "__name__", ""), None)
-    return [schema_of(getattr(packet, name)) for name in packet.overloads()] if packet is not None else []
+    if not isinstance(
+        packet, OpOverloadPacket
+    ):  # a method of Python's that the namespace has, as each object does
+        return []
+    return [schema_of(getattr(packet, name)) for name in packet.overloads()]
 
 
 def dropout_probability(node: fx.Node) -> float | None:

@@ -1,7 +1,8 @@
 """Layers that are traced once: the graphs of their two passes, and what tells whether a layer may be one.
 
-- ``torch._functorch.aot_autograd.aot_export_joint_simple``: forward and backward pass of a function as one ATen graph; it raises where
-  the function writes to operands, or gives what shares memory with one.
+- ``torch._functorch.aot_autograd.aot_function``: forward and backward pass of a function as one ATen graph, which is what its ``partition_fn``
+  is given. ``aot_export_joint_simple``, which gives such a graph too, takes operators apart that compiled programs keep (SiLU's gradient in 16 bits is then
+  rounded at each of its steps); of a function without gradients it gives the one graph.
 - ``torch._inductor.compile_fx._recursive_joint_graph_passes``, ``torch._functorch.compile_utils.fx_graph_cse``: what Inductor and its
   partitioner do with such a graph before they cut it in two.
 
@@ -10,17 +11,21 @@ Tried with torch 2.11.0 (CPU) and 2.13.0 (CPU).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._functorch.aot_autograd import aot_export_joint_simple, aot_function
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.compilers import nop
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import _recursive_joint_graph_passes
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -37,19 +42,52 @@ def both_passes(
         RuntimeError: if the function writes to an input, or gives what shares memory with one, or with another result.
     """
     table = dict(select_decomp_table())
-    with tracing(TracingContext(mode)):
-        found = aot_export_joint_simple(
-            function, tuple(inputs), trace_joint=has_backward, decompositions=table
-        )
-    assert isinstance(found, fx.GraphModule)
-    return found
+    if not has_backward:
+        with tracing(TracingContext(mode)):
+            found = aot_export_joint_simple(function, tuple(inputs), trace_joint=False, decompositions=table)
+        assert isinstance(found, fx.GraphModule)
+        return found
+    joint: list[fx.GraphModule] = []
+    counts: list[int] = []
+
+    def counted(*operands: torch.Tensor) -> Any:
+        found = function(*operands)
+        counts.append(len(found))
+        return found
+
+    def take(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
+        joint.append(gm)
+        raise _Traced
+
+    with tracing(TracingContext(mode)), contextlib.suppress(_Traced):
+        aot_function(counted, nop, partition_fn=take, decompositions=table)(*inputs)
+    # What it writes, and what is shown by its results, is a result of its own.
+    results: Any = joint[0].graph.output_node().args[0] if joint else ()
+    if len(results) != counts[0] + len(inputs):
+        raise RuntimeError("it writes to what it is given, or gives what shares memory")
+    return joint[0]
 
 
-def prepared(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
-    """What Inductor makes of a graph of both passes before it is cut in two."""
-    with tracing(TracingContext(mode)):
-        gm = _recursive_joint_graph_passes(gm)
-        return fx.GraphModule(gm, fx_graph_cse(gm.graph))
+class _Traced(BaseException):
+    """The graph of both passes is there: it need not be cut in two."""
+
+
+def simplified(gm: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
+    """What Inductor's own passes make of a graph of both passes before it is cut in two; the module is changed."""
+    own = {"joint_custom_pre_pass": None, "joint_custom_post_pass": None}
+    with tracing(TracingContext(mode)), V.set_fake_mode(mode), inductor_config.patch(own):
+        return _recursive_joint_graph_passes(gm)
+
+
+def prepared(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same with equal calls made once, as the partitioner does."""
+    return fx.GraphModule(gm, fx_graph_cse(gm.graph))
+
+
+def has_joint_passes(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor, with these config patches, has passes over joint graphs that are none of its own."""
+    with inductor_config.patch(dict(patches)):
+        return bool(inductor_config.joint_custom_pre_pass or inductor_config.joint_custom_post_pass)
 
 
 def part(

@@ -301,6 +301,22 @@ def test_what_is_folded() -> None:
     assert len(_folded(_three(Layer, preserve_rng_state=False), _x())) == 1
 
 
+class _Constant(Layer):
+    def __init__(self, constant: float) -> None:
+        super().__init__()
+        self.constant = constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.tensor([self.constant], dtype=torch.float64)
+
+
+def test_layers_of_other_constants(folded: Folded) -> None:
+    """A constant has a name in the code of a graph, the same whatever it is."""
+    with fresh_inductor_cache():
+        _check(Stack(*(_Constant(constant) for constant in (0.5, 0.5, 0.7, 0.7))), _x())
+    assert folded.operators == [4] and folded.graphs == [2, 2]
+
+
 class _Drops(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(super().forward(x), 0.5)
@@ -330,11 +346,6 @@ class _GivesMore(Layer):
 class _Nested(Layer):
     def forward(self, x: Tensor) -> Any:
         return checkpoint(super().forward, x, use_reentrant=False)
-
-
-class _Constant(Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.tensor([0.5], dtype=torch.float64)
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -118,6 +118,7 @@ def test_factors_of_products() -> None:
         (_node(torch.max, ..., 1), 1),
         (_node(torch.split, ..., 2, 1), 1),
         (_node(operator.getitem, ..., 1), None),
+        (_node(torch.Tensor.__eq__, ..., 1), None),  # every object has one, ATen's namespace too
     ],
 )
 def test_arguments_of_overloads(node: fx.Node, dim: int | None) -> None:
