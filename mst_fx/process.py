@@ -97,11 +97,13 @@ def only_new_garbage() -> Iterator[None]:
     """Inside of the block the collector of cycles looks through what is made there alone, and not again and again through all that is there
     already: graphs on trial, which are cycles of some ten thousand objects, make it run, and a process that compiles has millions.
 
-    Where somebody has frozen objects himself (``gc.freeze``) they stay so, and nothing changes.
+    What is garbage already is freed first: a plan would take a dead model's memory for taken. Where somebody has frozen objects himself
+    (``gc.freeze``) they stay so, and nothing changes.
     """
     if gc.get_freeze_count():
         yield
         return
+    gc.collect()
     gc.freeze()
     try:
         yield
