@@ -110,9 +110,12 @@ def nothing_frozen() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nothing_frozen")
-def test_the_collector_looks_at_what_is_made_inside_alone_and_at_all_afterwards() -> None:
-    old = weakref.ref(_Cycle())
+def test_the_collector_looks_at_what_is_made_inside_alone_and_at_all_before_and_afterwards() -> None:
+    gone, held = weakref.ref(_Cycle()), [_Cycle()]
+    old = weakref.ref(held[0])
     with pytest.raises(KeyError), only_new_garbage():
+        assert gone() is None
+        held.clear()
         new = weakref.ref(_Cycle())
         gc.collect()
         assert new() is None and old() is not None
