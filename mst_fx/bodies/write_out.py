@@ -69,6 +69,7 @@ class _Layer:
         self._graph, self._layer = graph, layer
         self._forward, self._backward = forward, backward
         self._copies: dict[fx.Node, fx.Node] = {}
+        self._given: dict[fx.Node, Any] = {}
         self._storages: set[int] = set()  # of the values in the layer's graph so far
         mode = fake_mode_of(tree_leaves([x.meta["val"] for x in forward.args[0]]))  # type: ignore[union-attr]
         assert mode is not None
@@ -86,6 +87,8 @@ class _Layer:
     def write_forward(self) -> None:
         operands: Any = self._forward.args[0]
         self._take_in(self._inputs[: len(operands)], operands)
+        results = self._results[: len(self._layer.outputs)]
+        self._know(self._forward, results)
         moved: set[fx.Node] = set()
         for node in self._inner[: self._first]:
             for operand in node.all_input_nodes:
@@ -93,17 +96,22 @@ class _Layer:
                     moved.add(operand)
                     self._bring(self._copies[operand])
             self._copy(node, self._forward)
-        self._replace(self._forward, self._results[: len(self._layer.outputs)])
+        self._replace(self._forward, results)
+
+    def _know(self, call: fx.Node, results: Sequence[fx.Node]) -> None:
+        """Remembers the fakes of what an operator gives, of which there are views already."""
+        self._given |= {results[user.args[1]]: user.meta["val"] for user in call.users}  # type: ignore[index]
 
     def write_backward(self) -> None:
         if self._backward is None:
             return
         tangents: Any = self._backward.args[1]
         self._take_in(self._inputs[len(self._layer.needs) :], tangents)
+        results = [x for x in self._results[len(self._layer.outputs) :] if x is not None]
+        self._know(self._backward, results)
         for node in self._inner[self._first :]:
             self._copy(node, self._backward)
-        given = [x for x in self._results[len(self._layer.outputs) :] if x is not None]
-        for gradient in self._replace(self._backward, given):
+        for gradient in self._replace(self._backward, results):
             self._take(gradient)
 
     def _take_in(self, inputs: Sequence[fx.Node], operands: Sequence[fx.Node]) -> None:
@@ -154,7 +162,7 @@ class _Layer:
                 args, kwargs = fx.node.map_arg((new.args, new.kwargs), lambda x: x.meta["val"])
                 return new.target(*args, **kwargs)  # type: ignore[operator]
             if isinstance(value, torch.Tensor):
-                return _like(value)
+                return self._given[node] if node in self._given else _like(value)
             if isinstance(value, (list, tuple)):
                 return type(value)(_like(x) if isinstance(x, torch.Tensor) else x for x in value)
         return value

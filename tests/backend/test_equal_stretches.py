@@ -53,12 +53,12 @@ def _text(graph: fx.Graph) -> list[str]:
 
 def _share_what_they_show(graph: fx.Graph) -> bool:
     """Whether values share memory that are views of the same, and no others."""
-    owners: dict[int, fx.Node] = {}
-    return all(
-        owners.setdefault(found.untyped_storage()._cdata, memory_of(node)) is memory_of(node)
+    pairs = {
+        (found.untyped_storage()._cdata, memory_of(node))
         for node in graph.nodes
         if (found := tensor_of(node)) is not None and node.op == "call_function"
-    )
+    }
+    return len(pairs) == len({storage for storage, _ in pairs}) == len({owner for _, owner in pairs})
 
 
 def _both_passes(
@@ -124,15 +124,15 @@ _TRACED: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 @pytest.mark.parametrize("name", _TRACED)
 def test_the_graph_is_that_of_layers_traced_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no layer's values are taken to share memory with another's. (The last layer's loop has the norm behind it: it is another.)"""
+    """And values share the memory that they show, as far as AOTAutograd's do. (The last layer's loop has the norm behind it: it is another.)"""
     make, layers = _TRACED[name]
     if name in ACCEPTED:
         batch = inputs_of(ACCEPTED[name], 1, 96)
     else:
         batch = {"x": _X} if name == "constants" else token_batch(2, 48)
-    count, are_apart, found = _both_passes(monkeypatch, make(), batch)
-    _, _, expected = _both_passes(monkeypatch, make(), batch, layers="each")
-    assert count == layers and are_apart
+    count, share, found = _both_passes(monkeypatch, make(), batch)
+    _, would_share, expected = _both_passes(monkeypatch, make(), batch, layers="each")
+    assert count == layers and (share or not would_share)
     assert found == expected
 
 
