@@ -32,7 +32,7 @@ from torch import fx
 
 import mst_fx.ops  # noqa: F401  (registers the operators)
 from mst_fx import repeated_parts
-from mst_fx.bodies.layer import LAYERS, LayerGraph
+from mst_fx.bodies.layer import LAYERS, LayerGraph, traced_alone
 from mst_fx.errors import Refusal, defect
 from mst_fx.graph.edit import copy_graph, drop_unused_subgraphs
 from mst_fx.graph.modes import Context, autocast_contexts, contexts
@@ -42,7 +42,6 @@ from mst_fx.graph.subgraphs import called_graph, subgraphs
 from mst_fx.graph.values import is_plain, storage_keys, tensors_of, value
 from mst_fx.options import Options
 from mst_fx.torch_api import layers as torch_layers
-from mst_fx.torch_api.autograd import without_saved_tensors_hooks
 from mst_fx.torch_api.called_graphs import is_aligned
 from mst_fx.torch_api.fakes import mode_of
 from mst_fx.torch_api.ops import HigherOrderOperator
@@ -166,14 +165,6 @@ def _traced(gm: fx.GraphModule, node: fx.Node, patches: Mapping[str, Any]) -> La
     has_backward = modes.grad and any(x.requires_grad for x in given)
     if has_backward and not all(x.requires_grad for each in outputs for x in tensors_of(each)):
         raise Refusal("a layer gives what has no gradient")
-    mode = mode_of(given[0])
-    with mode:
-        fakes = [
-            torch.empty_strided(
-                x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=x.requires_grad
-            )
-            for x in given
-        ]
 
     # What shows memory that the layer made is given as memory of its own; Inductor leaves the copy out.
     are_views = [torch_layers.is_view(x) for each in outputs for x in tensors_of(each)]
@@ -183,15 +174,12 @@ def _traced(gm: fx.GraphModule, node: fx.Node, patches: Mapping[str, Any]) -> La
             found = child(*operands)
         return tuple(x.clone() if is_view else x for x, is_view in zip(found, are_views, strict=True))
 
-    try:
-        with without_saved_tensors_hooks(), torch.set_grad_enabled(modes.grad):
-            joint = torch_layers.both_passes(run, fakes, mode, has_backward)
-    except RuntimeError as error:  # it writes to what it is given, or gives it
-        raise Refusal(f"a layer cannot be traced alone: {str(error).splitlines()[0][:200]}") from None
+    with torch.set_grad_enabled(modes.grad):
+        joint = traced_alone(run, given, has_backward)
     if any(torch_layers.is_random(inner.target) for inner in joint.graph.nodes):
         raise Refusal("a layer draws random numbers, or calls graphs of its own")
     needs = [has_backward and x.requires_grad for x in given]
-    return LayerGraph(joint, needs, len(outputs), mode, sorted(patches.items()))
+    return LayerGraph(joint, needs, len(outputs), mode_of(given[0]), sorted(patches.items()))
 
 
 def _operand(operand: Any) -> torch.Tensor:

@@ -29,7 +29,7 @@ from torch import fx
 
 import mst_fx.ops  # noqa: F401  (registers the operators)
 from mst_fx import repeated_parts
-from mst_fx.bodies.layer import LAYERS, LayerGraph
+from mst_fx.bodies.layer import LAYERS, LayerGraph, traced_alone
 from mst_fx.errors import Refusal, defect
 from mst_fx.graph.edit import copy_graph
 from mst_fx.graph.effects import inference_change, level_change
@@ -42,7 +42,6 @@ from mst_fx.graph.writes import writes_in_place
 from mst_fx.options import Options
 from mst_fx.ranks.agreement import of_ranks
 from mst_fx.torch_api import layers as torch_layers
-from mst_fx.torch_api.autograd import without_saved_tensors_hooks
 from mst_fx.torch_api.fakes import mode_of
 from mst_fx.torch_api.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD_ENABLED
 from mst_fx.torch_api.ops import HigherOrderOperator
@@ -220,25 +219,13 @@ def _traced(gm: fx.GraphModule, stretch: _Stretch, modes: Context, patches: Mapp
     """
     _check(stretch, modes)
     given, results = [value(x) for x in stretch.inputs], [value(x) for x in stretch.results]
-    mode = mode_of(given[0])
-    with mode:
-        fakes = [
-            torch.empty_strided(
-                x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=x.requires_grad
-            )
-            for x in given
-        ]
     part = fx.Interpreter(_part(gm, stretch))
 
     def run(*operands: torch.Tensor) -> Any:
         with autocast_contexts(modes.autocast), fx.traceback.preserve_node_meta():
             return part.run(*operands)
 
-    try:
-        with without_saved_tensors_hooks():
-            joint = torch_layers.both_passes(run, fakes, mode, has_backward=True)
-    except RuntimeError as error:  # it writes to what it is given, or gives it
-        raise Refusal(f"a layer cannot be traced alone: {str(error).splitlines()[0][:200]}") from None
+    joint = traced_alone(run, given, has_backward=True)
     if any(map(_is_random, joint.graph.nodes)):
         raise Refusal("a layer draws random numbers, or calls graphs of its own")
     traced: Any = joint.graph.output_node().args[0]
@@ -246,7 +233,7 @@ def _traced(gm: fx.GraphModule, stretch: _Stretch, modes: Context, patches: Mapp
         raise Refusal("a layer gives what is laid out otherwise when it is traced")
     path = module_path(stretch.named)
     needs = [x.requires_grad for x in given]
-    layer = LayerGraph(joint, needs, len(results), mode, (path, sorted(patches.items())), path)
+    layer = LayerGraph(joint, needs, len(results), mode_of(given[0]), (path, sorted(patches.items())), path)
     layer.prepare()  # what fails does so before anything has changed
     return layer
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+from mst_fx.errors import Refusal
 from mst_fx.process import Named
 from mst_fx.torch_api import layers, overwriting
-from mst_fx.torch_api.fakes import FakeTensorMode
+from mst_fx.torch_api.autograd import without_saved_tensors_hooks
+from mst_fx.torch_api.fakes import FakeTensorMode, mode_of
 from mst_fx.version import __version__
 
 
@@ -93,6 +95,32 @@ class LayerGraph:
         inputs = self._prepared.graph.find_nodes(op="placeholder")
         kept = {*self.reads, *range(len(self.needs), len(inputs))}
         return layers.part(self._prepared, self._results(self._prepared)[1], kept)
+
+
+def traced_alone(
+    function: Callable[..., Any], given: Sequence[torch.Tensor], has_backward: bool
+) -> fx.GraphModule:
+    """The graph of both passes of a layer (:func:`mst_fx.torch_api.layers.both_passes`).
+
+    Args:
+        given: fakes of what it is given in one place, to which new ones are like.
+
+    Raises:
+        Refusal: if it writes to what it is given, or gives it.
+    """
+    mode = mode_of(given[0])
+    with mode:
+        fakes = [
+            torch.empty_strided(
+                x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=x.requires_grad
+            )
+            for x in given
+        ]
+    try:
+        with without_saved_tensors_hooks():
+            return layers.both_passes(function, fakes, mode, has_backward)
+    except RuntimeError as error:
+        raise Refusal(f"a layer cannot be traced alone: {str(error).splitlines()[0][:200]}") from None
 
 
 def _constant(gm: fx.GraphModule, node: fx.Node) -> Any:

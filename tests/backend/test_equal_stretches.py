@@ -17,6 +17,7 @@ from torch._inductor.utils import fresh_inductor_cache
 from mst_fx.bodies.write_out import renumbered, write_out
 from mst_fx.equal_stretches import fold_equal_stretches
 from mst_fx.graph.names import module_path
+from mst_fx.graph.values import storage_key
 from mst_fx.listeners import on_plan
 from mst_fx.options import bytes_in, make_options
 from mst_fx.plan.joint_graph import tensor_of
@@ -54,7 +55,7 @@ def _text(graph: fx.Graph) -> list[str]:
 def _share_what_they_show(graph: fx.Graph) -> bool:
     """Whether values share memory that are views of the same, and no others."""
     pairs = {
-        (found.untyped_storage()._cdata, memory_of(node))
+        (storage_key(found), memory_of(node))
         for node in graph.nodes
         if (found := tensor_of(node)) is not None and node.op == "call_function"
     }
@@ -251,7 +252,7 @@ def test_what_is_left(name: str, caplog: pytest.LogCaptureFixture) -> None:
     make, options, reason = _LEFT[name]
     with caplog.at_level(logging.INFO, "mst_fx"):
         assert not _folded(make(), token_batch(2, 48), options)
-    assert f"layers are traced one by one: {reason}" in caplog.text or reason in caplog.text
+    assert re.search(f"layers are traced one by one: .*{reason}", caplog.text)
 
 
 def test_sizes_that_change(caplog: pytest.LogCaptureFixture) -> None:
@@ -261,7 +262,7 @@ def test_sizes_that_change(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_layers_that_differ() -> None:
-    """In a constant, in what is trained, in what others read of them."""
+    """In what is trained."""
     model: Any = _toy(layers=5)
     assert _folded(model, token_batch(2, 48), {}) == 5
     changed = copy.deepcopy(model)
