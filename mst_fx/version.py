@@ -4,4 +4,4 @@ It is part of each body's key, and so of torch's caches of compiled graphs, whic
 has changed: raise it whenever one does.
 """
 
-__version__ = "0.2.3"
+__version__ = "0.2.4"

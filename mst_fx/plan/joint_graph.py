@@ -168,8 +168,11 @@ def bytes_of(node: fx.Node) -> int:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a call makes no memory of its own."""
+    """Whether a call makes no memory of its own: a view, or one of several (of ``split``)."""
     target = node.target
+    if target is operator.getitem:
+        source = node.args[0]  # none of a call that is erased
+        return isinstance(source, fx.Node) and is_view(source)
     return node.op == "call_function" and (
         getattr(target, "is_view", False)
         or target in (aten._unsafe_view.default, torch.ops.mst_fx.gate.default)
@@ -225,6 +228,20 @@ def is_cheap(node: fx.Node) -> bool:
     if not isinstance(target, OpOverload):
         return node.target is operator.getitem
     return is_view(node) or torch.Tag.pointwise in target.tags or target in _CHEAP
+
+
+def is_fused(node: fx.Node) -> bool:
+    """Whether Inductor computes a value where it is read."""
+    if not is_cheap(source_of(node)) or source_of(node) is not node:
+        return False
+    readers = list(node.users)
+    while readers:
+        user = readers.pop()
+        if user.op == "output" or not is_cheap(user):
+            return False
+        if is_view(user):
+            readers += user.users
+    return True
 
 
 def is_read_whole(node: fx.Node) -> bool:

@@ -19,11 +19,14 @@ from torch import fx
 from mst_fx.bodies.body import Body, body_of
 from mst_fx.graph.sizes import hint, sum_dtype
 from mst_fx.graph.spelling import argument, operation
+from mst_fx.ops.embedding import scratch_bytes
+from mst_fx.ops.experts import with_keys
+from mst_fx.plan.inside import made_a_row, made_backward_a_row
 from mst_fx.plan.joint_graph import (
     JointGraph,
     bytes_of,
     is_attention_backward,
-    is_cheap,
+    is_fused,
     is_of_host,
     is_transfer,
     is_view,
@@ -139,7 +142,16 @@ def scratch_of(node: fx.Node) -> int:
         return _scratch_of_experts(node, name)
     if is_attention_backward(node):
         return _scratch_of_attention(node)
+    if name == "mst_fx::embedding_backward":
+        return _scratch_of_embedding(node)
     return 0
+
+
+def _scratch_of_embedding(node: fx.Node) -> int:
+    tangent, made = tensor_of(argument(node, "tangent")), tensor_of(node)
+    assert tangent is not None and made is not None
+    vocabulary, width = map(hint, made.shape)
+    return scratch_bytes(hint(tangent.numel()) // width, vocabulary, width, made.dtype)
 
 
 def _scratch_of_attention(node: fx.Node) -> int:
@@ -165,12 +177,11 @@ def _scratch_of_loop(node: fx.Node, name: str) -> int:
     key, chunk = argument(node, "body_key"), argument(node, "chunk_rows")
     assert isinstance(key, str) and isinstance(chunk, int)
     run = body_of(key)
-    inside = chunk * _made_a_row(run)
     if name in _FORWARD_LOOPS:
-        return inside
-    inside *= (
-        1 if name == _LOOP_WITH_GRADIENT else 2
-    )  # gradients too; of logits they are written in their place
+        return chunk * made_a_row(run)
+    # Of logits gradients are written in their place.
+    is_backward = name == _LOOP_BACKWARD
+    inside = chunk * (made_backward_a_row(run, argument(node, "needs")) if is_backward else made_a_row(run))
     sums, results, largest = _sums_of_weights(node, run)
     # The sums are there beside the inside of a chunk; at the end each is rounded and goes.
     return max(inside, largest) + sums - results
@@ -180,14 +191,14 @@ def _scratch_of_experts(node: fx.Node, name: str) -> int:
     """The inside of a chunk of slots, and what rows are summed up in: in float32 for 16-bit types."""
     run, slots = body_of(str(argument(node, "body_key"))), argument(node, "chunk_slots")
     assert isinstance(slots, int)
-    inside = slots * _made_a_row(run)
     if name == _EXPERTS:
         out = tensor_of(node)
         assert out is not None
-        return inside + _wide_bytes(out)
+        return slots * made_a_row(run) + _wide_bytes(out)
     needs: Any = argument(node, "needs")
     summed = itertools.compress(tree_leaves(node.args[0]), needs)
-    return 2 * inside + sum(_wide_bytes(tensor_of(x)) for x in summed if isinstance(x, fx.Node))
+    inside = slots * made_backward_a_row(run, with_keys(run, needs), dims=3)
+    return inside + sum(_wide_bytes(tensor_of(x)) for x in summed if isinstance(x, fx.Node))
 
 
 def _wide_bytes(summed: Any) -> int:
@@ -212,21 +223,11 @@ def _sums_of_weights(node: fx.Node, run: Body) -> tuple[int, int, int]:
     return sums, results, largest
 
 
-def _made_a_row(run: Body) -> int:
-    """Bytes a row of the values inside of a loop's body that are not fused away."""
-    nodes = run.forward.graph.nodes
-    count = next(node for node in nodes if node.op == "placeholder")
-    leaving = set(run.forward.graph.output_node().all_input_nodes)
-    inner = [n for n in nodes if n.op == "call_function" and n not in leaving and tensor_of(n) is not None]
-    made = [n for n in inner if not is_view(n) and not _is_fused(n)]
-    return sum(map(bytes_of, made)) // hint(count.meta["val"])
-
-
 def _is_made(node: fx.Node, joint: JointGraph) -> bool:
     """Whether a call makes memory of its own: no view, and none that is fused into all that read it."""
     if is_view(node) or tensor_of(node) is None or is_of_host(node):
         return False
-    if not _is_fused(node):
+    if not is_fused(node):
         return True
     return _is_saved(node, joint)
 
@@ -243,24 +244,10 @@ def _is_read_backward(node: fx.Node, joint: JointGraph) -> bool:
     )
 
 
-def _is_fused(node: fx.Node) -> bool:
-    """Whether Inductor computes a value where it is read."""
-    if not is_cheap(source_of(node)) or source_of(node) is not node:
-        return False
-    readers = list(node.users)
-    while readers:
-        user = readers.pop()
-        if user.op == "output" or not is_cheap(user):
-            return False
-        if is_view(user):
-            readers += user.users
-    return True
-
-
 def _read_at(
     user: fx.Node, node: fx.Node, place: dict[fx.Node, int], last: dict[fx.Node, int], joint: JointGraph
 ) -> int:
     """When a node is read for the last time by one of its users, or by what shows its memory or computes it there. A value that the
     backward pass finds has been made, though all that read it are fused: then its operands are done with."""
-    lives_on = user.args[0] is node if is_view(user) else _is_fused(user) and not _is_saved(user, joint)
+    lives_on = user.args[0] is node if is_view(user) else is_fused(user) and not _is_saved(user, joint)
     return last[user] if lives_on else place[user]  # a gate shows its first operand

@@ -60,6 +60,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mst_fx.torch_api.called_graphs import Layer, Repetition, call_layers, call_repetitions
 from mst_fx.torch_api.overwriting import write_over_dead_operands
 from mst_fx.torch_api.settled_views import settled_views
+from mst_fx.torch_api.written_in_place import written_in_place
 
 Compiled = Callable[..., Any]
 FindRepetitions = Callable[[fx.Graph], Sequence[Repetition]]
@@ -230,7 +231,7 @@ def _compile_apart(layers: Mapping[str, Layer], repetitions: FindRepetitions) ->
         call_repetitions(args[0], repetitions(args[0].graph), _know_operators)
         write_over_dead_operands(args[0].graph)
         _know_operators(args[0].graph)
-        with V.set_choices_handler(_Choices()), settled_views():
+        with V.set_choices_handler(_Choices()), settled_views(), written_in_place():
             return compile_fx_inner(*args, **kwargs)
 
     return compile_apart
@@ -292,7 +293,12 @@ def compile_body(
     if inner != "inductor":
         return lambda args: gm(*args)
     mode = next(x.fake_mode for x in inputs if isinstance(x, torch.Tensor))  # type: ignore[attr-defined]
-    with _apart(mode), settled_views(), inductor_config.patch(_FREED_AT_ONCE | dict(patches)):
+    with (
+        _apart(mode),
+        settled_views(),
+        written_in_place(),
+        inductor_config.patch(_FREED_AT_ONCE | dict(patches)),
+    ):
         return compile_fx_inner(gm, list(inputs), cudagraphs=False, is_inference=True)  # type: ignore[arg-type]
 
 

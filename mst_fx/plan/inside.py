@@ -1,0 +1,132 @@
+"""What one chunk of a loop's body takes while it runs, from the body's graph.
+
+Forward: each value that is not fused away. Backward: they are made again, and their gradients with them; but a gradient that a pointwise kernel
+makes is written over what it is made of (:mod:`mst_fx.torch_api.written_in_place`): of a gated MLP's three wide values and their three
+gradients three are there at once. Beside a value are its gradients
+
+- that products give, where it is made of rows that go in (a norm's): the value itself is kept for the gradients of weights;
+- where parts of it are read (``split``): elsewhere than the gradient is written;
+- where a bias is trained: what sums up a bias's gradient is no pointwise kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import networkx
+from torch import fx
+
+from mst_fx.bodies.body import Body
+from mst_fx.graph.sizes import hint
+from mst_fx.graph.spelling import operation
+from mst_fx.plan.joint_graph import bytes_of, is_cheap, is_fused, is_view, tensor_of
+from mst_fx.torch_api.overwriting import PRODUCTS
+
+
+def made_a_row(run: Body) -> int:
+    """Bytes a row of what a body makes."""
+    return _bytes_a_row(run, _made(run))
+
+
+def made_backward_a_row(run: Body, needs: Sequence[bool], dims: int = 2) -> int:
+    """Bytes a row of what its backward pass makes, but for sums of weights.
+
+    Args:
+        needs: of ``(*row_inputs, *shared)``.
+        dims: of a weight; what has fewer is a bias.
+    """
+    _, *inputs = run.forward.graph.find_nodes(op="placeholder")
+    trained = [node for node, need in zip(inputs, needs, strict=True) if need]
+    rows = [node for node in trained if node in inputs[: len(run.row_metas)]]
+    biases = {node for node in trained if node not in rows and _dims(node) < dims}
+    made = [node for node in _made(run) if not _only_leaves(node)]
+    sources = {node: set(_sources(node, {*made, *biases})) for node in made if _is_wide(run, node)}
+    # Kernels write gradients of all that they read, or of nothing, over it.
+    near = networkx.Graph([(node, source) for node, found in sources.items() for source in found])
+    near.add_nodes_from(sources)
+    elsewhere = [x for x in near if x in biases or not _is_read_in_place(x)]
+    beside = {x for each in elsewhere for x in networkx.node_connected_component(near, each)}
+    gradients = [node for node in rows for _ in range(max(1, _products(node)))]
+    for node, found in sources.items():
+        is_kept = is_cheap(node) and sources.keys().isdisjoint(found)
+        gradients += [node] * max(node in beside, is_kept * _products(node))
+    return _bytes_a_row(run, [*made, *gradients])
+
+
+def _made(run: Body) -> list[fx.Node]:
+    graph = run.forward.graph
+    leaving = set(graph.output_node().all_input_nodes)
+    inner = [
+        n for n in graph.nodes if n.op == "call_function" and n not in leaving and tensor_of(n) is not None
+    ]
+    return [n for n in inner if not is_view(n) and not is_fused(n)]
+
+
+def _bytes_a_row(run: Body, nodes: Sequence[fx.Node]) -> int:
+    return sum(map(bytes_of, nodes)) // _rows(run)
+
+
+def _rows(run: Body) -> int:
+    count = next(node for node in run.forward.graph.nodes if node.op == "placeholder")
+    return hint(count.meta["val"])
+
+
+def _is_wide(run: Body, node: fx.Node) -> bool:
+    """Whether a value has more than a number a row."""
+    found = tensor_of(node)
+    return found is not None and hint(found.numel()) > _rows(run)
+
+
+def _dims(node: fx.Node) -> int:
+    found = tensor_of(node)
+    return 0 if found is None else found.ndim
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a value, or a view of it."""
+    for user in node.users:
+        if is_view(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _only_leaves(node: fx.Node) -> bool:
+    return all(user.op == "output" for user in _readers(node))
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target in PRODUCTS or operation(node).startswith("mst_fx::grouped")
+
+
+def _products(node: fx.Node) -> int:
+    return sum(map(_is_product, _readers(node)))
+
+
+def _sources(node: fx.Node, among: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """What the kernel that makes a value reads, of some nodes; of a product its bias alone."""
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        operand = waiting.pop()
+        if operand in among:
+            if operand.op == "placeholder" or not _is_product(node):
+                yield operand
+        elif is_view(operand) or (is_fused(operand) and not _is_product(node)):
+            waiting += operand.all_input_nodes
+
+
+def _is_read_in_place(node: fx.Node) -> bool:
+    """Whether all that is fused and reads a value reads each element of it for one of its own."""
+    return all(
+        bytes_of(user) == bytes_of(node) and _is_read_in_place(user)
+        if is_view(user)
+        else _is_of_same_size(user, node)
+        for user in node.users
+    )
+
+
+def _is_of_same_size(user: fx.Node, node: fx.Node) -> bool:
+    if user.op == "output" or not is_cheap(user):
+        return _is_product(user)
+    made, read = tensor_of(user), tensor_of(node)
+    return made is not None and read is not None and hint(made.numel()) == hint(read.numel())
