@@ -40,17 +40,22 @@ def made_backward_a_row(run: Body, needs: Sequence[bool], dims: int = 2) -> int:
     rows = [node for node in trained if node in inputs[: len(run.row_metas)]]
     biases = {node for node in trained if node not in rows and _dims(node) < dims}
     made = [node for node in _made(run) if not _only_leaves(node)]
-    sources = {node: set(_sources(node, {*made, *biases})) for node in made if _is_wide(run, node)}
-    # Kernels write gradients of all that they read, or of nothing, over it.
-    near = networkx.Graph([(node, source) for node, found in sources.items() for source in found])
-    near.add_nodes_from(sources)
-    elsewhere = [x for x in near if x in biases or not _is_read_in_place(x)]
-    beside = {x for each in elsewhere for x in networkx.node_connected_component(near, each)}
     gradients = [node for node in rows for _ in range(max(1, _products(node)))]
+    gradients += _beside([node for node in made if _is_wide(run, node)], biases)
+    return _bytes_a_row(run, [*made, *gradients])
+
+
+def _beside(made: Sequence[fx.Node], biases: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """The values that are there beside gradients of their size, as often as there are such gradients."""
+    sources = {node: set(_sources(node, {*made, *biases})) for node in made}
+    near = networkx.Graph([(node, source) for node, found in sources.items() for source in found])
+    near.add_nodes_from(made)
+    # A kernel writes over all that it reads, or over nothing.
+    elsewhere = [node for node in near if node in biases or not _is_read_in_place(node)]
+    with_gradients = set[fx.Node]().union(*(networkx.node_connected_component(near, x) for x in elsewhere))
     for node, found in sources.items():
         is_kept = is_cheap(node) and sources.keys().isdisjoint(found)
-        gradients += [node] * max(node in beside, is_kept * _products(node))
-    return _bytes_a_row(run, [*made, *gradients])
+        yield from [node] * max(node in with_gradients, is_kept * _products(node))
 
 
 def _made(run: Body) -> list[fx.Node]:
