@@ -9,5 +9,6 @@ a graph ends, ``checkpoints`` which layers it gives up; ``modes`` are autocast, 
 what it saves and one backward pass; ``fakes`` traces on fake tensors; ``symbols`` are sizes that are not numbers yet,
 ``symbolic_rows`` one of our own; ``tensors`` storages, versions, subclasses and trees; ``ops`` operators as objects;
 ``graphs`` GraphModules; ``attention`` the fused kernels, ``gpu_attention`` what they would give on a GPU that is not there;
-``overwriting`` says which operands Inductor may write over, ``shards`` are DTensors and their parts here, ``storages`` a meter of memory on ``meta``.
+``overwriting`` says over which operands loops and attention may write, ``written_in_place`` lets the kernels that Inductor makes do so, ``settled_views``
+mends its views; ``shards`` are DTensors and their parts here, ``storages`` a meter of memory on ``meta``.
 """
