@@ -298,6 +298,15 @@ _FOUR = (
         _ONE,
         24,
     ),
+    # Of 3, 3, 2 and 2 heads of queries the second rank's read two heads of keys, one of them twice.
+    Case(
+        "shares-straddle-groups",
+        lambda: _real("llama", num_attention_heads=10, num_key_value_heads=2, hidden_size=80),
+        ("tokens", 1, 96),
+        "hand",
+        _ONE,
+        24,
+    ),
     Case("qwen2", lambda: _real("qwen2"), ("padded", 2, 101), "hand", _ONE, 52),
     Case(
         "gemma2",
