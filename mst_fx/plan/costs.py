@@ -16,6 +16,7 @@ from mst_fx.graph.sizes import hint
 from mst_fx.graph.spelling import argument, operation
 from mst_fx.masks import formula
 from mst_fx.ops.experts import with_keys
+from mst_fx.plan.inside import traced_rows
 from mst_fx.plan.joint_graph import bytes_of, is_attention, is_read_whole, is_view, tensor_of
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -139,7 +140,7 @@ def _flops_of_loop(node: fx.Node) -> float:
         total = math.prod(map(hint, rows.shape[: rows.ndim - len(run.row_metas[0].shape)]))
     if needs is not None:
         inside += _flops_of_gradients(run, needs)  # type: ignore[arg-type]
-    return inside * total / hint(run.forward.graph.find_nodes(op="placeholder")[0].meta["val"])
+    return inside * total / traced_rows(run)
 
 
 def _tensor(node: Any) -> torch.Tensor:

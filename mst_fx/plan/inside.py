@@ -11,6 +11,7 @@ gradients three are there at once. Beside a value are its gradients
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import networkx
@@ -18,9 +19,8 @@ from torch import fx
 
 from mst_fx.bodies.body import Body
 from mst_fx.graph.sizes import hint
-from mst_fx.graph.spelling import operation
-from mst_fx.plan.joint_graph import bytes_of, is_cheap, is_fused, is_view, tensor_of
-from mst_fx.torch_api.overwriting import PRODUCTS
+from mst_fx.graph.spelling import PRODUCTS, operation
+from mst_fx.plan.joint_graph import bytes_of, is_cheap, is_fused, is_view, readers_of, tensor_of
 
 
 def made_a_row(run: Body) -> int:
@@ -36,9 +36,10 @@ def made_backward_a_row(run: Body, needs: Sequence[bool], dims: int = 2) -> int:
         dims: of a weight; what has fewer is a bias.
     """
     _, *inputs = run.forward.graph.find_nodes(op="placeholder")
-    trained = [node for node, need in zip(inputs, needs, strict=True) if need]
-    rows = [node for node in trained if node in inputs[: len(run.row_metas)]]
-    biases = {node for node in trained if node not in rows and _dims(node) < dims}
+    count = len(run.row_metas)
+    rows = itertools.compress(inputs[:count], needs)
+    trained = itertools.compress(zip(inputs[count:], run.shared, strict=True), needs[count:])
+    biases = {node for node, meta in trained if len(meta.shape) < dims}
     made = [node for node in _made(run) if not _only_leaves(node)]
     gradients = [node for node in rows for _ in range(max(1, _products(node)))]
     gradients += _beside([node for node in made if _is_wide(run, node)], biases)
@@ -68,44 +69,30 @@ def _made(run: Body) -> list[fx.Node]:
 
 
 def _bytes_a_row(run: Body, nodes: Sequence[fx.Node]) -> int:
-    return sum(map(bytes_of, nodes)) // _rows(run)
+    return sum(map(bytes_of, nodes)) // traced_rows(run)
 
 
-def _rows(run: Body) -> int:
-    count = next(node for node in run.forward.graph.nodes if node.op == "placeholder")
-    return hint(count.meta["val"])
+def traced_rows(run: Body) -> int:
+    """The rows that a body was traced with, by hint."""
+    return hint(run.forward.graph.find_nodes(op="placeholder")[0].meta["val"])
 
 
 def _is_wide(run: Body, node: fx.Node) -> bool:
     """Whether a value has more than a number a row."""
     found = tensor_of(node)
-    return found is not None and hint(found.numel()) > _rows(run)
-
-
-def _dims(node: fx.Node) -> int:
-    found = tensor_of(node)
-    return 0 if found is None else found.ndim
-
-
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """What reads a value, or a view of it."""
-    for user in node.users:
-        if is_view(user):
-            yield from _readers(user)
-        else:
-            yield user
+    return found is not None and hint(found.numel()) > traced_rows(run)
 
 
 def _only_leaves(node: fx.Node) -> bool:
-    return all(user.op == "output" for user in _readers(node))
+    return all(user.op == "output" for user in readers_of(node))
 
 
 def _is_product(node: fx.Node) -> bool:
-    return node.target in PRODUCTS or operation(node).startswith("mst_fx::grouped")
+    return operation(node) in PRODUCTS or operation(node) == "mst_fx::grouped_mm"
 
 
 def _products(node: fx.Node) -> int:
-    return sum(map(_is_product, _readers(node)))
+    return sum(map(_is_product, readers_of(node)))
 
 
 def _sources(node: fx.Node, among: Collection[fx.Node]) -> Iterator[fx.Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -234,14 +234,16 @@ def is_fused(node: fx.Node) -> bool:
     """Whether Inductor computes a value where it is read."""
     if not is_cheap(source_of(node)) or source_of(node) is not node:
         return False
-    readers = list(node.users)
-    while readers:
-        user = readers.pop()
-        if user.op == "output" or not is_cheap(user):
-            return False
+    return all(user.op != "output" and is_cheap(user) for user in readers_of(node))
+
+
+def readers_of(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a value, or a view of it."""
+    for user in node.users:
         if is_view(user):
-            readers += user.users
-    return True
+            yield from readers_of(user)
+        else:
+            yield user
 
 
 def is_read_whole(node: fx.Node) -> bool:

@@ -95,12 +95,13 @@ def _pairs(kernel: Sequence[Any]) -> list[tuple[str, str]]:
         return []
     may = [
         [
-            name in _made_of(node, kernel)
+            name in made_of
             and _is_same_place(read, written[node.get_name()])
             and can_match_buffer_size(operand.node, buffer.node)
             for name, (operand, read) in operands.items()
         ]
         for node, buffer in results
+        for made_of in [_made_of(node, kernel)]
     ]
     found = maximum_bipartite_matching(csr_matrix(may), perm_type="column")
     order = list(operands)

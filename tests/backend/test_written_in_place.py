@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mst_fx.torch_api import written_in_place as in_place
-from tests.helpers import compile_mst
+from tests.helpers import GatedMLP, compile_mst
 from tools.meters.cpu import measure_cpu
 
 _ROWS, _IN, _WIDTH = 96, 8, 512
@@ -34,8 +34,9 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     of_kernel = in_place._pairs
 
     def noted(kernel: Any) -> list[tuple[str, str]]:
-        found.extend(of_kernel(kernel))
-        return of_kernel(kernel)
+        some = of_kernel(kernel)
+        found.extend(some)
+        return some
 
     monkeypatch.setattr(in_place, "_pairs", noted)
     return found
@@ -157,16 +158,6 @@ def test_a_result_is_made_of_what_it_is_written_over(pairs: list[tuple[str, str]
 
 
 def test_mst_fx_compiles_its_bodies_and_graphs_so(pairs: list[tuple[str, str]]) -> None:
-    class Gated(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate, self.up = (torch.nn.Linear(_IN, _WIDTH, bias=False) for _ in range(2))
-            self.down = torch.nn.Linear(_WIDTH, _IN, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
-            return found
-
-    model, x = Gated(), torch.randn(1, _ROWS, _IN, requires_grad=True)
+    model, x = GatedMLP(_IN, _WIDTH), torch.randn(1, _ROWS, _IN, requires_grad=True)
     compile_mst(model, {"chunk_rows": 32})(x).sum().backward()
     assert len(pairs) >= 3
