@@ -23,7 +23,7 @@ from mst_fx.ops import attention as ops
 from mst_fx.torch_api import attention as kernels
 from tests.direct import check
 from tests.helpers import compile_mst, relative_error, warm_peak, worst_error
-from tools.meters.cpu import call_metered, is_available
+from tools.meters.cpu import call_metered, is_available, measure_cpu
 
 CHUNK = 8
 SEQ = 35
@@ -156,19 +156,11 @@ def test_a_kernel_makes_nothing_as_large_as_the_output_besides() -> None:
     known = [CAUSAL, 0, 0, *[0] * 3 * (HEADER - 1)]
 
     def peak(sinks: Tensor | None) -> int:
-        largest = 0
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as found:
+        with measure_cpu() as found:
             ops.attention(
                 query, key, value, [], [], None, None, known, "true", 0, 64, 0.125, 0.0, 0.0, None, sinks
             )
-        now = 0
-        for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                largest = max(largest, now)
-        return largest
+        return found.peak_bytes
 
     peak(sinks)  # what is made once
     without = peak(None)

@@ -38,6 +38,21 @@ def test_measure_cpu_knows_a_pattern() -> None:
     assert seconds == sorted(seconds) and seconds[0] >= 0
 
 
+def test_measure_cpu_leaves_out_what_was_there_before() -> None:
+    """Even at an address where the profiler, which keeps what it saw, knows a block of an earlier measurement."""
+    with measure_cpu():
+        blocks = [torch.empty(32 * MIB, dtype=torch.uint8) for _ in range(8)]
+    addresses = {block.data_ptr() for block in blocks}
+    del blocks
+    there = [torch.empty(32 * MIB, dtype=torch.uint8) for _ in range(8)]
+    assert addresses & {block.data_ptr() for block in there}, "the case that is tested"
+    with measure_cpu() as found:
+        del there
+        _pattern()
+    assert found.peak_bytes == 48 * MIB
+    assert [level // MIB for _, level in found.timeline] == [32, 48, 16, 24, 8, 0]
+
+
 def _malloc_pattern() -> dict[str, Any]:
     meter = malloc_meter()
     meter.reset()

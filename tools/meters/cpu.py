@@ -38,7 +38,7 @@ class Measurement:
 
     Attributes:
         peak_bytes: most bytes alive at once of what was allocated since entry. Blocks from before do
-            not count, and neither does their release: the profiler does not know their sizes.
+            not count, and neither does their release.
         timeline: (seconds since entry, bytes alive) after each allocation and release.
     """
 
@@ -61,20 +61,26 @@ def measure_cpu() -> Iterator[Measurement]:
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
-    events: list[tuple[int, int]] = []
-    waiting = list(results.experimental_event_tree())
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            fields: Any = event.extra_fields
-            if fields.device.type == "cpu":
-                events.append((event.start_time_ns, fields.alloc_size))
+    sizes: dict[int, int] = {}  # of the blocks that are alive, by address
     alive = 0
-    for nanoseconds, size in sorted(events, key=lambda event: event[0]):
-        alive += size
-        found.timeline.append(((nanoseconds - entry) * 1e-9, alive))
+    for event in sorted(_memory_events(results.experimental_event_tree()), key=lambda e: e.start_time_ns):
+        fields = event.extra_fields
+        if fields.alloc_size > 0:
+            sizes[fields.ptr] = fields.alloc_size
+            alive += fields.alloc_size
+        elif fields.ptr in sizes:
+            alive -= sizes.pop(fields.ptr)
+        else:  # from before; what the profiler says of it may be the size of another that it once saw there
+            continue
+        found.timeline.append(((event.start_time_ns - entry) * 1e-9, alive))
         found.peak_bytes = max(found.peak_bytes, alive)
+
+
+def _memory_events(tree: Sequence[Any]) -> Iterator[Any]:
+    for event in tree:
+        if event.tag == torch._C._profiler._EventType.Allocation and event.extra_fields.device.type == "cpu":
+            yield event
+        yield from _memory_events(event.children)
 
 
 class _Event(ctypes.Structure):
