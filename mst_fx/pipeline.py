@@ -28,6 +28,7 @@ from mst_fx.passes import (
     dropouts,
     einsums,
     embeddings,
+    exchange_again,
     experts,
     functional,
     gathered_rows,
@@ -216,7 +217,15 @@ JOINT_STAGES: tuple[Stage, ...] = (
     Stage("memory", memory_plan.run, when=When.JOINT, wanted=memory_plan.is_wanted),
     # Behind the plan, which says what is made again.
     Stage("overlap", overlap.run, when=When.JOINT, wanted=overlap.is_wanted, is_cacheable=True),
-    # Behind what moves exchanges to where their operands are made.
+    # Behind what moves exchanges to where their operands are made: its own stand beside other work.
+    Stage(
+        "exchange_again",
+        exchange_again.run,
+        when=When.JOINT,
+        wanted=exchange_again.is_wanted,
+        is_cacheable=True,
+    ),
+    # Behind all other exchanges.
     Stage(
         "averages",
         averages.run,

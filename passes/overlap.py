@@ -22,14 +22,20 @@ Left alone: what stands behind a call that draws random numbers or writes to an 
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
 
 from torch import fx
 
 from mst_fx.context import JointContext
 from mst_fx.options import Options
-from mst_fx.plan.joint_graph import backward_of, is_cheap, is_exchange, is_under_way, may_run_again
+from mst_fx.plan.joint_graph import (
+    backward_of,
+    has_weight,
+    is_exchange,
+    is_light,
+    is_under_way,
+    may_run_again,
+)
 
 
 def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
@@ -64,7 +70,7 @@ def _started_early(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         order.append(node)
         if is_under_way(node):
             needed, others = _behind_last(order)
-            if any(map(_has_weight, others)):
+            if any(map(has_weight, others)):
                 order[-len(needed) - len(others) :] = [*needed, *others]
     return order
 
@@ -78,7 +84,7 @@ def _behind_last(order: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]
     needed, others = [start], []
     products = 0
     for node in reversed(order[:-1]):
-        products += node in wanted and _has_weight(node)
+        products += node in wanted and has_weight(node)
         if _stays(node) or products == 2:
             break
         if node in wanted:
@@ -94,9 +100,7 @@ def _waited_for_where_read(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     arriving: set[fx.Node] = set()
     for node in nodes:
         is_wait = is_exchange(node) and not is_under_way(node)
-        if is_wait or (
-            _is_light(node) and not _stays(node) and not arriving.isdisjoint(node.all_input_nodes)
-        ):
+        if is_wait or (is_light(node) and not _stays(node) and not arriving.isdisjoint(node.all_input_nodes)):
             arriving.add(node)
     order: list[fx.Node] = []
     waiting: dict[fx.Node, None] = {}
@@ -122,15 +126,6 @@ def _taken(waiting: dict[fx.Node, None], reader: fx.Node) -> list[fx.Node]:
     for node in found:
         del waiting[node]
     return found
-
-
-def _has_weight(node: fx.Node) -> bool:
-    """Whether a call takes longer than a pass over its operands."""
-    return node.op == "call_function" and not _is_light(node) and not is_exchange(node)
-
-
-def _is_light(node: fx.Node) -> bool:
-    return node.target is operator.getitem or is_cheap(node)
 
 
 def _stays(node: fx.Node) -> bool:

@@ -266,6 +266,16 @@ def is_under_way(node: fx.Node) -> bool:
     return is_exchange(node) and not is_wait(node)
 
 
+def is_light(node: fx.Node) -> bool:
+    """Whether a call is cheap, or takes one of several results."""
+    return node.target is operator.getitem or is_cheap(node)
+
+
+def has_weight(node: fx.Node) -> bool:
+    """Whether a call takes longer than a pass over its operands, and computes something."""
+    return node.op == "call_function" and not is_light(node) and not is_exchange(node)
+
+
 def _has_no_dropout(node: fx.Node) -> bool:
     """Whether a call that may drop out, as torch's attention kernels, does so with a probability of 0."""
     schema = schema_of(node.target).arguments

@@ -389,15 +389,16 @@ def test_operators_of_others(name: str, two: list[Any]) -> None:
 
 @pytest.mark.slow
 def test_bytes_are_those_of_the_docs(two: list[Any]) -> None:
-    """docs/distributed.md: (P - 1)/P · l · D · (2H + 2K') · b a layer and pass; a checkpointed layer's once more. (P - 1) · l · E · b where rows are gathered."""
+    """docs/distributed.md: (P - 1)/P · l · D · (2H + 2K') · b a layer and pass; a checkpointed layer's once more, of another what attention gave. (P - 1) · l · E · b where rows are gathered."""
     config: Any = ACCEPTED["llama"].build().config
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     features = config.hidden_size // heads
     assert heads % 2 == keys % 2 == 0 != heads - keys
     tokens = 64 // 2
-    layer = tokens * features * (2 * heads + 2 * keys)  # to the rank itself, too: P/(P - 1) times as many
+    # To the rank itself, too: P/(P - 1) times as many.
+    layer, given = tokens * features * (2 * heads + 2 * keys), tokens * features * heads
     for found in _of(_sent, two):
-        assert found["kept"] == [2 * layer, 2 * layer]
+        assert found["kept"] == [2 * layer, 2 * layer + 2 * given]
         assert found["checkpointed"] == [2 * layer, 4 * layer]
         assert found["gathered"] == [
             tokens * 24,
