@@ -27,8 +27,8 @@ from torch import fx
 from mst_fx.bodies.layer import LAYERS, LayerGraph
 from mst_fx.graph.names import clean_path
 from mst_fx.graph.spelling import operation
-from mst_fx.graph.values import storage_keys
-from mst_fx.torch_api.fakes import FakeTensorMode, fake_mode_of
+from mst_fx.graph.values import storage_key, storage_keys
+from mst_fx.torch_api.fakes import FakeTensorMode, fake_mode_of, fake_view, new_fake
 from mst_fx.torch_api.overwriting import shows_operand
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -157,15 +157,24 @@ class _Layer:
             return value
         if node.target is operator.getitem:
             return new.args[0].meta["val"][new.args[1]]  # type: ignore[union-attr, index]
-        with self._mode:
-            if shows_operand(node) or not self._storages.isdisjoint(storage_keys(node)):
-                args, kwargs = fx.node.map_arg((new.args, new.kwargs), lambda x: x.meta["val"])
-                return new.target(*args, **kwargs)  # type: ignore[operator]
-            if isinstance(value, torch.Tensor):
-                return self._given[node] if node in self._given else _like(value)
-            if isinstance(value, (list, tuple)):
-                return type(value)(_like(x) if isinstance(x, torch.Tensor) else x for x in value)
+        if shows_operand(node) or not self._storages.isdisjoint(storage_keys(node)):
+            return self._shown(node, new)
+        if isinstance(value, torch.Tensor):
+            return self._given[node] if node in self._given else new_fake(self._mode, value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(new_fake(self._mode, x) if isinstance(x, torch.Tensor) else x for x in value)
         return value
+
+    def _shown(self, node: fx.Node, new: fx.Node) -> Any:
+        """A view in the memory of the copy's operand, where it lies in that of the node's; what else shows something computes it."""
+        value, (base, *_) = node.meta["val"], node.all_input_nodes
+        here, there = base.meta["val"], self._copies[base].meta["val"]
+        if _has_memory_of(value, here):
+            offset = value.storage_offset() - here.storage_offset() + there.storage_offset()
+            return fake_view(self._mode, there, value, offset)
+        with self._mode:
+            args, kwargs = fx.node.map_arg((new.args, new.kwargs), lambda x: x.meta["val"])
+            return new.target(*args, **kwargs)  # type: ignore[operator]
 
     def _meta(self, node: fx.Node) -> dict[str, Any]:
         meta = dict(node.meta)
@@ -217,8 +226,13 @@ def _gathering(operand: fx.Node, readers: set[fx.Node | None]) -> list[fx.Node]:
     return found[::-1] if last.op == "placeholder" else []
 
 
-def _like(value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+def _has_memory_of(value: Any, other: Any) -> bool:
+    """Whether a tensor is another's memory, with the numbers that are there."""
+    if not isinstance(value, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    is_as_there = value.dtype == other.dtype and not value.is_conj() and not value.is_neg()
+    key = storage_key(value)
+    return is_as_there and key is not None and key == storage_key(other)
 
 
 def _path(stack: Mapping[str, Any] | None) -> str:

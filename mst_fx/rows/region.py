@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import networkx as nx
 import torch
+from networkx.algorithms.flow import boykov_kolmogorov
 from torch import fx
 
 from mst_fx.declared import is_declared
@@ -197,8 +198,9 @@ class RegionFinder:
         }
         for tensor in tensors:
             self._add_tensor(flow, tensor, inside, sink)
-        # networkx returns the smallest sink side, so the largest source side: ties are absorbed.
-        _, (chosen, _) = nx.minimum_cut(flow, source, sink)
+        # networkx returns the smallest sink side, so the largest source side: ties are absorbed. (By its default, preflow-push, the same in twice the
+        # time.)
+        _, (chosen, _) = nx.minimum_cut(flow, source, sink, flow_func=boykov_kolmogorov)
         return self._connected(seed, {node for node in chosen if node in inside})
 
     def _add_tensor(self, flow: nx.DiGraph, tensor: fx.Node, inside: set[fx.Node], sink: str) -> None:

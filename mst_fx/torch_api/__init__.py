@@ -10,5 +10,5 @@ what it saves and one backward pass; ``fakes`` traces on fake tensors; ``symbols
 ``symbolic_rows`` one of our own; ``tensors`` storages, versions, subclasses and trees; ``ops`` operators as objects;
 ``graphs`` GraphModules; ``attention`` the fused kernels, ``gpu_attention`` what they would give on a GPU that is not there;
 ``overwriting`` says over which operands loops and attention may write, ``written_in_place`` lets the kernels that Inductor makes do so, ``settled_views``
-mends its views; ``shards`` are DTensors and their parts here, ``storages`` a meter of memory on ``meta``.
+mends its views; ``quick_cuts`` finds the partitioner's cut sooner; ``shards`` are DTensors and their parts here, ``storages`` a meter of memory on ``meta``.
 """

@@ -59,6 +59,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_fx.torch_api.called_graphs import Layer, Repetition, call_layers, call_repetitions
 from mst_fx.torch_api.overwriting import write_over_dead_operands
+from mst_fx.torch_api.quick_cuts import quick_cuts
 from mst_fx.torch_api.settled_views import settled_views
 from mst_fx.torch_api.written_in_place import written_in_place
 
@@ -102,7 +103,7 @@ def compile_graph(
         return gm.forward
     if any(is_traceable_wrapper_subclass(x) for x in example_inputs):
         functorch_config.donated_buffer = False  # for good: what the backward pass asks is out of our reach
-    with functorch_config.patch(donated_buffer=False):
+    with functorch_config.patch(donated_buffer=False), quick_cuts():
         if inner == "aot_eager":
             return aot_eager(gm, list(example_inputs), fw_compiler=_run_as_traced)
         patched: dict[str, Any] = _FREED_AT_ONCE | dict(patches)

@@ -40,7 +40,9 @@ def _text(graph: fx.Graph) -> list[str]:
         found = node.meta.get("val")
         values = found if isinstance(found, (list, tuple)) else [found]
         kinds = [
-            (tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else type(x)
+            (tuple(x.shape), x.stride(), x.storage_offset(), x.dtype, x.device)
+            if isinstance(x, Tensor)
+            else type(x)
             for x in values
         ]
         operands = fx.node.map_arg((node.args, node.kwargs), place.__getitem__)  # type: ignore[arg-type]
