@@ -45,10 +45,13 @@ def is_wanted(options: Options, gm: fx.GraphModule) -> bool:
 
 def run(context: JointContext) -> bool:
     """Changes a joint graph whose exchanges are in order; whether there was anything to change."""
+    group = context.options.group
+    assert group is not None
     if not context.are_alike:  # the others might not exchange
         return False
     backward = backward_of(context.graph.nodes)
-    found = [_moved(node, backward) for node in context.graph.nodes if _is_kept_anyway(node, backward)]
+    outs = [node for node in context.graph.nodes if _is_kept_anyway(node, backward)]
+    found = [_moved(out, backward, group.name) for out in outs]
     if not any(moved.readers(backward) for moved in found):
         return False
     joint = JointGraph(context.graph)
@@ -88,23 +91,33 @@ class _Moved:
         return [(user, node) for node in self.come for user in node.users if user in backward]
 
 
-def _moved(out: fx.Node, backward: Collection[fx.Node]) -> _Moved:
+def _moved(out: fx.Node, backward: Collection[fx.Node], group: str) -> _Moved:
     found = _Moved(out, {out: None})
-    node = out
-    while (node := node.next).op != "output":
+    node, reached = out, _forward_readers(out, backward)
+    while reached:
+        node = node.next
+        if node not in reached:
+            continue
+        reached.remove(node)
         operands = set(node.all_input_nodes)
         has_come = not found.come.keys().isdisjoint(operands)
-        if node in backward or not operands:
-            continue
-        if operands <= found.sent.keys() | found.come.keys() and _is_rearranged(node):
+        if operands <= found.sent.keys() | found.come.keys() and _is_rearranged(node, group):
             (found.come if has_come or is_wait(node) else found.sent)[node] = None
         elif is_cheap(node) and (has_come or not found.mixed.isdisjoint(operands)):
             found.mixed.add(node)
+        else:
+            continue
+        reached |= _forward_readers(node, backward)
     return found
 
 
-def _is_rearranged(node: fx.Node) -> bool:
-    return is_cheap(node) or is_wait(node) or operation(node) == "_c10d_functional::all_to_all_single"
+def _forward_readers(node: fx.Node, backward: Collection[fx.Node]) -> set[fx.Node]:
+    return {user for user in node.users if user.op == "call_function" and user not in backward}
+
+
+def _is_rearranged(node: fx.Node, group: str) -> bool:
+    is_sent = operation(node) == "_c10d_functional::all_to_all_single" and node.args[-1] == group
+    return is_sent or is_cheap(node) or is_wait(node)
 
 
 def _move_again(joint: JointGraph, moved: _Moved, readers: Sequence[tuple[fx.Node, fx.Node]]) -> None:

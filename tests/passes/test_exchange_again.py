@@ -14,7 +14,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import mst_fx.ops.gate  # noqa: F401  (its operator)
 from mst_fx.context import JointContext
-from mst_fx.options import Options
 from mst_fx.passes import exchange_again
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -78,8 +77,9 @@ def _calls(graph: fx.Graph) -> list[str]:
     return [_SHORT[node.target] for node in graph.nodes if node.target in _SHORT]
 
 
-def _run(graph: fx.Graph, **context: Any) -> bool:
-    changed = exchange_again.run(JointContext(graph, Options(), lambda plan: None, **context))
+def _run(graph: fx.Graph, group: str = "0", **context: Any) -> bool:
+    options: Any = SimpleNamespace(group=SimpleNamespace(name=group))
+    changed = exchange_again.run(JointContext(graph, options, lambda plan: None, **context))
     graph.lint()
     return changed
 
@@ -124,6 +124,11 @@ def test_a_layer_that_is_made_again_as_a_whole() -> None:
 def test_ranks_whose_graphs_differ() -> None:
     graph = _graph(_as_it_comes)
     assert not _run(graph, are_alike=False) and _calls(graph) == _BEFORE
+
+
+def test_exchanges_of_others() -> None:
+    graph = _graph(_as_it_comes)
+    assert not _run(graph, group="1") and _calls(graph) == _BEFORE
 
 
 def test_a_plan_decides_itself() -> None:
