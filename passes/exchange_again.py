@@ -11,13 +11,13 @@ After: one is, and one exchange more runs beside the product in front of its rea
     again = all_to_all(gate(out, g)); dx = mm(g, wo.T); sent = all_to_all(dx); dwo = mm(g.T, wait(again)); attention_backward(wait(sent), out, …)
 
 Left alone: layers that are checkpointed, and made again as a whole; graphs with a plan, which decides itself what it keeps; rows that are
-mixed with others before the backward pass reads them (times a gate, say), and would be kept for that; ranks whose graphs differ.
+mixed with other values before the backward pass reads them (times a gate, say), and would be kept for that; ranks whose graphs differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import fx
 
@@ -69,7 +69,7 @@ def _is_kept_anyway(node: fx.Node, backward: Collection[fx.Node]) -> bool:
 
 @dataclasses.dataclass
 class _Moved:
-    """What attention gave, and what its exchange makes of it.
+    """What attention gave, and what its exchange, and cheap calls with inputs of the graph, make of it.
 
     Attributes:
         sent: calls up to the exchange, in order, as keys.
@@ -99,7 +99,7 @@ def _moved(out: fx.Node, backward: Collection[fx.Node], group: str) -> _Moved:
         if node not in reached:
             continue
         reached.remove(node)
-        operands = set(node.all_input_nodes)
+        operands = _made(node.all_input_nodes)
         has_come = not found.come.keys().isdisjoint(operands)
         if operands <= found.sent.keys() | found.come.keys() and _is_rearranged(node, group):
             (found.come if has_come or is_wait(node) else found.sent)[node] = None
@@ -109,6 +109,11 @@ def _moved(out: fx.Node, backward: Collection[fx.Node], group: str) -> _Moved:
             continue
         reached |= _forward_readers(node, backward)
     return found
+
+
+def _made(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Without what is there anyway: the graph's inputs."""
+    return {node for node in nodes if node.op != "placeholder"}
 
 
 def _forward_readers(node: fx.Node, backward: Collection[fx.Node]) -> set[fx.Node]:
@@ -135,7 +140,7 @@ def _move_again(joint: JointGraph, moved: _Moved, readers: Sequence[tuple[fx.Nod
     for node in (*moved.sent, *moved.come):
         if node in needed:
             with joint.graph.inserting_before(first if node in moved.come else beside):
-                here[node] = joint.graph.node_copy(node, here.__getitem__)
+                here[node] = joint.graph.node_copy(node, lambda operand: here.get(operand, operand))
             joint.add_backward(here[node])
     for user, node in readers:
         user.replace_input_with(node, here[node])
@@ -149,5 +154,5 @@ def _needed(nodes: Sequence[fx.Node], out: fx.Node) -> set[fx.Node]:
         node = waiting.pop()
         if node is not out and node not in found:
             found.add(node)
-            waiting += node.all_input_nodes
+            waiting += _made(node.all_input_nodes)
     return found

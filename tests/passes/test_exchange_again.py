@@ -69,6 +69,10 @@ def _cast(rows: Tensor, gate: Tensor) -> Tensor:
     return rows.to(torch.bfloat16).float()
 
 
+def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows * weight
+
+
 def _gated(rows: Tensor, gate: Tensor) -> Tensor:
     return rows * gate.sigmoid()
 
@@ -87,7 +91,7 @@ def _run(graph: fx.Graph, group: str = "0", **context: Any) -> bool:
 _BEFORE = ["attention", "send", "wait", "mm", "mm", "send", "mm", "wait", "attention_backward"]
 
 
-@pytest.mark.parametrize("behind", [_as_it_comes, _cast])
+@pytest.mark.parametrize("behind", [_as_it_comes, _cast, _scaled])
 def test_an_exchange_runs_beside_a_product(behind: Step) -> None:
     graph = _graph(behind)
     assert _calls(graph) == _BEFORE
