@@ -32,6 +32,7 @@ from mst_fx.plan.joint_graph import (
     is_attention_backward,
     is_cheap,
     is_wait,
+    may_run_again,
     readers_of,
     source_of,
     tensor_of,
@@ -122,7 +123,7 @@ def _forward_readers(node: fx.Node, backward: Collection[fx.Node]) -> set[fx.Nod
 
 def _is_rearranged(node: fx.Node, group: str) -> bool:
     is_sent = operation(node) == "_c10d_functional::all_to_all_single" and node.args[-1] == group
-    return is_sent or is_cheap(node) or is_wait(node)
+    return is_sent or is_wait(node) or (is_cheap(node) and may_run_again(node))
 
 
 def _move_again(joint: JointGraph, moved: _Moved, readers: Sequence[tuple[fx.Node, fx.Node]]) -> None:

@@ -28,7 +28,7 @@ from mst_fx.bodies.layer import LAYERS, LayerGraph
 from mst_fx.graph.names import clean_path
 from mst_fx.graph.spelling import operation
 from mst_fx.graph.values import storage_key, storage_keys
-from mst_fx.torch_api.fakes import FakeTensorMode, fake_mode_of, fake_view, new_fake
+from mst_fx.torch_api.fakes import FakeTensor, FakeTensorMode, fake_mode_of, fake_view, new_fake
 from mst_fx.torch_api.overwriting import shows_operand
 from mst_fx.torch_api.tensors import tree_leaves
 
@@ -166,12 +166,13 @@ class _Layer:
         return value
 
     def _shown(self, node: fx.Node, new: fx.Node) -> Any:
-        """A view in the memory of the copy's operand, where it lies in that of the node's; what else shows something computes it."""
-        value, (base, *_) = node.meta["val"], node.all_input_nodes
-        here, there = base.meta["val"], self._copies[base].meta["val"]
-        if _has_memory_of(value, here):
-            offset = value.storage_offset() - here.storage_offset() + there.storage_offset()
-            return fake_view(self._mode, there, value, offset)
+        """A view in the memory of the operand of the copy, where the node's lies in that of its own; else what the operator gives."""
+        value = node.meta["val"]
+        for base in node.all_input_nodes:
+            here, there = base.meta["val"], self._copies[base].meta["val"]
+            if _has_memory_of(value, here):
+                offset = value.storage_offset() - here.storage_offset() + there.storage_offset()
+                return fake_view(self._mode, there, value, offset)
         with self._mode:
             args, kwargs = fx.node.map_arg((new.args, new.kwargs), lambda x: x.meta["val"])
             return new.target(*args, **kwargs)  # type: ignore[operator]
@@ -228,7 +229,7 @@ def _gathering(operand: fx.Node, readers: set[fx.Node | None]) -> list[fx.Node]:
 
 def _has_memory_of(value: Any, other: Any) -> bool:
     """Whether a tensor is another's memory, with the numbers that are there."""
-    if not isinstance(value, torch.Tensor) or not isinstance(other, torch.Tensor):
+    if not isinstance(value, FakeTensor) or not isinstance(other, FakeTensor):
         return False
     is_as_there = value.dtype == other.dtype and not value.is_conj() and not value.is_neg()
     key = storage_key(value)

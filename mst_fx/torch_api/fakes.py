@@ -49,14 +49,14 @@ def fake_mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
 
 def new_fake(mode: FakeTensorMode, like: torch.Tensor) -> torch.Tensor:
     """What ``torch.empty_strided`` gives in a mode for a tensor's sizes, strides, dtype and device, in a quarter of the time."""
-    with in_kernel_invocation_manager(mode):
+    with in_kernel_invocation_manager(mode), torch.no_grad():
         made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
     return FakeTensor(mode, made, like.device)
 
 
 def fake_view(mode: FakeTensorMode, base: torch.Tensor, like: torch.Tensor, offset: int) -> torch.Tensor:
     """What ``torch.as_strided`` gives in a mode: a fake with a tensor's sizes and strides in the memory of another one, in a fifth of the time."""
-    with in_kernel_invocation_manager(mode):
+    with in_kernel_invocation_manager(mode), torch.no_grad():
         made = base.as_strided(like.shape, like.stride(), offset)
     return FakeTensor(mode, made, base.device)
 

@@ -29,6 +29,16 @@ _SHORT: dict[Any, str] = {
     aten.mm.default: "mm",
 }
 
+_RANDOM = (torch.Tag.pointwise, torch.Tag.nondeterministic_seeded)
+
+
+@torch.library.custom_op("tests_exchange_again::noise", mutates_args=(), tags=_RANDOM)
+def _noise(x: Tensor) -> Tensor:
+    return x + torch.randn_like(x)
+
+
+_noise.register_fake(torch.empty_like)
+
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -63,6 +73,10 @@ def _graph(behind: Step, keeps_rows: bool = True) -> fx.Graph:
 
 def _as_it_comes(rows: Tensor, gate: Tensor) -> Tensor:
     return rows
+
+
+def _drawn(rows: Tensor, gate: Tensor) -> Tensor:
+    return _noise(rows)
 
 
 def _cast(rows: Tensor, gate: Tensor) -> Tensor:
@@ -109,8 +123,8 @@ def test_an_exchange_runs_beside_a_product(behind: Step) -> None:
 
 @pytest.mark.parametrize(
     "graph",
-    [_graph(_gated), _graph(_as_it_comes, keeps_rows=False)],
-    ids=["kept for a gate's gradient", "not read in the backward pass"],
+    [_graph(_gated), _graph(_drawn), _graph(_as_it_comes, keeps_rows=False)],
+    ids=["kept for a gate's gradient", "made with random numbers", "not read in the backward pass"],
 )
 def test_rows_that_are_kept_otherwise_or_not_at_all(graph: fx.Graph) -> None:
     before = str(graph)
