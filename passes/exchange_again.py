@@ -31,12 +31,15 @@ from mst_fx.plan.joint_graph import (
     is_attention,
     is_attention_backward,
     is_cheap,
+    is_under_way,
     is_wait,
     may_run_again,
     readers_of,
     source_of,
     tensor_of,
 )
+from mst_fx.plan.layers import Begin
+from mst_fx.plan.recompute import Again
 from mst_fx.torch_api.joint import CHECKPOINT_TAGS
 
 
@@ -51,19 +54,19 @@ def run(context: JointContext) -> bool:
     if not context.are_alike:  # the others might not exchange
         return False
     backward = backward_of(context.graph.nodes)
-    outs = [node for node in context.graph.nodes if _is_kept_anyway(node, backward)]
-    found = [_moved(out, backward, group.name) for out in outs]
-    if not any(moved.readers(backward) for moved in found):
+    outs = [node for node in context.graph.nodes if _is_read_by_attention(node, backward)]
+    found = [moved for moved in (_moved(out, backward, group.name) for out in outs) if moved.may_go(backward)]
+    if not found:
         return False
     joint = JointGraph(context.graph)
+    read = joint.read_backward()
     for moved in found:
-        if readers := moved.readers(backward):
-            _move_again(joint, moved, readers)
+        _move_again(joint, moved, [each for each in read if each[1] in moved.come])
     return True
 
 
-def _is_kept_anyway(node: fx.Node, backward: Collection[fx.Node]) -> bool:
-    """Whether a value is what attention gave, and its backward pass reads."""
+def _is_read_by_attention(node: fx.Node, backward: Collection[fx.Node]) -> bool:
+    """Whether a value is what attention gave, and its backward pass reads: it is kept."""
     is_given = node not in backward and tensor_of(node) is not None and is_attention(source_of(node))
     return is_given and any(is_attention_backward(reader) for reader in readers_of(node))
 
@@ -80,30 +83,35 @@ class _Moved:
 
     out: fx.Node
     sent: dict[fx.Node, None] = dataclasses.field(default_factory=dict)
-    come: dict[fx.Node, None] = dataclasses.field(default_factory=dict)
+    come: set[fx.Node] = dataclasses.field(default_factory=set)
     mixed: set[fx.Node] = dataclasses.field(default_factory=set)
 
-    def readers(self, backward: Collection[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-        """Which calls of the backward pass read what has come, and what, in order; none where some of it would be kept nonetheless, or a checkpoint
-        makes it again."""
+    def may_go(self, backward: Collection[fx.Node]) -> bool:
+        """Whether the backward pass reads something that has come, nothing of it would be kept nonetheless, and no checkpoint makes it again."""
         tags = (tag in node.meta for node in (source_of(self.out), *self.come) for tag in CHECKPOINT_TAGS)
-        if any(tags) or any(user in backward for node in self.mixed for user in node.users):
-            return []
-        return [(user, node) for node in self.come for user in node.users if user in backward]
+        is_mixed = _is_read(self.mixed, backward)
+        return _is_read(self.come, backward) and not is_mixed and not any(tags)
+
+
+def _is_read(nodes: Iterable[fx.Node], backward: Collection[fx.Node]) -> bool:
+    return any(user in backward for node in nodes for user in node.users)
 
 
 def _moved(out: fx.Node, backward: Collection[fx.Node], group: str) -> _Moved:
-    found = _Moved(out, {out: None})
+    found = _Moved(out)
     node, reached = out, _forward_readers(out, backward)
     while reached:
         node = node.next
         if node not in reached:
             continue
         reached.remove(node)
-        operands = _made(node.all_input_nodes)
-        has_come = not found.come.keys().isdisjoint(operands)
-        if operands <= found.sent.keys() | found.come.keys() and _is_rearranged(node, group):
-            (found.come if has_come or is_wait(node) else found.sent)[node] = None
+        operands = {operand for operand in node.all_input_nodes if operand.op != "placeholder"}
+        has_come = not found.come.isdisjoint(operands)
+        if operands <= {out} | found.sent.keys() | found.come and _is_exchanged(node, group):
+            if has_come or is_wait(node):
+                found.come.add(node)
+            else:
+                found.sent[node] = None
         elif is_cheap(node) and (has_come or not found.mixed.isdisjoint(operands)):
             found.mixed.add(node)
         else:
@@ -112,48 +120,26 @@ def _moved(out: fx.Node, backward: Collection[fx.Node], group: str) -> _Moved:
     return found
 
 
-def _made(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Without what is there anyway: the graph's inputs."""
-    return {node for node in nodes if node.op != "placeholder"}
-
-
 def _forward_readers(node: fx.Node, backward: Collection[fx.Node]) -> set[fx.Node]:
     return {user for user in node.users if user.op == "call_function" and user not in backward}
 
 
-def _is_rearranged(node: fx.Node, group: str) -> bool:
+def _is_exchanged(node: fx.Node, group: str) -> bool:
+    """Whether a call is of an exchange with the group, or cheap, and gives the same a second time."""
     is_sent = operation(node) == "_c10d_functional::all_to_all_single" and node.args[-1] == group
-    return is_sent or is_wait(node) or (is_cheap(node) and may_run_again(node))
+    return (is_sent or is_wait(node) or is_cheap(node)) and may_run_again(node)
 
 
 def _move_again(joint: JointGraph, moved: _Moved, readers: Sequence[tuple[fx.Node, fx.Node]]) -> None:
     """Exchanges what attention gave for those that read it in the backward pass, as soon as the call of weight in front of them can run."""
-    place = {node: at for at, node in enumerate(joint.graph.nodes)}
-    first = min((user for user, _ in readers), key=place.__getitem__)
+    first, _ = readers[0]
     beside = first.prev
     while beside in joint.backward and not has_weight(beside):
         beside = beside.prev
     beside = beside if beside in joint.backward else first
     arrived = next(x for x in beside.all_input_nodes if x in joint.backward and tensor_of(x) is not None)
-    with joint.graph.inserting_before(beside):
-        here = {moved.out: joint.gate(moved.out, arrived, like=moved.out)}
-    needed = _needed([node for _, node in readers], moved.out)
-    for node in (*moved.sent, *moved.come):
-        if node in needed:
-            with joint.graph.inserting_before(first if node in moved.come else beside):
-                here[node] = joint.graph.node_copy(node, lambda operand: here.get(operand, operand))
-            joint.add_backward(here[node])
+    again = Again(joint, [moved.out], [*moved.sent, *moved.come], Begin(beside, arrived))
+    for sent in filter(is_under_way, moved.sent):
+        again.made(sent, beside)
     for user, node in readers:
-        user.replace_input_with(node, here[node])
-
-
-def _needed(nodes: Sequence[fx.Node], out: fx.Node) -> set[fx.Node]:
-    """Some calls, and all between them and what they are made of."""
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node is not out and node not in found:
-            found.add(node)
-            waiting += _made(node.all_input_nodes)
-    return found
+        user.replace_input_with(node, again.made(node, first))

@@ -34,6 +34,7 @@ from mst_fx.plan.joint_graph import (
     is_exchange,
     is_light,
     is_under_way,
+    is_wait,
     may_run_again,
 )
 
@@ -99,8 +100,9 @@ def _waited_for_where_read(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """Each wait, and what only arranges what has come, in front of what reads it first."""
     arriving: set[fx.Node] = set()
     for node in nodes:
-        is_wait = is_exchange(node) and not is_under_way(node)
-        if is_wait or (is_light(node) and not _stays(node) and not arriving.isdisjoint(node.all_input_nodes)):
+        if is_wait(node) or (
+            is_light(node) and not _stays(node) and not arriving.isdisjoint(node.all_input_nodes)
+        ):
             arriving.add(node)
     order: list[fx.Node] = []
     waiting: dict[fx.Node, None] = {}

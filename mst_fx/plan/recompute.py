@@ -7,7 +7,7 @@ of ``torch.utils.checkpoint`` say an order, which rests on the partitioner and o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
@@ -52,13 +52,17 @@ def make_again(joint: JointGraph, chosen: Sequence[Choice], is_planned: bool = T
     come = {node: back.begin for node, back in fetched.items() if node not in of_groups}
     for group in groups:
         there |= _starts_again(joint, [chosen[index] for index in group], begins[group[-1]], there)
+
+    def again_of(choice: Choice, begin: Begin, begins: Mapping[fx.Node, Begin]) -> Again:
+        return Again(joint, _kept(choice), choice.again, begin, there, begins)
+
     for index, choice in enumerate(chosen):
         if choice.again:
             before, behind = _in_two(joint, choice)
-            _Again(joint, choice, begins[index], there, come).run(before)
+            again_of(choice, begins[index], come).run(before)
             if behind:
                 user = behind[0][0]
-                _Again(joint, choice, Begin(user, _result_before(user)), there, {}).run(behind)
+                again_of(choice, Begin(user, _result_before(user)), {}).run(behind)
     joint.graph.eliminate_dead_code()
     if is_planned:
         weights_first(joint)
@@ -87,7 +91,7 @@ def _starts_again(
     """
     found: dict[fx.Node, fx.Node] = {}
     for before, choice in itertools.pairwise(group):
-        again = _Again(joint, before, begin, there, {}, before.onward)
+        again = Again(joint, _kept(before), before.onward, begin, there)
         if before.layer.start in found:  # comes of the group's first start, which waits
             again.gates[before.layer.start] = found[before.layer.start]
         found[choice.layer.start] = again.made(choice.layer.start, begin.first)
@@ -95,6 +99,10 @@ def _starts_again(
         for user in [user for user in start.users if user in joint.backward]:
             user.replace_input_with(start, new)
     return found
+
+
+def _kept(choice: Choice) -> set[fx.Node]:
+    return {choice.layer.start, *choice.kept}
 
 
 Readers = list[tuple[fx.Node, fx.Node]]
@@ -133,28 +141,28 @@ def _result_before(user: fx.Node) -> fx.Node:
     return node
 
 
-class _Again:
-    """Calls of one layer, made again from a place in the backward pass on."""
+class Again:
+    """Calls of the forward pass, made again from a place in the backward pass on."""
 
     def __init__(
         self,
         joint: JointGraph,
-        choice: Choice,
+        kept: Collection[fx.Node],
+        again: Collection[fx.Node],
         begin: Begin,
-        there: Mapping[fx.Node, fx.Node],
-        begins: Mapping[fx.Node, Begin],
-        again: Sequence[fx.Node] | None = None,
+        there: Mapping[fx.Node, fx.Node] | None = None,
+        begins: Mapping[fx.Node, Begin] | None = None,
     ) -> None:
         """
         Args:
+            kept: what they read of the forward pass, and is kept: through gates, not before the place.
+            again: what may be made.
             begin: the place.
             there: what stands in the backward pass for what is kept, where that is not read itself.
             begins: the place of what is not there before.
-            again: what may be made; the choice's, unless it is given.
         """
-        self.joint, self.choice, self.there = joint, choice, there
-        self.begin, self.begins = begin, begins
-        self.again = set(choice.again if again is None else again)
+        self.joint, self.kept, self.again = joint, set(kept), set(again)
+        self.begin, self.there, self.begins = begin, there or {}, begins or {}
         self.clones: dict[fx.Node, fx.Node] = {}
         self.gates: dict[fx.Node, fx.Node] = {}
 
@@ -187,7 +195,7 @@ class _Again:
     def _operand(self, node: fx.Node, user: fx.Node) -> fx.Node:
         if node in self.clones:
             return self.clones[node]
-        is_kept = node is self.choice.layer.start or node in self.choice.kept
+        is_kept = node in self.kept
         is_part = is_exchange(user)  # of a weight, which is not gathered before
         if not is_kept and not is_part:
             return node  # of no layer: a weight, what all layers read

@@ -140,9 +140,7 @@ def test_a_gate_without_its_gradient_holds_nothing(monkeypatch: pytest.MonkeyPat
 
     def ways() -> Iterator[tuple[Sequence[Stage], dict[str, Any]]]:
         yield _stages(Chosen(0)), STRICT
-        monkeypatch.setattr(
-            recompute._Again, "_operand", lambda self, node, user: self.clones.get(node, node)
-        )
+        monkeypatch.setattr(recompute.Again, "_operand", lambda self, node, user: self.clones.get(node, node))
         yield _stages(Chosen(0)), STRICT
 
     compiled = Ways(monkeypatch, model, ways())
